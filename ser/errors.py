@@ -1,0 +1,34 @@
+"""What can go wrong, as exceptions that say what was found, what was expected and what to do.
+
+Every error that `ser` raises on purpose is a `SerError`, so one ``except ser.SerError`` is enough
+to tell bad input from a defect. They carry a single message string, which keeps them picklable:
+an error in a data-loader worker reaches the user with its text.
+"""
+
+
+class SerError(Exception):
+    """Base of all errors about input, configuration or files. The message names file and cause."""
+
+
+class AudioError(SerError):
+    """A recording cannot be read: missing, not a regular file, an unsupported format, damaged."""
+
+
+class ManifestError(SerError):
+    """A manifest is unusable. The message lists every bad row, not only the first."""
+
+
+class TextError(SerError):
+    """A vocabulary or a transcript cannot be used."""
+
+
+class ConfigError(SerError):
+    """A setting is unknown, out of range or contradicts another."""
+
+
+class ModelFolderError(SerError):
+    """A model folder is incomplete, malformed or not what it claims to be."""
+
+
+class RunFolderError(SerError):
+    """A training run's folder cannot be used: foreign files, another configuration, a bad checkpoint."""
