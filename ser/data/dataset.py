@@ -1,0 +1,134 @@
+"""Utterances to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ser.audio import audio_info, load_audio, normalise
+from ser.data.manifest import Utterance
+from ser.data.sampler import Item
+from ser.data.text import Vocabulary, clean
+
+NO_LABEL = -100  # what torch's cross entropy ignores
+
+
+@dataclass
+class Batch:
+    """A padded batch: B utterances, S samples of the longest, L symbols of the longest transcript."""
+
+    waveforms: Tensor  # (B, S) float32, zero past num_samples
+    num_samples: Tensor  # (B,) int64
+    emotions: Tensor  # (B,) int64, NO_LABEL where unknown
+    speakers: Tensor  # (B,) int64, NO_LABEL where unknown
+    targets: Tensor  # (B, max(L, 1)) int64, 0 past target_lengths
+    target_lengths: Tensor  # (B,) int64, 0 where there is no transcript
+    weights: Tensor  # (B,) float32, 0 for an utterance that only keeps a rank busy
+    indices: list[int] = field(default_factory=list)  # positions in the dataset
+
+    def pin_memory(self) -> Batch:
+        """Page-locked copies of what goes to a GPU; called by the DataLoader."""
+        return replace(self, waveforms=self.waveforms.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        """Waveforms and labels on the device. Lengths and transcripts stay on the CPU, where they decide."""
+        return replace(
+            self,
+            waveforms=self.waveforms.to(device, non_blocking=True),
+            emotions=self.emotions.to(device, non_blocking=True),
+            speakers=self.speakers.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Example:
+    """One utterance, ready for `collate`."""
+
+    index: int
+    weight: float
+    waveform: Tensor  # (S,)
+    emotion: int
+    speaker: int
+    target: list[int]
+
+
+class SpeechDataset(Dataset[Example]):
+    """Utterances with their labels as numbers and their audio read on demand.
+
+    ``emotions`` and ``speakers`` are label names in the order of the model's classes; a label that is not
+    among them counts as unknown (`NO_LABEL`). ``vocabulary`` None: no transcripts. An item is asked for by its
+    number or by a (number, weight) pair as the samplers yield.
+    """
+
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        *,
+        emotions: Sequence[str] = (),
+        speakers: Sequence[str] = (),
+        vocabulary: Vocabulary | None = None,
+        orthography: str = "librispeech",
+        tags: str = "remove",
+        do_normalize: bool = True,
+        max_seconds: float | None = None,
+    ) -> None:
+        self.utterances = list(utterances)
+        self.do_normalize, self.max_seconds = do_normalize, max_seconds
+        emotion_ids = {name: i for i, name in enumerate(emotions)}
+        speaker_ids = {name: i for i, name in enumerate(speakers)}
+        self.emotions = [emotion_ids.get(u.emotion or "", NO_LABEL) for u in self.utterances]
+        self.speakers = [speaker_ids.get(u.speaker or "", NO_LABEL) for u in self.utterances]
+        # What is compared with a transcript: the cleaned text. Empty (tags alone, or none given) is no text.
+        self.texts = [clean(u.text or "", orthography=orthography, tags=tags) for u in self.utterances]
+        self.targets = [vocabulary.encode(t) if vocabulary is not None else [] for t in self.texts]
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, item: int | Item) -> Example:
+        index, weight = item if isinstance(item, tuple) else (item, 1.0)
+        utterance = self.utterances[index]
+        waveform = load_audio(
+            utterance.file, start=utterance.start, end=utterance.end, max_seconds=self.max_seconds
+        )
+        return Example(
+            index,
+            weight,
+            normalise(waveform) if self.do_normalize else waveform,
+            self.emotions[index],
+            self.speakers[index],
+            self.targets[index],
+        )
+
+    def lengths(self) -> list[int]:
+        """Samples at 16 kHz of each utterance, from the file headers alone."""
+        return [
+            audio_info(u.file, start=u.start, end=u.end, max_seconds=self.max_seconds).num_samples
+            for u in self.utterances
+        ]
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pad examples on the right to one batch."""
+    return Batch(
+        waveforms=pad([e.waveform for e in examples]),
+        num_samples=torch.tensor([len(e.waveform) for e in examples]),
+        emotions=torch.tensor([e.emotion for e in examples]),
+        speakers=torch.tensor([e.speaker for e in examples]),
+        targets=pad([torch.tensor(e.target, dtype=torch.int64) for e in examples], at_least=1),
+        target_lengths=torch.tensor([len(e.target) for e in examples]),
+        weights=torch.tensor([e.weight for e in examples]),
+        indices=[e.index for e in examples],
+    )
+
+
+def pad(rows: Sequence[Tensor], *, at_least: int = 0) -> Tensor:
+    """(S_i,) each -> (B, max S_i), zeros on the right."""
+    out = rows[0].new_zeros(len(rows), max(at_least, *(len(row) for row in rows)))
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

@@ -1,0 +1,213 @@
+"""The plan of an epoch, and its cut for a rank.
+
+The plan is a list of updates (optimizer steps), each a list of utterances: a function of (lengths, seed, epoch,
+effective batch) and of nothing else. World size and micro-batch only cut each update into equally many
+micro-batches per rank:
+
+    plan       [ update 0: a b c d e f g h ] [ update 1: i j k l m n o p ] ... [ last, small: y z ]
+    2 ranks,   rank 0: (a b) (e f)           (i j) (m n)                       (y)
+    2 a batch  rank 1: (c d) (g h)           (k l) (o p)                       (z)
+
+So another number of ranks computes the same updates in the same order; every utterance has one weighted place
+per epoch; and a run can continue at any update without saved state. A rank that the last update leaves without
+work runs one of its utterances at weight 0, so that all ranks take equally many steps.
+
+Updates hold utterances of like length, which keeps padding near nothing: IEMOCAP's turns, whose lengths vary
+sixtyfold, cost 2.2 times their real work in random batches of 8. Order is random all the same: lengths are
+jittered before they are sorted, so neighbours change every epoch, and the updates are shuffled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from ser.errors import ConfigError
+
+# Relative spread by which lengths are jittered before sorting. At 5 % the neighbours of an utterance in
+# IEMOCAP are drawn from some hundred others, for about two points of padding.
+JITTER = 0.05
+
+Item = tuple[int, float]  # utterance, weight in the losses (1, or 0 for one that only keeps a rank busy)
+
+
+def plan_epoch(
+    lengths: Sequence[int],
+    *,
+    seed: int,
+    epoch: int,
+    effective_batch: int | None = None,
+    batch_samples: int | None = None,
+    batching: str = "bucket",
+) -> list[list[int]]:
+    """The updates of an epoch, each a list of utterance numbers with the longest first.
+
+    Args:
+        lengths: samples of each utterance, from file headers.
+        seed: of the run.
+        epoch: from 0.
+        effective_batch: utterances per update; or
+        batch_samples: padded samples per update (utterances times the longest), at least one utterance.
+        batching: "bucket" (utterances of like length) or "random" (as drawn; then also not sorted).
+    """
+    if (effective_batch is None) == (batch_samples is None):
+        raise ConfigError("give either effective_batch (utterances) or batch_samples (padded samples)")
+    if min(effective_batch or 1, batch_samples or 1) < 1:
+        raise ConfigError(f"an update needs at least 1: found {effective_batch or batch_samples}")
+    if batching not in ("bucket", "random"):
+        raise ConfigError(f"batching is {batching!r}; expected 'bucket' or 'random'")
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    samples = np.asarray(lengths, dtype=np.int64)
+    rest: list[int] = []
+    if batching == "bucket":
+        if effective_batch is not None and (left := len(order) % effective_batch):
+            # The small last update takes utterances of any length, not always the shortest or longest.
+            rest, order = sorted(order[:left].tolist(), key=lambda i: -lengths[i]), order[left:]
+        jittered = samples[order] * (1 + JITTER * generator.uniform(-1, 1, len(order)))
+        order = order[np.argsort(-jittered, kind="stable")]
+
+    updates: list[list[int]] = []
+    longest = 0
+    for index in order.tolist():
+        longest = max(longest, lengths[index])
+        full = not updates or (
+            len(updates[-1]) == effective_batch
+            if batch_samples is None
+            else (len(updates[-1]) + 1) * longest > batch_samples
+        )
+        if full:
+            updates.append([])
+            longest = lengths[index]
+        updates[-1].append(index)
+    if batching == "bucket":
+        updates = [sorted(updates[i], key=lambda j: -lengths[j]) for i in generator.permutation(len(updates))]
+    return updates + ([rest] if rest else [])
+
+
+def cut_update(
+    update: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    world_size: int,
+    micro_batch: int | None = None,
+    micro_samples: int | None = None,
+) -> list[list[list[Item]]]:
+    """Cut an update into micro-batches: ``[step][rank]`` -> items, as few steps as the limits allow.
+
+    Args:
+        update: utterance numbers, in the order of `plan_epoch`.
+        lengths: samples of each utterance.
+        world_size: number of ranks; all get equally many micro-batches, at each step of like length.
+        micro_batch: most utterances in one; or None.
+        micro_samples: most padded samples in one (a single utterance may exceed it); or None.
+    """
+
+    def fits(group: Sequence[int]) -> bool:
+        if len(group) <= 1:
+            return True
+        small = micro_batch is None or len(group) <= micro_batch
+        return small and (micro_samples is None or len(group) * max(lengths[i] for i in group) <= micro_samples)
+
+    steps = 1
+    while True:
+        groups = split_evenly(update, steps * world_size)
+        if all(map(fits, groups)):
+            break
+        steps += 1
+    # The shortest utterance stands last: the cheapest one to keep a rank busy with.
+    items: list[list[Item]] = [[(i, 1.0) for i in group] or [(update[-1], 0.0)] for group in groups]
+    return [items[k : k + world_size] for k in range(0, len(items), world_size)]
+
+
+def split_evenly(values: Sequence[int], parts: int) -> list[list[int]]:
+    """``parts`` consecutive groups whose sizes differ by at most one, the larger ones last (they are shorter)."""
+    bounds = [len(values) * k // parts for k in range(parts + 1)]
+    return [list(values[a:b]) for a, b in pairwise(bounds)]
+
+
+class LengthBucketBatchSampler(Sampler[list[Item]]):
+    """This rank's micro-batches of an epoch, for the ``batch_sampler`` of a DataLoader.
+
+        sampler = LengthBucketBatchSampler(lengths, effective_batch=8, micro_batch=1, seed=0,
+                                           rank=world.rank, world_size=world.size)
+        sampler.set_position(epoch=3, update=120)      # continue in the middle of an epoch
+        for batch in DataLoader(dataset, batch_sampler=sampler, collate_fn=collate): ...
+
+    ``updates[k]`` are the micro-batches of update k of the epoch on this rank; every rank has equally many.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        seed: int,
+        effective_batch: int | None = None,
+        batch_samples: int | None = None,
+        micro_batch: int | None = None,
+        micro_samples: int | None = None,
+        batching: str = "bucket",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not len(lengths):
+            raise ConfigError("there are no utterances to sample from")
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank is {rank}; expected 0 to {world_size - 1}")
+        self.lengths = list(lengths)
+        self.plan = {"effective_batch": effective_batch, "batch_samples": batch_samples, "batching": batching}
+        self.limits = {"micro_batch": micro_batch, "micro_samples": micro_samples}
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.set_position(epoch=0)
+
+    def set_position(self, *, epoch: int, update: int = 0) -> None:
+        """Go to an epoch, and past its first ``update`` updates. A pure jump: nothing is drawn or read."""
+        plan = plan_epoch(self.lengths, seed=self.seed, epoch=epoch, **self.plan)
+        if not 0 <= update <= len(plan):
+            raise ConfigError(f"epoch {epoch} has {len(plan)} updates; cannot start at {update}")
+        self.steps = [
+            cut_update(u, self.lengths, world_size=self.world_size, **self.limits) for u in plan[update:]
+        ]
+
+    @property
+    def updates(self) -> list[list[list[Item]]]:
+        """``[update][micro-batch]`` -> items of this rank, from the position on."""
+        return [[ranks[self.rank] for ranks in steps] for steps in self.steps]
+
+    def __len__(self) -> int:
+        """Micro-batches that iterating yields, the same on every rank."""
+        return sum(map(len, self.steps))
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        for update in self.updates:
+            yield from update
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed samples that are padding, over all ranks, 0..1."""
+        real = padded = 0
+        for steps in self.steps:
+            for batch in (batch for ranks in steps for batch in ranks):
+                real += sum(int(weight) * self.lengths[i] for i, weight in batch)
+                padded += len(batch) * max(self.lengths[i] for i, _ in batch)
+        return 1 - real / padded if padded else 0.0
+
+
+def evaluation_batches(
+    lengths: Sequence[int], *, batch_samples: int, rank: int = 0, world_size: int = 1
+) -> list[list[Item]]:
+    """This rank's batches for evaluation: every utterance exactly once over all ranks, none repeated.
+
+    Longest first, so that memory runs out at once or never. Ranks may get different numbers of batches:
+    evaluation adds up counts at its end and needs no step in common.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[Item]] = []
+    for index in order:
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0][0]] > batch_samples:
+            batches.append([])
+        batches[-1].append((index, 1.0))
+    return batches[rank::world_size]

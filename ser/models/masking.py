@@ -1,0 +1,76 @@
+"""SpecAugment spans in time and feature, drawn per utterance (Park et al., 2019; wav2vec 2.0, appendix A).
+
+The draw is a function of (seed, epoch, utterance) alone: neither the batch an utterance stands in, nor the
+rank, nor what was drawn before changes it. So masked training is independent of how work is split, and a
+resumed run needs no saved random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ser.models.wav2vec2 import Wav2Vec2Config
+
+
+def draw_spans(
+    length: int, *, prob: float, span: int, min_masks: int, generator: np.random.Generator
+) -> np.ndarray:
+    """(length,) bool with spans of True.
+
+    ``prob`` is the share of the axis that the spans would cover if none overlapped; ``prob * length / span``
+    spans are drawn, rounded up or down at random so that the mean is right, at least ``min_masks``, with
+    distinct starts (the reference's `_compute_mask_indices`, for one row).
+
+    A short utterance is never masked whole, and never an error: spans shrink to half the axis, and no more
+    of them are drawn than cover that half without overlap.
+    """
+    mask = np.zeros(length, dtype=bool)
+    if prob <= 0 or length < 2:
+        return mask
+    span = min(span, length // 2)
+    count = max(int(prob * length / span + generator.random()), min_masks)
+    most = max(1, round(max(prob, 0.5) * length) // span)  # a prob above a half was asked for: kept
+    count = min(count, most, length - span + 1)
+    starts = generator.choice(length - span + 1, size=count, replace=False)
+    for start in starts:
+        mask[start : start + span] = True
+    return mask
+
+
+def spec_augment(
+    config: Wav2Vec2Config, num_frames: Tensor, utterances: Sequence[int], *, seed: int, epoch: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Masks of a batch: mask_time (B, T) and mask_feature (B, D), bool on the CPU; None where not configured.
+
+    ``num_frames`` (B,) are the valid frames, T the largest of them; ``utterances`` (B,) are their stable
+    numbers in the training set.
+    """
+    if not config.apply_spec_augment:
+        return None, None
+    frames = num_frames.tolist()
+    time = np.zeros((len(frames), max(frames)), dtype=bool)
+    feature = np.zeros((len(frames), config.hidden_size), dtype=bool)
+    for row, (length, utterance) in enumerate(zip(frames, utterances, strict=True)):
+        generator = np.random.default_rng([seed, epoch, int(utterance)])
+        time[row, :length] = draw_spans(
+            length,
+            prob=config.mask_time_prob,
+            span=config.mask_time_length,
+            min_masks=config.mask_time_min_masks,
+            generator=generator,
+        )
+        feature[row] = draw_spans(
+            config.hidden_size,
+            prob=config.mask_feature_prob,
+            span=config.mask_feature_length,
+            min_masks=config.mask_feature_min_masks,
+            generator=generator,
+        )
+    return (
+        torch.from_numpy(time) if config.mask_time_prob > 0 else None,
+        torch.from_numpy(feature) if config.mask_feature_prob > 0 else None,
+    )

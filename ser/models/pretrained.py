@@ -1,0 +1,383 @@
+"""A model folder on disk <-> a model: the one place that knows foreign keys.
+
+The layout is Hugging Face's: ``config.json`` and ``model.safetensors`` (or shards named by
+``model.safetensors.index.json``). Folders saved by Wav2Vec2Model, Wav2Vec2ForPreTraining and Wav2Vec2ForCTC
+load, with and without the ``wav2vec2.`` prefix, in both spellings of weight norm; folders written here load there.
+
+A folder is foreign input. Only safetensors are read, never a pickle; sizes are checked before anything is
+allocated; names in the folder cannot lead out of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ser.errors import ConfigError, ModelFolderError
+from ser.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+
+MAX_JSON_BYTES = 4 * 2**20
+PREFIX = "wav2vec2."
+
+# The older spelling of weight norm -> the parametrization's, which we write.
+WEIGHT_NORM = {
+    "encoder.pos_conv_embed.conv.weight_g": "encoder.pos_conv_embed.conv.parametrizations.weight.original0",
+    "encoder.pos_conv_embed.conv.weight_v": "encoder.pos_conv_embed.conv.parametrizations.weight.original1",
+}
+
+# Tensors that folders hold for other purposes than the encoder. Left unread; anything else that the
+# configuration does not ask for is refused, since then configuration and weights disagree.
+FOREIGN_PARTS = (
+    "quantizer.",  # pre-training
+    "project_hid.",
+    "project_q.",
+    "dropout_features.",
+    "lm_head.",
+    "cls_head.",
+    "spk_head.",
+    "speaker_head.",
+    "classifier.",
+    "projector.",
+    "layer_weights",
+)
+
+
+@dataclass
+class LoadReport:
+    """What became of each tensor when a folder was loaded. ``print(report)`` is readable."""
+
+    folder: Path
+    matched: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)  # in the model, not in the folder: initialised at random
+    unused: list[str] = field(default_factory=list)  # in the folder, of no use to this model
+    ignored_settings: list[str] = field(default_factory=list)  # keys of config.json that are not the encoder's
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: {len(self.matched)} tensors loaded"]
+        if self.new:
+            lines.append(f"  {len(self.new)} newly initialised: {', '.join(self.new)}")
+        if self.unused:
+            lines.append(f"  {len(self.unused)} not used: {summary(self.unused)}")
+        return "\n".join(lines)
+
+
+def summary(names: Iterable[str], most: int = 8) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def resolve_inside(folder: Path, name: str) -> Path:
+    """The regular file ``name`` of ``folder``, links followed; it must stay in the folder.
+
+    The one exception is the hub's cache, where ``snapshots/<commit>/config.json`` is a link into ``blobs/`` of
+    the same repository.
+    """
+    if Path(name).name != name:
+        raise ModelFolderError(
+            f"{folder}: {name!r} is not a plain file name; files outside the folder are not read"
+        )
+    path = folder / name
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise ModelFolderError(
+            f"{path}: cannot be read ({error.__class__.__name__}: broken or looping link?)"
+        ) from None
+    home = folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if target.parent not in allowed:
+        raise ModelFolderError(
+            f"{path}: links to {target}, outside the model folder; copy the file into the folder"
+        )
+    if not target.is_file():
+        raise ModelFolderError(f"{path}: is not a regular file")
+    return target
+
+
+def read_json(folder: Path, name: str) -> dict:
+    """A JSON object from a file of the folder, of bounded size."""
+    path = resolve_inside(folder, name)
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ModelFolderError(f"{folder / name}: {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelFolderError(f"{folder / name}: is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelFolderError(f"{folder / name}: holds a {type(value).__name__}; expected an object")
+    return value
+
+
+def check_folder(folder: str | Path) -> Path:
+    """``folder`` as a Path, or an error that says what is there instead of a model folder."""
+    folder = Path(folder)
+    if not folder.exists():
+        raise ModelFolderError(f"{folder}: there is no such folder")
+    if not folder.is_dir():
+        raise ModelFolderError(f"{folder}: is a file; expected a folder with config.json and model.safetensors")
+    if not (folder / "config.json").exists():
+        found = summary(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise ModelFolderError(f"{folder}: has no config.json, so it is not a model folder; it holds {found}")
+    return folder
+
+
+def read_encoder_config(folder: Path) -> tuple[Wav2Vec2Config, dict]:
+    """The encoder's configuration, and the whole of config.json."""
+    values = read_json(folder, "config.json")
+    try:
+        return Wav2Vec2Config.from_dict(values), values
+    except ConfigError as error:
+        raise ModelFolderError(f"{folder / 'config.json'}: {error}") from None
+
+
+class TensorFiles:
+    """The tensors of a folder's safetensors files, read one by one on demand.
+
+    ``names`` maps each tensor's canonical name (encoder names without prefix, new spelling of weight norm) to
+    the file and key that hold it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names: dict[str, tuple[Path, str]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        stray = {}
+        for path in self._files():
+            with opened(path) as file:
+                for key in file.keys():  # noqa: SIM118 (a handle, not a dict)
+                    name = canonical_name(key)
+                    if name in self.names:
+                        stray[name] = (self.names[name][1], key)
+                    self.names[name] = (path, key)
+                    self.shapes[name] = tuple(file.get_slice(key).get_shape())
+        if stray:
+            listed = "; ".join(f"{a} and {b}" for a, b in stray.values())
+            raise ModelFolderError(f"{folder}: tensors that mean the same stand there twice: {listed}")
+
+    def _files(self) -> list[Path]:
+        folder = self.folder
+        if (folder / "model.safetensors").exists() or (folder / "model.safetensors").is_symlink():
+            return [resolve_inside(folder, "model.safetensors")]
+        index = "model.safetensors.index.json"
+        if (folder / index).exists():
+            weight_map = read_json(folder, index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+                raise ModelFolderError(f"{folder / index}: has no weight_map of tensor names to file names")
+            shards = sorted(set(weight_map.values()))
+            missing = [name for name in shards if Path(name).name == name and not (folder / name).exists()]
+            if missing:
+                raise ModelFolderError(f"{folder}: shards named by {index} are missing: {summary(missing)}")
+            return [resolve_inside(folder, name) for name in shards]
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+        advice = (
+            f"; {', '.join(pickles)} is a pickle, which can run code, so it is not read: save the model with "
+            "safetensors where it is trusted"
+            if pickles
+            else ""
+        )
+        raise ModelFolderError(f"{folder}: has no model.safetensors{advice}")
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors as float32, each file opened once."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.names[name][0], []).append(name)
+        tensors = {}
+        for path, wanted in by_file.items():
+            with opened(path) as file:
+                for name in wanted:
+                    tensor = file.get_tensor(self.names[name][1])
+                    if not tensor.is_floating_point():
+                        raise ModelFolderError(f"{path}: {name} holds {tensor.dtype}; expected floating point")
+                    tensors[name] = tensor.float()
+        return tensors
+
+
+def opened(path: Path):
+    """``safe_open``, whose own errors do not name the file."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        head = path.open("rb").read(2)
+        kind = (
+            " (it is a zip or a pickle under another name, which is never read)"
+            if head in (b"PK", b"\x80\x02")
+            else ""
+        )
+        raise ModelFolderError(f"{path}: is not a sound safetensors file{kind}: {error}") from None
+
+
+def canonical_name(key: str) -> str:
+    """Our name for a checkpoint's key: no ``wav2vec2.`` prefix, the new spelling of weight norm."""
+    key = key.removeprefix(PREFIX)
+    return WEIGHT_NORM.get(key, key)
+
+
+def fill(module: nn.Module, files: TensorFiles, report: LoadReport, *, prefix: str = "") -> None:
+    """Give every parameter of ``module`` (on the meta device) its tensor; collect what does not fit.
+
+    Raises ModelFolderError with one list of all missing and misshapen tensors.
+    """
+    expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    problems = []
+    for name, shape in expected.items():
+        if prefix + name not in files.shapes:
+            if name == "masked_spec_embed":  # old checkpoints lack it; it matters to training alone
+                report.new.append(prefix + name)
+            else:
+                problems.append(f"{prefix + name}: missing, expected {shape}")
+        elif files.shapes[prefix + name] != shape:
+            problems.append(f"{prefix + name}: found {files.shapes[prefix + name]}, expected {shape}")
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ModelFolderError(
+            f"{files.folder}: {len(problems)} of {len(expected)} tensors do not fit config.json:\n  {listed}"
+        )
+    tensors = files.read(prefix + name for name in expected if prefix + name not in report.new)
+    infinite = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if infinite:
+        raise ModelFolderError(f"{files.folder}: tensors hold NaN or infinity: {summary(infinite)}")
+    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    for name in expected:
+        if name not in state:
+            state[name] = torch.empty(expected[name]).uniform_()
+    module.load_state_dict(state, assign=True)
+    report.matched += tensors
+
+
+def fill_encoder(encoder: Wav2Vec2, files: TensorFiles, report: LoadReport) -> None:
+    """`fill` for the encoder; also refuses encoder tensors that the configuration does not ask for."""
+    own = set(encoder.state_dict())
+    left = [name for name in files.names if name not in own]
+    strange = [n for n in left if n != "masked_spec_embed" and not n.startswith(FOREIGN_PARTS)]
+    if strange:
+        raise ModelFolderError(
+            f"{files.folder}: {len(strange)} tensors that config.json does not ask for (does it belong to these "
+            f"weights?): {summary(strange)}"
+        )
+    fill(encoder, files, report)
+    report.unused += left
+
+
+def materialise(build: Callable[[], nn.Module]) -> nn.Module:
+    """Run ``build`` on the meta device: the modules take no memory until tensors are assigned."""
+    with torch.device("meta"):
+        return build()
+
+
+def load_encoder(folder: str | Path, *, device: str | torch.device = "cpu", report: bool = False):
+    """Load a wav2vec 2.0 encoder from a model folder.
+
+        encoder = ser.load_encoder("wav2vec2-base")
+        hidden, num_frames = encoder(waveforms, num_samples)
+
+    Args:
+        folder: as Wav2Vec2Model, Wav2Vec2ForPreTraining, Wav2Vec2ForCTC or `ser` saved it.
+        device: where to put it.
+        report: also return the `LoadReport`.
+
+    Returns:
+        a `Wav2Vec2` in eval mode, float32; with ``report`` a pair of it and the report.
+
+    Raises:
+        ModelFolderError: the folder, its configuration or its tensors are not what they claim to be; lists
+            every missing, misshapen or unexpected tensor.
+    """
+    folder = check_folder(folder)
+    config, values = read_encoder_config(folder)
+    files = TensorFiles(folder)
+    encoder = materialise(lambda: Wav2Vec2(config))
+    assert isinstance(encoder, Wav2Vec2)
+    loaded = LoadReport(folder, ignored_settings=sorted(set(values) - set(config.to_dict())))
+    fill_encoder(encoder, files, loaded)
+    encoder.eval().to(device)
+    return (encoder, loaded) if report else encoder
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Mapping) -> None:
+    """A JSON file that people can read, on the disk when this returns."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file with the mode that other new files have, on the disk when this returns."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(0o666 & ~current_umask())  # save_file makes it 0600
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def current_umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the folder's own entries are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a new folder, then put it in the place of ``target`` at once.
+
+    A crash leaves the old folder or the new one. Between the two renames that replacing a folder takes, the
+    old one is at ``.<name>.old``; `recover_folder` puts it back.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(target)
+    temporary, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        sync_folder(temporary)
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+        sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        recover_folder(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Undo a replacement that was interrupted between its two renames."""
+    old = target.with_name(f".{target.name}.old")
+    if old.is_dir() and not target.exists():
+        old.rename(target)
