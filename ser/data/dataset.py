@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ser.audio import audio_info, load_audio, normalise
 from ser.data.manifest import Utterance
 from ser.data.sampler import Item
-from ser.data.text import Vocabulary, clean
+from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
 
 NO_LABEL = -100  # what torch's cross entropy ignores
 
@@ -85,6 +85,12 @@ class SpeechDataset(Dataset[Example]):
         # What is compared with a transcript: the cleaned text. Empty (tags alone, or none given) is no text.
         self.texts = [clean(u.text or "", orthography=orthography, tags=tags) for u in self.utterances]
         self.targets = [vocabulary.encode(t) if vocabulary is not None else [] for t in self.texts]
+        # What WER compares with: the transcript as far as the vocabulary can write it, as the paper does.
+        self.references = [""] * len(self.texts)
+        if vocabulary is not None:
+            present = ORTHOGRAPHIES[orthography].present
+            spelt = ("".join(vocabulary.tokens[i] for i in target) for target in self.targets)
+            self.references = [present(text.replace(vocabulary.word_delimiter, " ")) for text in spelt]
 
     def __len__(self) -> int:
         return len(self.utterances)

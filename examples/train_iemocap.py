@@ -1,0 +1,166 @@
+"""Train an emotion recogniser, with transcript and speaker heads, on any corpus that a manifest describes.
+
+Fine-tune a wav2vec 2.0 folder as Cai et al. (INTERSPEECH 2021) do, on two GPUs:
+
+    torchrun --standalone --nproc-per-node=2 examples/train_iemocap.py \\
+        --train train.csv --valid valid.csv --root IEMOCAP_full_release \\
+        --init wav2vec2-base --alpha 0.1 --epochs 100 --out runs/01F
+
+Train a small model from scratch on two CPU processes:
+
+    torchrun --standalone --nproc-per-node=2 examples/train_iemocap.py \\
+        --train data/demo/train.csv --valid data/demo/valid.csv --init small --beta 0.1 \\
+        --rate 1e-3 --micro-batch 8 --effective-batch 16 --epochs 20 \\
+        --allow-overlap speakers --out runs/demo
+
+One process: python examples/train_iemocap.py ... . A run that was interrupted continues when the same command is
+given again.
+
+A manifest is a CSV with a header (or JSONL): file, and any of emotion, text, speaker, id, start, end. The files
+are relative to --root, else to the manifest's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import ser
+from ser.data.manifest import check_labels, check_overlap, parse_columns, read_manifest
+from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
+from ser.errors import ConfigError
+from ser.recognizer import Recognizer
+from ser.train.config import TrainConfig, add_arguments, from_arguments
+from ser.train.distributed import joined_world
+from ser.train.loop import fit, say
+
+
+def parse_arguments() -> argparse.Namespace:
+    description, _, usage = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", type=Path, required=True, help="manifest to learn from")
+    parser.add_argument("--valid", type=Path, help="manifest to choose the best model by")
+    parser.add_argument("--root", type=Path, help="folder that the manifests' files are relative to")
+    parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
+    parser.add_argument("--init", default="base", help="model folder, or small, base, large (random weights)")
+    parser.add_argument("--out", type=Path, required=True, help="the run's folder; resumed if it has a checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds a run")
+    parser.add_argument("--vocab", type=Path, help="vocab.json (default: that of --init, else librispeech's)")
+    parser.add_argument("--build-vocab", action="store_true", help="make the vocabulary of the training text")
+    parser.add_argument("--orthography", choices=sorted(ORTHOGRAPHIES), default="librispeech", help="of the text")
+    parser.add_argument("--tags", choices=["remove", "keep-letters"], default="remove", help="[..], {..} and <..> "
+                        "in transcripts: removed whole, or as the paper does, which leaves their letters")  # fmt: skip
+    parser.add_argument("--allow-overlap", choices=["none", "speakers", "utterances"], default="none",
+                        help="what training and validation may share; a speaker head needs speakers")  # fmt: skip
+    parser.add_argument("--threads", type=int, help="CPU threads per process (default: cores / processes)")
+    parser.add_argument("--verbose", action="store_true", help="show changed transcripts, and reference beside "
+                        "hypothesis in evaluation")  # fmt: skip
+    add_arguments(parser)
+    return parser.parse_args()
+
+
+def chosen_heads(config: TrainConfig, train: list) -> list[str]:
+    """The tasks to train; an error where the data lacks one that was asked for."""
+    has = {
+        "emotion": any(u.emotion is not None for u in train),
+        "ctc": any(u.text is not None for u in train),
+        "speaker": any(u.speaker is not None for u in train),
+    }
+    if config.heads == "auto":
+        return [name for name, there in has.items() if there and (name != "speaker" or config.beta > 0)]
+    heads = config.heads.split(",")
+    for name in heads:
+        if not has[name]:
+            raise ConfigError(f"--heads names {name}, but no training utterance has a label for it; see --columns")
+    return heads
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(arguments.threads or max(1, (os.cpu_count() or 1) // processes))
+    config = from_arguments(arguments)
+    with joined_world(config.device) as world:
+        if "WORLD_SIZE" not in os.environ and torch.cuda.device_count() > 1:
+            count = torch.cuda.device_count()
+            say(
+                world,
+                f"{count} GPUs, one used; for all: torchrun --standalone --nproc-per-node={count} {sys.argv[0]} ...",
+            )
+        columns = parse_columns(arguments.columns)
+        train = read_manifest(arguments.train, root=arguments.root, columns=columns)
+        valid = read_manifest(arguments.valid, root=arguments.root, columns=columns) if arguments.valid else []
+        check_overlap(train, valid, allow=arguments.allow_overlap)
+        heads = chosen_heads(config, train)
+        texts = [clean(u.text or "", orthography=arguments.orthography, tags=arguments.tags) for u in train]
+        if arguments.verbose:
+            for utterance, text in zip(train, texts, strict=True):
+                if text != (utterance.text or ""):
+                    say(world, f"{utterance.id}: {utterance.text!r} is trained as {text!r}")
+        recognizer, report = Recognizer.create(
+            arguments.init,
+            emotions=sorted({u.emotion for u in train if u.emotion}) if "emotion" in heads else (),
+            speakers=sorted({u.speaker for u in train if u.speaker}) if "speaker" in heads else (),
+            vocabulary=chosen_vocabulary(arguments, texts) if "ctc" in heads else None,
+            orthography=arguments.orthography,
+            tags=arguments.tags,
+            pooling=config.pooling,
+            seed=config.seed,
+        )
+        say(world, str(report))
+        if recognizer.emotions:
+            check_labels(valid, emotions=recognizer.emotions)
+        settings = {
+            "init": str(arguments.init),
+            "train": str(arguments.train),
+            "valid": str(arguments.valid),
+            "labels": recognizer.emotions,
+            "speakers": recognizer.speakers,
+            "symbols": recognizer.vocabulary.tokens if recognizer.vocabulary is not None else [],
+            "orthography": arguments.orthography,
+            "tags": arguments.tags,
+            "versions": {"ser": ser.__version__, "torch": torch.__version__},
+            "world_size": world.size,
+        }
+        result = fit(
+            recognizer,
+            train,
+            valid,
+            config,
+            arguments.out,
+            world=world,
+            settings=settings,
+            overwrite=arguments.overwrite,
+            verbose=arguments.verbose,
+        )
+        best = "" if result.progress.best is None else f", {result.metric} {result.progress.best:.4f}"
+        say(
+            world,
+            f"done: {arguments.out / 'best'} (update {result.progress.best_step or result.progress.step}{best})",
+        )
+
+
+def chosen_vocabulary(arguments: argparse.Namespace, texts: list[str]) -> Vocabulary:
+    """--vocab, --build-vocab, that of --init, or librispeech's 32 symbols."""
+    delimiter = ORTHOGRAPHIES[arguments.orthography].word_delimiter
+    if arguments.vocab:
+        return Vocabulary.read(arguments.vocab, word_delimiter=delimiter)
+    if arguments.build_vocab:
+        return Vocabulary.build(texts, word_delimiter=delimiter)
+    inherited = Path(arguments.init) / "vocab.json"
+    if inherited.is_file():
+        return Vocabulary.read(inherited, word_delimiter=delimiter)
+    return Vocabulary.librispeech()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ser.SerError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,601 @@
+"""The list of utterances: read and checked before any training, so that every bad row is known at once.
+
+A manifest is CSV with a header (tab-separated where it ends in .tsv) or JSON lines (.jsonl, .json). Only `file` is
+required; `emotion`, `text`, `speaker`, `id`, `start` and `end` (seconds) are ours, other columns are kept:
+
+    file,emotion,text,speaker
+    wav/03a01Fa.wav,happiness,Der Lappen liegt auf dem Eisschrank.,03
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ser.data.text import did_you_mean, nfc, replace_file, unique_names
+from ser.errors import ConfigError, ManifestError
+
+COLUMNS = ("file", "emotion", "text", "speaker", "id", "start", "end")
+
+# The labels of Cai et al.'s manifests. Names are stored, never bare numbers.
+PAPER_EMOTIONS = {"e0": "neutral", "e1": "happy", "e2": "angry", "e3": "sad"}
+
+# A manifest may have millions of rows, so only its lines are bounded. The csv module bounds fields itself.
+MAX_LINE_BYTES = 1024 * 1024
+MAX_CELL = 128 * 1024
+MAX_COLUMNS = 1000
+
+MAX_LISTED = 50
+
+# Each permits what stands before it too.
+OVERLAPS = ("none", "speakers", "utterances")
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One row: a recording or an excerpt of it, and what is known about it.
+
+    Attributes:
+        id: unique in its manifest.
+        file: the recording.
+        emotion: name of the class, None if unlabelled.
+        text: transcript as the corpus has it, None if there is none.
+        speaker: name, None if unknown.
+        start: of the excerpt in seconds, None: from the beginning.
+        end: of the excerpt in seconds, None: to the end.
+        extra: the other columns that are not empty.
+    """
+
+    id: str
+    file: Path
+    emotion: str | None = None
+    text: str | None = None
+    speaker: str | None = None
+    start: float | None = None
+    end: float | None = None
+    extra: dict[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two sets of utterances share.
+
+    Attributes:
+        speakers: names in both, sorted. Utterances without a speaker tell nothing.
+        utterances: ids, in the second set, of recordings (file, start, end) that are in the first one too.
+    """
+
+    speakers: list[str]
+    utterances: list[str]
+
+
+class _Problems:
+    """The bad rows: all are counted, the first `MAX_LISTED` are kept."""
+
+    def __init__(self) -> None:
+        self.listed: list[str] = []
+        self.count = 0
+
+    def add(self, where: str, what: str) -> None:
+        self.count += 1
+        if len(self.listed) < MAX_LISTED:
+            self.listed.append(f"{where}: {what}")
+
+    def raise_if_any(self, headline: str) -> None:
+        if self.count:
+            more = self.count - len(self.listed)
+            rest = [f"and {more} more"] if more else []
+            raise ManifestError("\n  ".join([f"{headline} ({self.count}):", *self.listed, *rest]))
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read_manifest(
+    path: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    check_files: bool = True,
+) -> list[Utterance]:
+    """The utterances of a manifest, in its order.
+
+    UTF-8, with or without a byte order mark, any line ends, blank lines allowed, quoted fields as in CSV. An empty
+    cell (or JSON null) means None; spaces around labels and numbers do not count, and labels are NFC. The default
+    id is the file as it is written, with ``#start-end`` for an excerpt. Columns without a name are ignored.
+
+    The paper's three-column CSV (``file,emotion,text`` with labels e0..e3) reads as it is: where all labels of a
+    manifest are among e0, e1, e2, e3 they become neutral, happy, angry, sad.
+
+    Args:
+        path: .tsv is tab-separated, .jsonl and .json hold one object per line, all else is CSV.
+        root: the folder that relative files start from; by default the manifest's own.
+        columns: our name -> the manifest's, e.g. ``{"text": "transcript"}``. A column of ours that this sets aside
+            is kept among the others as ``<name>_original``.
+        check_files: every file must exist. (It is not opened; that is the work of `ser.audio`.)
+
+    Returns:
+        At least one utterance; the paths are absolute.
+
+    Raises:
+        ManifestError: one message that lists every bad row with its line (the first 50 of them): a missing column,
+            a duplicate id or (file, start, end), a missing file, a start or end that is no number, negative or
+            reversed, a wrong number of fields, bytes that are not UTF-8, JSON that does not parse; or a manifest
+            without rows or that is not a regular file.
+    """
+    path = Path(path)
+    folder = Path(path.parent if root is None else root).absolute()
+    renaming = _Renaming(path, columns or {})
+    problems = _Problems()
+    utterances: list[Utterance] = []
+    checks = _Checks(check_files=check_files, unit="line")
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ManifestError(f"{path}: not a regular file, expected a CSV or JSON lines manifest")
+        if not folder.is_dir():
+            raise ManifestError(f"{path}: its recordings should be in {folder}, which is not a folder")
+        with path.open("rb") as file:
+            read_rows = _json_rows if path.suffix.lower() in (".jsonl", ".json") else _csv_rows
+            for line, cells in read_rows(path, file, renaming, problems):
+                found: list[str] = []
+                utterance = _utterance(cells, folder, found)
+                if not found:
+                    found += checks.of(utterance, line)
+                for what in found:
+                    problems.add(f"line {line}", what)
+                utterances.append(utterance)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ManifestError(f"{path}: cannot read the manifest: {cause}") from error
+    problems.raise_if_any(f"{path}: the manifest cannot be used, these are its problems")
+    if not utterances:
+        raise ManifestError(f"{path}: the manifest has no rows")
+    labels = {u.emotion for u in utterances} - {None}
+    if labels and labels <= PAPER_EMOTIONS.keys():
+        utterances = [replace(u, emotion=PAPER_EMOTIONS[u.emotion] if u.emotion else None) for u in utterances]
+    return utterances
+
+
+def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
+    """``["text=transcript", ...]``, as given on a command line -> ``{"text": "transcript", ...}``.
+
+    Raises:
+        ConfigError: no "=", or a name before it that is not one of ours or stands twice.
+    """
+    columns: dict[str, str] = {}
+    for pair in pairs:
+        ours, equals, theirs = (part.strip() for part in pair.partition("="))
+        if not equals or not ours or not theirs:
+            raise ConfigError(f"expected OURS=THEIRS, such as text=transcript, found {pair!r}")
+        if ours not in COLUMNS:
+            raise ConfigError(_unknown_column(ours))
+        if ours in columns:
+            raise ConfigError(f"the column {ours!r} is given twice: {columns[ours]!r} and {theirs!r}")
+        columns[ours] = theirs
+    return columns
+
+
+def _unknown_column(name: str) -> str:
+    return f"no column of ours is called {name!r}{did_you_mean(name, COLUMNS)}; ours are {', '.join(COLUMNS)}"
+
+
+class _Renaming:
+    """From a manifest's column names to ours, as `columns` says."""
+
+    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
+        self.path = path
+        self.columns = columns
+        for ours in columns:
+            if ours not in COLUMNS:
+                raise ManifestError(f"{path}: {_unknown_column(ours)}")
+        self.ours = {theirs: ours for ours, theirs in columns.items()}
+        if len(self.ours) < len(columns):
+            raise ManifestError(f"{path}: one column cannot be two of ours: {dict(columns)}")
+
+    def __call__(self, theirs: str) -> str:
+        if theirs in self.ours:
+            return self.ours[theirs]
+        return f"{theirs}_original" if theirs in self.columns else theirs
+
+    def check(self, found: Sequence[str]) -> None:
+        """That `found`, the manifest's names, has every column that is asked for."""
+        wanted = {"file": "file", **self.columns}
+        missing = [
+            f"no column {theirs!r}"
+            + (f" (to be our {ours!r})" if theirs != ours else "")
+            + did_you_mean(theirs, list(found)[:MAX_COLUMNS])
+            for ours, theirs in wanted.items()
+            if theirs not in found
+        ]
+        if missing:
+            hint = "" if len(found) > 1 else "; fields are separated by commas, in a .tsv file by tabs"
+            raise ManifestError(
+                f"{self.path}: {'; '.join(missing)}; the columns are {_brief(list(found))}{hint}; "
+                "other names can be given as columns, such as file=path"
+            )
+
+
+class _Unreadable(Exception):
+    """A line behind which reading cannot go on."""
+
+
+class _Lines:
+    """The decoded lines of a file, ends included. Lines that are damaged are reported, and their numbers kept."""
+
+    def __init__(self, file: BinaryIO, problems: _Problems) -> None:
+        self.file = file
+        self.problems = problems
+        self.number = 0
+        self.damaged: set[int] = set()
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self.file.readline(MAX_LINE_BYTES + 1):
+            self.number += 1
+            if len(line) > MAX_LINE_BYTES:
+                self.problems.add(
+                    f"line {self.number}",
+                    f"longer than {MAX_LINE_BYTES} bytes; the rest of the manifest was not read",
+                )
+                raise _Unreadable
+            try:
+                text = line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+                what = "holds a NUL character" if "\0" in text else ""
+            except UnicodeDecodeError as error:
+                text = line.decode(errors="replace")
+                what = f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}"
+            if what:
+                self.damaged.add(self.number)
+                self.problems.add(f"line {self.number}", f"{what}; save the manifest as UTF-8")
+            yield text
+
+
+def _csv_rows(
+    path: Path, file: BinaryIO, renaming: _Renaming, problems: _Problems
+) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """(line, name -> cell) of each row whose number of fields is right."""
+    lines = _Lines(file, problems)
+    reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    names: list[str] | None = None
+    while True:
+        first = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except (StopIteration, _Unreadable):
+            return
+        except csv.Error as error:
+            problems.add(f"line {first}", f"{error}; is a quote left open, or one inside a field not doubled?")
+            if "limit" in str(error):
+                problems.add(f"line {reader.line_num}", "the rest of the manifest was not read")
+                return
+            continue
+        if not cells:
+            continue
+        damaged = lines.damaged and not lines.damaged.isdisjoint(range(first, reader.line_num + 1))
+        if names is None:
+            if damaged:
+                return
+            names = _header(path, first, [cell.strip() for cell in cells], renaming)
+        elif damaged:
+            continue
+        elif len(cells) != len(names):
+            problems.add(f"line {first}", f"{len(cells)} fields, but the header has {len(names)}")
+        else:
+            yield first, {name: cell for name, cell in zip(names, cells, strict=True) if name}
+
+
+def _header(path: Path, line: int, found: list[str], renaming: _Renaming) -> list[str]:
+    """Our names, and the manifest's own for the other columns; empty for a column without a name."""
+    if len(found) > MAX_COLUMNS:
+        raise ManifestError(f"{path}: line {line}: {len(found)} columns, at most {MAX_COLUMNS} are possible")
+    renaming.check(found)
+    names = [renaming(name) for name in found]
+    for name in filter(None, names):
+        if names.count(name) > 1:
+            raise ManifestError(f"{path}: line {line}: the column {_brief(name)} stands twice")
+    return names
+
+
+def _json_rows(
+    path: Path, file: BinaryIO, renaming: _Renaming, problems: _Problems
+) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """(line, name -> cell) of each line that is a JSON object."""
+    lines = _Lines(file, problems)
+    every_name: dict[str, None] = {}
+    try:
+        for text in lines:
+            if not text.strip() or lines.number in lines.damaged:
+                continue
+            try:
+                values = json.loads(text, object_pairs_hook=unique_names)
+                if not isinstance(values, dict):
+                    raise ValueError(f"found {_brief(values)}, expected one object per line")
+                count = len(values)
+                values = {name.strip(): value for name, value in values.items()}
+                every_name.update(dict.fromkeys(values))
+                cells = {renaming(name): _cell(name, value, renaming) for name, value in values.items()}
+                if len(cells) < count:
+                    raise ValueError(f"two of {_brief(list(values))} become one column")
+                if "\\u" in text and not all(_is_text(part) for pair in cells.items() for part in pair):
+                    raise ValueError("half a surrogate pair or a NUL, which is no text")
+            except (ValueError, RecursionError) as error:
+                problems.add(f"line {lines.number}", f"not a JSON row: {_cut(str(error))}")
+                continue
+            yield lines.number, {name: cell for name, cell in cells.items() if name}
+    except _Unreadable:
+        return
+    if every_name:
+        renaming.check(list(every_name))
+
+
+def _cell(name: str, value: Any, renaming: _Renaming) -> str | None:
+    """A JSON value as the string that a CSV would hold."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, dict | list) and renaming(name) in COLUMNS:
+        raise ValueError(f"{_brief(name)} is {_brief(value)}, expected a string or number")
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _is_text(value: str | None) -> bool:
+    return value is None or not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
+
+
+def _brief(value: object) -> str:
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _utterance(cells: dict[str, str | None], folder: Path, found: list[str]) -> Utterance:
+    """The row as an utterance; what is wrong with it goes to `found`."""
+    full: dict[str, Any] = {name: cell for name, cell in cells.items() if cell and not cell.isspace()}
+    name = full.pop("file", "")
+    if not name:
+        found.append("has no file")
+    start, end = (_seconds(part, full.pop(part, None), found) for part in ("start", "end"))
+    if end is not None and end <= (start or 0.0):
+        found.append(f"end {end} is not after start {start or 0.0}")
+    emotion, speaker = full.pop("emotion", None), full.pop("speaker", None)
+    return Utterance(
+        id=full.pop("id", None) or name + _excerpt(start, end),
+        file=folder / name,
+        emotion=None if emotion is None else nfc(emotion.strip()),
+        text=full.pop("text", None),
+        speaker=None if speaker is None else nfc(speaker.strip()),
+        start=start,
+        end=end,
+        extra=full,
+    )
+
+
+def _seconds(name: str, cell: str | None, found: list[str]) -> float | None:
+    if cell is None:
+        return None
+    try:
+        seconds = math.nan if "_" in cell else float(cell)
+    except ValueError:
+        seconds = math.nan
+    if math.isfinite(seconds) and seconds >= 0:
+        return seconds
+    found.append(f"{name} is {_brief(cell)}, expected seconds, 0 or more")
+    return None
+
+
+def _excerpt(start: float | None, end: float | None) -> str:
+    if start is None and end is None:
+        return ""
+    return f"#{'' if start is None else start}-{'' if end is None else end}"
+
+
+def _audio(utterance: Utterance) -> tuple[str, float, float | None]:
+    """What tells one recording from another."""
+    return os.path.normpath(utterance.file.absolute()), utterance.start or 0.0, utterance.end
+
+
+class _Checks:
+    """What can only be known by looking at other rows or at the disk."""
+
+    def __init__(self, *, check_files: bool, unit: str) -> None:
+        self.check_files = check_files
+        self.unit = unit
+        self.ids: dict[str, int] = {}
+        self.audio: dict[tuple[str, float, float | None], int] = {}
+        self.unusable: dict[str, str] = {}  # file -> why, or "": a file with many excerpts is looked up once
+
+    def of(self, utterance: Utterance, number: int) -> Iterator[str]:
+        """What is wrong with the utterance in line (or of position) `number`."""
+        first_id = self.ids.setdefault(utterance.id, number)
+        first_audio = self.audio.setdefault(_audio(utterance), number)
+        if first_audio != number:
+            yield f"the same recording (file, start, end) is {self.unit} {first_audio} already"
+        elif first_id != number:
+            yield f"the id {_brief(utterance.id)} is that of {self.unit} {first_id} already"
+        if self.check_files:
+            name = str(utterance.file)
+            if name not in self.unusable:
+                self.unusable[name] = _why_unusable(utterance.file)
+            if why := self.unusable[name]:
+                yield f"the file {_brief(name)} {why}"
+
+
+def _why_unusable(file: Path) -> str:
+    try:
+        return "" if stat.S_ISREG(file.stat().st_mode) else "is not a regular file"
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be found: {error.strerror}"
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def write_manifest(
+    path: str | os.PathLike[str],
+    utterances: Iterable[Utterance],
+    *,
+    root: str | os.PathLike[str] | None = None,
+) -> None:
+    """A manifest that `read_manifest` reads as the same utterances; whole or not at all.
+
+    Exactly the same, if they are as `read_manifest` gives them: absolute paths, no empty strings. Columns that are
+    empty in every row are left out of a CSV.
+
+    Args:
+        path: .tsv, .jsonl, .json or CSV, as for `read_manifest`.
+        utterances: at least one.
+        root: files inside this folder are written relative to it, by default to the manifest's folder. To read
+            the manifest, pass the same one.
+
+    Raises:
+        ManifestError: there are no utterances; rows that `read_manifest` would refuse, or with a value that
+            cannot stand in a manifest (a NUL, half a surrogate pair, longer than 128 KiB); an extra column with
+            one of our names; or the file cannot be written.
+    """
+    path = Path(path)
+    folder = Path(path.parent if root is None else root).absolute()
+    utterances = list(utterances)
+    if not utterances:
+        raise ManifestError(f"{path}: there are no utterances to write")
+    used = {"file", "id", *(name for name in COLUMNS for u in utterances if getattr(u, name) is not None)}
+    others = dict.fromkeys(name for u in utterances for name in u.extra)
+    names = [*(name for name in COLUMNS if name in used), *others]
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    to_line = csv.writer(_Echo(), delimiter=delimiter, lineterminator="\n").writerow
+    as_json = path.suffix.lower() in (".jsonl", ".json")
+    problems = _Problems()
+    for name in others:
+        if name in COLUMNS or not name or name != name.strip() or not _is_text(name):
+            problems.add(f"extra column {_brief(name)}", "is not a name of its own")
+    checks = _Checks(check_files=False, unit="utterance")
+    try:
+        with replace_file(path) as file:
+            if not as_json:
+                file.write(to_line(names))
+            for number, utterance in enumerate(utterances, 1):
+                cells = _cells(utterance, folder)
+                line = json.dumps(cells, ensure_ascii=False) + "\n" if as_json else to_line(map(cells.get, names))
+                texts = {name: str(value) for name, value in cells.items()}
+                found: list[str] = []
+                _utterance({**texts}, folder, found)  # as the reader will see it
+                found += checks.of(utterance, number)
+                if not all(map(_is_text, texts.values())):
+                    found.append("holds a NUL or half a surrogate pair")
+                elif max(map(len, texts.values())) > MAX_CELL or len(line.encode()) > MAX_LINE_BYTES:
+                    found.append("is too long for a manifest")
+                for what in found:
+                    problems.add(f"utterance {number} {_brief(utterance.id)}", what)
+                if not found:
+                    file.write(line)
+            problems.raise_if_any(f"{path}: nothing was written, these are the problems")
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot write the manifest: {error.strerror or error}") from error
+
+
+class _Echo:
+    """For csv.writer: `writerow` returns what `write` returns, here the line itself."""
+
+    def write(self, line: str) -> str:
+        return line
+
+
+def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
+    """name -> value of what is known."""
+    file = utterance.file.absolute()
+    cells: dict[str, str | float | None] = {name: getattr(utterance, name) for name in COLUMNS}
+    cells["file"] = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
+    return {name: value for name, value in {**utterance.extra, **cells}.items() if value is not None}
+
+
+# --------------------------------------------------------------------------------------------------- checking
+
+
+def check_labels(
+    utterances: Iterable[Utterance],
+    *,
+    emotions: Iterable[str] | None = None,
+    speakers: Iterable[str] | None = None,
+) -> None:
+    """That every emotion and speaker is a known one. None, an unlabelled utterance, is fine.
+
+    Args:
+        utterances: of any manifest.
+        emotions: the classes of the model; None: any.
+        speakers: the speakers of the model; None: any.
+
+    Raises:
+        ManifestError: one message with every utterance (the first 50) whose label is another, and the nearest
+            known one.
+    """
+    problems = _Problems()
+    known = {
+        kind: set(names) for kind, names in (("emotion", emotions), ("speaker", speakers)) if names is not None
+    }
+    for utterance in utterances:
+        for kind, names in known.items():
+            label = getattr(utterance, kind)
+            if label is not None and label not in names:
+                near = did_you_mean(label, names) if problems.count < MAX_LISTED else ""
+                problems.add(f"utterance {_brief(utterance.id)}", f"unknown {kind} {_brief(label)}{near}")
+    lists = "; ".join(f"the {kind}s are {_brief(sorted(names))}" for kind, names in known.items())
+    problems.raise_if_any(f"{lists}; these are other labels")
+
+
+def find_overlap(train: Iterable[Utterance], other: Iterable[Utterance]) -> Overlap:
+    """The speakers and the recordings of `other` that are in `train` too.
+
+    Recordings are compared by path and exact times: copies under another name, and excerpts that share a part, are
+    not found.
+    """
+    train, other = list(train), list(other)
+    speakers = {u.speaker for u in train if u.speaker is not None}
+    audio = {_audio(u) for u in train}
+    return Overlap(
+        speakers=sorted({u.speaker for u in other if u.speaker in speakers and u.speaker is not None}),
+        utterances=[u.id for u in other if _audio(u) in audio],
+    )
+
+
+def check_overlap(
+    train: Iterable[Utterance], other: Iterable[Utterance], *, allow: str = "none", name: str = "valid"
+) -> Overlap:
+    """That training shares no speaker and no recording with `other`, unless that is wanted.
+
+    Args:
+        train: utterances to learn from.
+        other: utterances to judge by.
+        allow: "none", "speakers" (shared speakers, but no shared recording) or "utterances" (both).
+        name: of `other`, for the message.
+
+    Returns:
+        What is shared, so that a result can say it.
+
+    Raises:
+        ManifestError: more is shared than `allow` permits.
+        ConfigError: `allow` is another word.
+    """
+    if allow not in OVERLAPS:
+        raise ConfigError(
+            f"allow must be one of {', '.join(OVERLAPS)}, not {allow!r}{did_you_mean(allow, OVERLAPS)}"
+        )
+    overlap = find_overlap(train, other)
+    found = {"speakers": overlap.speakers, "utterances": overlap.utterances}
+    for kind, shared in found.items():
+        if shared and OVERLAPS.index(allow) < OVERLAPS.index(kind):
+            shown = ", ".join(map(_brief, shared[:MAX_LISTED]))
+            more = f" and {len(shared) - MAX_LISTED} more" if len(shared) > MAX_LISTED else ""
+            need = "utterances" if overlap.utterances else "speakers"
+            raise ManifestError(
+                f"{name}: {len(shared)} {kind} stand in training too: {shown}{more}. Figures would be too good. "
+                f"Split the manifests by speaker, or allow it with --allow-overlap {need}"
+            )
+    return overlap

@@ -1,0 +1,408 @@
+"""From a transcript to CTC symbols and back: orthographies, the vocabulary, greedy decoding.
+
+    text --clean--> text --Vocabulary.encode--> symbols --CTC--> symbols per frame --decode--> text --present-->
+
+All text is Unicode NFC, so that an "é" typed as one code point and as two is one symbol.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TextIO
+
+from ser.errors import ConfigError, TextError
+
+# A foreign vocabulary is read from a file that somebody else wrote. The largest that are of use (characters of
+# Chinese) have some 20,000 symbols; at 20 bytes each 65,536 symbols still fit.
+MAX_SYMBOLS = 65_536
+MAX_VOCABULARY_BYTES = 2 * 1024 * 1024
+
+# The second names are those of the many checkpoints that were made after Hugging Face's XLSR tutorial.
+BLANKS = ("<pad>", "[PAD]")
+UNKNOWNS = ("<unk>", "[UNK]")
+SPECIALS = frozenset({*BLANKS, *UNKNOWNS, "<s>", "</s>"})
+
+LIBRISPEECH = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ")
+
+
+def nfc(text: str) -> str:
+    """Unicode normal form C: composed."""
+    return unicodedata.normalize("NFC", text)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'happy'?)"`` or, where nothing is near, an empty string. Case is ignored."""
+    by_case = {k.casefold(): k for k in known}
+    near = difflib.get_close_matches(name.casefold(), by_case, n=1)
+    return f" (did you mean {by_case[near[0]]!r}?)" if near else ""
+
+
+def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An `object_pairs_hook` for json: refuses an object in which a name stands twice, with ValueError."""
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice!r} stands twice")
+    return unique
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 file to write into, which takes the place of `path` when the block ends, whole or not at all.
+
+    It stands in the same folder until then, and is removed when the block fails. Opened as any file is, so its
+    mode is the user's umask's and not the 0600 of `tempfile`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------- orthographies
+
+
+# Buckwalter's one-to-one spelling of Arabic in ASCII (qamus.org/transliteration.htm), in code point order.
+BUCKWALTER = {
+    **dict(zip("'|>&<}AbptvjHxd*rzs$SDTZEg", map(chr, range(0x0621, 0x063B)), strict=True)),
+    **dict(zip("_fqklmnhwYyFNKaui~o", map(chr, range(0x0640, 0x0653)), strict=True)),
+    "`": "\u0670",  # dagger alef
+    "{": "\u0671",  # alef wasla
+}
+
+
+@dataclass(frozen=True)
+class Orthography:
+    """How transcripts are spelt for the model, and how its output is shown.
+
+    The settings are those of the class of the same name in Hugging Face's wav2vec 2.0 research project
+    (transformers, examples/research_projects/wav2vec2/run_asr.py, 2021).
+
+    Attributes:
+        name: "librispeech", "timit", "buckwalter" or "none".
+        case: "upper", "lower" or "keep".
+        replacements: character -> what stands for it.
+        dropped_words: words that are no speech.
+        word_delimiter: the symbol between words; the vocabulary must have it.
+        tag_brackets: pairs that may enclose a tag. Only those that are not letters of the orthography.
+        script: character -> character of the script that people read.
+    """
+
+    name: str
+    case: str = "keep"
+    replacements: Mapping[str, str] = field(default_factory=dict)
+    dropped_words: frozenset[str] = frozenset()
+    word_delimiter: str = "|"
+    tag_brackets: tuple[str, ...] = ("[]", "{}", "<>")
+    script: Mapping[str, str] = field(default_factory=dict)
+
+    def clean(self, text: str) -> str:
+        """`text` in this spelling, NFC, with single spaces. Tags are left as they are: see `clean`."""
+        text = nfc(text).translate({ord(c): instead for c, instead in self.replacements.items()})
+        text = {"upper": text.upper(), "lower": text.lower(), "keep": text}[self.case]
+        return nfc(" ".join(word for word in text.split() if word not in self.dropped_words))
+
+    def present(self, text: str) -> str:
+        """Decoded `text` as a person reads it: in Arabic script for "buckwalter", else as it is."""
+        return nfc(text.translate({ord(c): letter for c, letter in self.script.items()}))
+
+
+ORTHOGRAPHIES: dict[str, Orthography] = {
+    o.name: o
+    for o in (
+        # As in the transcripts of LibriSpeech, on which facebook/wav2vec2-base-960h was trained.
+        Orthography(
+            "librispeech", case="upper", replacements=dict.fromkeys("\u2019\u2018\u201b\u02bc\uff07", "'")
+        ),
+        # Compounds such as "quarter-century-old" are broken, and the pause "--" is no word. The vocabulary must
+        # have lower-case letters: build one, since `Vocabulary.librispeech` would drop every character.
+        Orthography("timit", case="lower", replacements={"-": " "}),
+        # For the Arabic Speech Corpus, which writes pauses as "-" and "sil" and the letter theh as "^". The
+        # delimiter is "/", for "|" is the letter alef with madda; and < > { } are letters, so never brackets.
+        Orthography(
+            "buckwalter",
+            replacements={"-": " ", "^": "v"},
+            dropped_words=frozenset({"sil"}),
+            word_delimiter="/",
+            tag_brackets=("[]",),
+            script=BUCKWALTER,
+        ),
+        Orthography("none"),
+    )
+}
+
+
+def remove_tags(text: str, brackets: Iterable[str]) -> str:
+    """`text` with a space in place of each balanced pair of `brackets` ("[]", "{}", ...) and what it holds.
+
+    A bracket without its partner is left, and so is all that follows it. Linear in the length of the text.
+    """
+    # +1 where a tag begins and -1 behind its end; the running sum is 0 outside tags.
+    steps = [0] * (len(text) + 1)
+    for pair in brackets:
+        opening, closing = pair[0], pair[1]
+        unclosed: list[int] = []
+        for i, character in enumerate(text):
+            if character == opening:
+                unclosed.append(i)
+            elif character == closing and unclosed:
+                steps[unclosed.pop()] += 1
+                steps[i + 1] -= 1
+    depth, kept = 0, []
+    for character, step in zip(text, steps, strict=False):
+        depth += step
+        kept.append(" " if depth else character)
+    return "".join(kept)
+
+
+def clean(text: str, *, orthography: str = "librispeech", tags: str = "remove") -> str:
+    """A transcript as it is to be learnt: tags removed, in the given spelling, NFC, with single spaces.
+
+    Args:
+        text: as the corpus has it.
+        orthography: a name in `ORTHOGRAPHIES`.
+        tags: what becomes of ``[LAUGHTER]``, ``{LG}`` and ``<LG>``. "remove": gone, letters included.
+            "keep-letters": only the brackets go, which is what the cleaner of Cai et al. (2021) comes to: it
+            deletes the characters outside the vocabulary, and the letters LG are inside.
+
+    Returns:
+        The text; empty if nothing is left, which is no error (an utterance without a transcript).
+
+    Raises:
+        ConfigError: `orthography` or `tags` is unknown.
+    """
+    if orthography not in ORTHOGRAPHIES:
+        raise ConfigError(
+            f"unknown orthography {orthography!r}{did_you_mean(orthography, ORTHOGRAPHIES)}; "
+            f"known are {', '.join(ORTHOGRAPHIES)}"
+        )
+    spelling = ORTHOGRAPHIES[orthography]
+    if tags == "remove":
+        text = remove_tags(text, spelling.tag_brackets)
+    elif tags == "keep-letters":
+        text = text.translate(dict.fromkeys(map(ord, "".join(spelling.tag_brackets))))
+    else:
+        raise ConfigError(f"tags must be 'remove' or 'keep-letters', not {tags!r}")
+    return spelling.clean(text)
+
+
+# ------------------------------------------------------------------------------------------------- vocabulary
+
+
+def minimum_frames(targets: Iterable[int]) -> int:
+    """The fewest frames that can carry `targets`: CTC needs a blank between equal neighbours.
+
+    L symbols with r equal neighbours need L + r frames (Graves et al., 2006).
+    """
+    symbols = [int(t) for t in targets]
+    return len(symbols) + sum(a == b for a, b in pairwise(symbols))
+
+
+@dataclass(frozen=True, init=False)
+class Vocabulary:
+    """The symbols of the CTC head. Immutable, comparable, picklable.
+
+    Attributes:
+        tokens: the symbols, in the order of their ids.
+        word_delimiter: the symbol that stands for a space.
+        blank: id of the CTC blank, ``<pad>``.
+        unknown: id of ``<unk>``, or None. Nothing is ever encoded as it.
+    """
+
+    tokens: tuple[str, ...]
+    word_delimiter: str
+    blank: int = field(compare=False)
+    unknown: int | None = field(compare=False)
+    _ids: dict[str, int] = field(compare=False, repr=False)
+    _delimiter: int | None = field(compare=False, repr=False)
+
+    def __init__(self, ids: Mapping[str, int], *, word_delimiter: str = "|") -> None:
+        """From a mapping token -> id.
+
+        Raises:
+            TextError: the ids are not 0..n-1 without gaps or duplicates, there is no ``<pad>``, more than
+                65,536 tokens, or a token or id of another type.
+        """
+        if len(ids) > MAX_SYMBOLS:
+            raise TextError(f"{len(ids)} tokens, at most {MAX_SYMBOLS} are possible")
+        by_id: dict[int, str] = {}
+        for token, id_ in ids.items():
+            if not isinstance(token, str) or not token:
+                raise TextError(f"token {token!r} is not a non-empty string")
+            if not token.isprintable() and any(unicodedata.category(c) == "Cs" for c in token):
+                raise TextError(f"token {token!r} is not valid Unicode")
+            if isinstance(id_, bool) or not isinstance(id_, int):
+                raise TextError(f"the id of {token!r} is {_brief(id_)}, expected an integer")
+            if not 0 <= id_ < len(ids):
+                raise TextError(
+                    f"the id of {token!r} is {_brief(id_)}, but {len(ids)} tokens have ids 0..{len(ids) - 1}"
+                )
+            if id_ in by_id:
+                raise TextError(f"{by_id[id_]!r} and {token!r} have the same id {id_}")
+            by_id[id_] = token
+        blanks = [b for b in BLANKS if b in ids]
+        if not blanks:
+            raise TextError("there is no '<pad>', which is the CTC blank")
+
+        def keep(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        keep("tokens", tuple(by_id[i] for i in range(len(by_id))))
+        keep("word_delimiter", word_delimiter)
+        keep("blank", ids[blanks[0]])
+        keep("unknown", next((ids[u] for u in UNKNOWNS if u in ids), None))
+        keep("_delimiter", ids.get(word_delimiter))
+        # What encode may produce: single characters. A token that some other program wrote decomposed counts as
+        # its composed character, unless that has a token of its own.
+        letters = {t: i for t, i in ids.items() if t not in SPECIALS and t != word_delimiter and not t.isspace()}
+        composed = {nfc(t): i for t, i in letters.items()}
+        keep("_ids", {t: i for t, i in {**composed, **letters}.items() if len(t) == 1})
+
+    def __len__(self) -> int:
+        """The number of symbols V, blank included."""
+        return len(self.tokens)
+
+    @classmethod
+    def librispeech(cls) -> Vocabulary:
+        """The 32 symbols of facebook/wav2vec2-base-960h: four specials, ``|``, A to Z and the apostrophe."""
+        return cls({token: i for i, token in enumerate(LIBRISPEECH)})
+
+    @classmethod
+    def build(cls, texts: Iterable[str], *, word_delimiter: str = "|") -> Vocabulary:
+        """The characters of cleaned training `texts`, sorted, after the four specials and the delimiter.
+
+        Raises:
+            TextError: more than 65,536 symbols, or a delimiter that is not one visible character.
+        """
+        if len(word_delimiter) != 1 or word_delimiter.isspace():
+            raise TextError(f"the word delimiter {word_delimiter!r} is not one visible character")
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(nfc(text))
+        letters = sorted(
+            c for c in characters if c != word_delimiter and not c.isspace() and unicodedata.category(c) != "Cs"
+        )
+        symbols = ("<pad>", "<s>", "</s>", "<unk>", word_delimiter, *letters)
+        return cls({token: i for i, token in enumerate(symbols)}, word_delimiter=word_delimiter)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], *, word_delimiter: str = "|") -> Vocabulary:
+        """From a vocab.json, an object of token -> id. The delimiter stands in another file: pass it.
+
+        Raises:
+            TextError: with the path, if it is not a regular file of at most 2 MiB that holds such an object.
+        """
+        path = Path(path)
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise TextError(f"{path}: not a regular file, expected a vocab.json")
+            with path.open("rb") as file:
+                content = file.read(MAX_VOCABULARY_BYTES + 1)
+        except (OSError, ValueError) as error:
+            raise TextError(f"{path}: cannot read the vocabulary: {_cause(error)}") from error
+        if len(content) > MAX_VOCABULARY_BYTES:
+            raise TextError(f"{path}: larger than {MAX_VOCABULARY_BYTES} bytes, which is no vocabulary")
+        try:
+            ids = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_names)
+            if not isinstance(ids, dict):
+                raise TextError(f"expected an object of token -> id, found {type(ids).__name__}")
+            return cls(ids, word_delimiter=word_delimiter)
+        except (TextError, ValueError, RecursionError) as error:
+            raise TextError(f"{path}: not a vocabulary: {error}") from error
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """As vocab.json, whole or not at all.
+
+        Raises:
+            TextError: the file cannot be written.
+        """
+        path = Path(path)
+        try:
+            with replace_file(path) as file:
+                json.dump({token: i for i, token in enumerate(self.tokens)}, file, ensure_ascii=False)
+        except OSError as error:
+            raise TextError(f"{path}: cannot write the vocabulary: {_cause(error)}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """The symbols of a cleaned `text`, one per character and one delimiter between words.
+
+        Characters outside the vocabulary are left out (`unknown_characters` tells which); a delimiter in the
+        text counts as a space. Neither the blank nor another special is ever produced, so ``<s>`` in a text is
+        its character s between two characters that most vocabularies lack.
+
+        Returns:
+            L ids in 0..V-1, without the blank; empty for a text of which nothing is left.
+
+        Raises:
+            TextError: the text has several words and the vocabulary no word delimiter.
+        """
+        words = [[self._ids[c] for c in word if c in self._ids] for word in self._words(text)]
+        words = [word for word in words if word]
+        if len(words) > 1 and self._delimiter is None:
+            raise TextError(
+                f"the word delimiter {self.word_delimiter!r} is not in the vocabulary of {len(self)} symbols, "
+                f"and the text has spaces: {text[:80]!r}"
+            )
+        symbols: list[int] = []
+        for word in words:
+            if symbols:
+                symbols.append(self._delimiter)  # type: ignore[arg-type]  # checked above
+            symbols += word
+        return symbols
+
+    def unknown_characters(self, texts: Iterable[str]) -> Counter[str]:
+        """The characters of `texts` that `encode` leaves out, and how often. Spaces are never among them."""
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(c for word in self._words(text) for c in word if c not in self._ids)
+        return counts
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Greedy CTC decoding: the best symbol of each frame -> text.
+
+        Repeats are merged, then the blank and the other specials dropped; delimiters become spaces, and spaces
+        at the ends or next to each other (an empty word is no word) are dropped.
+
+        Args:
+            ids: (T,) symbols, one per frame; a list, array or tensor on the CPU.
+
+        Raises:
+            TextError: an id outside 0..V-1.
+        """
+        pieces: list[str] = []
+        previous: int | None = None
+        for id_ in map(int, ids):
+            if not 0 <= id_ < len(self.tokens):
+                raise TextError(f"symbol {id_} is outside the vocabulary 0..{len(self.tokens) - 1}")
+            if id_ != previous and self.tokens[id_] not in SPECIALS:
+                pieces.append(" " if id_ == self._delimiter else self.tokens[id_])
+            previous = id_
+        return nfc(" ".join("".join(pieces).split()))
+
+    def _words(self, text: str) -> list[str]:
+        return nfc(text).replace(self.word_delimiter, " ").split()
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _cause(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,0 +1,106 @@
+"""The torchrun world: who I am, sums over ranks, and nothing else.
+
+One process is a world of one: the same calls, which then do nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ser.errors import ConfigError
+
+TIMEOUT = timedelta(minutes=10)  # the longest that a rank waits for another
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add a CPU tensor over all ranks, in place. It goes through gloo, so no GPU waits for it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in rank order. For small picklable values of our own."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum(torch.zeros(1))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model under DistributedDataParallel. Freeze parts before: the graph must not change later."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def no_sync(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+        """For all but the last micro-batch of an update: keep gradients local.
+
+        DistributedDataParallel reads the switch in the forward pass too, so the context has to hold both
+        forward and backward.
+        """
+        if isinstance(wrapped, DistributedDataParallel) and not last:
+            return wrapped.no_sync()
+        return nullcontext()
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device called ``name`` ("auto": a GPU where there is one), one GPU per local rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        index = device.index if device.index is not None else local_rank
+        if index >= count:
+            raise ConfigError(f"device {name} on local rank {local_rank}: this machine has {count} CUDA devices")
+        return torch.device("cuda", index)
+    return device
+
+
+@contextmanager
+def joined_world(device: str = "auto") -> Iterator[World]:
+    """Join the processes that torchrun started, and leave them at the end. Without torchrun: a world of one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        yield World(device=chosen)
+        return
+    # Control values (counts, metrics) travel on the CPU through gloo, gradients of GPUs through nccl.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield World(rank=dist.get_rank(), size=size, device=chosen)
+    finally:
+        dist.destroy_process_group()

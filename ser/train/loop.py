@@ -1,0 +1,763 @@
+"""The training loop, read from the bottom up: `fit` calls `run_update` and `evaluate`.
+
+What one update computes is fixed by the plan of the epoch (`ser.data.sampler`) and does not depend on how many
+processes share it or how it is cut into micro-batches: every loss is a sum that is divided by the count of the
+whole update on all ranks, known before the first backward pass. Dropout is drawn from a seed that is a
+function of (seed, step, micro-batch, rank), SpecAugment masks from (seed, epoch, utterance). So there is no
+random state to save, and a resumed run continues exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ser.audio import SAMPLE_RATE
+from ser.data.dataset import NO_LABEL, Batch, SpeechDataset, collate
+from ser.data.manifest import Utterance
+from ser.data.sampler import LengthBucketBatchSampler, evaluation_batches, plan_epoch
+from ser.errors import ConfigError, RunFolderError, SerError
+from ser.models.masking import spec_augment
+from ser.models.multitask import HEADS, MultiTaskModel, Outputs
+from ser.recognizer import Prediction, Recognizer
+from ser.train.checkpoint import Progress, load_checkpoint, open_run, save_checkpoint
+from ser.train.config import METRICS, TrainConfig, parse_interval
+from ser.train.distributed import World
+from ser.train.losses import classification_loss, ctc_feasible, ctc_loss
+from ser.train.metrics import ClassificationCounts, ErrorRateCounts, character_errors, word_errors
+from ser.train.optim import make_optimizer, rate_factor, set_rate
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+# ---------------------------------------------------------------------------------------- one update
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the sum of each task's loss divided by its count, by these weights."""
+
+    weights: dict[str, float]  # by head; 0: not trained
+    label_smoothing: float = 0.0
+    class_weights: Tensor | None = None  # (K,) of the emotion loss
+    ctc_per_character: bool = False
+    blank: int = 0
+
+    def sums(self, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """(sum, count) of each task that has a weight above 0, in one micro-batch."""
+        found = {}
+        if outputs.emotion is not None and self.weights.get("emotion"):
+            found["emotion"] = classification_loss(
+                outputs.emotion,
+                batch.emotions,
+                class_weights=None
+                if self.class_weights is None
+                else self.class_weights.to(outputs.emotion.device),
+                label_smoothing=self.label_smoothing,
+                utterance_weights=batch.weights,
+            )
+        if outputs.ctc is not None and self.weights.get("ctc"):
+            found["ctc"] = ctc_loss(
+                outputs.ctc,
+                outputs.num_frames,
+                batch.targets,
+                batch.target_lengths,
+                blank=self.blank,
+                per_character=self.ctc_per_character,
+                utterance_weights=batch.weights,
+            )
+        if outputs.speaker is not None and self.weights.get("speaker"):
+            found["speaker"] = classification_loss(
+                outputs.speaker, batch.speakers, utterance_weights=batch.weights
+            )
+        return found
+
+    def counts(self, model: MultiTaskModel, batches: Sequence[Batch]) -> Tensor:
+        """What `sums` will return as counts, added up over micro-batches, from labels alone: (3,) float64."""
+        total = torch.zeros(len(HEADS), dtype=torch.float64)
+        for batch in batches:
+            known = (batch.emotions != NO_LABEL).double().cpu()
+            if self.class_weights is not None:
+                known = known * self.class_weights.double()[batch.emotions.clamp(min=0).cpu()]
+            frames = model.config.num_frames(batch.num_samples)
+            fits = ctc_feasible(batch.targets, batch.target_lengths, frames).double()
+            speaks = (batch.speakers != NO_LABEL).double().cpu()
+            total += (torch.stack([known, fits, speaks]) * batch.weights.double()).sum(1)
+        return total
+
+
+@dataclass
+class UpdateResult:
+    """What one update did; the loss sums stay on the device until they are shown."""
+
+    losses: dict[str, Tensor]  # sum over this rank's utterances, divided by the count of the whole update
+    grad_norm: float
+    skipped: bool = False
+
+
+def run_update(
+    wrapped: nn.Module,
+    model: MultiTaskModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    objective: Objective,
+    world: World,
+    *,
+    scaler: torch.amp.GradScaler,
+    amp: str = "off",
+    clip: float = 0.0,
+    seed: int = 0,
+    epoch: int = 0,
+    step: int = 0,
+) -> UpdateResult:
+    """Forward and backward over this rank's micro-batches of one update, then one optimizer step.
+
+    ``wrapped`` is ``model`` under DistributedDataParallel, or ``model``. The batches are on the CPU or the device.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    counts = world.sum(objective.counts(model, batches)).tolist()
+    count_of = dict(zip(HEADS, counts, strict=True))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    losses: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches):
+        batch = batch.to(world.device)
+        masks = draw_masks(model, batch, seed=seed, epoch=epoch)
+        # Dropout and LayerDrop: a function of where we are, not of what was drawn before.
+        torch.manual_seed(mix(seed, step, number, world.rank))
+        with world.no_sync(wrapped, last=number == len(batches) - 1):
+            with torch.autocast(world.device.type, dtype=dtype) if dtype else nullcontext():
+                outputs = wrapped(batch.waveforms, batch.num_samples, **masks)
+            loss = torch.zeros((), device=world.device)
+            for name, (total, _) in objective.sums(outputs, batch).items():
+                share = total / max(count_of[name], 1e-12)
+                losses[name] = losses[name] + share.detach() if name in losses else share.detach()
+                loss = loss + objective.weights[name] * share
+            # DistributedDataParallel averages over ranks; the counts are already those of all ranks.
+            scaler.scale(loss * world.size).backward()
+    for name, count in count_of.items():
+        head = model.head(name)
+        if head is not None and count == 0:
+            for parameter in head.parameters():  # a zero gradient is not no gradient to AdamW
+                parameter.grad = None
+    scaler.unscale_(optimizer)
+    trained = [p for p in model.parameters() if p.grad is not None]
+    # The norm is the same on every rank, so all skip the same updates. Reading it is the one wait per update.
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, clip or math.inf)) if trained else 0.0
+    finite = math.isfinite(norm)
+    if finite or scaler.is_enabled():  # the scaler leaves the step out by itself, and halves its scale
+        scaler.step(optimizer)
+        scaler.update()
+    return UpdateResult(losses, norm, skipped=not finite)
+
+
+def draw_masks(model: MultiTaskModel, batch: Batch, *, seed: int, epoch: int) -> dict[str, Tensor | None]:
+    """SpecAugment masks of a batch on its device; none for a frozen encoder."""
+    if not model.wav2vec2.training:
+        return {"mask_time": None, "mask_feature": None}
+    frames = model.config.num_frames(batch.num_samples)
+    time, feature = spec_augment(model.config, frames, batch.indices, seed=seed, epoch=epoch)
+    device = batch.waveforms.device
+    return {
+        "mask_time": None if time is None else time.to(device, non_blocking=True),
+        "mask_feature": None if feature is None else feature.to(device, non_blocking=True),
+    }
+
+
+def mix(*numbers: int) -> int:
+    """A well-spread seed from several small numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass
+class Evaluation:
+    """Counts over a set of utterances, each counted exactly once on any number of ranks."""
+
+    emotions: list[str]
+    speakers: list[str]
+    utterances: int = 0
+    emotion: ClassificationCounts | None = None
+    speaker: ClassificationCounts | None = None
+    words: ErrorRateCounts | None = None
+    characters: ErrorRateCounts | None = None
+    loss: float = math.nan
+    losses: dict[str, float] = field(default_factory=dict)
+    rows: list[tuple[Utterance, str, Prediction]] = field(default_factory=list)  # with the reference text
+
+    def metrics(self) -> dict[str, Any]:
+        """By name; only what the model has heads for and the data labels for."""
+        found: dict[str, Any] = {"utterances": self.utterances, "loss": self.loss}
+        found |= {f"loss_{name}": value for name, value in self.losses.items()}
+        if self.emotion is not None and self.emotion.count:
+            found["emotion_utterances"] = self.emotion.count
+            found["accuracy"] = self.emotion.accuracy
+            found["unweighted_accuracy"] = self.emotion.unweighted_accuracy
+            found["macro_f1"] = self.emotion.macro_f1
+        if self.words is not None and self.characters is not None and self.words.length:
+            found |= {"wer": self.words.rate, "cer": self.characters.rate, "words": self.words.length}
+        if self.speaker is not None and self.speaker.count:
+            found["speaker_accuracy"] = self.speaker.accuracy
+            found["speaker_utterances"] = self.speaker.count  # those of speakers that training knew
+        return found
+
+
+@torch.no_grad()
+def evaluate(
+    recognizer: Recognizer,
+    utterances: Sequence[Utterance],
+    *,
+    world: World | None = None,
+    objective: Objective | None = None,
+    batch_seconds: float = 64.0,
+    workers: int = 0,
+    keep_rows: bool = False,
+    progress: bool = False,
+) -> Evaluation:
+    """Score a model on utterances. Every rank calls this and gets the same result.
+
+    Args:
+        recognizer: the model with its labels.
+        utterances: rows of a manifest; labels that are absent, or speakers that the model does not know, are
+            left out of that task's figures, which say how many they count.
+        world: the ranks that share the work; None: this process alone.
+        objective: for the losses; None: each task at weight 1.
+        batch_seconds: padded seconds per forward pass.
+        workers: processes per rank that decode audio.
+        keep_rows: also return the prediction for every utterance, on every rank, in their order.
+        progress: show a progress bar.
+    """
+    world = world or World(device=recognizer.device)
+    model = recognizer.model
+    objective = objective or Objective(dict.fromkeys(HEADS, 1.0))
+    dataset = make_dataset(recognizer, utterances)
+    batches = evaluation_batches(
+        dataset.lengths(),
+        batch_samples=int(batch_seconds * SAMPLE_RATE),
+        rank=world.rank,
+        world_size=world.size,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=partial(collate_at_least, min_samples=model.config.min_samples),
+        num_workers=min(workers, len(batches)),
+        pin_memory=world.device.type == "cuda",
+    )
+    result = Evaluation(recognizer.emotions, recognizer.speakers)
+    emotion = np.zeros((len(recognizer.emotions),) * 2, dtype=np.int64)
+    speaker = np.zeros((len(recognizer.speakers),) * 2, dtype=np.int64)
+    edits = np.zeros(4, dtype=np.int64)  # word edits, words, character edits, characters
+    sums = torch.zeros(2 * len(HEADS), dtype=torch.float64)
+    rows: dict[int, Prediction] = {}
+    was_training = model.training
+    model.eval()
+    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=not progress):
+        outputs = model(batch.waveforms.to(world.device, non_blocking=True), batch.num_samples)
+        for name, (total, count) in objective.sums(outputs, batch.to(world.device)).items():
+            place = list(HEADS).index(name)
+            sums[place] += total.double().cpu()
+            sums[len(HEADS) + place] += count.double().cpu()
+        for index, prediction in zip(batch.indices, recognizer.decode(outputs), strict=True):
+            if prediction.emotion is not None and dataset.emotions[index] != NO_LABEL:
+                emotion[dataset.emotions[index], recognizer.emotions.index(prediction.emotion)] += 1
+            if prediction.speaker is not None and dataset.speakers[index] != NO_LABEL:
+                speaker[dataset.speakers[index], recognizer.speakers.index(prediction.speaker)] += 1
+            reference = dataset.references[index]
+            if prediction.transcript is not None and reference:
+                words = word_errors(reference, prediction.transcript)
+                characters = character_errors(reference, prediction.transcript)
+                edits += (words.edits, words.length, characters.edits, characters.length)
+            if keep_rows:
+                rows[index] = prediction
+    model.train(was_training)
+
+    flat = np.concatenate([emotion.ravel(), speaker.ravel(), edits])
+    flat = world.sum(torch.from_numpy(flat)).numpy()
+    emotion = flat[: emotion.size].reshape(emotion.shape)
+    speaker = flat[emotion.size : emotion.size + speaker.size].reshape(speaker.shape)
+    edits = flat[-4:]
+    world.sum(sums)
+    result.utterances = len(utterances)
+    if recognizer.emotions:
+        result.emotion = ClassificationCounts(emotion)
+    if recognizer.speakers:
+        result.speaker = ClassificationCounts(speaker)
+    if recognizer.vocabulary is not None:
+        result.words = ErrorRateCounts(int(edits[0]), int(edits[1]))
+        result.characters = ErrorRateCounts(int(edits[2]), int(edits[3]))
+    for place, name in enumerate(HEADS):
+        if count := float(sums[len(HEADS) + place]):
+            result.losses[name] = float(sums[place]) / count
+    result.loss = sum(objective.weights.get(name, 0.0) * value for name, value in result.losses.items())
+    if keep_rows:
+        merged = {i: p for part in world.gather(rows) for i, p in part.items()}
+        result.rows = [(u, dataset.references[i], merged[i]) for i, u in enumerate(utterances)]
+    return result
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+
+def make_dataset(recognizer: Recognizer, utterances: Sequence[Utterance]) -> SpeechDataset:
+    """Utterances with the labels, vocabulary and preprocessing of a recognizer."""
+    return SpeechDataset(
+        utterances,
+        emotions=recognizer.emotions,
+        speakers=recognizer.speakers,
+        vocabulary=recognizer.vocabulary,
+        orthography=recognizer.orthography,
+        tags=recognizer.tags,
+        do_normalize=recognizer.do_normalize,
+    )
+
+
+def collate_at_least(examples: list[Any], min_samples: int) -> Batch:
+    """`collate`, with utterances shorter than one frame padded to it: evaluation drops none."""
+    batch = collate(examples)
+    missing = min_samples - batch.waveforms.shape[1]
+    if missing > 0:
+        batch.waveforms = nn.functional.pad(batch.waveforms, (0, missing))
+    batch.num_samples = batch.num_samples.clamp(min=min_samples)
+    return batch
+
+
+@dataclass
+class Meter:
+    """Sums since the last progress line."""
+
+    started: float
+    losses: dict[str, Any] = field(default_factory=dict)
+    updates: int = 0
+    utterances: int = 0
+    seconds: float = 0.0
+
+    def add(self, result: UpdateResult, batches: Sequence[Batch]) -> None:
+        """Count one update; nothing is copied from the device."""
+        for name, value in result.losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value
+        self.updates += 1
+        self.utterances += int(sum(float(b.weights.sum()) for b in batches))
+        self.seconds += sum(float((b.num_samples * b.weights).sum()) for b in batches) / SAMPLE_RATE
+
+    def totals(self, world: World) -> dict[str, float]:
+        """Means and rates over all ranks."""
+        names = sorted(self.losses)
+        values = [float(self.losses[name]) for name in names] + [self.utterances, self.seconds]
+        summed = world.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        elapsed = time.perf_counter() - self.started
+        found = {f"loss_{name}": value / self.updates for name, value in zip(names, summed, strict=False)}
+        return found | {
+            "utterances_per_second": summed[-2] / elapsed,
+            "audio_seconds_per_second": summed[-1] / elapsed,
+        }
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def say(world: World, text: str) -> None:
+    """A line on standard error, from one rank alone, without breaking a progress bar."""
+    if world.is_main:
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def check_training_data(recognizer: Recognizer, dataset: SpeechDataset, lengths: Sequence[int]) -> list[str]:
+    """Refuse utterances without a frame; say what else is odd, such as transcripts that cannot fit."""
+    minimum = recognizer.model.config.min_samples
+    short = [(u, n) for u, n in zip(dataset.utterances, lengths, strict=True) if n < minimum]
+    if short:
+        listed = "\n  ".join(f"{u.id}: {n} samples" for u, n in short[:50])
+        raise ConfigError(
+            f"{len(short)} training utterances are shorter than one frame ({minimum} samples at 16 kHz); remove "
+            f"them:\n  {listed}"
+        )
+    notes = []
+    if recognizer.vocabulary is not None:
+        empty = sum(not text for text in dataset.texts)
+        if empty:
+            notes.append(f"{empty} of {len(dataset)} utterances have no transcript; trained on their other labels")
+        dropped = recognizer.vocabulary.unknown_characters(dataset.texts)
+        if dropped:
+            listed = ", ".join(f"{c!r} x{n}" for c, n in dropped.most_common(20))
+            notes.append(f"characters outside the vocabulary, removed: {listed}")
+        frames = recognizer.model.config.num_frames(torch.tensor(lengths))
+        misfits = []
+        for i, target in enumerate(dataset.targets):
+            needed = len(target) + sum(a == b for a, b in pairwise(target))
+            if needed > int(frames[i]):
+                misfits.append(f"{dataset.utterances[i].id}: {needed} frames needed, {int(frames[i])} there")
+        if misfits:
+            shown = "\n  ".join(misfits[:20] + ([f"and {len(misfits) - 20} more"] if len(misfits) > 20 else []))
+            notes.append(
+                f"{len(misfits)} transcripts do not fit their audio; left out of the CTC loss:\n  {shown}"
+            )
+    return notes
+
+
+def due(interval: tuple[int, str], *, step: int, epoch: int, epoch_ended: bool) -> bool:
+    """Whether something every N updates or epochs is due after ``step`` updates; ``epoch`` counts ended ones."""
+    number, unit = interval
+    return step % number == 0 if unit == "updates" else epoch_ended and epoch % number == 0
+
+
+@dataclass
+class FitResult:
+    """How a run ended."""
+
+    progress: Progress
+    metric: str
+    evaluation: Evaluation | None  # the last one in this process
+    resumed: bool
+
+
+def fit(
+    recognizer: Recognizer,
+    train: Sequence[Utterance],
+    valid: Sequence[Utterance],
+    config: TrainConfig,
+    run: str | Path,
+    *,
+    world: World | None = None,
+    settings: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    verbose: bool = False,
+) -> FitResult:
+    """Train a recognizer; every rank calls this with the same arguments.
+
+    Args:
+        recognizer: the model to train, in place; see `Recognizer.create`.
+        train, valid: rows of manifests. Without ``valid`` nothing is evaluated and the last model is the best.
+        config: the settings.
+        run: folder for checkpoints, metrics.jsonl, best/ and last/. Resumed if it holds a checkpoint.
+        world: the processes; None: this one alone.
+        settings: further entries for the run's config.json (such as where the data came from); a resumed run
+            must have the same.
+        overwrite: start anew in a folder that holds a run.
+        verbose: print reference beside hypothesis for a few utterances of each evaluation.
+
+    Raises:
+        ConfigError, RunFolderError, AudioError: with what to do.
+    """
+    world = world or World()
+    run = Path(run)
+    model = recognizer.model
+    effective_batch = config.resolved_effective_batch(world.size)
+    trained = trained_heads(recognizer, config)
+
+    dataset = make_dataset(recognizer, train)
+    lengths = dataset.lengths()
+    if config.max_seconds:
+        kept = [i for i, n in enumerate(lengths) if n <= config.max_seconds * SAMPLE_RATE]
+        dropped = [dataset.utterances[i].id for i in sorted(set(range(len(lengths))) - set(kept))]
+        if dropped:
+            listed = ", ".join(dropped[:20]) + (" ..." if len(dropped) > 20 else "")
+            say(world, f"dropped {len(dropped)} training utterances over {config.max_seconds:g} s: {listed}")
+        dataset, lengths = make_dataset(recognizer, [train[i] for i in kept]), [lengths[i] for i in kept]
+    for note in check_training_data(recognizer, dataset, lengths):
+        say(world, note)
+
+    metric = choose_metric(config, recognizer, valid)
+    recorded = config.to_dict() | {"effective_batch": effective_batch or 0, "metric": metric} | (settings or {})
+    checkpoint: Path | None = None
+    if world.is_main:
+        failure: SerError | None = None
+        try:
+            checkpoint = open_run(run, recorded, overwrite=overwrite)
+        except SerError as error:
+            failure = error
+    opened = world.gather((checkpoint, failure) if world.is_main else None)[0]
+    checkpoint, failure = opened
+    if failure is not None:
+        raise failure
+
+    model.to(world.device)
+    model.wav2vec2.activation_checkpointing(config.activation_checkpointing)
+    model.freeze(config.freeze)
+    for name in model.heads:  # a task at weight 0 has no gradient, so it is no part of what is trained
+        head = model.head(name)
+        assert head is not None
+        head.requires_grad_(name in trained)
+    if model.config.has_mask_embedding and not model.config.apply_spec_augment:
+        model.wav2vec2.masked_spec_embed.requires_grad_(False)
+    model.train()
+    wrapped = world.wrap(model)
+    optimizer = make_optimizer(
+        model,
+        rate=config.rate,
+        head_rate=config.head_rate,
+        weight_decay=config.weight_decay,
+        beta2=config.adam_beta2,
+    )
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
+    objective = Objective(
+        weights=trained,
+        label_smoothing=config.label_smoothing,
+        class_weights=inverse_frequencies(dataset.emotions, len(recognizer.emotions))
+        if config.class_weights
+        else None,
+        ctc_per_character=config.ctc_per_character,
+        blank=recognizer.vocabulary.blank if recognizer.vocabulary is not None else 0,
+    )
+    batch_samples = int(config.batch_seconds * SAMPLE_RATE) or None
+    share = world.size * (config.accumulate or 1)
+    sampler = LengthBucketBatchSampler(
+        lengths,
+        seed=config.seed,
+        effective_batch=effective_batch,
+        batch_samples=batch_samples,
+        micro_batch=config.micro_batch if batch_samples is None else None,
+        micro_samples=None if batch_samples is None else math.ceil(batch_samples / share),
+        batching=config.batching,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    plan = dict(sampler.plan, seed=config.seed)
+    per_epoch = (
+        [len(plan_epoch(lengths, epoch=e, **plan)) for e in range(config.epochs)]  # type: ignore[arg-type]
+        if batch_samples
+        else [len(sampler.updates)] * config.epochs
+    )
+    total = sum(per_epoch)
+    progress = Progress()
+    if checkpoint is not None:
+        progress = load_checkpoint(checkpoint, recognizer, optimizer)
+        if progress.scaler:
+            scaler.load_state_dict(progress.scaler)
+        say(world, f"resuming {run} at update {progress.step} of {total}")
+    log = Log(run / "metrics.jsonl", world, progress.step)
+    audio_hours = sum(lengths) / SAMPLE_RATE / 3600
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(
+        world,
+        f"{len(dataset)} utterances ({audio_hours:.2f} h), {parameters / 1e6:.1f} M trained parameters, "
+        f"{' + '.join(f'{w:g} {n}' for n, w in trained.items() if w)}, {total} updates in {config.epochs} epochs, "
+        f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}, "
+        f"padding {100 * sampler.padding:.1f} %",
+    )
+
+    evaluation: Evaluation | None = None
+    eval_every = parse_interval(config.eval_every, "eval_every")
+    save_every = parse_interval(config.save_every, "save_every")
+    skipped_in_a_row = 0
+    bar = tqdm(
+        total=total, initial=progress.step, unit="update", disable=not (world.is_main and sys.stderr.isatty())
+    )
+    meter = Meter(time.perf_counter())
+
+    def save() -> None:
+        progress.scaler = scaler.state_dict() if scaler.is_enabled() else None
+        if world.is_main:
+            save_checkpoint(run, recognizer, optimizer, progress, keep=config.keep)
+        world.barrier()
+
+    while progress.epoch < config.epochs and not progress.finished:
+        sampler.set_position(epoch=progress.epoch, update=progress.update)
+        updates = sampler.updates
+        for batches in fetch_updates(dataset, sampler, config, world):
+            set_rate(optimizer, rate_factor(progress.step, total=total, warmup=config.warmup))
+            result = run_update(
+                wrapped,
+                model,
+                optimizer,
+                batches,
+                objective,
+                world,
+                scaler=scaler,
+                amp=config.amp,
+                clip=config.clip,
+                seed=config.seed,
+                epoch=progress.epoch,
+                step=progress.step,
+            )
+            epoch = progress.epoch
+            progress.step += 1
+            progress.update += 1
+            ended = progress.update == per_epoch[epoch]
+            if ended:
+                progress.epoch, progress.update = epoch + 1, 0
+            meter.add(result, batches)
+            bar.update()
+            if result.skipped and not scaler.is_enabled():
+                progress.skipped += 1
+                skipped_in_a_row += 1
+                names = ", ".join(dataset.utterances[i].id for b in batches for i in b.indices)
+                say(
+                    world, f"update {progress.step} left out: its gradient is not finite; it held {names} (rank 0)"
+                )
+                if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                    raise RunFolderError(
+                        f"{run}: {skipped_in_a_row} updates in a row had gradients that are not finite; lower "
+                        "--rate, or look at the utterances named above"
+                    )
+            else:
+                skipped_in_a_row = 0
+            last = progress.step == total
+            if progress.step % config.log_every == 0 or last:
+                entry = meter.totals(world)
+                entry["rate"] = max(g["lr"] for g in optimizer.param_groups)
+                entry |= {"grad_norm": result.grad_norm, "padding": sampler.padding}
+                entry["memory_gib"] = memory_gib(world.device)
+                log.write("train", entry, progress, epoch=epoch)
+                meter = Meter(time.perf_counter())
+            if valid and (due(eval_every, step=progress.step, epoch=progress.epoch, epoch_ended=ended) or last):
+                evaluation = evaluate(
+                    recognizer,
+                    valid,
+                    world=world,
+                    objective=objective,
+                    batch_seconds=config.eval_seconds,
+                    workers=config.workers,
+                    keep_rows=verbose,
+                )
+                note_evaluation(evaluation, metric, progress)
+                log.write("valid", evaluation.metrics() | {"best": progress.best}, progress, epoch=epoch)
+                if verbose:
+                    show_rows(world, evaluation)
+                if progress.evaluations_since_best == 0:
+                    if world.is_main:
+                        recognizer.save(run / "best")
+                    world.barrier()
+                if config.early_stop and progress.evaluations_since_best >= config.early_stop:
+                    say(world, f"stopping early: {metric} has not improved in {config.early_stop} evaluations")
+                    progress.finished = True
+                meter.started = time.perf_counter() - 1e-9 if not meter.updates else meter.started
+            progress.finished = progress.finished or last
+            if due(save_every, step=progress.step, epoch=progress.epoch, epoch_ended=ended) or progress.finished:
+                save()
+            if progress.finished:
+                break
+        del updates
+    bar.close()
+    model.eval()
+    if world.is_main:
+        recognizer.save(run / "last")
+        if not valid:
+            recognizer.save(run / "best")
+    world.barrier()
+    return FitResult(progress, metric, evaluation, resumed=checkpoint is not None)
+
+
+def fetch_updates(
+    dataset: SpeechDataset, sampler: LengthBucketBatchSampler, config: TrainConfig, world: World
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches, update by update, decoded ahead by the workers."""
+    loader = iter(
+        DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=config.workers,
+            pin_memory=world.device.type == "cuda",
+        )
+    )
+    for update in sampler.updates:
+        yield [next(loader) for _ in update]
+
+
+def trained_heads(recognizer: Recognizer, config: TrainConfig) -> dict[str, float]:
+    """Weight of each head's loss, for the heads that the model has; 0 means not trained."""
+    weights = {"emotion": 1.0, "ctc": config.alpha, "speaker": config.beta}
+    heads = recognizer.model.heads
+    if heads == ["ctc"]:  # nothing to weigh it against
+        weights["ctc"] = 1.0
+    found = {name: weights[name] for name in heads}
+    if not any(found.values()):
+        raise ConfigError(
+            f"nothing would be trained: the heads are {', '.join(heads) or 'none'}, alpha is {config.alpha:g} and "
+            f"beta is {config.beta:g}"
+        )
+    return found
+
+
+def choose_metric(config: TrainConfig, recognizer: Recognizer, valid: Sequence[Utterance]) -> str:
+    """The metric that decides which model is best."""
+    labelled = any(u.emotion is not None for u in valid)
+    possible = []
+    if recognizer.emotions and labelled:
+        possible += ["unweighted_accuracy", "accuracy", "macro_f1"]
+    if recognizer.vocabulary is not None and any(u.text for u in valid):
+        possible += ["wer", "cer"]
+    if recognizer.speakers and any(u.speaker in recognizer.speakers for u in valid):
+        possible += ["speaker_accuracy"]
+    possible.append("loss")
+    if config.metric == "auto":
+        return possible[0]
+    if valid and config.metric not in possible:
+        raise ConfigError(
+            f"metric {config.metric} cannot be measured with these heads and validation labels; possible: "
+            f"{', '.join(possible)}"
+        )
+    return config.metric
+
+
+def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> None:
+    """Keep count of the best value of the metric."""
+    value = float(evaluation.metrics()[metric])
+    better = progress.best is None or (value > progress.best if METRICS[metric] else value < progress.best)
+    progress.evaluated_step = progress.step
+    if better and math.isfinite(value):
+        progress.best, progress.best_step, progress.evaluations_since_best = value, progress.step, 0
+    else:
+        progress.evaluations_since_best += 1
+
+
+def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:
+    """(K,) class weights proportional to 1 / frequency, 1 on average over the labelled utterances."""
+    counts = torch.bincount(torch.tensor([y for y in labels if y != NO_LABEL]), minlength=classes).double()
+    return (counts.sum() / (classes * counts.clamp(min=1))).float()
+
+
+def show_rows(world: World, evaluation: Evaluation, most: int = 5) -> None:
+    """Reference beside hypothesis, as the paper's script prints with --verbose."""
+    for utterance, reference, prediction in evaluation.rows[:most]:
+        say(world, f"  {utterance.id}: {utterance.emotion} -> {prediction.emotion}")
+        if prediction.transcript is not None:
+            say(world, f"    reference:  {reference}\n    hypothesis: {prediction.transcript}")
+
+
+class Log:
+    """metrics.jsonl and the progress line, written by one rank."""
+
+    def __init__(self, path: Path, world: World, step: int) -> None:
+        self.path, self.world = path, world
+        if world.is_main and path.exists():  # drop what an interrupted run wrote after its checkpoint
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, kind: str, entry: dict[str, Any], progress: Progress, *, epoch: int) -> None:
+        """One line to the file and one to the screen."""
+        if not self.world.is_main:
+            return
+        record = {"kind": kind, "step": progress.step, "epoch": epoch, "time": round(time.time(), 3)} | entry
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        shown = "  ".join(f"{key} {short(value)}" for key, value in entry.items() if value is not None)
+        say(self.world, f"{kind} epoch {epoch + 1} update {progress.step}  {shown}")
+
+
+def short(value: Any) -> str:
+    """A number as a progress line shows it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,195 @@
+"""Accuracy, F1 and error rates as counts that can be summed.
+
+A mean of means over unequal parts is wrong, so nothing here is averaged before the end: batches and ranks add
+their integer counts, and the figures are properties of the sum. WA and UA are the field's names for the
+weighted and the unweighted accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ser.errors import ConfigError
+
+
+def edit_distance(reference: Sequence[Any], hypothesis: Sequence[Any]) -> tuple[int, int, int]:
+    """Substitutions, deletions and insertions of a shortest way from `reference` to `hypothesis`.
+
+    Of several shortest ways it is one with the fewest substitutions, so with the most matches. Other programs
+    may choose another one: only the sum is the same everywhere (Levenshtein, 1966).
+
+    Args:
+        reference: words, characters or other hashable items, n of them.
+        hypothesis: likewise, m of them.
+
+    Time n row operations of m numbers, memory m numbers.
+    """
+    n, m = len(reference), len(hypothesis)
+    numbers: dict[Any, int] = {}
+    r = [numbers.setdefault(item, len(numbers)) for item in reference]
+    h = np.array([numbers.setdefault(item, len(numbers)) for item in hypothesis], dtype=np.int64)
+    # The cost of a way is edits * unit + substitutions, so that the smallest has the fewest edits first. With
+    # deletions - insertions = n - m that gives all three numbers from the last cell, without a way back.
+    unit = n + m + 1
+    inserted = np.arange(m + 1, dtype=np.int64) * unit
+    row = inserted
+    for item in r:
+        # From the row above: straight down is a deletion, diagonally a match or a substitution ...
+        best = row + unit
+        np.minimum(best[1:], row[:-1] + np.where(h == item, 0, unit + 1), out=best[1:])
+        # ... and along the row insertions: best[j] = min over i <= j of best[i] + (j - i) * unit.
+        row = np.minimum.accumulate(best - inserted) + inserted
+    edits, substitutions = divmod(int(row[-1]), unit)
+    deletions = (edits - substitutions + n - m) // 2
+    return substitutions, deletions, edits - substitutions - deletions
+
+
+@dataclass(frozen=True)
+class ErrorRateCounts:
+    """The edits between hypotheses and references and the length of the references: WER or CER.
+
+    Attributes:
+        edits: substitutions + deletions + insertions.
+        length: words (WER) or characters (CER) of the references.
+    """
+
+    edits: int = 0
+    length: int = 0
+
+    def __add__(self, other: ErrorRateCounts) -> ErrorRateCounts:
+        """The counts of both parts together."""
+        if not isinstance(other, ErrorRateCounts):
+            return NotImplemented
+        return ErrorRateCounts(self.edits + other.edits, self.length + other.length)
+
+    @property
+    def rate(self) -> float:
+        """edits / length: 0 is perfect, insertions can take it above 1. nan without any reference."""
+        return self.edits / self.length if self.length else math.nan
+
+
+def word_errors(reference: str, hypothesis: str) -> ErrorRateCounts:
+    """Counts of the word error rate of one utterance. Words are what whitespace separates; case counts."""
+    words = reference.split()
+    return ErrorRateCounts(sum(edit_distance(words, hypothesis.split())), len(words))
+
+
+def character_errors(reference: str, hypothesis: str) -> ErrorRateCounts:
+    """Counts of the character error rate of one utterance. Spaces count, except at the ends."""
+    characters = reference.strip()
+    return ErrorRateCounts(sum(edit_distance(characters, hypothesis.strip())), len(characters))
+
+
+@dataclass(frozen=True, eq=False)
+class ClassificationCounts:
+    """A confusion matrix and the figures that follow from it.
+
+    Attributes:
+        confusion: (K, K) int64, rows are the reference, columns the prediction. Read-only.
+    """
+
+    confusion: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        """Takes a copy, so that nobody changes the counts afterwards."""
+        confusion = np.array(self.confusion)
+        square = confusion.ndim == 2 and confusion.shape[0] == confusion.shape[1]
+        if not square or not np.issubdtype(confusion.dtype, np.integer) or (confusion < 0).any():
+            raise ConfigError(
+                f"a confusion matrix is (K, K) integers from 0, found {confusion.dtype} {confusion.shape}"
+            )
+        confusion = confusion.astype(np.int64)
+        confusion.setflags(write=False)
+        object.__setattr__(self, "confusion", confusion)
+
+    @classmethod
+    def zeros(cls, num_classes: int) -> ClassificationCounts:
+        """No utterance yet: where a sum begins, and what a rank without utterances adds."""
+        return cls(np.zeros((num_classes, num_classes), dtype=np.int64))
+
+    @classmethod
+    def from_labels(cls, reference: ArrayLike, predicted: ArrayLike, *, num_classes: int) -> ClassificationCounts:
+        """Counts of (B,) reference and (B,) predicted classes, integers in 0..K-1 (arrays or CPU tensors).
+
+        Raises:
+            ConfigError: different lengths, or a class out of range; utterances without a label are to be left
+                out by the caller, who knows them.
+        """
+        pairs = [np.asarray(reference), np.asarray(predicted)]
+        if pairs[0].shape != pairs[1].shape or pairs[0].ndim != 1:
+            raise ConfigError(
+                f"expected as many references as predictions, found {pairs[0].shape} and {pairs[1].shape}"
+            )
+        if pairs[0].size == 0:
+            return cls.zeros(num_classes)
+        for name, labels in zip(("reference", "predicted"), pairs, strict=True):
+            wrong = labels[(labels < 0) | (labels >= num_classes) | (labels != labels.astype(np.int64))]
+            if wrong.size:
+                raise ConfigError(f"{name} class {wrong[0]} is not one of 0..{num_classes - 1}")
+        rows, columns = (labels.astype(np.int64) for labels in pairs)
+        cells = np.bincount(rows * num_classes + columns, minlength=num_classes**2)
+        return cls(cells.reshape(num_classes, num_classes))
+
+    def __add__(self, other: ClassificationCounts) -> ClassificationCounts:
+        """The counts of both parts together."""
+        if not isinstance(other, ClassificationCounts):
+            return NotImplemented
+        if self.confusion.shape != other.confusion.shape:
+            raise ConfigError(f"cannot add counts of {len(self.confusion)} and of {len(other.confusion)} classes")
+        return ClassificationCounts(self.confusion + other.confusion)
+
+    def __eq__(self, other: object) -> bool:
+        """The same matrix."""
+        if not isinstance(other, ClassificationCounts):
+            return NotImplemented
+        return np.array_equal(self.confusion, other.confusion)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def count(self) -> int:
+        """The number of utterances."""
+        return int(self.confusion.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """WA, 0..1: the share of utterances that are right. nan without utterances."""
+        return int(self.confusion.trace()) / self.count if self.count else math.nan
+
+    @property
+    def recall(self) -> NDArray[np.float64]:
+        """(K,) in 0..1: the share of each class's utterances that are found. nan for a class that has none."""
+        return _ratio(self.confusion.diagonal(), self.confusion.sum(axis=1))
+
+    @property
+    def precision(self) -> NDArray[np.float64]:
+        """(K,) in 0..1: the share of each class's predictions that are right. nan for one never predicted."""
+        return _ratio(self.confusion.diagonal(), self.confusion.sum(axis=0))
+
+    @property
+    def unweighted_accuracy(self) -> float:
+        """UA, 0..1: the mean recall over the classes that occur in the reference. nan without utterances."""
+        return float(np.nanmean(self.recall)) if self.count else math.nan
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean over all K classes of F1 = 2 right / (in the reference + predicted). nan without utterances.
+
+        A class that neither occurs nor is predicted counts as 0, as in scikit-learn's
+        ``f1_score(average="macro", labels=range(K), zero_division=0)``. So a part of a corpus that lacks a
+        class scores lower for it: sum the counts of all folds first.
+        """
+        if not self.count:
+            return math.nan
+        either = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
+        return float(np.nan_to_num(_ratio(2 * self.confusion.diagonal(), either)).mean())
+
+
+def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)

@@ -1,0 +1,58 @@
+"""Parameter groups, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def rate_factor(step: int, *, total: int, warmup: float) -> float:
+    """The learning rate at an update, as a share of its peak: linear rise, then linear decay to 0.
+
+    ``step`` counts from 0 to ``total`` - 1; ``warmup`` is the rising share of ``total``. A pure function, so a
+    resumed run needs no scheduler state. The first update has a rate above 0.
+    """
+    rising = round(warmup * total)
+    if step < rising:
+        return (step + 1) / rising
+    return max(0.0, (total - step) / max(1, total - rising))
+
+
+def parameter_groups(
+    model: nn.Module, *, rate: float, head_rate: float, weight_decay: float
+) -> list[dict[str, object]]:
+    """AdamW's groups: encoder and heads by their own rates, decay on matrices alone.
+
+    Biases, norms and the mask embedding (anything with fewer than two dimensions larger than 1) are not
+    decayed: they set scales and offsets, which have no reason to be small.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            in_encoder = name.startswith("wav2vec2.")
+            decays = sum(size > 1 for size in parameter.shape) >= 2
+            groups.setdefault((in_encoder, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "peak": rate if in_encoder else head_rate or rate,
+            "lr": 0.0,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (in_encoder, decays), parameters in groups.items()
+    ]
+
+
+def make_optimizer(
+    model: nn.Module, *, rate: float, head_rate: float, weight_decay: float, beta2: float
+) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`."""
+    groups = parameter_groups(model, rate=rate, head_rate=head_rate, weight_decay=weight_decay)
+    device = next(model.parameters()).device
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-8, fused=device.type == "cuda")
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Put every group at ``factor`` of its peak rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
