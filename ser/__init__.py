@@ -1,12 +1,12 @@
 """Speech emotion recognition: wav2vec 2.0 from scratch, with emotion, text and speaker heads trained together.
 
-    import ser
+import ser
 
-    recognizer = ser.load("runs/demo/best")
-    prediction, = recognizer.predict("speech.wav")
+recognizer = ser.load("runs/demo/best")
+prediction, = recognizer.predict("speech.wav")
 
-    encoder = ser.load_encoder("wav2vec2-base")
-    hidden, num_frames = encoder(waveforms, num_samples)
+encoder = ser.load_encoder("wav2vec2-base")
+hidden, num_frames = encoder(waveforms, num_samples)
 """
 
 from ser.audio import SAMPLE_RATE, load_audio

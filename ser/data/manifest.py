@@ -470,7 +470,12 @@ def write_manifest(
     others = dict.fromkeys(name for u in utterances for name in u.extra)
     names = [*(name for name in COLUMNS if name in used), *others]
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    to_line = csv.writer(_Echo(), delimiter=delimiter, lineterminator="\n").writerow
+    writer = csv.writer(_Echo(), delimiter=delimiter, lineterminator="\r\n")
+
+    def to_line(cells: Iterable[object]) -> str:
+        # Python 3.11 quotes a carriage return in a field only where the line ends hold one.
+        return writer.writerow(cells).removesuffix("\r\n") + "\n"
+
     as_json = path.suffix.lower() in (".jsonl", ".json")
     problems = _Problems()
     for name in others:

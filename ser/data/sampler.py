@@ -20,6 +20,7 @@ jittered before they are sorted, so neighbours change every epoch, and the updat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -55,8 +56,9 @@ def plan_epoch(
     """
     if (effective_batch is None) == (batch_samples is None):
         raise ConfigError("give either effective_batch (utterances) or batch_samples (padded samples)")
-    if min(effective_batch or 1, batch_samples or 1) < 1:
-        raise ConfigError(f"an update needs at least 1: found {effective_batch or batch_samples}")
+    size = batch_samples if effective_batch is None else effective_batch
+    if size is None or size < 1:
+        raise ConfigError(f"an update needs a size of at least 1; found {size}")
     if batching not in ("bucket", "random"):
         raise ConfigError(f"batching is {batching!r}; expected 'bucket' or 'random'")
     generator = np.random.default_rng([seed, epoch])
@@ -158,19 +160,30 @@ class LengthBucketBatchSampler(Sampler[list[Item]]):
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank is {rank}; expected 0 to {world_size - 1}")
         self.lengths = list(lengths)
-        self.plan = {"effective_batch": effective_batch, "batch_samples": batch_samples, "batching": batching}
-        self.limits = {"micro_batch": micro_batch, "micro_samples": micro_samples}
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.rank, self.world_size = rank, world_size
+        self.plan = partial(
+            plan_epoch,
+            self.lengths,
+            seed=seed,
+            effective_batch=effective_batch,
+            batch_samples=batch_samples,
+            batching=batching,
+        )
+        self.cut = partial(
+            cut_update,
+            lengths=self.lengths,
+            world_size=world_size,
+            micro_batch=micro_batch,
+            micro_samples=micro_samples,
+        )
         self.set_position(epoch=0)
 
     def set_position(self, *, epoch: int, update: int = 0) -> None:
         """Go to an epoch, and past its first ``update`` updates. A pure jump: nothing is drawn or read."""
-        plan = plan_epoch(self.lengths, seed=self.seed, epoch=epoch, **self.plan)
+        plan = self.plan(epoch=epoch)
         if not 0 <= update <= len(plan):
             raise ConfigError(f"epoch {epoch} has {len(plan)} updates; cannot start at {update}")
-        self.steps = [
-            cut_update(u, self.lengths, world_size=self.world_size, **self.limits) for u in plan[update:]
-        ]
+        self.steps = [self.cut(u) for u in plan[update:]]
 
     @property
     def updates(self) -> list[list[list[Item]]]:

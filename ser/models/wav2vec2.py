@@ -312,7 +312,7 @@ def masked_group_norm(x: Tensor, padding: Tensor, norm: nn.GroupNorm) -> Tensor:
     centred = (x - mean).masked_fill(padding[:, None], 0.0)
     variance = centred.square().sum(-1, keepdim=True) / count
     scale = torch.rsqrt(variance + norm.eps) * norm.weight[:, None]
-    return centred * scale + norm.bias[:, None]
+    return (centred * scale + norm.bias[:, None]).to(norm.weight.dtype)
 
 
 class ConvLayer(nn.Module):
@@ -605,6 +605,11 @@ class Wav2Vec2(nn.Module):
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
             raise AudioError(
                 f"waveforms have shape {tuple(waveforms.shape)} and type {waveforms.dtype}; expected (B, S) floats"
+            )
+        weights = self.feature_projection.projection.weight.dtype
+        if waveforms.dtype != weights and not torch.is_autocast_enabled(waveforms.device.type):
+            raise AudioError(
+                f"waveforms are {waveforms.dtype} and the model is {weights}; convert with waveforms.to({weights})"
             )
         batch, size = waveforms.shape
         if num_samples is None:

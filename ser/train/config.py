@@ -62,7 +62,7 @@ class TrainConfig:
     effective_batch: int = option(
         0, "utterances per update over all processes; 0: follows from accumulate, else 8"
     )
-    batch_seconds: float = option(0.0, "padded seconds of audio per update over all processes, in place of the "
+    batch_seconds: float = option(0.0, "padded seconds of audio per update over all processes, instead of the "
                                        "effective batch; 0: off")  # fmt: skip
     batching: str = option("bucket", "utterances of like length together, or as drawn", ("bucket", "random"))
     max_seconds: float = option(
@@ -78,8 +78,8 @@ class TrainConfig:
     save_every: str = option("1ep", "save a checkpoint every N epochs (Nep) or N updates (N)")
     keep: int = option(2, "checkpoints to keep, the newest; the best model is kept beside them")
     log_every: int = option(10, "updates between progress lines")
-    metric: str = option("auto", "what the best model is chosen by on validation data; auto: unweighted_accuracy, "
-                                 "else wer", ("auto", *METRICS))  # fmt: skip
+    metric: str = option("auto", "what the best model is chosen by on validation data; auto: unweighted_accuracy,"
+                                 " else wer", ("auto", *METRICS))  # fmt: skip
     early_stop: int = option(0, "end after N evaluations without improvement; 0: never")
     eval_seconds: float = option(64.0, "padded seconds of audio per forward pass in evaluation")
 

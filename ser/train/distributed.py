@@ -57,7 +57,7 @@ class World:
         """The model under DistributedDataParallel. Freeze parts before: the graph must not change later."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def no_sync(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         """For all but the last micro-batch of an update: keep gradients local.

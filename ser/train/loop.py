@@ -31,7 +31,7 @@ from tqdm import tqdm
 from ser.audio import SAMPLE_RATE
 from ser.data.dataset import NO_LABEL, Batch, SpeechDataset, collate
 from ser.data.manifest import Utterance
-from ser.data.sampler import LengthBucketBatchSampler, evaluation_batches, plan_epoch
+from ser.data.sampler import LengthBucketBatchSampler, evaluation_batches
 from ser.errors import ConfigError, RunFolderError, SerError
 from ser.models.masking import spec_augment
 from ser.models.multitask import HEADS, MultiTaskModel, Outputs
@@ -534,12 +534,9 @@ def fit(
         rank=world.rank,
         world_size=world.size,
     )
-    plan = dict(sampler.plan, seed=config.seed)
-    per_epoch = (
-        [len(plan_epoch(lengths, epoch=e, **plan)) for e in range(config.epochs)]  # type: ignore[arg-type]
-        if batch_samples
-        else [len(sampler.updates)] * config.epochs
-    )
+    # By utterances every epoch has equally many updates; by padded seconds the jitter decides.
+    per_epoch = [len(sampler.plan(epoch=e)) for e in range(config.epochs if batch_samples else 1)]
+    per_epoch = per_epoch if batch_samples else per_epoch * config.epochs
     total = sum(per_epoch)
     progress = Progress()
     if checkpoint is not None:
@@ -575,7 +572,6 @@ def fit(
 
     while progress.epoch < config.epochs and not progress.finished:
         sampler.set_position(epoch=progress.epoch, update=progress.update)
-        updates = sampler.updates
         for batches in fetch_updates(dataset, sampler, config, world):
             set_rate(optimizer, rate_factor(progress.step, total=total, warmup=config.warmup))
             result = run_update(
@@ -649,7 +645,6 @@ def fit(
                 save()
             if progress.finished:
                 break
-        del updates
     bar.close()
     model.eval()
     if world.is_main:

@@ -57,7 +57,7 @@ def classification_loss(
     losses = F.cross_entropy(
         logits,
         labels,
-        weight=class_weights,
+        weight=None if class_weights is None else class_weights.to(logits),
         reduction="none",
         label_smoothing=label_smoothing,
         ignore_index=NO_LABEL,

@@ -1,0 +1,412 @@
+"""Make the demonstration corpus: synthetic speech with emotions by rule, in well under a minute on one core.
+
+    pip install 'ser[demo]'
+    python examples/make_demo_corpus.py --out data/demo
+
+espeak-ng speaks sentences of a small grammar ("bring two red boxes now") in English voices, at its own
+22.05 kHz. An emotion is a rule on rate, pitch, pitch range and loudness with a random spread, so classes
+overlap. IT IS NOT HUMAN SPEECH: the corpus shows that training, checkpoints and scores work, and a figure
+measured on it says nothing about people. Its README, its corpus.json and every speaker's name say so too.
+
+Four manifests, in the columns file, emotion, text, speaker, id, voice, rate, pitch, range, volume. No sentence
+is in two of them, and every word of the last three is in the first:
+
+    train.csv   the training voices
+    valid.csv   the training voices: choose the best model here
+    known.csv   the training voices: score the speaker head here
+    test.csv    voices that are in no other part: emotion and transcript of unseen voices, unseen sentences
+
+The same seed, size, espeak-ng and machine give the same bytes. A whole corpus of the same parameters is kept,
+an unfinished one is made anew, and a folder that holds anything else is refused and left alone.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from tqdm import tqdm
+
+from ser.data.manifest import Utterance, write_manifest
+from ser.data.text import replace_file
+from ser.errors import ConfigError, SerError
+
+RECIPE = 1  # counts changes of the code below that the parameters in corpus.json do not show
+NOTICE = "SYNTHETIC: spoken by espeak-ng, emotions by rule. Not human speech; figures say nothing about people."
+
+# One word of each slot, "" for none: 22 words, 2,400 sentences of 3 to 5 words.
+GRAMMAR = (
+    ("bring", "take", "show", "move"),
+    ("", "two", "five", "seven", "nine"),
+    ("red", "blue", "green", "yellow", "black"),
+    ("boxes", "lamps", "chairs", "spoons", "apples", "flowers"),
+    ("", "now", "today", "please"),
+)
+
+# espeak-ng's "accent+variant"; half of each part is female. Accents of the test voices occur in training, their
+# variants do not, and none is a near copy of a training variant (as belinda is of linda, aunty of f4, m5 of m4).
+TRAIN_VOICES = (
+    *("en-us+f2", "en+f4", "en-gb-scotland+f1", "en-029+steph", "en-us-nyc+Annie", "en-gb-x-rp+f3"),
+    *("en-us+m3", "en+m7", "en-gb-scotland+m1", "en-029+victor", "en-us-nyc+klatt4", "en-gb-x-rp+m4"),
+)
+TEST_VOICES = ("en+linda", "en-gb-x-rp+f5", "en-gb-scotland+max", "en-us+robert")
+
+# Sentences of each part where training has 24, and who says them.
+PARTS = {
+    "train": (24, TRAIN_VOICES),
+    "valid": (3, TRAIN_VOICES),
+    "known": (3, TRAIN_VOICES),
+    "test": (5, TEST_VOICES),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How an emotion sounds: (mean, standard deviation) of four settings of espeak-ng.
+
+    Pitch and range (0 to 100) are relative to the voice, 50 being as it is; rate is in words per minute, volume
+    in per cent.
+    """
+
+    rate: tuple[float, float]
+    pitch: tuple[float, float]
+    range: tuple[float, float]
+    volume: tuple[float, float]
+
+
+LIMITS = {"rate": (80, 450), "pitch": (0, 100), "range": (0, 100), "volume": (20, 150)}
+STYLES = {
+    "neutral": Style(rate=(175, 10), pitch=(45, 6), range=(40, 8), volume=(60, 6)),
+    "happy": Style(rate=(190, 12), pitch=(70, 8), range=(85, 10), volume=(70, 7)),
+    "angry": Style(rate=(235, 14), pitch=(50, 7), range=(65, 10), volume=(90, 9)),
+    "sad": Style(rate=(130, 10), pitch=(32, 6), range=(15, 7), volume=(45, 5)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One row of a manifest: what is said, by whom and how. `file` is relative to the corpus folder."""
+
+    file: str
+    emotion: str
+    text: str
+    speaker: str
+    voice: str
+    rate: int
+    pitch: int
+    range: int
+    volume: int
+
+    def utterance(self, folder: Path) -> Utterance:
+        """The row as a manifest in `folder` has it."""
+        extra = {name: str(getattr(self, name)) for name in ("voice", "rate", "pitch", "range", "volume")}
+        file = folder / self.file
+        return Utterance(file.stem, file.absolute(), self.emotion, self.text, self.speaker, extra=extra)
+
+
+# --- what is said ----------------------------------------------------------------------------------------------
+
+
+def deal_sentences(count: int, taken: set[str], rng: random.Random) -> list[str]:
+    """`count` new sentences in which the words of a slot are equally frequent; adds them to `taken`."""
+    columns = [[slot[i % len(slot)] for i in range(count)] for slot in GRAMMAR]
+    for column in columns:
+        rng.shuffle(column)
+
+    def sentences() -> list[str]:
+        return [" ".join(filter(None, row)) for row in zip(*columns, strict=True)]
+
+    # Sentences that occur already are mended by exchanging a word between two rows: that keeps the counts, and
+    # with them the promise that training hears every word.
+    new = len(set(sentences()) - taken)
+    while new < count:
+        column, i, j = rng.choice(columns), rng.randrange(count), rng.randrange(count)
+        column[i], column[j] = column[j], column[i]
+        before, new = new, len(set(sentences()) - taken)
+        if new < before:
+            column[i], column[j] = column[j], column[i]
+            new = before
+    taken.update(sentences())
+    return sentences()
+
+
+def plan(seed: int, size: int) -> dict[str, list[Turn]]:
+    """The turns of each manifest. Every sentence occurs in all four emotions, so words tell nothing of them."""
+    rng = random.Random(f"ser demo corpus {seed}")
+    taken: set[str] = set()
+    corpus: dict[str, list[Turn]] = {}
+    for part, (share, voices) in PARTS.items():
+        sentences = deal_sentences(size * share // 24, taken, rng)
+        turns: list[Turn] = []
+        for emotion, style in STYLES.items():
+            cast = [voices[(len(turns) + i) % len(voices)] for i in range(len(sentences))]
+            rng.shuffle(cast)
+            for text, voice in zip(sentences, cast, strict=True):
+                settings = {name: draw(name, spread, rng) for name, spread in vars(style).items()}
+                file = f"wav/{part}-{len(turns):04d}.wav"
+                speaker = "synthetic-" + voice.replace("+", "-")
+                turns.append(Turn(file, emotion, text, speaker, voice, **settings))
+        corpus[part] = turns
+    return corpus
+
+
+def draw(name: str, spread: tuple[float, float], rng: random.Random) -> int:
+    low, high = LIMITS[name]
+    return round(min(max(rng.gauss(*spread), low), high))
+
+
+# --- who says it -----------------------------------------------------------------------------------------------
+
+
+class Espeak:
+    """espeak-ng through ctypes. Fresh after every `open_espeak`: the same calls give the same samples."""
+
+    SYNCHRONOUS, DO_NOT_EXIT, UTF8 = 2, 0x8000, 1
+    PARAMETERS: ClassVar = {"rate": 1, "volume": 2, "pitch": 3, "range": 4}
+
+    def __init__(self, library: Path, data_parent: Path) -> None:
+        try:
+            self.library = ctypes.CDLL(str(library))
+        except OSError as error:
+            raise SerError(
+                f"cannot load espeak-ng from a temporary folder ({error}): try another TMPDIR"
+            ) from error
+        self.voices_folder = data_parent / "espeak-ng-data" / "voices" / "!v"
+        self.sample_rate = self.library.espeak_Initialize(
+            self.SYNCHRONOUS, 0, os.fsencode(data_parent), self.DO_NOT_EXIT
+        )
+        if self.sample_rate <= 0:
+            raise SerError(f"espeak-ng cannot read its data through {data_parent}: reinstall espeakng-loader")
+        self.library.espeak_Info.restype = ctypes.c_char_p
+        self.version = self.library.espeak_Info(None).decode()
+        self.chunks: list[bytes] = []
+        self.interruption: BaseException | None = None
+        prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+        self.callback = prototype(self.receive)  # kept: the library holds only its address
+        self.library.espeak_SetSynthCallback(self.callback)
+
+    def receive(self, samples: int | None, count: int, events: int) -> int:
+        """Collect a piece of sound; not 0 stops the speech."""
+        # ctypes would print and drop an exception, and Ctrl-C mostly arrives here: stop, and raise it in `say`.
+        try:
+            if samples and count > 0:
+                self.chunks.append(ctypes.string_at(samples, 2 * count))
+            return 0
+        except BaseException as error:
+            self.interruption = error
+            return 1
+
+    def check(self, status: int, action: str) -> None:
+        """Raise what a status other than 0 means."""
+        if status != 0:
+            raise SerError(f"espeak-ng {self.version} failed to {action}: status {status}, expected 0")
+
+    def say(self, turn: Turn) -> np.ndarray:
+        """The samples of a turn, int16 at `self.sample_rate`, without most of the silence around it."""
+        variant = turn.voice.partition("+")[2]
+        if not (self.voices_folder / variant).exists():  # espeak-ng would use the plain voice and say nothing
+            raise SerError(f"espeak-ng {self.version} has no voice variant {variant!r} (of {turn.voice})")
+        self.check(self.library.espeak_SetVoiceByName(turn.voice.encode()), f"find the voice {turn.voice}")
+        for name, number in self.PARAMETERS.items():
+            value = getattr(turn, name)
+            self.check(self.library.espeak_SetParameter(number, value, 0), f"set {name} to {value}")
+        self.chunks.clear()
+        text = turn.text.encode()
+        status = self.library.espeak_Synth(text, len(text) + 1, 0, 1, 0, self.UTF8, None, None)
+        if self.interruption is not None:
+            raise self.interruption
+        self.check(status, f"say {turn.text!r}")
+        samples = np.frombuffer(b"".join(self.chunks), dtype=np.int16)
+        loud = np.flatnonzero(np.abs(samples.astype(np.int32)) > 0.01 * 2**15)
+        margin = self.sample_rate // 20  # 50 ms of silence stay on either side
+        if len(loud) < margin:
+            raise SerError(f"espeak-ng {self.version} gave no sound for {turn.text!r} in {turn.voice}")
+        return samples[max(loud[0] - margin, 0) : loud[-1] + margin]
+
+
+@contextlib.contextmanager
+def open_espeak(seed: int) -> Iterator[Espeak]:
+    """A fresh espeak-ng from the package espeakng-loader.
+
+    Through a short temporary folder, for two reasons. The library cuts the path of its data at 160 bytes. And
+    its static variables (the phase of the flutter, for one) survive even espeak_Terminate, so what it says
+    depends on what it said before in this process: a private copy of the file starts afresh.
+    """
+    try:
+        import espeakng_loader
+
+        source, data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
+    except (ImportError, RuntimeError) as error:
+        raise SerError(f"the demonstration corpus needs espeak-ng: pip install 'ser[demo]' ({error})") from error
+    with tempfile.TemporaryDirectory(prefix="ser-", ignore_cleanup_errors=True) as folder:
+        if len(os.fsencode(folder)) > 100:
+            raise SerError(f"espeak-ng needs a short temporary folder, not {folder}: set TMPDIR to a shorter one")
+        library = Path(folder, "espeak-ng")
+        shutil.copyfile(source, library)
+        Path(folder, "espeak-ng-data").symlink_to(data, target_is_directory=True)
+        espeak = Espeak(library, Path(folder))
+        # Flutter, breath and roughness are random, from two generators: its own, seeded with the time, and rand().
+        espeak.library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
+        ctypes.CDLL(None).srand(ctypes.c_uint(seed))
+        try:
+            yield espeak
+        finally:
+            espeak.library.espeak_Terminate()
+
+
+# --- the folder ------------------------------------------------------------------------------------------------
+
+
+def parameters(seed: int, size: int) -> dict[str, Any]:
+    """All that decides what the corpus sounds like, as JSON gives it back."""
+    styles = {name: dataclasses.asdict(style) for name, style in STYLES.items()}
+    values = {
+        "recipe": RECIPE,
+        "seed": seed,
+        "size": size,
+        "grammar": GRAMMAR,
+        "parts": PARTS,
+        "styles": styles,
+    }
+    return json.loads(json.dumps(values))
+
+
+def build(out: Path, seed: int = 0, size: int = 192, *, progress: bool = True) -> dict[str, list[Turn]]:
+    """Make the corpus in `out`, or keep the one that is there. `size` is the number of training sentences.
+
+    Returns:
+        The turns of each manifest: train, valid, known, test.
+
+    Raises:
+        ConfigError: a seed or size out of range.
+        SerError: `out` holds something else or a corpus of other parameters; espeak-ng is missing or fails.
+    """
+    if not 24 <= size <= 480:
+        raise ConfigError(f"size {size}: expected 24 to 480 training sentences")
+    if not 0 <= seed < 2**31:
+        raise ConfigError(f"seed {seed}: expected 0 to {2**31 - 1}")
+    corpus = plan(seed, size)
+    wanted = parameters(seed, size)
+    state: dict[str, Any] = {"synthetic": True, "notice": NOTICE, "parameters": wanted}
+    whole, unfinished = out / "corpus.json", out / "corpus.unfinished.json"
+    claim(out, wanted)
+    files = [out / turn.file for turns in corpus.values() for turn in turns]
+    files += [out / "README.md", *(out / f"{part}.csv" for part in corpus)]
+    if whole.exists() and all(file.is_file() for file in files):
+        return corpus
+
+    # From here to the last line the folder says that it is ours and not whole.
+    write_json(unfinished, state)
+    whole.unlink(missing_ok=True)
+    (out / "wav").mkdir(exist_ok=True)
+    seconds = dict.fromkeys(corpus, 0.0)
+    with open_espeak(seed) as espeak:
+        state |= {"espeak_ng": espeak.version, "sample_rate": espeak.sample_rate}
+        for part, turns in corpus.items():
+            for turn in tqdm(turns, desc=f"speaking {part}", unit="turn", disable=not progress):
+                samples = espeak.say(turn)
+                write_wav(out / turn.file, samples, espeak.sample_rate)
+                seconds[part] += len(samples) / espeak.sample_rate
+            write_manifest(out / f"{part}.csv", (turn.utterance(out) for turn in turns))
+    state["utterances"] = {part: len(turns) for part, turns in corpus.items()}
+    state["seconds"] = {part: round(value, 1) for part, value in seconds.items()}
+    (out / "README.md").write_text(readme(corpus, state), encoding="utf-8")
+    write_json(unfinished, state)
+    unfinished.replace(whole)
+    return corpus
+
+
+def claim(out: Path, wanted: dict[str, Any]) -> None:
+    """Make the folder, or make sure that the one that is there is empty or a corpus of these parameters."""
+    if out.exists() and not out.is_dir():
+        raise SerError(f"{out} is a file, not the folder of a corpus: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    if not any(out.iterdir()):
+        return
+    for name in ("corpus.json", "corpus.unfinished.json"):
+        try:
+            found = json.loads((out / name).read_text(encoding="utf-8"))
+            notice, parameters_found = found["notice"], dict(found["parameters"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if notice != NOTICE:
+            continue
+        for key, value in wanted.items():
+            if parameters_found.get(key) != value:
+                raise SerError(
+                    f"{out} holds a demonstration corpus with another {key} ({parameters_found.get(key)}; wanted "
+                    f"{value}): give another --out, or remove that folder"
+                )
+        return
+    raise SerError(
+        f"{out} is not empty and holds no demonstration corpus, so it is left alone: give another --out"
+    )
+
+
+def write_json(path: Path, state: dict[str, Any]) -> None:
+    with replace_file(path) as file:
+        json.dump(state, file, indent=1)
+        file.write("\n")
+
+
+def write_wav(path: Path, samples: np.ndarray, sample_rate: int) -> None:
+    memory = io.BytesIO()
+    with wave.open(memory, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        file.writeframes(samples.astype("<i2").tobytes())
+    path.write_bytes(memory.getvalue())
+
+
+def readme(corpus: dict[str, list[Turn]], state: dict[str, Any]) -> str:
+    rows = "".join(
+        f"| {part}.csv | {len(turns)} | {len({turn.text for turn in turns})} "
+        f"| {len({turn.voice for turn in turns})} | {state['seconds'][part] / 60:.1f} |\n"
+        for part, turns in corpus.items()
+    )
+    return f"""# Synthetic demonstration corpus
+
+**{NOTICE}**
+
+Made by `examples/make_demo_corpus.py` of `ser` with espeak-ng {state["espeak_ng"]}: 16-bit mono WAV files of
+{state["sample_rate"]} Hz in `wav/`. No sentence is in two parts, the voices of test.csv are in no other part, and
+every sentence is said in every emotion. The parameters are in `corpus.json`.
+
+| manifest | utterances | sentences | voices | minutes |
+|---|---|---|---|---|
+{rows}"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the corpus; made if missing")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default 0)")
+    parser.add_argument(
+        "--size", type=int, default=192, help="training sentences; each in 4 emotions (24 to 480; default 192)"
+    )
+    args = parser.parse_args()
+    try:
+        corpus = build(args.out, args.seed, args.size)
+    except (SerError, OSError) as error:
+        sys.exit(f"make_demo_corpus: {error}")
+    counts = ", ".join(f"{len(turns)} {part}" for part, turns in corpus.items())
+    print(f"{args.out}: {counts} utterances of synthetic speech")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Accuracy, F1 and error rates: equal to scikit-learn's and jiwer's, and summable."""
+
+import math
+import pickle
+from functools import reduce
+from operator import add
+
+import jiwer
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from ser.errors import ConfigError
+from ser.train.metrics import (
+    ClassificationCounts,
+    ErrorRateCounts,
+    character_errors,
+    edit_distance,
+    word_errors,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sklearn")
+
+sentences = st.lists(st.sampled_from(["a", "b", "c", "ab", "ba"]), max_size=8).map(" ".join)
+labels = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40)
+
+
+def random_text(generator: np.random.Generator, words: int) -> str:
+    return " ".join("".join(generator.choice(list("abc"), generator.integers(1, 4))) for _ in range(words))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text("abc", max_size=10), st.text("abc", max_size=10))
+def test_edit_distance_equals_jiwers_total_and_is_a_possible_alignment(reference, hypothesis):
+    substitutions, deletions, insertions = edit_distance(reference, hypothesis)
+    assert min(substitutions, deletions, insertions) >= 0
+    assert substitutions + deletions <= len(reference)
+    assert len(reference) - deletions + insertions == len(hypothesis)
+    if reference:
+        theirs = jiwer.process_characters(reference, hypothesis)
+        total = theirs.substitutions + theirs.deletions + theirs.insertions
+        assert substitutions + deletions + insertions == total
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "expected"),
+    [
+        ("kitten", "sitting", (2, 0, 1)),
+        ("", "", (0, 0, 0)),
+        ("ab", "", (0, 2, 0)),
+        ("", "ab", (0, 0, 2)),
+        ("abc", "xyz", (3, 0, 0)),
+        ("abcd", "bcde", (0, 1, 1)),
+    ],
+)
+def test_edit_distance_of_known_pairs(reference, hypothesis, expected):
+    assert edit_distance(reference, hypothesis) == expected
+
+
+def test_edit_distance_compares_words_as_words():
+    assert edit_distance(["new", "york"], ["newyork"]) == (1, 1, 0)
+
+
+def test_edit_distance_of_long_sentences_equals_jiwers():
+    generator = np.random.default_rng(0)
+    reference, hypothesis = (generator.choice(list("abcdefgh"), size).tolist() for size in (1200, 900))
+    theirs = jiwer.process_words(" ".join(reference), " ".join(hypothesis))
+    assert sum(edit_distance(reference, hypothesis)) == theirs.substitutions + theirs.deletions + theirs.insertions
+
+
+def test_word_and_character_error_rates_of_a_corpus_equal_jiwers():
+    generator = np.random.default_rng(1)
+    references = [random_text(generator, generator.integers(1, 12)) for _ in range(60)]
+    hypotheses = [random_text(generator, generator.integers(0, 12)) for _ in range(60)]
+    pairs = list(zip(references, hypotheses, strict=True))
+    assert sum((word_errors(*p) for p in pairs), ErrorRateCounts()).rate == jiwer.wer(references, hypotheses)
+    assert sum((character_errors(*p) for p in pairs), ErrorRateCounts()).rate == jiwer.cer(references, hypotheses)
+
+
+def test_an_inserted_word_counts_where_the_reference_is_empty():
+    parts = [word_errors("", "a b"), word_errors("a b c d", "a b c d")]
+    assert parts[0] == ErrorRateCounts(2, 0)
+    assert reduce(add, parts).rate == 0.5
+
+
+def test_spaces_count_in_characters_but_not_at_the_ends_and_never_in_words():
+    assert character_errors(" ab c ", "abc") == ErrorRateCounts(1, 4)
+    assert word_errors("  a \t b ", "a b") == ErrorRateCounts(0, 2)
+
+
+def test_rates_without_any_reference_are_nan():
+    empty = ClassificationCounts.zeros(4)
+    assert empty.count == 0
+    for rate in (
+        ErrorRateCounts().rate,
+        ErrorRateCounts(3, 0).rate,
+        empty.accuracy,
+        empty.unweighted_accuracy,
+        empty.macro_f1,
+    ):
+        assert math.isnan(rate)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(labels)
+def test_figures_equal_scikit_learns(pairs):
+    reference, predicted = zip(*pairs, strict=True)
+    counts = ClassificationCounts.from_labels(reference, predicted, num_classes=4)
+    every = {"labels": range(4), "zero_division": 0}
+    assert np.array_equal(counts.confusion, sk.confusion_matrix(reference, predicted, labels=range(4)))
+    assert counts.count == len(pairs)
+    assert counts.accuracy == pytest.approx(sk.accuracy_score(reference, predicted))
+    assert counts.unweighted_accuracy == pytest.approx(sk.balanced_accuracy_score(reference, predicted))
+    assert counts.macro_f1 == pytest.approx(sk.f1_score(reference, predicted, average="macro", **every))
+    assert np.nan_to_num(counts.recall) == pytest.approx(
+        sk.recall_score(reference, predicted, average=None, **every)
+    )
+    assert np.nan_to_num(counts.precision) == pytest.approx(
+        sk.precision_score(reference, predicted, average=None, **every)
+    )
+
+
+def test_recall_of_an_absent_class_and_precision_of_one_never_predicted_are_nan():
+    counts = ClassificationCounts.from_labels([0, 0, 1], [0, 2, 0], num_classes=4)
+    assert np.array_equal(counts.recall, [0.5, 0, np.nan, np.nan], equal_nan=True)
+    assert np.array_equal(counts.precision, [0.5, np.nan, 0, np.nan], equal_nan=True)
+    assert counts.unweighted_accuracy == 0.25
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(labels, st.integers(1, 7))
+def test_the_sum_over_parts_is_the_whole(pairs, size):
+    parts = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    counted = [ClassificationCounts.from_labels(*zip(*p, strict=True), num_classes=4) for p in parts]
+    whole = ClassificationCounts.from_labels(*zip(*pairs, strict=True), num_classes=4)
+    assert sum(counted, ClassificationCounts.zeros(4)) == whole
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(sentences, sentences), max_size=6))
+def test_error_counts_add_in_any_order(pairs):
+    counts = [word_errors(*pair) for pair in pairs]
+    forwards, backwards = sum(counts, ErrorRateCounts()), sum(reversed(counts), ErrorRateCounts())
+    assert forwards == backwards == ErrorRateCounts(sum(c.edits for c in counts), sum(c.length for c in counts))
+
+
+def test_tensors_and_arrays_are_counted_alike():
+    reference, predicted = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 2, 2, 1])
+    counts = ClassificationCounts.from_labels(reference, predicted, num_classes=3)
+    assert counts == ClassificationCounts.from_labels(reference.numpy(), predicted.tolist(), num_classes=3)
+    assert counts.confusion.tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 1]]
+
+
+def test_no_labels_are_no_counts():
+    assert ClassificationCounts.from_labels([], [], num_classes=3) == ClassificationCounts.zeros(3)
+
+
+def test_counts_of_another_matrix_differ():
+    one = ClassificationCounts.from_labels([0], [0], num_classes=2)
+    assert one != ClassificationCounts.from_labels([0], [1], num_classes=2)
+    assert one != ClassificationCounts.zeros(3)
+
+
+def test_counts_cannot_be_changed_and_survive_pickling():
+    matrix = np.eye(3, dtype=np.int64)
+    counts = ClassificationCounts(matrix)
+    matrix[0, 0] = 9
+    assert counts.count == 3
+    with pytest.raises(ValueError, match="read-only"):
+        counts.confusion[0, 0] = 9
+    assert pickle.loads(pickle.dumps(counts)) == counts
+
+
+@pytest.mark.parametrize(
+    ("reference", "predicted", "message"),
+    [
+        ([0, -100], [0, 0], "reference class -100 is not one of 0..2"),
+        ([0, 1], [0, 3], "predicted class 3 is not one of 0..2"),
+        ([0.5], [0], "reference class 0.5 "),
+        ([0, 1], [0], r"\(2,\) and \(1,\)"),
+    ],
+)
+def test_labels_that_cannot_be_counted_are_refused(reference, predicted, message):
+    with pytest.raises(ConfigError, match=message):
+        ClassificationCounts.from_labels(reference, predicted, num_classes=3)
+
+
+@pytest.mark.parametrize(
+    "matrix", [np.zeros((2, 3), int), np.full((2, 2), -1), np.zeros((2, 2)), np.zeros(4, int)]
+)
+def test_a_matrix_that_is_no_confusion_matrix_is_refused(matrix):
+    with pytest.raises(ConfigError, match=r"a confusion matrix is \(K, K\)"):
+        ClassificationCounts(matrix)
+
+
+def test_counts_over_other_classes_cannot_be_added():
+    with pytest.raises(ConfigError, match="of 3 and of 4 classes"):
+        ClassificationCounts.zeros(3) + ClassificationCounts.zeros(4)

@@ -1,0 +1,318 @@
+"""Runs: learning, resuming, run folders, evaluation (N4, N5, N7; FAULTS C1, C3, D7)."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_update import run_ranks
+from toy import toy_recognizer, toy_rows, write_corpus
+
+import ser
+from ser.data.manifest import read_manifest
+from ser.errors import ConfigError, RunFolderError
+from ser.train.checkpoint import checkpoints
+from ser.train.config import TrainConfig
+from ser.train.loop import evaluate, fit
+
+QUICK = TrainConfig(
+    epochs=3, effective_batch=4, micro_batch=2, rate=3e-3, beta=0.1, log_every=2, keep=100, save_every="1"
+)
+
+
+def quick(**changes) -> TrainConfig:
+    return TrainConfig(**(QUICK.to_dict() | changes))
+
+
+def log(run: Path, kind: str) -> list[dict]:
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["kind"] == kind]
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+
+
+def assert_identical(a: Path, b: Path) -> None:
+    first, second = state(a), state(b)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, different
+
+
+def test_training_learns_the_toy_corpus_and_keeps_the_best_model(tmp_path):
+    train, valid = toy_rows(tmp_path, 24), toy_rows(tmp_path, 12, seed=1, name="valid")
+    recognizer = toy_recognizer(layerdrop=0.0, mask_time_prob=0.0, mask_feature_prob=0.0)
+    result = fit(recognizer, train, valid, quick(epochs=30, rate=1e-2, save_every="30ep"), tmp_path / "run")
+    found = evaluate(ser.load(tmp_path / "run/best"), valid).metrics()
+    assert found["unweighted_accuracy"] >= 0.75
+    assert found["unweighted_accuracy"] == pytest.approx(result.progress.best)
+    losses = [entry["loss_emotion"] for entry in log(tmp_path / "run", "train")]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run with dropout, LayerDrop, masks and accumulation, a checkpoint after every update."""
+    folder = tmp_path_factory.mktemp("whole")
+    train, valid = toy_rows(folder, 10), toy_rows(folder, 6, seed=1, name="valid")
+    fit(toy_recognizer(), train, valid, QUICK, folder / "run")
+    return folder, train, valid
+
+
+def resume_from(folder: Path, step: int, train, valid, run: Path, **changes):
+    """Continue a copy of the run as it was on disk after ``step`` updates."""
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(folder / "run/config.json", run)
+    shutil.copy(folder / "run/metrics.jsonl", run)
+    name = f"step-{step:08d}"
+    shutil.copytree(folder / "run/checkpoints" / name, run / "checkpoints" / name)
+    return fit(toy_recognizer(seed=99), train, valid, quick(**changes), run)
+
+
+@pytest.mark.parametrize("step", range(1, 10))
+def test_a_run_resumed_after_any_update_ends_bit_identically(uninterrupted, tmp_path, step):
+    folder, train, valid = uninterrupted
+    assert len(checkpoints(folder / "run")) == 9, "3 epochs of 2 full updates and a small one"
+    result = resume_from(folder, step, train, valid, tmp_path / "run")
+    assert result.resumed and result.progress.step == 9
+    assert_identical(checkpoints(tmp_path / "run")[-1], checkpoints(folder / "run")[-1])
+    steps = [entry["step"] for entry in log(tmp_path / "run", "train")]
+    assert steps == [entry["step"] for entry in log(folder / "run", "train")], "the log has every line once"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_loader_workers_do_not_change_the_run(uninterrupted, tmp_path, workers):
+    folder, train, valid = uninterrupted
+    fit(toy_recognizer(), train, valid, quick(workers=workers), tmp_path / "run")
+    assert_identical(checkpoints(tmp_path / "run")[-1], checkpoints(folder / "run")[-1])
+
+
+def test_a_finished_run_says_so_and_does_nothing_more(uninterrupted, tmp_path, capsys):
+    folder, train, valid = uninterrupted
+    before = state(checkpoints(folder / "run")[-1])
+    result = resume_from(folder, 9, train, valid, tmp_path / "run")
+    assert result.progress.finished and result.progress.step == 9
+    assert "at update 9 of 9" in capsys.readouterr().err
+    after = state(checkpoints(tmp_path / "run")[-1])
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_with_other_settings_is_refused_and_the_differences_are_listed(uninterrupted):
+    folder, train, valid = uninterrupted
+    with pytest.raises(RunFolderError) as caught:
+        fit(toy_recognizer(), train, valid, quick(rate=1e-2, seed=7), folder / "run")
+    assert "rate: 0.003 then, 0.01 now" in str(caught.value) and "seed: 0 then, 7 now" in str(caught.value)
+
+
+def test_a_foreign_folder_is_refused_and_untouched_even_with_overwrite(tmp_path):
+    train = toy_rows(tmp_path / "data", 4)
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter1.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(RunFolderError):
+            fit(toy_recognizer(), train, [], QUICK, foreign, overwrite=overwrite)
+    assert (foreign / "chapter1.txt").read_text() == "years of work"
+
+
+def test_overwrite_starts_a_run_anew(tmp_path):
+    train = toy_rows(tmp_path, 4)
+    fit(toy_recognizer(), train, [], quick(epochs=1), tmp_path / "run")
+    result = fit(toy_recognizer(), train, [], quick(epochs=2), tmp_path / "run", overwrite=True)
+    assert not result.resumed and result.progress.step == 2
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
+    train = toy_rows(tmp_path, 4)
+    fit(toy_recognizer(), train, [], quick(epochs=2), tmp_path / "run")
+    newest = checkpoints(tmp_path / "run")[-1]
+    weights = newest / "optimizer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(RunFolderError, match=newest.name):
+        fit(toy_recognizer(), train, [], quick(epochs=2), tmp_path / "run")
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    fit(toy_recognizer(), toy_rows(tmp_path, 8), [], quick(epochs=3, keep=2), tmp_path / "run")
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000005", "step-00000006"]
+
+
+def test_a_checkpoint_is_a_model_folder_and_no_leftovers_stand_beside_it(tmp_path):
+    rows = toy_rows(tmp_path, 4)
+    fit(toy_recognizer(), rows, rows, quick(epochs=1), tmp_path / "run")
+    for folder in (*checkpoints(tmp_path / "run"), tmp_path / "run/best", tmp_path / "run/last"):
+        assert ser.load(folder).predict(rows[0].file)[0].emotion in ser.load(folder).emotions
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+@pytest.mark.parametrize("freeze", ["feature-encoder", "encoder"])
+def test_a_frozen_part_does_not_change(tmp_path, freeze):
+    recognizer = toy_recognizer()
+    part = recognizer.model.wav2vec2 if freeze == "encoder" else recognizer.model.wav2vec2.feature_extractor
+    before = {name: p.clone() for name, p in part.state_dict().items()}
+    heads = recognizer.model.cls_head.weight.clone()
+    fit(recognizer, toy_rows(tmp_path, 4), [], quick(epochs=2, freeze=freeze, weight_decay=0.1), tmp_path / "run")
+    assert all(torch.equal(before[name], p) for name, p in part.state_dict().items())
+    assert not torch.equal(heads, recognizer.model.cls_head.weight)
+
+
+def test_early_stopping_ends_a_run_that_does_not_improve(tmp_path):
+    rows = toy_rows(tmp_path, 8)
+    config = quick(epochs=50, rate=1e-9, early_stop=3, save_every="50ep", metric="unweighted_accuracy")
+    result = fit(toy_recognizer(), rows, rows, config, tmp_path / "run")
+    assert result.progress.finished and len(log(tmp_path / "run", "valid")) == 4
+    resumed = fit(toy_recognizer(), rows, rows, config, tmp_path / "run")
+    assert resumed.progress.step == result.progress.step
+
+
+def test_long_training_turns_are_dropped_counted_and_named_and_evaluation_drops_none(tmp_path, capsys):
+    rows = toy_rows(tmp_path, 12)
+    fit(toy_recognizer(), rows, rows, quick(epochs=1, max_seconds=0.35), tmp_path / "run")
+    said = capsys.readouterr().err
+    dropped = [row.id for row in rows if ser.load_audio(row.file).numel() > 0.35 * 16_000]
+    assert 0 < len(dropped) < 12
+    assert f"dropped {len(dropped)} training utterances over 0.35 s" in said and dropped[0] in said
+    assert log(tmp_path / "run", "valid")[0]["utterances"] == 12
+
+
+def test_training_utterances_without_a_frame_are_refused_by_name(tmp_path):
+    import numpy as np
+    import soundfile
+
+    rows = toy_rows(tmp_path, 4)
+    soundfile.write(rows[2].file, np.zeros(100), 16_000)
+    with pytest.raises(ConfigError, match=r"train2\.wav: 100 samples"):
+        fit(toy_recognizer(), rows, [], QUICK, tmp_path / "run")
+
+
+def test_transcripts_that_do_not_fit_and_unknown_characters_are_named_before_training(tmp_path, capsys):
+    manifest = write_corpus(tmp_path, 4)
+    lines = manifest.read_text().splitlines()
+    lines[1] = "train0.wav,angry,AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA?,s0"
+    manifest.write_text("\n".join(lines))
+    fit(toy_recognizer(), read_manifest(manifest), [], quick(epochs=1), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "1 transcripts do not fit their audio" in said and "train0.wav: 67 frames needed" in said
+    assert "'?' x1" in said
+    assert "1 of 4 utterances have no transcript" in said
+
+
+def test_what_evaluation_counts_is_what_a_loop_over_predictions_counts(tmp_path):
+    rows = toy_rows(tmp_path, 13, speakers=4)  # the fourth speaker is unknown to the model
+    recognizer = toy_recognizer()
+    found = evaluate(recognizer, rows, batch_seconds=1.0, keep_rows=True)
+    predictions = recognizer.predict([row.file for row in rows])
+    right = sum(p.emotion == row.emotion for p, row in zip(predictions, rows, strict=True))
+    assert found.metrics()["accuracy"] == right / 13
+    assert found.metrics()["speaker_utterances"] == sum(row.speaker != "s3" for row in rows)
+    assert [p.transcript for _, _, p in found.rows] == [p.transcript for p in predictions]
+
+
+def metrics_on_ranks(world, manifest):
+    return evaluate(toy_recognizer(), read_manifest(manifest), world=world, batch_seconds=0.6).metrics()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_evaluation_is_the_same_on_any_number_of_ranks(tmp_path, ranks):
+    manifest = write_corpus(tmp_path, 11)
+    expected = metrics_on_ranks(None, manifest)
+    for found in run_ranks(metrics_on_ranks, ranks, tmp_path, manifest):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            if name.startswith("loss"):
+                assert found[name] == pytest.approx(value, rel=1e-6), name
+            else:
+                assert found[name] == value, name
+
+
+def fit_on_ranks(world, folder, count):
+    rows = read_manifest(Path(folder) / "train.csv")[:count]
+    recognizer = toy_recognizer(
+        hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, final_dropout=0.0, layerdrop=0.0
+    )
+    fit(recognizer, rows, rows, quick(epochs=2, save_every="2ep"), Path(folder) / f"run{count}", world=world)
+    return {name: p.detach().clone() for name, p in recognizer.model.named_parameters()}
+
+
+def several_fits(world, folder):
+    return {count: fit_on_ranks(world, folder, count) for count in (1, 3, 4, 7)}
+
+
+def test_two_ranks_train_as_one_does_whatever_the_number_of_utterances(tmp_path):
+    write_corpus(tmp_path, 8)
+    first, second = run_ranks(several_fits, 2, tmp_path, str(tmp_path))
+    for count, weights in first.items():
+        assert all(torch.equal(weights[name], second[count][name]) for name in weights), f"{count}: ranks differ"
+        shutil.rmtree(tmp_path / f"run{count}")
+        alone = fit_on_ranks(None, tmp_path, count)
+        for name, value in alone.items():
+            assert (value - weights[name]).norm() <= 2e-3 * value.norm() + 1e-4, (count, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "expected"),
+    [
+        ({"effective_batch": 8, "micro_batch": 2}, 2, 8),
+        ({"effective_batch": 0, "micro_batch": 2, "accumulate": 3}, 2, 12),
+        ({"effective_batch": 0}, 1, 8),
+        ({"effective_batch": 0, "batch_seconds": 60.0}, 2, None),
+    ],
+)
+def test_the_effective_batch_follows_from_what_is_given(changes, world, expected):
+    assert quick(**({"micro_batch": 1} | changes)).resolved_effective_batch(world) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "world"),
+    [
+        ({"effective_batch": 8, "micro_batch": 3}, 1),
+        ({"effective_batch": 8, "micro_batch": 1}, 3),
+        ({"effective_batch": 8, "micro_batch": 2, "accumulate": 3}, 2),
+    ],
+)
+def test_an_indivisible_effective_batch_is_an_error(changes, world):
+    with pytest.raises(ConfigError, match="effective_batch 8"):
+        quick(**changes).resolved_effective_batch(world)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epochs": 0},
+        {"rate": -1.0},
+        {"rate": math.nan},
+        {"warmup": 1.5},
+        {"freeze": "encodr"},
+        {"heads": "emotion,asr"},
+        {"eval_every": "sometimes"},
+        {"batch_seconds": 10.0, "effective_batch": 8},
+    ],
+)
+def test_settings_out_of_range_are_refused(changes):
+    with pytest.raises(ConfigError):
+        quick(**changes)
+
+
+def test_a_metric_that_cannot_be_measured_is_refused(tmp_path):
+    rows = toy_rows(tmp_path, 4)
+    with pytest.raises(ConfigError, match="possible: wer, cer, loss"):
+        fit(toy_recognizer(heads=("ctc",)), rows, rows, quick(metric="accuracy"), tmp_path / "run")
+
+
+def test_a_head_at_weight_0_is_not_trained(tmp_path):
+    recognizer = toy_recognizer()
+    before = recognizer.model.lm_head.weight.clone()
+    fit(recognizer, toy_rows(tmp_path, 4), [], quick(epochs=1, alpha=0.0, weight_decay=0.5), tmp_path / "run")
+    assert torch.equal(before, recognizer.model.lm_head.weight)
+
+
+def test_batches_by_padded_seconds_train_every_utterance(tmp_path):
+    rows = toy_rows(tmp_path, 10)
+    config = quick(effective_batch=0, batch_seconds=1.2, epochs=2, save_every="2ep", log_every=1)
+    result = fit(toy_recognizer(), rows, [], config, tmp_path / "run")
+    assert result.progress.finished and result.progress.epoch == 2
+    assert 8 <= result.progress.step <= 14
