@@ -33,6 +33,7 @@ import sys
 import tempfile
 import wave
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -192,21 +193,17 @@ class Espeak:
         self.library.espeak_Info.restype = ctypes.c_char_p
         self.version = self.library.espeak_Info(None).decode()
         self.chunks: list[bytes] = []
-        self.interruption: BaseException | None = None
+        # Ctrl-C is raised in the main thread, mostly in the callback if that ran there, where ctypes drops it.
+        self.worker = ThreadPoolExecutor(max_workers=1)
         prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
         self.callback = prototype(self.receive)  # kept: the library holds only its address
         self.library.espeak_SetSynthCallback(self.callback)
 
     def receive(self, samples: int | None, count: int, events: int) -> int:
         """Collect a piece of sound; not 0 stops the speech."""
-        # ctypes would print and drop an exception, and Ctrl-C mostly arrives here: stop, and raise it in `say`.
-        try:
-            if samples and count > 0:
-                self.chunks.append(ctypes.string_at(samples, 2 * count))
-            return 0
-        except BaseException as error:
-            self.interruption = error
-            return 1
+        if samples and count > 0:
+            self.chunks.append(ctypes.string_at(samples, 2 * count))
+        return 0
 
     def check(self, status: int, action: str) -> None:
         """Raise what a status other than 0 means."""
@@ -224,10 +221,8 @@ class Espeak:
             self.check(self.library.espeak_SetParameter(number, value, 0), f"set {name} to {value}")
         self.chunks.clear()
         text = turn.text.encode()
-        status = self.library.espeak_Synth(text, len(text) + 1, 0, 1, 0, self.UTF8, None, None)
-        if self.interruption is not None:
-            raise self.interruption
-        self.check(status, f"say {turn.text!r}")
+        speech = self.worker.submit(self.library.espeak_Synth, text, len(text) + 1, 0, 1, 0, self.UTF8, None, None)
+        self.check(speech.result(), f"say {turn.text!r}")
         samples = np.frombuffer(b"".join(self.chunks), dtype=np.int16)
         loud = np.flatnonzero(np.abs(samples.astype(np.int32)) > 0.01 * 2**15)
         margin = self.sample_rate // 20  # 50 ms of silence stay on either side
@@ -263,6 +258,7 @@ def open_espeak(seed: int) -> Iterator[Espeak]:
         try:
             yield espeak
         finally:
+            espeak.worker.shutdown()
             espeak.library.espeak_Terminate()
 
 

@@ -154,6 +154,11 @@ def resampled_length(frames: int, sample_rate: int) -> int:
     return -(-frames * new // old)
 
 
+def _power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 def _torchaudio_resample() -> Callable[..., Tensor]:
     # A torchaudio built for another torch fails while loading its library: OSError, or worse.
     try:
@@ -175,11 +180,11 @@ def _at_16_khz(blocks: Iterable[Tensor], frames: int, sample_rate: int) -> Tenso
     """Consecutive mono blocks, `frames` samples together -> (S,). A block may be reused once taken.
 
     Each output sample is the same sum of products as if the whole were resampled at once. A window
-    of whole periods (`old` inputs, `new` outputs) slides over the input; outputs nearer than
-    `margin` periods to an edge of it lack neighbours and wait for, or were written by, the next:
+    of whole periods (`old` inputs, `new` outputs) slides over the input; outputs within `margin`
+    periods of an inner edge lack neighbours and belong to the window before or after:
 
-        input    |--margin--|------ new in this window ------|--margin--|
-        outputs  | written  |          write these           | next time|
+        input     |--margin--|------------------------|--margin--|
+        outputs   | written  |  written from here     |   next   |
     """
     new, old = _ratio(sample_rate)
     out = torch.empty(resampled_length(frames, sample_rate), dtype=torch.float32)
@@ -188,30 +193,29 @@ def _at_16_khz(blocks: Iterable[Tensor], frames: int, sample_rate: int) -> Tenso
         for block in blocks:
             out[written : written + len(block)] = block
             written += len(block)
-    else:
-        kernel = _torchaudio_resample()
-        margin = -(-_reach(new, old) // old)
-        window = torch.empty(0)
-        done = 0  # periods of the window's front that are written
-        seen = 0
-        for block in blocks:
-            seen += len(block)
-            # The trailing zeros are what the kernel would see past the end anyway; they keep
-            # torchaudio's float32 length from cutting off the last sample.
-            window = torch.cat([window, block, torch.zeros(old if seen == frames else 0)])
-            periods = len(window) // old
-            ready = periods - margin
-            stop = len(out) - written if seen == frames else (ready - done) * new
-            if stop <= 0:
-                continue
-            part = kernel(window, old, new, **_KAISER_BEST)[done * new :][:stop]
-            out[written : written + len(part)] = part
-            written += len(part)
-            if seen < frames:
-                drop = max(0, ready - margin)
-                window, done = window[drop * old :], ready - drop
-    if written != len(out):
-        raise AssertionError(f"{written} of {len(out)} samples after resampling from {sample_rate} Hz")
+        return out
+    kernel = _torchaudio_resample()
+    margin = -(-_reach(new, old) // old)  # periods
+    # A power of two of periods, in the last window too: every new length of a convolution leaves up
+    # to 2 MB behind in oneDNN's cache and a fragmented heap, without end in a data-loader worker.
+    periods = _power_of_two(max(_BLOCK_FRAMES // old, 4 * margin))
+    window = torch.zeros(min(periods, _power_of_two(-(-frames // old))) * old)
+    filled, done = 0, 0  # inputs in the window; periods at its front that need no writing
+    for block in blocks:
+        while len(block):
+            if filled == len(window):
+                part = kernel(window, old, new, **_KAISER_BEST)[done * new : (periods - margin) * new]
+                out[written : written + len(part)] = part
+                written += len(part)
+                filled, done = 2 * margin * old, margin
+                window[:filled] = window[-filled:].clone()
+            taken = min(len(block), len(window) - filled)
+            window[filled : filled + taken] = block[:taken]
+            filled += taken
+            block = block[taken:]
+    window[filled:] = 0  # as the kernel sees past the end anyway
+    window = window[: _power_of_two(-(-filled // old)) * old]
+    out[written:] = kernel(window, old, new, **_KAISER_BEST)[done * new :][: len(out) - written]
     return out
 
 

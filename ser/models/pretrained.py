@@ -16,11 +16,13 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ser.errors import ConfigError, ModelFolderError
 from ser.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
@@ -76,6 +78,11 @@ def summary(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def shorten(text: str, most: int = 500) -> str:
+    """``text``, cut where a hostile file made it long."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 # ---------------------------------------------------------------------------------------------- reading
 
 
@@ -92,9 +99,9 @@ def resolve_inside(folder: Path, name: str) -> Path:
     path = folder / name
     try:
         target = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # ValueError: a NUL in the name
         raise ModelFolderError(
-            f"{path}: cannot be read ({error.__class__.__name__}: broken or looping link?)"
+            f"{path}: cannot be read ({error.__class__.__name__}: missing, or a broken or looping link?)"
         ) from None
     home = folder.resolve()
     allowed = [home]
@@ -124,6 +131,11 @@ def read_json(folder: Path, name: str) -> dict:
     return value
 
 
+def stands_in(folder: Path, name: str) -> bool:
+    """Whether the folder has such an entry, be it a broken link: that is an error to report, not an absence."""
+    return os.path.lexists(folder / name)
+
+
 def check_folder(folder: str | Path) -> Path:
     """``folder`` as a Path, or an error that says what is there instead of a model folder."""
     folder = Path(folder)
@@ -131,7 +143,7 @@ def check_folder(folder: str | Path) -> Path:
         raise ModelFolderError(f"{folder}: there is no such folder")
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: is a file; expected a folder with config.json and model.safetensors")
-    if not (folder / "config.json").exists():
+    if not stands_in(folder, "config.json"):
         found = summary(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise ModelFolderError(f"{folder}: has no config.json, so it is not a model folder; it holds {found}")
     return folder
@@ -142,8 +154,8 @@ def read_encoder_config(folder: Path) -> tuple[Wav2Vec2Config, dict]:
     values = read_json(folder, "config.json")
     try:
         return Wav2Vec2Config.from_dict(values), values
-    except ConfigError as error:
-        raise ModelFolderError(f"{folder / 'config.json'}: {error}") from None
+    except (ConfigError, OverflowError) as error:  # OverflowError: a whole number beyond any float
+        raise ModelFolderError(f"{folder / 'config.json'}: {shorten(str(error))}") from None
 
 
 class TensorFiles:
@@ -172,15 +184,16 @@ class TensorFiles:
 
     def _files(self) -> list[Path]:
         folder = self.folder
-        if (folder / "model.safetensors").exists() or (folder / "model.safetensors").is_symlink():
+        if stands_in(folder, "model.safetensors"):
             return [resolve_inside(folder, "model.safetensors")]
         index = "model.safetensors.index.json"
-        if (folder / index).exists():
+        if stands_in(folder, index):
             weight_map = read_json(folder, index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
                 raise ModelFolderError(f"{folder / index}: has no weight_map of tensor names to file names")
             shards = sorted(set(weight_map.values()))
-            missing = [name for name in shards if Path(name).name == name and not (folder / name).exists()]
+            present = {p.name for p in folder.iterdir()}
+            missing = [name for name in shards if Path(name).name == name and name not in present]
             if missing:
                 raise ModelFolderError(f"{folder}: shards named by {index} are missing: {summary(missing)}")
             return [resolve_inside(folder, name) for name in shards]
@@ -194,18 +207,19 @@ class TensorFiles:
         raise ModelFolderError(f"{folder}: has no model.safetensors{advice}")
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors as float32, each file opened once."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.names[name][0], []).append(name)
+        """The named tensors as float32.
+
+        Copied, for safetensors only maps the file: were it cut or written over later, the process would die of
+        SIGBUS. Opened for each, which unmaps the last one, so that file and copy are not both in memory.
+        """
         tensors = {}
-        for path, wanted in by_file.items():
+        for name in names:
+            path, key = self.names[name]
             with opened(path) as file:
-                for name in wanted:
-                    tensor = file.get_tensor(self.names[name][1])
-                    if not tensor.is_floating_point():
-                        raise ModelFolderError(f"{path}: {name} holds {tensor.dtype}; expected floating point")
-                    tensors[name] = tensor.float()
+                tensor = file.get_tensor(key)
+                if not tensor.is_floating_point():
+                    raise ModelFolderError(f"{path}: {name} holds {tensor.dtype}; expected floating point")
+                tensors[name] = tensor.to(torch.float32, copy=True)
         return tensors
 
 
@@ -275,9 +289,24 @@ def fill_encoder(encoder: Wav2Vec2, files: TensorFiles, report: LoadReport) -> N
     report.unused += left
 
 
+class Unfilled(TorchFunctionMode):
+    """On the meta device, leaves out what computes the initial values of a module.
+
+    torch knows these operations there through its tracer alone, whose 900 modules take 2 s to import.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.normal_, torch.randn_like, torch.Tensor.mul, torch._weight_norm):
+            return args[0].detach()  # of the same shape
+        if func is torch.norm_except_dim:
+            values, _, dim = args
+            return values.new_empty([size if i == dim else 1 for i, size in enumerate(values.shape)])
+        return func(*args, **(kwargs or {}))
+
+
 def materialise(build: Callable[[], nn.Module]) -> nn.Module:
     """Run ``build`` on the meta device: the modules take no memory until tensors are assigned."""
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         return build()
 
 
@@ -356,6 +385,7 @@ def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None
     A crash leaves the old folder or the new one. Between the two renames that replacing a folder takes, the
     old one is at ``.<name>.old``; `recover_folder` puts it back.
     """
+    target = target.resolve()  # a link to a folder stays one
     target.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(target)
     temporary, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")

@@ -86,7 +86,7 @@ def assert_same(ours, paper):
     (loss, found), (wanted_loss, wanted) = ours, paper
     torch.testing.assert_close(loss, wanted_loss, rtol=1e-10, atol=0.0)
     whole = torch.stack([g.norm() for g in wanted.values()]).norm()
-    assert set(wanted) - set(found) == set()
+    assert set(wanted) <= set(found)
     for name, gradient in wanted.items():
         error = (found[name] - gradient).norm()
         assert error <= 1e-9 * gradient.norm() + 1e-12 * whole, f"{name}: {error:.2e} of {gradient.norm():.2e}"
@@ -122,5 +122,5 @@ def test_alpha_zero_is_the_emotion_loss_alone_and_leaves_the_ctc_head_without_gr
     ours = our_update(model, [collate([e]) for e in alone], 0.0)
     paper = paper_update(model, [[e] for e in alone], 0.0)
     assert all(not paper[1].pop(name).any() for name in ("lm_head.weight", "lm_head.bias"))
-    assert "lm_head.weight" not in ours[1] or not ours[1]["lm_head.weight"].any()
+    assert not {"lm_head.weight", "lm_head.bias"} & set(ours[1])
     assert_same(ours, paper)

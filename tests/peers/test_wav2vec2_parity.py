@@ -65,7 +65,9 @@ def assert_same_gradients(found, expected, *, relative, of_whole):
     assert whole > 0
     for name, gradient in expected.items():
         error = (found[name] - gradient).norm()
-        assert error <= relative * gradient.norm() + of_whole * whole, f"{name}: {error:.2e} of {gradient.norm():.2e}"
+        assert error <= relative * gradient.norm() + of_whole * whole, (
+            f"{name}: {error:.2e} of {gradient.norm():.2e}"
+        )
 
 
 GRADIENT_TOLERANCES = {
@@ -306,7 +308,9 @@ def test_torchaudio_gives_the_same_layers_and_gradients(styles, randomise, norm,
         from torchaudio.models import wav2vec2_model
     except (ImportError, OSError) as error:
         pytest.skip(f"torchaudio does not import: {error}")
-    config = replace(styles["base-style"], feat_extract_norm=norm, do_stable_layer_norm=pre_norm, mask_time_prob=0.0)
+    config = replace(
+        styles["base-style"], feat_extract_norm=norm, do_stable_layer_norm=pre_norm, mask_time_prob=0.0
+    )
     config = replace(config, conv_bias=norm == "layer")
     ours = randomise(Wav2Vec2(config)).to(dtype).eval()
     other = wav2vec2_model(
