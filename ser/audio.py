@@ -241,7 +241,7 @@ def resample(waveform: Tensor, sample_rate: int) -> Tensor:
             "waveform (S,) with at least one sample; as_waveform takes channels and integers"
         )
     if rate == SAMPLE_RATE:
-        return waveform.detach().to("cpu", torch.float32)
+        return waveform.to("cpu", torch.float32)
     blocks = (block.detach().to("cpu", torch.float32) for block in waveform.split(_BLOCK_FRAMES))
     return _at_16_khz(blocks, waveform.shape[0], rate)
 
@@ -366,10 +366,33 @@ def _unpack(layout: str, file: BinaryIO, name: str) -> tuple[Any, ...]:
     return struct.unpack(layout, data)
 
 
-def _wav_frames(file: BinaryIO, size: int, name: str) -> int:
+class _Sized:
+    """A WAV file that was written into a pipe, with its sizes filled in: libsndfile takes 0 as 0."""
+
+    def __init__(self, file: BinaryIO, size: int, body: int):
+        self._file = file
+        self._sizes = {4: struct.pack("<I", min(size - 8, 0xFFFFFFFF))}
+        self._sizes[body - 4] = struct.pack("<I", min(size - body, 0xFFFFFFFF))
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, count: int) -> bytes:
+        at = self.tell()
+        data = bytearray(self._file.read(count))
+        for position, field in self._sizes.items():
+            for i, byte in enumerate(field, position - at):
+                if 0 <= i < len(data):
+                    data[i] = byte
+        return bytes(data)
+
+    def write(self, data: bytes) -> int:
+        raise OSError("read only")  # soundfile asks for the method, and reading never calls it
+
+
+def _wav_frames(file: BinaryIO, size: int, name: str) -> tuple[int, _Sized | None]:
     """Frames in a WAV or RF64 file, having checked that all the sound it declares is there.
 
     libsndfile shortens its own header's figure to what the file holds, so a cut would go unseen.
+    With them, where the header leaves the sizes open, the file as libsndfile needs to see it.
     """
     file.seek(0)
     _, riff_size, _ = _unpack("<4sI4s", file, name)
@@ -404,7 +427,11 @@ def _wav_frames(file: BinaryIO, size: int, name: str) -> int:
                     f"({100 * held / declared:.1f} %); copy it again, or, if only its header is wrong, "
                     "rewrite it: ffmpeg -i INPUT OUTPUT.wav"
                 )
-            return 0 if empty else (held if stream else declared) // block_align
+            if empty:
+                return 0, None
+            if stream:
+                return held // block_align, _Sized(file, size, body)
+            return declared // block_align, None
         position = body + length + (length & 1)
     raise AudioError(f"{name}: ends before its sound begins (no data chunk): truncated or damaged; copy it again")
 
@@ -462,15 +489,12 @@ def _mp3_frame(header: bytes) -> tuple[int, int] | None:
 
 
 def _mp3_start(file: BinaryIO) -> int | None:
-    """Where the first MPEG frame begins, after an ID3v2 tag and its padding; None if there is none."""
+    """Where the first MPEG frame begins, after an ID3v2 tag; None if there is none."""
     file.seek(0)
     head = file.read(10)
     position = 0
     if head[:3] == b"ID3" and len(head) == 10:
         position = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
-    file.seek(position)
-    padding = file.read(4096)
-    position += len(padding) - len(padding.lstrip(b"\0"))
     file.seek(position)
     return position if _mp3_frame(file.read(4)) else None
 
@@ -502,19 +526,19 @@ def _mp3_frames(file: BinaryIO, position: int, size: int, name: str) -> int | No
     return frames
 
 
-def _container_frames(file: BinaryIO, size: int, name: str) -> int | None:
-    """The allow-list, from the first bytes. Frames where this file knows better than libsndfile."""
+def _container(file: BinaryIO, size: int, name: str) -> tuple[int | None, _Sized | None]:
+    """The allow-list, from the first bytes. Frames, and the file, where libsndfile needs to be told."""
     magic = file.read(12)
     if magic[:4] in (b"RIFF", b"RF64") and magic[8:] == b"WAVE":
         return _wav_frames(file, size, name)
     if magic[:4] == b"OggS":
         _check_ogg(file, size, name)
-        return None
+        return None, None
     if magic[:4] == b"fLaC":
-        return None
+        return None, None
     start = _mp3_start(file)
     if start is not None:
-        return _mp3_frames(file, start, size, name)
+        return _mp3_frames(file, start, size, name), None
     found = "MP4 or M4A" if magic[4:8] == b"ftyp" else _REFUSED_MAGIC.get(magic[:4])
     raise AudioError(f"{name}: found {found or f'an unknown format (first bytes {magic!r})'}; {_ADVICE}")
 
@@ -595,11 +619,12 @@ def _opened(
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(path.open("rb"))
-            frames = _container_frames(file, size, name)
-            os.lseek(file.fileno(), 0, os.SEEK_SET)  # file.seek(0) might only move within Python's buffer
+            frames, stream = _container(file, size, name)
+            file.seek(0)
+            os.lseek(file.fileno(), 0, os.SEEK_SET)  # file.seek may only move within Python's buffer
             # By descriptor: the file that was checked, and without a name whose extension libsndfile
             # would take for a format.
-            sound = stack.enter_context(soundfile.SoundFile(file.fileno(), closefd=False))
+            sound = stack.enter_context(soundfile.SoundFile(stream or file.fileno(), closefd=False))
         except OSError as error:
             raise AudioError(f"{name}: cannot be read: {error.strerror or error}") from error
         except RuntimeError as error:  # every error of libsndfile

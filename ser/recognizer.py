@@ -10,13 +10,13 @@ folder that training wrote is all that inference needs, and nothing else decides
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +28,7 @@ from ser.data.manifest import Utterance
 from ser.data.sampler import evaluation_batches
 from ser.data.text import ORTHOGRAPHIES, Vocabulary
 from ser.errors import AudioError, ConfigError, ModelFolderError, SerError
-from ser.models.heads import new_linear
+from ser.models.heads import POOLINGS, new_linear
 from ser.models.multitask import HEADS, HeadsConfig, MultiTaskModel, Outputs
 from ser.models.pretrained import (
     LoadReport,
@@ -40,6 +40,8 @@ from ser.models.pretrained import (
     read_encoder_config,
     read_json,
     resolve_inside,
+    shorten,
+    stands_in,
     write_folder_atomically,
     write_json,
     write_tensors,
@@ -49,9 +51,9 @@ from ser.models.wav2vec2 import Wav2Vec2Config
 FORMAT = 1  # of the "ser" part of config.json
 MAX_SECONDS = 120.0  # attention's memory grows with the square of the length
 BATCH_SECONDS = 64.0  # padded seconds per forward pass in inference
-WINDOW = 2048  # recordings that are sorted by length together
+WINDOW = 512  # recordings that are sorted by length together; results come at least so often
 
-Input = str | Path | Utterance | Any  # a path, a manifest row, or samples as an array or tensor
+Input = str | Path | Utterance | np.ndarray | Tensor  # a path, a manifest row, or samples
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,9 @@ class Recognizer:
             raise ConfigError(
                 f"labels and heads disagree: (emotions, symbols, speakers) are {found}, the heads have {expected}"
             )
+        for kind, names in (("emotions", self.emotions), ("speakers", self.speakers)):
+            if len(set(names)) < len(names):
+                raise ConfigError(f"{kind} {shorten(repr(names))} name a class twice")
 
     # ------------------------------------------------------------------------------------ making one
 
@@ -139,9 +144,13 @@ class Recognizer:
             "tags": tags,
         }
         if not Path(init).is_dir():
+            try:
+                config = Wav2Vec2Config.named(str(init))
+            except ConfigError as error:
+                raise ConfigError(f"{init}: there is no such model folder, and {error}") from None
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = MultiTaskModel(Wav2Vec2Config.named(str(init)), sizes)
+                model = MultiTaskModel(config, sizes)
             new = [name for name in model.state_dict() if not name.startswith("wav2vec2.")]
             return cls(model, **options), LoadReport(Path(init), new=new)
 
@@ -151,7 +160,6 @@ class Recognizer:
         files = TensorFiles(folder)
         model = build(config, sizes)
         report = LoadReport(folder)
-        fill_encoder(model.wav2vec2, files, report)
         same = {
             "emotion": own["emotions"] == list(emotions) and own["pooling"] == pooling,
             "ctc": own["vocabulary"] is not None and vocabulary == own["vocabulary"],
@@ -159,6 +167,7 @@ class Recognizer:
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            fill_encoder(model.wav2vec2, files, report)
             for name in model.heads:
                 head = model.head(name)
                 assert head is not None
@@ -177,10 +186,9 @@ class Recognizer:
         folder = check_folder(folder)
         config, values = read_encoder_config(folder)
         own = read_labels(folder, values)
-        vocabulary = own["vocabulary"]
         files = TensorFiles(folder)
         heads = [name for name in HEADS if f"{HEADS[name]}.weight" in files.shapes]
-        labels = {"emotion": own["emotions"], "ctc": vocabulary, "speaker": own["speakers"]}
+        labels: dict[str, Any] = {"emotion": own["emotions"], "ctc": own["vocabulary"], "speaker": own["speakers"]}
         if not heads:
             raise ModelFolderError(
                 f"{folder}: holds an encoder without heads, which recognises nothing; "
@@ -194,27 +202,31 @@ class Recognizer:
                     "speaker": "ser.speakers in config.json",
                 }
                 raise ModelFolderError(f"{folder}: has {HEADS[name]} but no names for its classes ({where[name]})")
-        sizes = HeadsConfig(
-            num_emotions=len(own["emotions"]) if "emotion" in heads else 0,
-            vocab_size=len(vocabulary) if "ctc" in heads else 0,
-            num_speakers=len(own["speakers"]) if "speaker" in heads else 0,
-            pooling=own["pooling"],
-        )
-        model = build(config, sizes)
+        labels |= {name: () for name in HEADS if name not in heads}
+        try:
+            sizes = HeadsConfig(
+                num_emotions=len(labels["emotion"]),
+                vocab_size=len(labels["ctc"]),
+                num_speakers=len(labels["speaker"]),
+                pooling=own["pooling"],
+            )
+            recognizer = cls(
+                build(config, sizes),
+                emotions=labels["emotion"],
+                speakers=labels["speaker"],
+                vocabulary=labels["ctc"] or None,
+                orthography=own["orthography"],
+                tags=own["tags"],
+                do_normalize=own["do_normalize"],
+            )
+        except ConfigError as error:
+            raise ModelFolderError(f"{folder / 'config.json'}: {shorten(str(error))}") from None
         report = LoadReport(folder)
-        fill_encoder(model.wav2vec2, files, report)
+        fill_encoder(recognizer.model.wav2vec2, files, report)
         for name in heads:
-            fill(getattr(model, HEADS[name]), files, report, prefix=f"{HEADS[name]}.")
-        model.eval().to(device)
-        return cls(
-            model,
-            emotions=own["emotions"] if "emotion" in heads else (),
-            speakers=own["speakers"] if "speaker" in heads else (),
-            vocabulary=vocabulary if "ctc" in heads else None,
-            orthography=own["orthography"],
-            tags=own["tags"],
-            do_normalize=own["do_normalize"],
-        )
+            fill(getattr(recognizer.model, HEADS[name]), files, report, prefix=f"{HEADS[name]}.")
+        recognizer.model.eval().to(device)
+        return recognizer
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder: complete or not at all, replacing what stood there.
@@ -222,10 +234,13 @@ class Recognizer:
         `transformers` loads the encoder from it with Wav2Vec2Model and the CTC head with Wav2Vec2ForCTC.
         """
         folder = Path(folder)
-        if folder.exists() and not (
-            folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())
-        ):
-            raise ModelFolderError(f"{folder}: exists and is not a model folder; it is not replaced")
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            try:
+                ours = read_json(check_folder(folder), "config.json").get("model_type") == "wav2vec2"
+            except ModelFolderError:
+                ours = False
+            if not ours:
+                raise ModelFolderError(f"{folder}: exists and is not a model folder; it is not replaced")
         write_folder_atomically(folder, self.write_files)
 
     def write_files(self, folder: Path) -> None:
@@ -266,7 +281,13 @@ class Recognizer:
         )
         if self.vocabulary is not None:
             self.vocabulary.write(folder / "vocab.json")
-            special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+            tokens = self.vocabulary.tokens
+            special: dict[str, str | None] = {
+                "pad_token": tokens[self.vocabulary.blank],
+                "unk_token": None if self.vocabulary.unknown is None else tokens[self.vocabulary.unknown],
+                "bos_token": "<s>" if "<s>" in tokens else None,
+                "eos_token": "</s>" if "</s>" in tokens else None,
+            }
             delimiter = {"word_delimiter_token": self.vocabulary.word_delimiter}
             tokenizer = {"tokenizer_class": "Wav2Vec2CTCTokenizer", "do_lower_case": False} | special | delimiter
             write_json(folder / "tokenizer_config.json", tokenizer)
@@ -303,7 +324,7 @@ class Recognizer:
         Raises:
             AudioError: a recording cannot be read, or is too long. `stream` goes on instead.
         """
-        if isinstance(inputs, str | Path | Utterance) or hasattr(inputs, "shape"):
+        if isinstance(inputs, str | Path | Utterance | np.ndarray | Tensor):
             inputs = [inputs]
         results = []
         for result in self.stream(inputs, sampling_rate, workers=workers, max_seconds=max_seconds):
@@ -321,42 +342,31 @@ class Recognizer:
         max_seconds: float = MAX_SECONDS,
     ) -> Iterator[Prediction | SerError]:
         """As `predict`, but lazily and in bounded memory; a bad recording gives its error and the rest go on."""
-        inputs = iter(inputs)
-        while window := list(islice(inputs, WINDOW)):
-            yield from self._predict_window(Recordings(self, window, sampling_rate, max_seconds), workers)
-
-    def _predict_window(self, recordings: Recordings, workers: int) -> list[Prediction | SerError]:
-        results: dict[int, Prediction | SerError] = dict(recordings.errors)
-        good = [i for i in range(len(recordings)) if i not in results]
-        # By length into batches, so that little is padded.
-        lengths = [recordings.lengths[i] for i in good]
-        plan = evaluation_batches(lengths, batch_samples=int(BATCH_SECONDS * SAMPLE_RATE))
-        batches = [[good[i] for i, _ in batch] for batch in plan]
+        if not max_seconds > 0:
+            raise ConfigError(f"max_seconds is {max_seconds!r}; expected a number above 0")
+        recordings = (find_recording(i, item, sampling_rate, max_seconds) for i, item in enumerate(inputs))
         loader = DataLoader(
-            recordings,
-            batch_sampler=batches,
-            num_workers=min(workers, len(batches)),
-            collate_fn=list,
+            Decoder(),
+            batch_sampler=plan_batches(recordings),  # of recordings, not of numbers
+            num_workers=workers,
+            collate_fn=pack,
         )
+        # Batches come by length, results go out in the order of the inputs.
+        waiting: dict[int, Prediction | SerError] = {}
+        position = 0
         for batch in loader:
-            loaded = []
-            for index, waveform in batch:
-                if isinstance(waveform, SerError):
-                    results[index] = waveform
-                else:
-                    loaded.append((index, waveform))
-            if loaded:
-                predictions = self.predict_waveforms([waveform for _, waveform in loaded])
-                for (index, waveform), prediction in zip(loaded, predictions, strict=True):
-                    seconds = len(waveform) / SAMPLE_RATE
-                    results[index] = replace(prediction, file=recordings.name(index), seconds=seconds)
-        return [results[i] for i in range(len(recordings))]
+            waiting.update(batch.errors)
+            if batch.recordings:
+                predictions = self.predict_waveforms(batch.samples.split(batch.lengths))
+                for (index, file), prediction in zip(batch.recordings, predictions, strict=True):
+                    waiting[index] = replace(prediction, file=file)
+            while position in waiting:
+                yield waiting.pop(position)
+                position += 1
 
     @torch.inference_mode()
     def predict_waveforms(self, waveforms: Sequence[Tensor]) -> list[Prediction]:
         """Recognise one batch of (S,) float waveforms at 16 kHz, in one forward pass."""
-        was_training = self.model.training
-        self.model.eval()
         minimum = self.model.config.min_samples
         prepared, warnings = [], []
         for waveform in waveforms:
@@ -366,8 +376,12 @@ class Recognizer:
                 f"{len(x)} samples are shorter than one frame; padded with silence to {minimum}" if short else None
             )
             prepared.append(F.pad(x, (0, minimum - len(x))) if short else x)
-        outputs = self.model(pad(prepared).to(self.device), torch.tensor([len(x) for x in prepared]))
-        self.model.train(was_training)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            outputs = self.model(pad(prepared).to(self.device), torch.tensor([len(x) for x in prepared]))
+        finally:
+            self.model.train(was_training)
         return [
             replace(prediction, seconds=len(waveform) / SAMPLE_RATE, warning=warning)
             for prediction, waveform, warning in zip(self.decode(outputs), waveforms, warnings, strict=True)
@@ -395,63 +409,109 @@ class Recognizer:
         return predictions
 
 
-class Recordings(Dataset[tuple[int, Tensor | SerError]]):
-    """Inputs of one window: headers read and checked now, samples on demand (in a worker perhaps)."""
+@dataclass(frozen=True)
+class Recording:
+    """One input: its place, where its sound is, and its length from the header, or why it cannot be read."""
 
-    def __init__(
-        self, recognizer: Recognizer, inputs: Sequence[Input], sampling_rate: int | None, max_seconds: float
-    ) -> None:
-        self.inputs, self.sampling_rate, self.max_seconds = inputs, sampling_rate, max_seconds
-        self.lengths: dict[int, int] = {}
-        self.errors: dict[int, SerError] = {}
-        for index in range(len(inputs)):
-            try:
-                self.lengths[index] = self._length(index)
-            except SerError as error:
-                self.errors[index] = error
+    index: int
+    file: str | None = None  # None for samples that were passed in memory
+    start: float | None = None  # of an excerpt, in seconds
+    end: float | None = None
+    samples: np.ndarray | None = None  # (S,) float32 at 16 kHz; numpy, for tensors cost a worker a descriptor each
+    num_samples: int = 0  # S
+    max_seconds: float = MAX_SECONDS
+    error: SerError | None = None
 
-    def _excerpt(self, index: int) -> tuple[Path, float | None, float | None] | None:
-        item = self.inputs[index]
-        if isinstance(item, Utterance):
-            return item.file, item.start, item.end
-        return (Path(item), None, None) if isinstance(item, str | Path) else None
 
-    def _length(self, index: int) -> int:
-        excerpt = self._excerpt(index)
-        if excerpt is None:
-            if self.sampling_rate is None:
-                raise AudioError(f"input {index} is an array: pass sampling_rate, in Hz, with it")
-            samples = len(as_waveform(self.inputs[index], self.sampling_rate))
-            seconds, name = samples / SAMPLE_RATE, f"input {index}"
-        else:
-            info = audio_info(excerpt[0], start=excerpt[1], end=excerpt[2], max_seconds=float("inf"))
-            samples, seconds, name = info.num_samples, info.seconds, str(excerpt[0])
-        if seconds > self.max_seconds:
+def find_recording(index: int, item: Input, sampling_rate: int | None, max_seconds: float) -> Recording:
+    """Look at an input without decoding it: its header, or the samples that were passed."""
+    recording = Recording(index, max_seconds=max_seconds)
+    name = f"input {index}"
+    try:
+        if isinstance(item, str | Path | Utterance):
+            if isinstance(item, Utterance):
+                name = str(item.file)
+                recording = replace(recording, file=name, start=item.start, end=item.end)
+            else:
+                name = str(item)
+                recording = replace(recording, file=name)
+            info = audio_info(name, start=recording.start, end=recording.end, max_seconds=float("inf"))
+            recording, seconds = replace(recording, num_samples=info.num_samples), info.seconds
+        elif not isinstance(item, np.ndarray | Tensor):
             raise AudioError(
-                f"{name}: lasts {seconds:.1f} s; at most {self.max_seconds:g} s are recognised at once. "
-                "Cut it into utterances (one emotion is given for the whole), or raise the limit"
+                f"{name} is of type {type(item).__name__}; expected a path, a manifest row, or samples as a numpy "
+                "array or torch tensor"
             )
-        return samples
+        elif sampling_rate is None:
+            raise AudioError(f"{name} is an array: pass sampling_rate, in Hz, with it")
+        else:
+            try:
+                samples = as_waveform(item, sampling_rate).numpy()
+            except AudioError as error:
+                raise AudioError(f"{name}: {error}") from None
+            recording, seconds = (
+                replace(recording, samples=samples, num_samples=len(samples)),
+                len(samples) / SAMPLE_RATE,
+            )
+        if seconds > max_seconds:
+            raise AudioError(
+                f"{name}: lasts {seconds:.1f} s; at most {max_seconds:g} s are recognised at once. "
+                "Cut it into utterances (one emotion is given for the whole), or raise max_seconds"
+            )
+    except SerError as error:
+        return replace(recording, samples=None, error=error)
+    return recording
 
-    def name(self, index: int) -> str | None:
-        """Path of a file, None for an array."""
-        excerpt = self._excerpt(index)
-        return None if excerpt is None else str(excerpt[0])
 
-    def __len__(self) -> int:
-        return len(self.inputs)
+def plan_batches(recordings: Iterable[Recording]) -> Iterator[list[Recording]]:
+    """Batches of like length, so that little is padded; recordings with errors in batches of their own."""
+    recordings = iter(recordings)
+    while window := list(islice(recordings, WINDOW)):
+        good = [r for r in window if r.error is None]
+        if len(good) < len(window):
+            yield [r for r in window if r.error is not None]
+        lengths = [r.num_samples for r in good]
+        for batch in evaluation_batches(lengths, batch_samples=int(BATCH_SECONDS * SAMPLE_RATE)):
+            yield [good[i] for i, _ in batch]
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | SerError]:
+
+class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):
+    """Reads the sound of recordings, in a worker process perhaps; the batch sampler brings the recordings."""
+
+    def __getitem__(self, recording: Recording) -> tuple[Recording, Tensor | SerError]:
+        if recording.error is not None:
+            return recording, recording.error
+        if recording.samples is not None:
+            return recording, torch.from_numpy(recording.samples)
+        assert recording.file is not None
         try:
-            excerpt = self._excerpt(index)
-            if excerpt is None:
-                assert self.sampling_rate is not None
-                return index, as_waveform(self.inputs[index], self.sampling_rate)
-            return index, load_audio(
-                excerpt[0], start=excerpt[1], end=excerpt[2], max_seconds=self.max_seconds + 1
+            # A second more than the limit, which was checked at the file's own rate: lengths are rounded.
+            limit = recording.max_seconds + 1
+            return recording, load_audio(
+                recording.file, start=recording.start, end=recording.end, max_seconds=limit
             )
         except SerError as error:
-            return index, error
+            return recording, error
+
+
+class Packed(NamedTuple):
+    """A decoded batch. One tensor for all, since each costs a worker a file descriptor."""
+
+    recordings: list[tuple[int, str | None]]  # (index, file) of those that could be read
+    lengths: list[int]
+    samples: Tensor  # (sum of lengths,)
+    errors: dict[int, SerError]  # by index
+
+
+def pack(items: list[tuple[Recording, Tensor | SerError]]) -> Packed:
+    """One after the other, without padding."""
+    good = [(r, found) for r, found in items if isinstance(found, Tensor)]
+    return Packed(
+        [(r.index, r.file) for r, _ in good],
+        [len(waveform) for _, waveform in good],
+        torch.cat([waveform for _, waveform in good]) if good else torch.empty(0),
+        {r.index: found for r, found in items if isinstance(found, SerError)},
+    )
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Recognizer:
@@ -479,52 +539,52 @@ def build(config: Wav2Vec2Config, sizes: HeadsConfig) -> MultiTaskModel:
 
 def read_labels(folder: Path, values: dict) -> dict[str, Any]:
     """What a folder says besides tensors: labels, vocabulary, preprocessing. ``values`` is its config.json."""
+    path = folder / "config.json"
     own = values.get("ser", {})
     if not isinstance(own, dict):
-        raise ModelFolderError(f"{folder / 'config.json'}: ser is {own!r}; expected an object")
+        raise ModelFolderError(f"{path}: ser is {shorten(repr(own))}; expected an object")
     if own.get("format", FORMAT) != FORMAT:
         raise ModelFolderError(
-            f"{folder / 'config.json'}: ser.format is {own['format']!r}, this version reads {FORMAT}; update ser"
+            f"{path}: ser.format is {shorten(repr(own['format']))}, this version reads {FORMAT}; update ser"
         )
     id2label = values.get("id2label", {})
     numbers = [str(i) for i in range(len(id2label))] if isinstance(id2label, dict) else None
     if numbers is None or set(id2label) != set(numbers) or not all(isinstance(v, str) for v in id2label.values()):
-        raise ModelFolderError(
-            f'{folder / "config.json"}: id2label needs names for "0" to "K-1"; found {id2label!r}'
-        )
+        raise ModelFolderError(f'{path}: id2label needs names for "0" to "K-1"; found {shorten(repr(id2label))}')
     speakers = own.get("speakers", [])
     if not isinstance(speakers, list) or not all(isinstance(s, str) for s in speakers):
-        raise ModelFolderError(f"{folder / 'config.json'}: ser.speakers needs a list of names")
-    pooling, tags = own.get("pooling", "mean"), own.get("tags", "remove")
-    orthography = own.get("orthography", "librispeech")
-    if orthography not in ORTHOGRAPHIES:
-        raise ModelFolderError(
-            f"{folder / 'config.json'}: orthography {orthography!r} is unknown; there are {', '.join(ORTHOGRAPHIES)}"
-        )
+        raise ModelFolderError(f"{path}: ser.speakers needs a list of names")
+    choices = {}
+    for name, default, known in (
+        ("pooling", "mean", [*POOLINGS]),
+        ("orthography", "librispeech", [*ORTHOGRAPHIES]),
+        ("tags", "remove", ["remove", "keep-letters"]),
+    ):
+        choices[name] = own.get(name, default)
+        if choices[name] not in known:  # lists, for what stands there may be unhashable
+            raise ModelFolderError(
+                f"{path}: ser.{name} is {shorten(repr(choices[name]))}; expected one of {', '.join(known)}"
+            )
     do_normalize = True
-    if (folder / "preprocessor_config.json").exists():
+    if stands_in(folder, "preprocessor_config.json"):
+        path = folder / "preprocessor_config.json"
         preprocessor = read_json(folder, "preprocessor_config.json")
         rate = preprocessor.get("sampling_rate", SAMPLE_RATE)
         if rate != SAMPLE_RATE:
+            raise ModelFolderError(f"{path}: sampling_rate is {shorten(repr(rate))}; supported: {SAMPLE_RATE}")
+        do_normalize = preprocessor.get("do_normalize", True)
+        if not isinstance(do_normalize, bool):
             raise ModelFolderError(
-                f"{folder / 'preprocessor_config.json'}: sampling_rate is {rate!r}; supported: {SAMPLE_RATE}"
+                f"{path}: do_normalize is {shorten(repr(do_normalize))}; expected true or false"
             )
-        do_normalize = bool(preprocessor.get("do_normalize", True))
     vocabulary = None
-    if (folder / "vocab.json").exists():
-        delimiter = ORTHOGRAPHIES[orthography].word_delimiter
+    if stands_in(folder, "vocab.json"):
+        delimiter = ORTHOGRAPHIES[choices["orthography"]].word_delimiter
         vocabulary = Vocabulary.read(resolve_inside(folder, "vocab.json"), word_delimiter=delimiter)
     return {
         "emotions": [id2label[n] for n in numbers],
         "speakers": speakers,
         "vocabulary": vocabulary,
-        "pooling": pooling,
-        "orthography": orthography,
-        "tags": tags,
+        **choices,
         "do_normalize": do_normalize,
     }
-
-
-def to_json(prediction: Prediction) -> str:
-    """One line of JSON."""
-    return json.dumps(prediction.to_dict(), ensure_ascii=False)

@@ -208,7 +208,7 @@ def test_a_written_vocabulary_has_the_mode_of_any_file_and_leaves_nothing_beside
 
 
 def test_a_vocabulary_that_cannot_be_written_says_so(tmp_path):
-    with pytest.raises(TextError, match="missing/vocab.json: cannot write the vocabulary: No such file"):
+    with pytest.raises(TextError, match=r"missing/vocab\.json: cannot write the vocabulary: No such file"):
         english.write(tmp_path / "missing" / "vocab.json")
 
 

@@ -10,6 +10,7 @@ required; `emotion`, `text`, `speaker`, `id`, `start` and `end` (seconds) are ou
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import os
@@ -364,17 +365,23 @@ def _utterance(cells: dict[str, str | None], folder: Path, found: list[str]) -> 
     start, end = (_seconds(part, full.pop(part, None), found) for part in ("start", "end"))
     if end is not None and end <= (start or 0.0):
         found.append(f"end {end} is not after start {start or 0.0}")
-    emotion, speaker = full.pop("emotion", None), full.pop("speaker", None)
+    emotion, speaker = (_label(full.pop(kind, None)) for kind in ("emotion", "speaker"))
     return Utterance(
         id=full.pop("id", None) or name + _excerpt(start, end),
         file=folder / name,
-        emotion=None if emotion is None else nfc(emotion.strip()),
+        emotion=emotion,
         text=full.pop("text", None),
-        speaker=None if speaker is None else nfc(speaker.strip()),
+        speaker=speaker,
         start=start,
         end=end,
-        extra=full,
+        extra=dict(full),  # a copy is as small as what is left
     )
+
+
+@functools.lru_cache
+def _label(cell: str | None) -> str | None:
+    """A name as it is compared. Cached, since a million rows share few names: one string serves them all."""
+    return None if cell is None else nfc(cell.strip())
 
 
 def _seconds(name: str, cell: str | None, found: list[str]) -> float | None:

@@ -125,7 +125,7 @@ class MultiTaskModel(nn.Module):
         hidden = self.dropout(hidden)
         emotion = speaker = None
         if self.cls_head is not None or self.speaker_head is not None:
-            pooled = pool(hidden, num_frames, self.heads_config.pooling)
+            pooled = pool(hidden, num_frames, self.heads_config.pooling).to(hidden.dtype)
             emotion = self.cls_head(pooled) if self.cls_head is not None else None
             speaker = self.speaker_head(pooled) if self.speaker_head is not None else None
         ctc = self.lm_head(hidden) if self.lm_head is not None else None

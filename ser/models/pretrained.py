@@ -296,6 +296,8 @@ class Unfilled(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return None  # initialises in place, and nobody looks at what it returns
         if func in (torch.Tensor.normal_, torch.randn_like, torch.Tensor.mul, torch._weight_norm):
             return args[0].detach()  # of the same shape
         if func is torch.norm_except_dim:

@@ -121,6 +121,7 @@ def open_run(run: Path, settings: dict[str, Any], *, overwrite: bool) -> Path | 
     """
     if run.exists() and not run.is_dir():
         raise RunFolderError(f"{run}: is a file; a run needs a folder")
+    settings = json.loads(json.dumps(settings))  # as it will be read again: lists for tuples
     occupied = run.is_dir() and any(run.iterdir())
     if occupied and overwrite:
         if not (run / "config.json").is_file() or not (run / "checkpoints").is_dir():

@@ -1,0 +1,299 @@
+"""Recognise emotion, transcript and speaker in recordings.
+
+Files, whole folders and manifests, in one table:
+
+    python examples/infer.py speech.wav recordings/ test.csv --model runs/demo/best
+
+A million files with eight decoding processes on a GPU, one JSON object per line:
+
+    python examples/infer.py recordings/ --model runs/demo/best --format jsonl --output predictions.jsonl \\
+        --device cuda --workers 8
+
+The predictions file of Cai et al. (INTERSPEECH 2021), for their fold of IEMOCAP:
+
+    python examples/infer.py iemocap_01F.test.csv --root IEMOCAP_full_release --model runs/01F/best --format paper
+
+A folder stands for all recordings in it, at any depth and in sorted order, by suffix (.wav, .flac, .ogg, .mp3);
+hidden files and folders are left out. A file that is named itself is read whatever its suffix is. Results come in
+the order of the inputs. A recording that cannot be read is reported, and stands with its error in json, jsonl and
+csv, while the others go on.
+
+Exit status: 0 if all were recognised, 1 if some could not be read, 2 if nothing was written (no model, no input).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ser.data.manifest import PAPER_EMOTIONS, Utterance, parse_columns, read_manifest
+from ser.data.text import replace_file
+from ser.errors import ConfigError, SerError
+from ser.recognizer import MAX_SECONDS, Prediction, Recognizer
+
+RECORDINGS = (".wav", ".flac", ".ogg", ".mp3")
+MANIFESTS = (".csv", ".tsv", ".jsonl")
+
+
+def parse_arguments() -> argparse.Namespace:
+    description, _, usage = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT",
+                        help="recording, folder, or manifest (.csv, .tsv, .jsonl)")  # fmt: skip
+    parser.add_argument("--model", type=Path, required=True, help="model folder, such as runs/demo/best")
+    parser.add_argument("--format", choices=sorted(FORMATS), default="table",
+                        help="table fits the terminal and cuts what is long; csv, json and jsonl hold everything; "
+                        "paper: name, seconds, class, probabilities, the four classes of the paper numbered as "
+                        "there and others as in the model (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, help="file to write, whole or not at all (default: standard output)"
+    )
+    parser.add_argument("--device", type=usable_device, default="auto",
+                        help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")  # fmt: skip
+    parser.add_argument("--workers", type=int, choices=range(65), default=0, metavar="N",
+                        help="processes that decode audio (default: %(default)s, this one does)")  # fmt: skip
+    parser.add_argument("--max-seconds", type=float, default=MAX_SECONDS,
+                        help="refuse what is longer; memory grows with the square (default: %(default)g)")  # fmt: skip
+    parser.add_argument("--root", type=Path, help="folder that a manifest's files are relative to")
+    parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as file=path")
+    return parser.parse_args()
+
+
+def usable_device(name: str) -> torch.device:
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {reason}") from None
+
+
+# ----------------------------------------------------------------------------------------------------- inputs
+
+
+def find_inputs(arguments: argparse.Namespace) -> list[str | Utterance]:
+    columns = parse_columns(arguments.columns)
+    found: list[str | Utterance] = []
+    for path in arguments.inputs:
+        if path.is_dir():
+            found += recordings_in(path)
+        elif path.suffix.lower() in MANIFESTS:
+            # A missing recording is reported in its place, like one that is damaged.
+            found += read_manifest(path, root=arguments.root, columns=columns, check_files=False)
+        else:
+            found.append(str(path))
+    if not found:
+        folders = ", ".join(map(str, arguments.inputs))
+        raise ConfigError(f"{folders}: no recordings found; a folder's are those in {', '.join(RECORDINGS)}")
+    return found
+
+
+def recordings_in(folder: Path) -> list[str]:
+    def stop(error: OSError) -> None:
+        raise ConfigError(f"{error.filename}: cannot be listed: {error.strerror}")
+
+    found = []
+    for where, folders, files in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            os.path.join(where, name)  # noqa: PTH118 (a million Path objects are a gigabyte)
+            for name in files
+            if name.lower().endswith(RECORDINGS) and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+# ---------------------------------------------------------------------------------------------------- formats
+
+# A format is a generator of text: it takes results, each a record of plain data, and gives what to write.
+Record = dict[str, Any]
+
+
+def as_record(source: str | Utterance, result: Prediction | SerError) -> Record:
+    """The same keys for every recording, None where there is nothing to say."""
+    row = source if isinstance(source, Utterance) else None
+    record: Record = {
+        "file": str(row.file) if row else source,
+        "id": row.id if row else None,
+        "start": row.start if row else None,
+        "end": row.end if row else None,
+    }
+    if isinstance(result, SerError):
+        nothing = Prediction(file=None, seconds=0.0).to_dict()
+        return {**dict.fromkeys(nothing), **record, "error": str(result)}
+    return {**result.to_dict(), **record, "error": None}
+
+
+def json_list(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
+    before = "[\n"
+    for record in records:
+        yield before + json.dumps(record, ensure_ascii=False)
+        before = ",\n"
+    yield "\n]\n"
+
+
+def json_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
+    for record in records:
+        yield json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def comma_separated(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
+    first = ["file", "id", "start", "end", "seconds", "emotion"]
+    last = ["transcript", "speaker", "speaker_probability", "warning", "error"]
+
+    def line(cells: list) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(cells)
+        return text.getvalue()
+
+    yield line([*first, *(f"p_{name}" for name in recognizer.emotions), *last])
+    for record in records:
+        shares = record["probabilities"] or {}
+        yield line(
+            [record[c] for c in first] + [shares.get(e) for e in recognizer.emotions] + [record[c] for c in last]
+        )
+
+
+def paper_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
+    """As their run_emotion.py --do_predict: ``NAME SECONDS CLASS  P0 P1 P2 P3``. It has no place for errors."""
+    names = list(PAPER_EMOTIONS.values())
+    if set(names) != set(recognizer.emotions):
+        names = recognizer.emotions
+    if not names:
+        raise ConfigError("the model has no emotion head, and the paper's format is about nothing else")
+    for record in records:
+        if record["error"] is None:
+            shares = " ".join(str(record["probabilities"][name]) for name in names)
+            number = names.index(record["emotion"])
+            yield f"{os.path.basename(record['file'])} {record['seconds']} {number}  {shares}\n"  # noqa: PTH119
+
+
+def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
+    total = shutil.get_terminal_size((120, 24)).columns
+    emotion = max([len("emotion"), *(len(name) + 5 for name in recognizer.emotions)])
+    speaker = max([len("speaker"), *map(len, recognizer.speakers)])
+    fixed = {"seconds": 7, "emotion": min(emotion, 20), "speaker": min(speaker, 20)}
+    heads = {"emotion": recognizer.emotions, "transcript": recognizer.vocabulary, "speaker": recognizer.speakers}
+    columns = ["file", "seconds", *(name for name, there in heads.items() if there)]
+    rest = max(20, total - 1 - sum(fixed.get(c, 0) for c in columns) - 2 * (len(columns) - 1))
+    file = min(40, rest // 3) if "transcript" in columns else rest
+    widths = {**fixed, "file": file, "transcript": rest - file}
+
+    def line(cells: dict[str, str]) -> str:
+        texts = (fit(cells[c], widths[c], keep_end=c == "file", right=c == "seconds") for c in columns)
+        return "  ".join(texts).rstrip() + "\n"
+
+    yield line({name: name for name in columns})
+    for record in records:
+        if record["error"] is not None:
+            name = fit(record["id"] or record["file"], file, keep_end=True)
+            yield f"{name}  {fit('error: ' + record['error'], total - file - 3)}".rstrip() + "\n"
+            continue
+        share = (record["probabilities"] or {}).get(record["emotion"], 0.0)
+        cells = {
+            "file": record["id"] or record["file"],
+            "seconds": f"{record['seconds']:.2f}",
+            "emotion": f"{record['emotion']} {share:.2f}",
+            "transcript": record["transcript"] or "",
+            "speaker": record["speaker"] or "",
+        }
+        yield line(cells)
+
+
+def fit(text: str, width: int, *, keep_end: bool = False, right: bool = False) -> str:
+    """``text`` in exactly ``width`` characters, with an ellipsis where it is cut."""
+    text = printable(text)
+    if len(text) > width:
+        text = "…" + text[len(text) - width + 1 :] if keep_end else text[: width - 1] + "…"
+    return text.rjust(width) if right else text.ljust(width)
+
+
+def printable(text: str) -> str:
+    """Without what would command a terminal: names of files are foreign."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+Format = Callable[[Iterator[Record], Recognizer], Iterator[str]]
+FORMATS: dict[str, Format] = {
+    "table": table,
+    "json": json_list,
+    "jsonl": json_lines,
+    "csv": comma_separated,
+    "paper": paper_lines,
+}
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    inputs = find_inputs(arguments)
+    if arguments.output is not None and (arguments.output.is_dir() or not arguments.output.parent.is_dir()):
+        raise ConfigError(f"{arguments.output}: is a folder, or would stand in one that does not exist")
+    recognizer = Recognizer.load(arguments.model, device=arguments.device)
+    results = recognizer.stream(inputs, workers=arguments.workers, max_seconds=arguments.max_seconds)
+    to_terminal = arguments.output is None and sys.stdout.isatty()
+    bar = tqdm(total=len(inputs), unit="file", disable=to_terminal or not sys.stderr.isatty())
+    failed = 0
+
+    def records() -> Iterator[Record]:
+        nonlocal failed
+        for source, result in zip(inputs, results, strict=True):
+            record = as_record(source, result)
+            failed += record["error"] is not None
+            if record["error"] is not None:
+                bar.write(f"error: {printable(record['error'])}", file=sys.stderr)
+            elif record["warning"] is not None:
+                bar.write(f"warning: {printable(record['file'])}: {record['warning']}", file=sys.stderr)
+            bar.update()
+            yield record
+
+    with bar, opened(arguments.output, as_table=arguments.format == "table") as file:
+        for text in FORMATS[arguments.format](records(), recognizer):
+            # Names that are not UTF-8 hold lone surrogates: \udc80, which JSON reads back.
+            file.write(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+            if arguments.output is None:
+                file.flush()
+    if failed and len(inputs) > 1:
+        print(f"{failed} of {len(inputs)} recordings could not be read", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def opened(path: Path | None, *, as_table: bool):
+    """The file to write, or standard output: in UTF-8, but a table as the terminal has it."""
+    if path is not None:
+        return replace_file(path)
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(encoding=None if as_table else "utf-8", errors="backslashreplace")
+    return nullcontext(sys.stdout)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except SerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,150 @@
+"""examples/train_iemocap.py as people run it, on real processes (D1, N6, N7)."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from toy import toy_recognizer, write_corpus
+
+import ser
+from ser.train.config import TrainConfig
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_iemocap.py"
+QUICK = "--epochs 2 --effective-batch 4 --micro-batch 1 --rate 1e-3 --beta 0.1 --log-every 2"
+
+# Loaded by every process before anything else: a connection to another machine is refused and noted.
+NO_NETWORK = """
+import os, socket
+connect = socket.socket.connect
+def guarded(self, address):
+    host = str(address[0]) if isinstance(address, tuple) else "local"
+    if host not in ("local", "127.0.0.1", "::1", "localhost", socket.gethostname()):
+        with open(os.environ["NETWORK_LOG"], "a") as log:
+            log.write(f"{address}\\n")
+        raise ConnectionRefusedError(f"outside connection to {address}")
+    return connect(self, address)
+socket.socket.connect = guarded
+"""
+
+
+def run(*arguments: str, cwd: Path, environment=None, script: Path = SCRIPT, torchrun: int = 0):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
+    command = [sys.executable, *launcher, str(script), *arguments]
+    settings = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A corpus, and a tiny model folder to start from."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, 9)
+    write_corpus(folder, 5, name="valid", seed=1)
+    toy_recognizer().save(folder / "init")
+    return folder
+
+
+def test_torchrun_trains_on_two_processes_and_the_model_infers_without_any_outside_connection(corpus, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
+    guard = {"PYTHONPATH": str(tmp_path), "NETWORK_LOG": str(tmp_path / "connections")}
+    done = run(
+        *f"--train {corpus}/train.csv --valid {corpus}/valid.csv --init {corpus}/init --out {tmp_path}/run".split(),
+        *f"{QUICK} --allow-overlap speakers".split(),
+        cwd=tmp_path,
+        environment=guard,
+        torchrun=2,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 processes on cpu" in done.stderr
+    assert done.stderr.count("valid epoch 1 ") == 1, "one rank speaks"
+    assert "\r" not in done.stderr and "%|" not in done.stderr, "no progress bar where there is no terminal"
+
+    entries = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if e["kind"] == "train"] == [2, 4, 6]
+    train = next(e for e in entries if e["kind"] == "train")
+    for name in ("loss_emotion", "loss_ctc", "loss_speaker", "rate", "grad_norm", "utterances_per_second"):
+        assert train[name] > 0, name
+    assert {"padding", "memory_gib"} <= train.keys()
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    assert settings["effective_batch"] == 4 and settings["labels"] == ["angry", "happy", "neutral", "sad"]
+
+    infer = run(
+        str(corpus / "valid0.wav"), "--model", str(tmp_path / "run/best"), "--format", "json",
+        cwd=tmp_path, environment=guard, script=SCRIPT.with_name("infer.py"),
+    )  # fmt: skip
+    assert infer.returncode == 0, infer.stderr
+    assert json.loads(infer.stdout)[0]["emotion"] in settings["labels"]
+    assert not (tmp_path / "connections").exists(), (tmp_path / "connections").read_text()
+
+
+def test_one_process_continues_a_run_where_it_was_and_matches_the_uninterrupted_one(corpus, tmp_path):
+    arguments = f"--train {corpus}/train.csv --init {corpus}/init {QUICK} --save-every 1 --keep 9".split()
+    assert run(*arguments, "--out", "whole", cwd=tmp_path).returncode == 0
+    # As a kill after the second update leaves it.
+    (tmp_path / "part/checkpoints").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", "checkpoints/step-00000002"):
+        (tmp_path / "whole" / name).rename(tmp_path / "part" / name)
+    resumed = run(*arguments, "--out", "part", cwd=tmp_path)
+    assert resumed.returncode == 0 and "at update 2 of 6" in resumed.stderr, resumed.stderr
+    for name in ("model", "optimizer"):
+        first, second = (
+            load_file(tmp_path / run_ / f"checkpoints/step-00000006/{name}.safetensors")
+            for run_ in ("whole", "part")
+        )
+        assert all((first[key] == second[key]).all() for key in first)
+
+
+def test_the_paper_s_three_columns_and_another_corpus_s_names_train(corpus, tmp_path):
+    with (corpus / "train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    codes = {"neutral": "e0", "happy": "e1", "angry": "e2", "sad": "e3"}
+    with (tmp_path / "paper.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "emotion", "transcript"])
+        table.writerows([row["file"], codes[row["emotion"]], row["text"]] for row in rows)
+    done = run(
+        *f"--train paper.csv --root {corpus} --init small --out run --epochs 1 --columns text=transcript".split(),
+        *"--build-vocab --verbose".split(),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ser.load(tmp_path / "run/best").emotions == ["angry", "happy", "neutral", "sad"]
+    assert ser.load(tmp_path / "run/best").vocabulary.tokens[-2:] == ["A", "B"]
+
+
+def test_help_explains_every_setting_with_its_default():
+    shown = " ".join(run("--help", cwd=SCRIPT.parent).stdout.split())
+    for field in fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in shown
+        if field.type != "bool":
+            assert f"(default: {field.default})" in shown
+    assert "torchrun --standalone" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--train missing.csv", "missing.csv"),
+        ("--train {corpus}/train.csv --init smal", "did you mean 'small'"),
+        ("--train {corpus}/train.csv --init {corpus}", "config.json"),
+        (
+            "--train {corpus}/train.csv --init {corpus}/init --effective-batch 8 --micro-batch 3",
+            "effective_batch 8",
+        ),
+        ("--train {corpus}/train.csv --init {corpus}/init --heads emotion,asr", "there are emotion, ctc, speaker"),
+        ("--train {corpus}/train.csv --init {corpus}/init --device tpu", "expected auto, cpu, cuda"),
+        ("--train {corpus}/train.csv --valid {corpus}/valid.csv --init {corpus}/init", "--allow-overlap speakers"),
+        ("--train {corpus}/train.csv --columns text=words --init {corpus}/init", "words"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_clear_line(corpus, tmp_path, arguments, message):
+    done = run(*arguments.format(corpus=corpus).split(), "--out", "run", cwd=tmp_path)
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "run/config.json").exists(), "nothing was started"
