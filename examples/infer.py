@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, choices=range(65), default=0, metavar="N",
                         help="processes that decode audio (default: %(default)s, this one does)")  # fmt: skip
     parser.add_argument("--max-seconds", type=float, default=MAX_SECONDS,
-                        help="refuse what is longer; memory grows with the square (default: %(default)g)")  # fmt: skip
+                        help="refuse longer ones: memory grows as the square (default: %(default)g)")  # fmt: skip
     parser.add_argument("--root", type=Path, help="folder that a manifest's files are relative to")
     parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as file=path")
     return parser.parse_args()

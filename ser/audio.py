@@ -618,10 +618,9 @@ def _opened(
     soundfile = _soundfile()
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(path.open("rb"))
+            file = stack.enter_context(path.open("rb", buffering=0))  # so that seek moves the descriptor
             frames, stream = _container(file, size, name)
             file.seek(0)
-            os.lseek(file.fileno(), 0, os.SEEK_SET)  # file.seek may only move within Python's buffer
             # By descriptor: the file that was checked, and without a name whose extension libsndfile
             # would take for a format.
             sound = stack.enter_context(soundfile.SoundFile(stream or file.fileno(), closefd=False))

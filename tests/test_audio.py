@@ -494,16 +494,16 @@ def growth(work):
 
 resample(torch.randn(16_001), 44_100)  # load torchaudio, start oneDNN
 figures = {path: growth(lambda: load_audio(path)) for path in sys.argv[1:]}
-for rate, seconds in [(48_000, 300), (44_100, 300), (8_000, 300), (44_101, 60)]:
+for rate, seconds in [(44_100, 300), (8_000, 200), (44_101, 30)]:
     waveform = torch.randn(rate * seconds)
     figures[f"{rate} Hz"] = growth(lambda: resample(waveform, rate))
 
 def utterances():
-    for i in range(60):
+    for i in range(40):
         last = resample(torch.randn(22_050 + 441 * i), 22_050)
     return last
 
-figures["60 lengths"] = growth(utterances)
+figures["40 lengths"] = growth(utterances)
 print(json.dumps(figures))
 """
 
@@ -515,7 +515,7 @@ def test_memory_stays_within_50_mb_of_the_result(tmp_path):
     eight = write(tmp_path / "8.wav", np.tile(noise(6, 48_000, 8), (10, 1)), 48_000)  # 46 MB
     wide = write(tmp_path / "32.flac.wav", np.tile(noise(1, 192_000, 32), (5, 1)), 192_000)  # 61 MB
     figures = in_a_child(MEMORY, two, eight, wide)
-    assert len(figures) == 8
+    assert len(figures) == 7
     assert {name: round(mb) for name, mb in figures.items() if mb > 50} == {}
 
 
@@ -844,7 +844,7 @@ def mutated(data, rng):
 
 def test_mutated_files_give_an_error_or_a_valid_signal(tmp_path):
     originals = []
-    for rate, channels in ((16_000, 1), (22_050, 2)):
+    for rate, channels in ((16_000, 1), (8_000, 2)):
         samples = noise(0.3, rate, channels)
         for format, subtype in (
             ("WAV", "PCM_16"),

@@ -115,7 +115,7 @@ def test_the_paper_s_three_columns_and_another_corpus_s_names_train(corpus, tmp_
     )
     assert done.returncode == 0, done.stderr
     assert ser.load(tmp_path / "run/best").emotions == ["angry", "happy", "neutral", "sad"]
-    assert ser.load(tmp_path / "run/best").vocabulary.tokens[-2:] == ["A", "B"]
+    assert ser.load(tmp_path / "run/best").vocabulary.tokens[-2:] == ("A", "B")
 
 
 def test_help_explains_every_setting_with_its_default():

@@ -231,7 +231,7 @@ def opened(path: Path):
         head = path.open("rb").read(2)
         kind = (
             " (it is a zip or a pickle under another name, which is never read)"
-            if head in (b"PK", b"\x80\x02")
+            if head == b"PK" or (head[:1] == b"\x80" and head[1:] in b"\2\3\4\5")
             else ""
         )
         raise ModelFolderError(f"{path}: is not a sound safetensors file{kind}: {error}") from None
