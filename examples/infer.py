@@ -190,7 +190,7 @@ def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
     heads = {"emotion": recognizer.emotions, "transcript": recognizer.vocabulary, "speaker": recognizer.speakers}
     columns = ["file", "seconds", *(name for name, there in heads.items() if there)]
     rest = max(20, total - 1 - sum(fixed.get(c, 0) for c in columns) - 2 * (len(columns) - 1))
-    file = min(40, rest // 3) if "transcript" in columns else rest
+    file = min(40, max(12, rest // 3)) if "transcript" in columns else rest
     widths = {**fixed, "file": file, "transcript": rest - file}
 
     def line(cells: dict[str, str]) -> str:

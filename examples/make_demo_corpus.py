@@ -211,7 +211,7 @@ class Espeak:
             raise SerError(f"espeak-ng {self.version} failed to {action}: status {status}, expected 0")
 
     def say(self, turn: Turn) -> np.ndarray:
-        """The samples of a turn, int16 at `self.sample_rate`, without most of the silence around it."""
+        """The samples of a turn, int16 at `self.sample_rate`, with at most 50 ms of silence around it."""
         variant = turn.voice.partition("+")[2]
         if not (self.voices_folder / variant).exists():  # espeak-ng would use the plain voice and say nothing
             raise SerError(f"espeak-ng {self.version} has no voice variant {variant!r} (of {turn.voice})")
@@ -252,9 +252,8 @@ def open_espeak(seed: int) -> Iterator[Espeak]:
         shutil.copyfile(source, library)
         Path(folder, "espeak-ng-data").symlink_to(data, target_is_directory=True)
         espeak = Espeak(library, Path(folder))
-        # Flutter, breath and roughness are random, from two generators: its own, seeded with the time, and rand().
+        # Flutter, breath and roughness are random: by itself the library takes the time as the seed.
         espeak.library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
-        ctypes.CDLL(None).srand(ctypes.c_uint(seed))
         try:
             yield espeak
         finally:

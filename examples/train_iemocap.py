@@ -54,8 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=Path, help="vocab.json (default: that of --init, else librispeech's)")
     parser.add_argument("--build-vocab", action="store_true", help="make the vocabulary of the training text")
     parser.add_argument("--orthography", choices=sorted(ORTHOGRAPHIES), default="librispeech", help="of the text")
-    parser.add_argument("--tags", choices=["remove", "keep-letters"], default="remove", help="[..], {..} and <..> "
-                        "in transcripts: removed whole, or as the paper does, which leaves their letters")  # fmt: skip
+    parser.add_argument("--tags", choices=["remove", "keep-letters"], default="remove",
+                        help="[..], {..}, <..> in text: removed whole, or as the paper does: letters stay")  # fmt: skip
     parser.add_argument("--allow-overlap", choices=["none", "speakers", "utterances"], default="none",
                         help="what training and validation may share; a speaker head needs speakers")  # fmt: skip
     parser.add_argument("--threads", type=int, help="CPU threads per process (default: cores / processes)")
@@ -91,7 +91,7 @@ def main() -> None:
             count = torch.cuda.device_count()
             say(
                 world,
-                f"{count} GPUs, one used; for all: torchrun --standalone --nproc-per-node={count} {sys.argv[0]} ...",
+                f"{count} GPUs; to use all: torchrun --standalone --nproc-per-node={count} {sys.argv[0]} ...",
             )
         columns = parse_columns(arguments.columns)
         train = read_manifest(arguments.train, root=arguments.root, columns=columns)

@@ -232,7 +232,7 @@ def test_what_is_not_a_regular_file_is_named_at_once(tmp_path, monkeypatch, call
     (tmp_path / "circle.wav").symlink_to("circle.wav")
     refused(tmp_path / "circle.wav", "cannot be reached", call=call)
     (tmp_path / "empty.wav").touch()
-    refused(tmp_path / "empty.wav", "empty", call=call)
+    refused(tmp_path / "empty.wav", "0 bytes", call=call)
     refused(tmp_path / ("x" * 300), "cannot be reached", call=call)
     refused("a\0b", "cannot be reached", call=call)
     refused("relative/missing.wav", str(tmp_path / "relative"), call=call)
@@ -296,6 +296,14 @@ def test_a_truncated_flac_ogg_or_mp3_is_named(tmp_path, name, kept):
     refused(path, "truncated")
     if name == "a.ogg":
         refused(path, "truncated", call=audio_info)
+
+
+def test_an_ogg_cut_between_two_pages_is_named(tmp_path):
+    whole = write(tmp_path / "a.ogg", noise(5)).read_bytes()
+    path = tmp_path / "cut.ogg"
+    path.write_bytes(whole[: whole.rindex(b"OggS")])
+    assert 0 < soundfile.info(path).frames < 80_000  # to libsndfile it is a whole, shorter recording
+    refused(path, "truncated", call=audio_info)
 
 
 def test_an_excerpt_before_the_cut_of_a_flac_still_loads(tmp_path):
@@ -500,7 +508,7 @@ for rate, seconds in [(44_100, 300), (8_000, 200), (44_101, 30)]:
 
 def utterances():
     for i in range(40):
-        last = resample(torch.randn(22_050 + 441 * i), 22_050)
+        last = resample(torch.randn(3 * 22_050 + 4 * 441 * i), 22_050)
     return last
 
 figures["40 lengths"] = growth(utterances)

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import stat
+import tracemalloc
 import unicodedata
 from pathlib import Path
 
@@ -68,6 +69,16 @@ def test_a_row_becomes_an_utterance(folder):
         "u1", folder / "wav/a.wav", "happy", 'Yes, "you"', "S1", start=0.5, end=2.0, extra={"age": "31"}
     )
     assert second == Utterance(f"{folder}/wav/b.wav", folder / "wav/b.wav")
+
+
+@pytest.mark.parametrize("cell", ["", " ", "\t "])
+def test_an_empty_cell_is_none(folder, cell):
+    names = [name for name in COLUMNS if name != "file"]
+    cells = dict.fromkeys([*names, "age"], cell)
+    write(folder / "m.csv", f"file,{','.join(cells)}\nwav/a.wav,{','.join(cells.values())}\n")
+    write(folder / "m.jsonl", json.dumps({"file": "wav/a.wav", **cells}))
+    for name in ("m.csv", "m.jsonl"):
+        assert read_manifest(folder / name) == [Utterance("wav/a.wav", folder / "wav/a.wav")]
 
 
 def test_only_the_file_is_required_and_the_default_id_is_the_file_as_written(folder):
@@ -183,7 +194,7 @@ def test_a_column_that_stands_twice_is_refused(folder):
 
 
 def test_columns_without_a_name_are_ignored(folder):
-    path = write(folder / "m.csv", ",file,,\n0,wav/a.wav,,\n1,wav/b.wav,x,\n")
+    path = write(folder / "m.csv", ",file,,\n0,wav/a.wav,,\n1,wav/b.wav,,x\n")
     assert [u.extra for u in read_manifest(path)] == [{}, {}]
 
 
@@ -338,7 +349,12 @@ def test_what_is_no_regular_file_is_refused_without_waiting(folder):
 @pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
 def test_a_line_without_end_is_refused_with_what_was_found_before(folder, name):
     rows = "file,text\nwav/x.wav,a\n" if name == "m.csv" else '{"file": "wav/x.wav"}\n\n'
-    message = refusal(write(folder / name, rows + "x" * (100 * MAX_LINE_BYTES)))
+    path = write(folder / name, rows)
+    os.truncate(path, 1 << 30)
+    tracemalloc.start()
+    message = refusal(path)
+    assert tracemalloc.get_traced_memory()[1] < 20 * MAX_LINE_BYTES
+    tracemalloc.stop()
     assert "wav/x.wav' does not exist" in message
     assert f"line 3: longer than {MAX_LINE_BYTES} bytes; the rest of the manifest was not read" in message
 
@@ -440,6 +456,14 @@ def test_a_written_manifest_has_the_mode_of_any_file_and_leaves_nothing_beside_i
     mode = stat.S_IMODE((folder / "wav" / "m.csv").stat().st_mode)
     assert mode == stat.S_IMODE((folder / "wav" / "a.wav").stat().st_mode)
     assert sorted(p.name for p in (folder / "wav").iterdir()) == ["a.wav", "b.wav", "c.wav", "d.wav", "m.csv"]
+
+
+def test_writing_replaces_the_file_and_does_not_write_into_it(folder):
+    path = write(folder / "m.csv", "old")
+    os.link(path, folder / "link.csv")
+    write_manifest(path, [Utterance("a", folder / "wav/a.wav")])
+    assert (folder / "link.csv").read_text() == "old"
+    assert read_manifest(path)[0].id == "a"
 
 
 def test_a_manifest_that_cannot_be_written_leaves_the_old_one(folder):

@@ -109,8 +109,8 @@ def test_the_paper_s_three_columns_and_another_corpus_s_names_train(corpus, tmp_
         table.writerow(["file", "emotion", "transcript"])
         table.writerows([row["file"], codes[row["emotion"]], row["text"]] for row in rows)
     done = run(
-        *f"--train paper.csv --root {corpus} --init small --out run --epochs 1 --columns text=transcript".split(),
-        *"--build-vocab --verbose".split(),
+        *f"--train paper.csv --root {corpus} --init small --out run --epochs 1 --build-vocab".split(),
+        *["--columns", "text=transcript", "--verbose"],
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr

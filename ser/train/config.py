@@ -39,8 +39,8 @@ class TrainConfig:
     """The settings of a run. Frozen, checked on construction, saved as JSON beside the checkpoints."""
 
     # what is learnt
-    heads: str = option("auto", f"comma-separated tasks out of {', '.join(HEADS)}; auto: emotion and ctc where the "
-                                "training data has them, speaker too if beta is above 0")  # fmt: skip
+    heads: str = option("auto", f"comma-separated tasks out of {', '.join(HEADS)}; auto: emotion and ctc where "
+                                "the training data has them, speaker too if beta is above 0")  # fmt: skip
     alpha: float = option(0.1, "weight of the CTC loss; 0 adds exactly nothing")
     beta: float = option(0.0, "weight of the speaker loss")
     pooling: str = option("mean", "how frames become one vector for emotion and speaker", tuple(POOLINGS))

@@ -303,8 +303,8 @@ def evaluate(
         result.words = ErrorRateCounts(int(edits[0]), int(edits[1]))
         result.characters = ErrorRateCounts(int(edits[2]), int(edits[3]))
     for place, name in enumerate(HEADS):
-        if count := float(sums[len(HEADS) + place]):
-            result.losses[name] = float(sums[place]) / count
+        if sums[len(HEADS) + place]:
+            result.losses[name] = float(sums[place] / sums[len(HEADS) + place])
     result.loss = sum(objective.weights.get(name, 0.0) * value for name, value in result.losses.items())
     if keep_rows:
         merged = {i: p for part in world.gather(rows) for i, p in part.items()}

@@ -98,13 +98,13 @@ class ClassificationCounts:
 
     def __post_init__(self) -> None:
         """Takes a copy, so that nobody changes the counts afterwards."""
-        confusion = np.array(self.confusion)
+        confusion = np.asarray(self.confusion)
         square = confusion.ndim == 2 and confusion.shape[0] == confusion.shape[1]
         if not square or not np.issubdtype(confusion.dtype, np.integer) or (confusion < 0).any():
             raise ConfigError(
                 f"a confusion matrix is (K, K) integers from 0, found {confusion.dtype} {confusion.shape}"
             )
-        confusion = confusion.astype(np.int64)
+        confusion = confusion.astype(np.int64, copy=True)
         confusion.setflags(write=False)
         object.__setattr__(self, "confusion", confusion)
 

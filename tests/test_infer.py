@@ -1,0 +1,316 @@
+"""examples/infer.py as people run it: formats, order, exit status, and what it says when something is wrong."""
+
+import csv
+import io
+import json
+import os
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import ser
+from ser.data.text import Vocabulary
+from ser.models.multitask import HeadsConfig, MultiTaskModel
+from ser.recognizer import Prediction, Recognizer
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "infer.py"
+EMOTIONS = ["angry", "happy", "neutral", "sad"]
+GOOD = ["c.wav", "a.wav", "short.wav", "b.flac"]
+
+
+@dataclass(frozen=True)
+class Done:
+    stdout: str
+    stderr: str
+
+
+def run(*arguments, check: int = 0, cwd: Path | None = None, columns: int = 120, encoding: str = "utf-8") -> Done:
+    """The script in a process of its own, whose exit status must be ``check``.
+
+    Forked, since a new interpreter takes seconds to import torch; some tests below start one all the same.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            status = 99
+            try:
+                signal.alarm(60)
+                for fd, file in ((1, out), (2, err)):
+                    os.dup2(file.fileno(), fd)
+                sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+                sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
+                os.chdir(cwd or ".")
+                os.environ["COLUMNS"] = str(columns)
+                sys.argv = [str(SCRIPT), *map(str, arguments)]
+                runpy.run_path(str(SCRIPT), run_name="__main__")
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+    done = Done(*texts)
+    assert status == check, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def run_anew(command: str, cwd: Path) -> subprocess.CompletedProcess:
+    """A shell command in which SCRIPT is the script, run by a new interpreter."""
+    script = f"{shlex.quote(sys.executable)} {shlex.quote(str(SCRIPT))}"
+    command = f"set -o pipefail; {command.replace('SCRIPT', script)}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=cwd, env=environment, timeout=200
+    )
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, styles, randomise) -> Path:
+    """A folder with a model and recordings, one of them bad."""
+    folder = tmp_path_factory.mktemp("infer")
+    sizes = HeadsConfig(num_emotions=4, vocab_size=32, num_speakers=2)
+    model = randomise(MultiTaskModel(styles["base-style"], sizes))
+    labels = {"emotions": EMOTIONS, "speakers": ["Ann", "Bo"], "vocabulary": Vocabulary.librispeech()}
+    Recognizer(model, **labels).save(folder / "model")
+    for i, (name, samples) in enumerate(zip(GOOD, [16_000, 9_000, 100, 30_000], strict=True)):
+        soundfile.write(folder / name, np.random.default_rng(i).normal(0, 0.1, samples), 16000)
+    (folder / "bad.wav").write_bytes(b"RIFF or not")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(work) -> dict[str, Prediction]:
+    predictions = ser.load(work / "model").predict([work / name for name in GOOD])
+    return dict(zip(GOOD, predictions, strict=True))
+
+
+MIXED = ["c.wav", "a.wav", "bad.wav", "short.wav", "b.flac"]
+REASON = "ends inside its header"
+
+
+def assert_records(records: list[dict], expected: dict[str, Prediction]) -> None:
+    assert [Path(r["file"]).name for r in records] == MIXED
+    for record in records:
+        assert list(record) == list(records[0])
+        if record["file"].endswith("bad.wav"):
+            assert record["error"].startswith("bad.wav: ") and record["emotion"] is None
+            continue
+        prediction = expected[record["file"]]
+        assert record["error"] is None
+        for name in ("emotion", "transcript", "speaker", "warning", "seconds"):
+            assert record[name] == getattr(prediction, name)
+        assert record["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-4)
+
+
+@pytest.mark.parametrize("format", ["json", "jsonl"])
+def test_json_has_every_recording_in_its_place_the_bad_one_with_its_reason(work, expected, format):
+    done = run(*MIXED, "--model", "model", "--format", format, cwd=work, check=1)
+    records = json.loads(done.stdout) if format == "json" else [json.loads(x) for x in done.stdout.splitlines()]
+    assert_records(records, expected)
+    assert "error: bad.wav: " in done.stderr and "1 of 5 recordings could not be read" in done.stderr
+    assert "warning: short.wav: 100 samples are shorter than one frame" in done.stderr
+
+
+def test_csv_has_a_column_for_every_class_and_every_recording_in_its_place(work, expected):
+    done = run(*MIXED, "--model", "model", "--format", "csv", cwd=work, check=1)
+    rows = list(csv.DictReader(io.StringIO(done.stdout), strict=True))
+    records = [
+        {
+            **{name: row[name] or None for name in row if not name.startswith("p_")},
+            "seconds": float(row["seconds"]) if row["seconds"] else None,
+            "probabilities": {name: float(row[f"p_{name}"]) for name in EMOTIONS if row[f"p_{name}"]},
+        }
+        for row in rows
+    ]
+    assert_records(records, expected)
+
+
+def test_the_papers_format_numbers_the_classes_as_the_paper_does(work, expected):
+    done = run(*MIXED, "--model", "model", "--format", "paper", cwd=work, check=1)
+    lines = [line.split(" ") for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == GOOD  # there is no place for the bad one
+    papers = ["neutral", "happy", "angry", "sad"]  # e0 to e3
+    for name, seconds, number, gap, *shares in lines:
+        prediction = expected[name]
+        assert float(seconds) == prediction.seconds and gap == ""
+        assert papers[int(number)] == prediction.emotion
+        assert [float(p) for p in shares] == pytest.approx([prediction.probabilities[c] for c in papers], abs=1e-4)
+    assert "error: bad.wav: " in done.stderr
+
+
+@pytest.mark.parametrize("columns", [60, 100, 200])
+def test_the_table_fits_the_terminal(work, expected, columns):
+    done = run(*MIXED, "--model", "model", cwd=work, check=1, columns=columns)
+    head, *lines = done.stdout.splitlines()
+    assert head.split() == ["file", "seconds", "emotion", "transcript", "speaker"]
+    assert max(map(len, [head, *lines])) < columns
+    for name, line in zip(MIXED, lines, strict=True):
+        assert line.startswith(name)
+        if name == "bad.wav":
+            assert "error: bad.wav: " in line
+        else:
+            prediction = expected[name]
+            share = prediction.probabilities[prediction.emotion]
+            assert f" {prediction.seconds:.2f}  {prediction.emotion} {share:.2f} " in line
+            assert prediction.transcript[:5] in line and line.endswith(prediction.speaker)
+
+
+def test_all_good_is_exit_status_0_and_nothing_on_stderr(work):
+    assert run("a.wav", "b.flac", "--model", "model", cwd=work).stderr == ""
+    done = run_anew("SCRIPT a.wav b.flac --model model", work)
+    assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 3
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+def test_one_file_with_four_workers(work, expected):
+    done = run("a.wav", "--model", "model", "--format", "jsonl", "--workers", 4, cwd=work)
+    assert json.loads(done.stdout)["transcript"] == expected["a.wav"].transcript
+
+
+def test_a_folder_is_its_recordings_sorted_at_any_depth_without_hidden_ones(work, tmp_path):
+    sound = (work / "a.wav").read_bytes()
+    for name in ("z.wav", "b/UPPER.WAV", "b/a/deep.wav", "b.wav", "b/.hidden.wav", ".git/x.wav", "._z.wav"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(sound)
+    (tmp_path / "in" / "notes.txt").write_text("not a recording")
+    (tmp_path / "in" / "b" / "c.flac").write_bytes((work / "b.flac").read_bytes())
+    done = run(tmp_path / "in", "--model", work / "model", "--format", "jsonl")
+    files = [json.loads(line)["file"] for line in done.stdout.splitlines()]
+    names = ["b.wav", "b/UPPER.WAV", "b/a/deep.wav", "b/c.flac", "z.wav"]
+    assert files == [str(tmp_path / "in" / name) for name in names]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_manifest_gives_its_rows_with_excerpts_and_missing_files_in_their_place(work, tmp_path, suffix):
+    rows = [
+        {"path": "b.flac", "start": 0.5, "end": 1.0, "id": "first"},
+        {"path": "missing.wav", "start": "", "end": "", "id": "second"},
+        {"path": "b.flac", "start": "", "end": "", "id": "third"},
+    ]
+    manifest = tmp_path / f"rows{suffix}"
+    with manifest.open("w") as file:
+        if suffix == ".jsonl":
+            file.writelines(json.dumps({k: v for k, v in row.items() if v != ""}) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    options = ("--root", work, "--columns", "file=path")
+    done = run(manifest, "--model", work / "model", "--format", "jsonl", *options, check=1)
+    first, second, third = (json.loads(line) for line in done.stdout.splitlines())
+    assert (first["id"], first["start"], first["end"], first["seconds"]) == ("first", 0.5, 1.0, 0.5)
+    assert second["id"] == "second" and "missing.wav" in second["error"]
+    assert third["seconds"] == 1.875 and third["error"] is None
+
+
+def test_the_suffix_of_a_file_that_is_named_does_not_matter_its_content_does(work, tmp_path):
+    (tmp_path / "sound.dat").write_bytes((work / "a.wav").read_bytes())
+    (tmp_path / "text.wav").write_text("to be or not to be")
+    done = run("sound.dat", "text.wav", "--model", work / "model", "--format", "jsonl", cwd=tmp_path, check=1)
+    sound, text = (json.loads(line) for line in done.stdout.splitlines())
+    assert sound["error"] is None and "text.wav: found an unknown format" in text["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.wav", "--model", "nowhere"], "error: nowhere: there is no such folder"),
+        (["a.wav", "--model", "empty"], "error: empty: has no config.json"),
+        (["empty", "--model", "model"], "error: empty: no recordings found"),
+        (["rows.csv", "--model", "model"], "error: rows.csv: "),
+        (["missing.csv", "--model", "model"], "error: missing.csv: "),
+        (["a.wav", "--model", "model", "--format", "xml"], "invalid choice: 'xml'"),
+        (["a.wav", "--model", "model", "--device", "abacus"], "'abacus' cannot be used"),
+        (["a.wav", "--model", "model", "--workers", "-1"], "invalid choice: -1"),
+        (["a.wav", "--model", "model", "--max-seconds", "0"], "error: max_seconds is 0.0"),
+        (["a.wav", "--model", "model", "--columns", "x"], "error: expected OURS=THEIRS"),
+        (["a.wav", "--model", "model", "--output", "no/such/file"], "error: no/such/file: "),
+        (["a.wav", "--model", "model", "--output", "empty"], "error: empty: is a folder"),
+        (["a.wav"], "the following arguments are required: --model"),
+        ([], "the following arguments are required"),
+    ],
+)
+def test_a_wrong_call_is_exit_status_2_and_one_clear_line(work, arguments, message):
+    (work / "empty").mkdir(exist_ok=True)
+    (work / "rows.csv").write_text("name,emotion\nx,y\n")
+    done = run(*arguments, cwd=work, check=2)
+    assert message in done.stderr
+
+
+def test_the_papers_format_needs_an_emotion_head(work, tmp_path, styles, randomise):
+    vocabulary = Vocabulary.librispeech()
+    model = randomise(MultiTaskModel(styles["base-style"], HeadsConfig(vocab_size=32)))
+    Recognizer(model, vocabulary=vocabulary).save(tmp_path / "text-only")
+    options = ("--model", tmp_path / "text-only")
+    assert "no emotion head" in run("a.wav", *options, "--format", "paper", cwd=work, check=2).stderr
+    head, line = run("a.wav", *options, cwd=work).stdout.splitlines()
+    assert head.split() == ["file", "seconds", "transcript"] and line.startswith("a.wav")
+
+
+@pytest.mark.parametrize("format", ["table", "json", "jsonl", "csv", "paper"])
+def test_an_output_file_is_what_standard_output_would_have(work, tmp_path, format):
+    printed = run(*MIXED, "--model", "model", "--format", format, cwd=work, check=1).stdout
+    output = tmp_path / "out"
+    done = run(*MIXED, "--model", "model", "--format", format, "--output", output, cwd=work, check=1)
+    assert done.stdout == "" and output.read_text() == printed != ""
+    assert list(tmp_path.iterdir()) == [output]
+    assert output.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def current_umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def test_a_run_that_fails_keeps_the_old_output_file(work, tmp_path):
+    output = tmp_path / "out.json"
+    output.write_text("old")
+    options = ("--format", "json", "--output", output)
+    run("a.wav", "--model", "model", "--max-seconds", "nan", *options, cwd=work, check=2)
+    assert output.read_text() == "old" and list(tmp_path.iterdir()) == [output]
+
+
+def test_a_reader_that_has_enough_is_no_error(work):
+    done = run_anew(f"SCRIPT {'a.wav ' * 30} --model model --format jsonl | head -n 1", work)
+    assert json.loads(done.stdout)["file"] == "a.wav"
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_names_that_are_not_utf8_or_command_a_terminal_do_no_harm(work, tmp_path):
+    sound = (work / "a.wav").read_bytes()
+    names = [b"\xff.wav", b"\x1b[31m.wav", "ü\n.wav".encode()]
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_bytes(sound)
+    options = ("--model", work / "model", "--format")
+    table = run(tmp_path, *options, "table", encoding="ascii").stdout
+    assert "\x1b" not in table and len(table.splitlines()) == 4
+    done = run(tmp_path, *options, "json", encoding="ascii")
+    assert sorted(os.fsencode(Path(r["file"]).name) for r in json.loads(done.stdout)) == sorted(names)
+    lines = list(csv.DictReader(io.StringIO(run(tmp_path, *options, "csv").stdout, newline="")))
+    assert len(lines) == 3 and all(not line["error"] for line in lines)
+
+
+def test_help_shows_the_commands_and_every_option():
+    done = run("--help")
+    assert "python examples/infer.py speech.wav recordings/ test.csv --model runs/demo/best" in done.stdout
+    for option in ("--model", "--format", "--output", "--device", "--workers", "--max-seconds", "--root"):
+        assert option in done.stdout

@@ -1,0 +1,291 @@
+"""The package: installs by itself, imports without side effects or optional libraries, layers as designed."""
+
+import ast
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ser
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "ser").rglob("*.py"))
+
+
+def python(code: str, *arguments, interpreter: str | Path = sys.executable, cwd: Path) -> list[str]:
+    """The lines that ``code`` prints in a new interpreter, which must end well."""
+    command = [interpreter, "-c", textwrap.dedent(code), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+# ------------------------------------------------------------------------------------------------ installing
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The interpreter of a new virtual environment into which a copy of the source was installed.
+
+    torch and the rest come from the environment of the tests, through a .pth file, so nothing is downloaded.
+    """
+    import sysconfig
+    import venv
+    from shutil import copy, copytree, ignore_patterns
+
+    pytest.importorskip("setuptools")
+    pytest.importorskip("pip")
+    folder = tmp_path_factory.mktemp("installed")
+    (folder / "source").mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        copy(ROOT / name, folder / "source")
+    copytree(ROOT / "ser", folder / "source" / "ser", ignore=ignore_patterns("__pycache__"))
+    copytree(ROOT / "tests", folder / "source" / "tests", ignore=ignore_patterns("__pycache__"))
+    (folder / "source" / "examples").mkdir()
+    (folder / "source" / "examples" / "__init__.py").touch()
+    venv.create(folder / "venv", with_pip=False)
+    interpreter = folder / "venv" / "bin" / "python"
+    site = Path(
+        python("import sysconfig; print(sysconfig.get_path('purelib'))", interpreter=interpreter, cwd=folder)[0]
+    )
+    # The paths themselves: .pth files in them (such as that of an editable installation of ser) are not run.
+    (site / "borrowed.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--python", interpreter, "install", *options, folder / "source"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return interpreter
+
+
+def test_an_installed_package_imports_from_another_folder_with_all_its_files_and_metadata(installed, tmp_path):
+    origin, version, requirements, extras, files = python(
+        """
+        import importlib.metadata, pathlib, sys
+        import ser
+        from ser.data.manifest import read_manifest
+        from ser.train.loop import fit
+        print(ser.__file__)
+        metadata = importlib.metadata.metadata("ser")
+        print(metadata["Version"], ser.__version__)
+        print(*sorted(r.split(">")[0] for r in metadata.get_all("Requires-Dist") if "extra" not in r))
+        print(*sorted(metadata.get_all("Provides-Extra")))
+        package = pathlib.Path(ser.__file__).parent
+        print(*sorted(str(p.relative_to(package)) for p in package.rglob("*") if p.suffix != ".pyc" and p.is_file()))
+        """,
+        interpreter=installed,
+        cwd=tmp_path,
+    )
+    assert Path(origin).is_relative_to(installed.parents[1]), "not the installed copy"
+    assert version == f"{ser.__version__} {ser.__version__}"
+    assert requirements.split() == ["numpy", "safetensors", "soundfile", "torch", "torchaudio", "tqdm"]
+    assert {"demo", "lint", "test"} <= set(extras.split())
+    source = {str(p.relative_to(ROOT / "ser")) for p in (ROOT / "ser").rglob("*") if p.is_file()}
+    expected = {name for name in source if not name.endswith(".pyc")}
+    assert set(files.split()) == expected and "py.typed" in expected
+    site = Path(origin).parents[1]
+    assert not [name for name in ("tests", "examples", "benchmarks", "docs") if (site / name).exists()]
+
+
+# ------------------------------------------------------------------------------------------------- importing
+
+BLOCKED = """
+    import sys, torch
+
+    class Blocker:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in sys.argv[2].split(","):
+                raise {"ImportError": ImportError, "OSError": OSError}[sys.argv[1]](f"{name} is broken")
+
+    sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.mark.parametrize("error", ["ImportError", "OSError"])
+def test_import_and_recognition_work_without_optional_libraries_and_reading_says_what_to_install(tmp_path, error):
+    import numpy
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", numpy.zeros(800), 8000)
+    code = """
+    import ser
+    recognizer, _ = ser.Recognizer.create("small", emotions=["a", "b"])
+    print(recognizer.predict(torch.zeros(1600), 16000)[0].emotion in "ab")
+    for recording in ("a.wav", torch.zeros(800)):
+        try:
+            recognizer.predict(recording, 8000)
+        except ser.SerError as error:
+            print(error)
+    try:
+        ser.load_audio("a.wav")
+    except ser.SerError as error:
+        print(error)
+    """
+    blocked = "torchaudio,soundfile,matplotlib,transformers,sklearn,jiwer,espeakng_loader"
+    works, file, array, loaded = python(BLOCKED + code, error, blocked, cwd=tmp_path)
+    assert works == "True"
+    assert "soundfile is broken" in file and "pip install soundfile" in file
+    assert loaded == file
+    assert "torchaudio is broken" in array and "install the torchaudio build that matches this torch" in array
+
+
+def test_import_has_no_side_effects(tmp_path):
+    code = """
+    import os, signal, sys, threading, warnings, torch, torch.multiprocessing, torch.distributed
+
+    def state():
+        return {
+            "random numbers": torch.random.get_rng_state().tolist(),
+            "seed": torch.initial_seed(),
+            "default type": torch.get_default_dtype(),
+            "gradients": torch.is_grad_enabled(),
+            "threads of torch": (torch.get_num_threads(), torch.get_num_interop_threads()),
+            "determinism": torch.are_deterministic_algorithms_enabled(),
+            "backends": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic,
+                         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
+                         torch.get_float32_matmul_precision()),
+            "start method": torch.multiprocessing.get_start_method(allow_none=True),
+            "sharing": torch.multiprocessing.get_sharing_strategy(),
+            "process group": torch.distributed.is_initialized(),
+            "environment": dict(os.environ),
+            "warnings": list(warnings.filters),
+            "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGPIPE)],
+            "threads": threading.active_count(),
+            "folder": os.listdir(),
+            "hooks": (sys.excepthook, sys.displayhook),
+        }
+
+    before = state()
+    for name in sys.argv[1:]:
+        __import__(name)
+    after = state()
+    print([key for key in before if before[key] != after[key]])
+    libraries = ("transformers", "sklearn", "jiwer", "torchaudio", "soundfile", "matplotlib", "pandas", "scipy",
+                 "huggingface_hub", "torch._dynamo")
+    print([name for name in libraries if name in sys.modules])
+    """
+    names = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for p in MODULES]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{textwrap.dedent(code)}"
+    assert python(code, *names, cwd=tmp_path) == ["[]", "[]"]
+
+
+def test_the_public_names_are_there_and_documented():
+    assert sorted(ser.__all__) == sorted(set(ser.__all__))
+    for name in ser.__all__:
+        assert isinstance(getattr(ser, name), int) or getattr(ser, name).__doc__
+
+
+# ---------------------------------------------------------------------------------------------------- layers
+
+# Each may import itself and what is named here, which is what DESIGN.md's arrows say.
+MAY_IMPORT = {
+    "ser": {"ser.audio", "ser.errors", "ser.models", "ser.recognizer"},  # __init__: the public names
+    "ser.errors": set(),
+    "ser.audio": {"ser.errors"},
+    "ser.models": {"ser.audio", "ser.errors"},
+    "ser.data": {"ser.audio", "ser.errors"},
+    "ser.recognizer": {"ser.models", "ser.data", "ser.audio", "ser.errors"},
+    "ser.train": {"ser.recognizer", "ser.models", "ser.data", "ser.audio", "ser.errors"},
+}
+CORE = {"torch", "numpy", "safetensors", "tqdm", *sys.stdlib_module_names}
+ONLY_IN = {"soundfile": "ser.audio", "torchaudio": "ser.audio"}  # the one file that opens sound
+INSIDE_FUNCTIONS = {"soundfile", "torchaudio", "matplotlib"}  # `import ser` works without them
+
+
+def layer(module: str) -> str:
+    """``ser.models.heads`` -> ``ser.models``."""
+    return ".".join(module.split(".")[:2])
+
+
+def imports(tree: ast.Module, module: str) -> Iterator[tuple[str, bool]]:
+    """(imported module, whether at import time) of each import statement; relative ones resolved."""
+    inside = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = module.rsplit(".", node.level)[0] + "." if node.level else ""
+            name = (base + (node.module or "")).rstrip(".")
+            # "from ser import audio" imports ser.audio
+            names = [f"ser.{alias.name}" for alias in node.names] if name == "ser" else [name]
+        else:
+            continue
+        for name in names:
+            yield name, id(node) not in inside
+
+
+def violations(source: str, module: str) -> list[str]:
+    """What a module does at import time, or imports, against the design."""
+    tree = ast.parse(source)
+    found = []
+    for name, at_import in imports(tree, module):
+        top = name.partition(".")[0]
+        if top == "ser":
+            if layer(name) != layer(module) and layer(name) not in MAY_IMPORT[layer(module)]:
+                found.append(f"{module} imports {name}")
+        elif top in ONLY_IN and module != ONLY_IN[top]:
+            found.append(f"{module} imports {top}, which is for {ONLY_IN[top]}")
+        elif top not in CORE | INSIDE_FUNCTIONS:
+            found.append(f"{module} imports {top}")
+        elif top in INSIDE_FUNCTIONS and at_import:
+            found.append(f"{module} imports {top} at import time")
+        if name.startswith("ser.data.iemocap") and layer(module) == "ser.train":
+            found.append(f"{module} knows IEMOCAP")
+    deferred = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "manual_seed", "seed"):
+            found.append(f"{module} line {node.lineno}: {node.attr} at import time")
+        pending += [child for child in ast.iter_child_nodes(node) if not isinstance(child, deferred)]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_module_imports_only_what_stands_to_its_right_and_reads_no_environment(path):
+    module = str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+    assert violations(path.read_text(encoding="utf-8"), module) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("ser.models.heads", "from ser.data.text import Vocabulary"),
+        ("ser.data.text", "import ser.models.heads"),
+        ("ser.data.text", "def f():\n    from ser.recognizer import load"),
+        ("ser.data.text", "from ..models import heads"),
+        ("ser.data.text", "from ser import recognizer"),
+        ("ser.recognizer", "from ser.train import loop"),
+        ("ser.recognizer", "import ser"),
+        ("ser.audio", "from ser.data import text"),
+        ("ser.errors", "from ser.audio import load_audio"),
+        ("ser.train.loop", "from ser.data.iemocap import folds"),
+        ("ser.train.loop", "from tests.toy import corpus"),
+        ("ser.train.loop", "from examples.infer import main"),
+        ("ser.models.wav2vec2", "def f():\n    import transformers"),
+        ("ser.data.dataset", "def f():\n    import soundfile"),
+        ("ser.audio", "import soundfile"),
+        ("ser.audio", "try:\n    import torchaudio\nexcept ImportError:\n    torchaudio = None"),
+        ("ser.train.loop", "import os\nclass A:\n    rank = os.environ['RANK']"),
+        ("ser.train.loop", "import torch\ntorch.manual_seed(0)"),
+    ],
+)
+def test_a_module_against_the_design_is_found(module, source):
+    assert violations(source, module)
+
+
+def test_scripts_import_the_library_and_never_each_other():
+    for path in (ROOT / "examples").glob("*.py"):
+        tops = {name.partition(".")[0] for name, _ in imports(ast.parse(path.read_text()), path.stem)}
+        assert "tests" not in tops and not {p.stem for p in path.parent.glob("*.py")} & tops

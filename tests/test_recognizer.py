@@ -1,0 +1,555 @@
+"""A model with its labels: saved and loaded, created from another, and what it says about recordings."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+
+import ser
+from ser.data.manifest import Utterance
+from ser.data.text import Vocabulary
+from ser.errors import AudioError, ConfigError, ModelFolderError, SerError
+from ser.models.multitask import HeadsConfig, MultiTaskModel
+from ser.recognizer import BATCH_SECONDS, MAX_SECONDS, WINDOW, Prediction, Recognizer
+
+EMOTIONS, SPEAKERS = ["sad", "happy", "cross"], ["Ann", "Bo"]
+LIBRISPEECH = Vocabulary.librispeech()
+FILES = {
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "vocab.json",
+}
+
+
+@pytest.fixture
+def make(styles, randomise):
+    """A recognizer with random weights and the heads that are asked for."""
+
+    def build(*, emotions=EMOTIONS, speakers=SPEAKERS, vocabulary=LIBRISPEECH, style="base-style", **options):
+        sizes = HeadsConfig(
+            num_emotions=len(emotions),
+            vocab_size=len(vocabulary) if vocabulary else 0,
+            num_speakers=len(speakers),
+            pooling=options.pop("pooling", "mean"),
+        )
+        model = randomise(MultiTaskModel(styles[style], sizes)).eval()
+        return Recognizer(model, emotions=emotions, speakers=speakers, vocabulary=vocabulary, **options)
+
+    return build
+
+
+@pytest.fixture
+def recognizer(make) -> Recognizer:
+    return make()
+
+
+def noise(samples: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.1, samples).astype(np.float32)
+
+
+@pytest.fixture
+def recordings(tmp_path: Path) -> list[Path]:
+    """Seven files of very different lengths, in no order of length."""
+    paths = []
+    for i, samples in enumerate([9000, 401, 30_000, 12_000, 700, 16_000, 2_000]):
+        paths.append(tmp_path / f"{i}.wav")
+        soundfile.write(paths[-1], noise(samples, i), 16000, subtype="FLOAT")
+    return paths
+
+
+def assert_alike(a: Prediction, b: Prediction, tolerance: float = 1e-4) -> None:
+    assert (a.emotion, a.transcript, a.speaker, a.warning) == (b.emotion, b.transcript, b.speaker, b.warning)
+    assert a.probabilities == pytest.approx(b.probabilities, abs=tolerance)
+    assert a.speaker_probability == pytest.approx(b.speaker_probability, abs=tolerance)
+    assert a.seconds == pytest.approx(b.seconds, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- saving, loading
+
+
+@pytest.mark.parametrize("pooling", ["mean", "mean+std"])
+@pytest.mark.parametrize("do_normalize", [True, False])
+def test_a_saved_recognizer_predicts_exactly_the_same(make, tmp_path, pooling, do_normalize):
+    before = make(pooling=pooling, do_normalize=do_normalize, style="large-style")
+    before.save(tmp_path / "model")
+    after = ser.load(tmp_path / "model")
+    assert before.predict([noise(9000), noise(700)], 16000) == after.predict([noise(9000), noise(700)], 16000)
+    assert (after.do_normalize, after.model.heads_config.pooling) == (do_normalize, pooling)
+    assert not after.model.training
+
+
+def test_a_saved_recognizer_keeps_its_labels_and_how_its_text_was_cleaned(make, tmp_path):
+    vocabulary = Vocabulary.build(["Abc d"], word_delimiter="/")
+    before = make(vocabulary=vocabulary, orthography="buckwalter", tags="keep-letters", emotions=["é", "a b"])
+    before.save(tmp_path / "model")
+    after = ser.load(str(tmp_path / "model"))
+    for name in ("emotions", "speakers", "vocabulary", "orthography", "tags"):
+        assert getattr(after, name) == getattr(before, name)
+    assert {p.name for p in (tmp_path / "model").iterdir()} == FILES
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["id2label"] == {"0": "é", "1": "a b"} and config["label2id"] == {"é": 0, "a b": 1}
+
+
+@pytest.mark.parametrize("head", ["emotion", "ctc", "speaker"])
+def test_a_model_with_one_head_says_nothing_of_the_others(make, tmp_path, head):
+    only = {"emotions": (), "speakers": (), "vocabulary": None}
+    only |= {
+        "emotion": {"emotions": EMOTIONS},
+        "ctc": {"vocabulary": LIBRISPEECH},
+        "speaker": {"speakers": SPEAKERS},
+    }[head]
+    make(**only).save(tmp_path / "model")
+    (prediction,) = ser.load(tmp_path / "model").predict(noise(9000), 16000)
+    found = {
+        "emotion": prediction.emotion in EMOTIONS and prediction.probabilities is not None,
+        "ctc": prediction.transcript is not None,
+        "speaker": prediction.speaker in SPEAKERS and prediction.speaker_probability is not None,
+    }
+    assert found == {name: name == head for name in found}
+    unsaid = {"emotion", "probabilities", "transcript", "speaker", "speaker_probability"}
+    assert sum(getattr(prediction, name) is None for name in unsaid) == (4 if head == "ctc" else 3)
+
+
+@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_files_have_the_ordinary_modes(recognizer, tmp_path, umask, file_mode, folder_mode):
+    before = os.umask(umask)
+    try:
+        recognizer.save(tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "model").iterdir()} == {file_mode}
+    assert (tmp_path / "model").stat().st_mode & 0o777 == folder_mode
+
+
+@pytest.mark.parametrize("at", ["write_json", "write_tensors"])
+def test_a_save_that_fails_in_the_middle_leaves_the_old_model_and_no_rest(recognizer, tmp_path, monkeypatch, at):
+    recognizer.save(tmp_path / "model")
+    before = recognizer.predict(noise(3000), 16000)
+    with torch.no_grad():
+        recognizer.model.cls_head.bias.add_(1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"ser.recognizer.{at}", full)
+    with pytest.raises(OSError, match="No space left"):
+        recognizer.save(tmp_path / "model")
+    assert ser.load(tmp_path / "model").predict(noise(3000), 16000) == before
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+@pytest.mark.parametrize("content", ["text", "foreign config", "broken config", "file"])
+def test_a_folder_that_is_no_model_folder_is_not_replaced(recognizer, tmp_path, content):
+    target = tmp_path / "thesis"
+    if content == "file":
+        target.write_text("precious")
+    else:
+        target.mkdir()
+        name = "config.json" if content.endswith("config") else "chapter1"
+        (target / name).write_text('{"port": 80}' if content == "foreign config" else "precious")
+    with pytest.raises(ModelFolderError, match="thesis: exists and is not a model folder; it is not replaced"):
+        recognizer.save(target)
+    assert target.is_file() or len(list(target.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_empty_folder_and_an_older_model_are_replaced_whole(recognizer, make, tmp_path):
+    (tmp_path / "model").mkdir()
+    recognizer.save(tmp_path / "model")
+    make(vocabulary=None).save(tmp_path / "model")
+    assert ser.load(tmp_path / "model").vocabulary is None
+    assert not (tmp_path / "model" / "vocab.json").exists()
+
+
+def damaged(folder: Path, name: str, **values) -> None:
+    path = folder / name
+    content = json.loads(path.read_text())
+    for key, value in values.items():
+        target = content
+        *parents, last = key.split("__")
+        for parent in parents:
+            target = target[parent]
+        target[last] = value
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "expected"),
+    [
+        ("config.json", "id2label", {"0": "a", "2": "b", "3": "c"}, "id2label"),
+        ("config.json", "id2label", {"0": "a", "1": "a", "2": "c"}, "name a class twice"),
+        ("config.json", "id2label", [1, 2, 3], "id2label"),
+        ("config.json", "id2label", {"0": 1, "1": [], "2": None}, "id2label"),
+        ("config.json", "id2label", {"x" * 10_000: "a"}, "id2label"),
+        ("config.json", "id2label", {"0": "a"}, r"cls_head\.weight: found \(3, 24\), expected \(1, 24\)"),
+        ("config.json", "id2label", {}, "cls_head but no names"),
+        ("config.json", "ser", [], "ser is"),
+        ("config.json", "ser__format", 2, "update ser"),
+        ("config.json", "ser__format", [[]] * 10_000, "update ser"),
+        ("config.json", "ser__speakers", "Ann", "ser.speakers needs a list"),
+        ("config.json", "ser__speakers", [1, 2], "ser.speakers needs a list"),
+        ("config.json", "ser__speakers", ["Ann", "Ann"], "name a class twice"),
+        ("config.json", "ser__pooling", "sum", r"ser.pooling is 'sum'; expected one of mean"),
+        ("config.json", "ser__pooling", [], "ser.pooling"),
+        ("config.json", "ser__orthography", {}, "ser.orthography"),
+        ("config.json", "ser__orthography", "klingon", "ser.orthography"),
+        ("config.json", "ser__tags", {"a": 1}, "ser.tags"),
+        ("preprocessor_config.json", "sampling_rate", 8000, "sampling_rate is 8000; supported: 16000"),
+        ("preprocessor_config.json", "sampling_rate", [1] * 10_000, "sampling_rate"),
+        ("preprocessor_config.json", "do_normalize", "no", "do_normalize"),
+        ("vocab.json", "A", 0, "the same id"),
+        ("vocab.json", "A", 10**9, "ids 0..31"),
+    ],
+)
+def test_hostile_labels_are_refused_with_their_file(recognizer, tmp_path, file, key, value, expected):
+    recognizer.save(tmp_path / "model")
+    damaged(tmp_path / "model", file, **{key: value})
+    with pytest.raises(SerError, match=expected) as caught:
+        ser.load(tmp_path / "model")
+    assert str(tmp_path / "model") in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "preprocessor_config.json"])
+def test_a_broken_link_is_an_error_and_not_an_absent_file(recognizer, tmp_path, name):
+    recognizer.save(tmp_path / "model")
+    (tmp_path / "model" / name).unlink()
+    (tmp_path / "model" / name).symlink_to("nowhere")
+    with pytest.raises(ModelFolderError, match=f"{name}: cannot be read"):
+        ser.load(tmp_path / "model")
+
+
+def test_an_encoder_without_heads_recognises_nothing_and_says_what_it_is_good_for(recognizer, tmp_path):
+    recognizer.save(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if k.startswith("wav2vec2.")}, path)
+    with pytest.raises(ModelFolderError, match=r"without heads.*ser\.load_encoder"):
+        ser.load(tmp_path / "model")
+    ser.load_encoder(tmp_path / "model")
+
+
+def test_labels_and_heads_must_agree_and_name_each_class_once(make):
+    model = make().model
+    with pytest.raises(ConfigError, match=r"\(2, 32, 2\), the heads have \(3, 32, 2\)"):
+        Recognizer(model, emotions=["a", "b"], speakers=SPEAKERS, vocabulary=LIBRISPEECH)
+    with pytest.raises(ConfigError, match=r"emotions .* name a class twice"):
+        Recognizer(model, emotions=["a", "b", "a"], speakers=SPEAKERS, vocabulary=LIBRISPEECH)
+
+
+# -------------------------------------------------------------------------------------------------- creating
+
+
+def state(recognizer: Recognizer) -> dict[str, torch.Tensor]:
+    return recognizer.model.state_dict()
+
+
+def same_state(a: Recognizer, b: Recognizer) -> bool:
+    return state(a).keys() == state(b).keys() and all(torch.equal(v, state(b)[k]) for k, v in state(a).items())
+
+
+def test_random_weights_depend_on_the_seed_alone():
+    options = {"emotions": EMOTIONS, "vocabulary": LIBRISPEECH}
+    first, report = Recognizer.create("small", seed=3, **options)
+    before = torch.random.get_rng_state()
+    second, _ = Recognizer.create("small", seed=3, **options)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(7)
+    third, _ = Recognizer.create("small", seed=3, **options)
+    assert same_state(first, second) and same_state(first, third)
+    assert not same_state(first, Recognizer.create("small", seed=4, **options)[0])
+    assert report.new == ["cls_head.weight", "cls_head.bias", "lm_head.weight", "lm_head.bias"]
+
+
+def test_new_weights_beside_a_folders_depend_on_the_seed_alone(recognizer, tmp_path):
+    recognizer.save(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if not k.endswith("masked_spec_embed")}, path)
+    before = torch.random.get_rng_state()
+    first, report = Recognizer.create(tmp_path / "model", emotions=["x", "y"], seed=3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(7)
+    assert same_state(first, Recognizer.create(tmp_path / "model", emotions=["x", "y"], seed=3)[0])
+    assert not same_state(first, Recognizer.create(tmp_path / "model", emotions=["x", "y"], seed=4)[0])
+    assert report.new == ["masked_spec_embed", "cls_head.weight", "cls_head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("change", "new"),
+    [
+        ({}, []),
+        ({"emotions": ["happy", "sad", "cross"]}, ["cls_head"]),  # the same names in another order
+        ({"emotions": [*EMOTIONS, "calm"]}, ["cls_head"]),
+        ({"emotions": ()}, []),
+        ({"speakers": ["Ann", "Cy"]}, ["speaker_head"]),
+        ({"vocabulary": Vocabulary.build(["AB"])}, ["lm_head"]),
+        (
+            {"vocabulary": Vocabulary(dict(zip(LIBRISPEECH.tokens, range(32), strict=True)), word_delimiter="'")},
+            ["lm_head"],
+        ),
+        ({"pooling": "mean+std"}, ["cls_head", "speaker_head"]),
+    ],
+)
+def test_a_head_is_kept_exactly_when_its_labels_are_the_same(recognizer, tmp_path, change, new):
+    recognizer.save(tmp_path / "model")
+    labels = {"emotions": EMOTIONS, "speakers": SPEAKERS, "vocabulary": LIBRISPEECH, **change}
+    created, report = Recognizer.create(tmp_path / "model", **labels)
+    assert report.new == [f"{head}.{part}" for head in new for part in ("weight", "bias")]
+    kept = [name for name, value in state(created).items() if name.partition(".")[0] not in new]
+    assert all(torch.equal(state(created)[name], state(recognizer)[name]) for name in kept)
+    assert all(not torch.equal(state(created)[n], state(recognizer).get(n, torch.empty(0))) for n in report.new)
+    heads = {"cls_head", "lm_head", "speaker_head"}
+    present = {name.partition(".")[0] for name in state(created)} & heads
+    assert {name.partition(".")[0] for name in report.unused} == (heads - present) | set(new)
+    assert sorted(n.removeprefix("wav2vec2.") for n in kept) == sorted(report.matched)
+
+
+def test_preprocessing_is_inherited_from_a_folder(make, tmp_path):
+    make(do_normalize=False).save(tmp_path / "model")
+    assert Recognizer.create(tmp_path / "model", emotions=["x"])[0].do_normalize is False
+    assert Recognizer.create("small", emotions=["x"])[0].do_normalize is True
+
+
+def test_an_init_that_is_neither_a_preset_nor_a_folder_names_both(tmp_path):
+    with pytest.raises(ConfigError, match=r"bsae: there is no such model folder.*did you mean 'base'"):
+        Recognizer.create("bsae")
+    with pytest.raises(ConfigError, match=r"no/where: there is no such model folder"):
+        Recognizer.create("no/where")
+
+
+# ------------------------------------------------------------------------------------------------ predicting
+
+
+def test_results_come_in_the_order_of_the_inputs_whatever_their_lengths(recognizer, recordings):
+    predictions = recognizer.predict(recordings)
+    assert [p.file for p in predictions] == [str(path) for path in recordings]
+    assert [p.seconds for p in predictions] == [soundfile.info(path).duration for path in recordings]
+    back = recognizer.predict(recordings[::-1])
+    for a, b in zip(predictions, reversed(back), strict=True):
+        assert_alike(a, b)
+
+
+@pytest.mark.parametrize("style", ["base-style", "large-style"])
+def test_company_does_not_matter(make, recordings, style):
+    recognizer = make(style=style)
+    together = recognizer.predict(recordings)
+    assert len({str(p.probabilities) for p in together}) == len(together)
+    for path, prediction in zip(recordings, together, strict=True):
+        assert_alike(recognizer.predict(path)[0], prediction)
+
+
+def test_probabilities_are_named_in_the_models_order_and_sum_to_one(recognizer, recordings):
+    for prediction in recognizer.predict(recordings):
+        assert list(prediction.probabilities) == EMOTIONS
+        assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-6)
+        assert prediction.probabilities[prediction.emotion] == max(prediction.probabilities.values())
+        assert prediction.speaker in SPEAKERS and 0.5 <= prediction.speaker_probability <= 1
+
+
+def test_a_path_a_string_an_array_and_a_tensor_are_the_same_recording(recognizer, recordings):
+    path, samples = recordings[0], soundfile.read(recordings[0], dtype="float32")[0]
+    (expected,) = recognizer.predict(path)
+    assert recognizer.predict(str(path)) == [expected]
+    for item in (samples, torch.from_numpy(samples), samples.astype(np.float64), samples[:, None]):
+        assert recognizer.predict(item, 16000) == [replace(expected, file=None)]
+        assert recognizer.predict([item], 16000) == [replace(expected, file=None)]
+    from_file, from_memory = recognizer.predict([path, samples], 16000)
+    assert from_memory == replace(from_file, file=None)
+
+
+def test_integer_pcm_and_stereo_are_taken(recognizer):
+    pcm = (noise(9000) * 32768).astype(np.int16)
+    (expected,) = recognizer.predict(pcm / np.float32(32768), 16000)
+    assert_alike(recognizer.predict(pcm, 16000)[0], expected)
+    assert_alike(recognizer.predict(np.stack([pcm, pcm], 1), 16000)[0], expected)
+
+
+@pytest.mark.parametrize("rate", [8000, 44100])
+def test_other_rates_are_resampled_the_same_from_a_file_and_from_memory(recognizer, tmp_path, rate):
+    samples = noise(rate)
+    soundfile.write(tmp_path / "a.wav", samples, rate, subtype="FLOAT")
+    (from_file,), (from_memory,) = recognizer.predict(tmp_path / "a.wav"), recognizer.predict(samples, rate)
+    assert_alike(from_file, from_memory)
+    assert from_file.seconds == from_memory.seconds == 1.0
+
+
+def test_an_excerpt_of_a_manifest_row_is_what_is_recognised(recognizer, recordings):
+    samples, _ = soundfile.read(recordings[2], dtype="float32")
+    rows = [Utterance("a", recordings[2], start=0.25, end=1.0), Utterance("b", recordings[2])]
+    excerpt, whole = recognizer.predict(rows)
+    assert excerpt.seconds == 0.75 and excerpt.file == str(recordings[2])
+    assert_alike(excerpt, recognizer.predict(samples[4000:16000], 16000)[0])
+    assert_alike(whole, recognizer.predict(recordings[2])[0])
+    assert_alike(recognizer.predict(rows[0])[0], excerpt)
+
+
+def test_silence_and_a_constant_are_recognised_as_anything_else(recognizer):
+    for prediction in recognizer.predict([np.zeros(8000, np.float32), np.full(8000, 0.5, np.float32)], 16000):
+        assert sum(prediction.probabilities.values()) == pytest.approx(1) and prediction.warning is None
+
+
+@pytest.mark.parametrize(("samples", "warned"), [(1, True), (399, True), (400, False)])
+def test_a_recording_shorter_than_a_frame_is_padded_with_a_warning(recognizer, tmp_path, samples, warned):
+    soundfile.write(tmp_path / "short.wav", noise(samples), 16000)
+    (prediction,) = recognizer.predict(tmp_path / "short.wav")
+    expected = f"{samples} samples are shorter than one frame; padded with silence to 400"
+    assert prediction.warning == (expected if warned else None)
+    assert prediction.emotion in EMOTIONS and prediction.seconds == samples / 16000
+    beside = recognizer.predict([noise(9000), tmp_path / "short.wav"], 16000)[1]
+    assert_alike(beside, prediction)
+
+
+def test_a_recording_over_the_limit_is_refused_with_advice_before_it_is_decoded(recognizer, tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "long.wav", noise(16000 * 3), 16000)
+    assert len(recognizer.predict(tmp_path / "long.wav", max_seconds=3)) == 1
+    monkeypatch.setattr("ser.recognizer.load_audio", lambda *_, **__: pytest.fail("was decoded"))
+    with pytest.raises(AudioError, match=r"long\.wav: lasts 3\.0 s; at most 2\.9 s .*Cut it.*raise max_seconds"):
+        recognizer.predict(tmp_path / "long.wav", max_seconds=2.9)
+    with pytest.raises(AudioError, match=r"input 0: lasts 3\.0 s"):
+        recognizer.predict(noise(8000 * 3), 8000, max_seconds=2.9)
+    rows = [Utterance("a", tmp_path / "long.wav", start=1.0, end=3.0)]
+    with pytest.raises(AudioError, match=r"lasts 2\.0 s"):
+        recognizer.predict(rows, max_seconds=1.9)
+    assert MAX_SECONDS == 120
+
+
+def test_the_limit_is_checked_at_every_rate_without_rounding_errors(recognizer, tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(11025), 11025)
+    assert len(recognizer.predict(tmp_path / "a.wav", max_seconds=1)) == 1
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("nan")])
+def test_a_limit_that_is_none_is_refused(recognizer, limit):
+    with pytest.raises(ConfigError, match="max_seconds is"):
+        recognizer.predict(noise(500), 16000, max_seconds=limit)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rate", "expected"),
+    [
+        (noise(500), None, "input 0 is an array: pass sampling_rate"),
+        (noise(500), 16000.5, "input 0: .*sample rate of 16000.5"),
+        (noise(500), 1, "input 0: .*sample rate of 1 Hz"),
+        ([0.1, 0.2, 0.3], 16000, "input 0 is of type float; expected .* numpy array or torch tensor"),
+        ([[0.1, 0.2]], 16000, "input 0 is of type list"),
+        ([None], 16000, "input 0 is of type NoneType"),
+        (b"a.wav", None, "input 0 is of type int"),
+        (np.zeros((2, 9000), np.float32), 16000, r"input 0: .*9000 channels.*samples\.T"),
+        (np.zeros(0, np.float32), 16000, "input 0: .*S >= 1"),
+        (np.full(500, np.nan, np.float32), 16000, "input 0: .*nan at frame 0"),
+        ([noise(500), np.zeros(500, complex)], 16000, "input 1: .*complex128"),
+        ("no\0thing.wav", None, "thing.wav"),
+        ("nothing.wav", None, "nothing.wav"),
+        ("/dev/zero", None, "/dev/zero"),
+        (".", None, "^.: "),
+    ],
+)
+def test_what_is_not_a_recording_is_said_to_be_none(recognizer, inputs, rate, expected):
+    with pytest.raises(AudioError, match=expected):
+        recognizer.predict(inputs, rate)
+
+
+def test_nothing_gives_nothing(recognizer):
+    assert recognizer.predict([]) == []
+    assert list(recognizer.stream(iter(()))) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_recording_stops_predict_and_stands_in_its_place_in_stream(recognizer, recordings, workers):
+    recordings[2].write_bytes(b"RIFF not a recording")  # known from its header
+    flac = recordings[3].with_suffix(".flac")
+    soundfile.write(flac, noise(12_000), 16000)
+    data = bytearray(flac.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)  # known from decoding alone
+    flac.write_bytes(data)
+    inputs = [*recordings[:3], flac, *recordings[4:]]
+    results = list(recognizer.stream(inputs, workers=workers))
+    assert [isinstance(r, AudioError) for r in results] == [i in (2, 3) for i in range(7)]
+    assert str(recordings[2]) in str(results[2]) and str(flac) in str(results[3])
+    good = [r for r in results if isinstance(r, Prediction)]
+    assert [r.file for r in good] == [str(p) for i, p in enumerate(recordings) if i not in (2, 3)]
+    with pytest.raises(AudioError, match=r"2\.wav"):
+        recognizer.predict(inputs, workers=workers)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_change_nothing(recognizer, recordings, workers):
+    assert recognizer.predict(recordings, workers=workers) == recognizer.predict(recordings)
+    assert recognizer.predict(recordings[0], workers=workers) == recognizer.predict(recordings[0])
+    arrays = [noise(900), torch.from_numpy(noise(2000))]
+    assert recognizer.predict(arrays, 16000, workers=workers) == recognizer.predict(arrays, 16000)
+
+
+def test_thousands_of_short_recordings_need_few_descriptors(recognizer, tmp_path):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soundfile.write(tmp_path / "a.wav", noise(450), 16000)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        assert len(recognizer.predict([tmp_path / "a.wav"] * 500, workers=1)) == 500
+        assert len(recognizer.predict([torch.zeros(450)] * 500, 16000, workers=1)) == 500
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_is_lazy_and_holds_a_bounded_part_of_its_inputs(recognizer, tmp_path, workers):
+    soundfile.write(tmp_path / "a.wav", noise(450), 16000)
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield tmp_path / "a.wav" if taken % 3 else tmp_path / "missing.wav"
+
+    results = recognizer.stream(endless(), workers=workers)
+    for number in range(1, 2 * WINDOW):
+        assert isinstance(next(results), SerError) == (number % 3 == 0)
+        assert taken <= number + 3 * WINDOW
+    results.close()
+
+
+def test_an_endless_stream_of_bad_recordings_yields_its_errors(recognizer):
+    results = recognizer.stream(f"missing{i}.wav" for i in iter(int, 1))
+    assert all(isinstance(next(results), AudioError) for _ in range(WINDOW + 1))
+    results.close()
+
+
+def test_batches_are_of_like_length_and_bounded(recognizer, monkeypatch):
+    sizes = []
+    real = Recognizer.predict_waveforms
+
+    def spy(self, waveforms):
+        sizes.append([len(x) for x in waveforms])
+        return real(self, waveforms)
+
+    monkeypatch.setattr(Recognizer, "predict_waveforms", spy)
+    monkeypatch.setattr("ser.recognizer.BATCH_SECONDS", 1.0)
+    recognizer.predict([noise(n) for n in [400, 16000, 500, 15000, 8000, 8000, 600, 20000]], 16000)
+    assert sizes == [[20000], [16000], [15000], [8000, 8000], [600, 500, 400]]
+    assert BATCH_SECONDS == 64
+
+
+def test_predicting_leaves_the_model_in_the_mode_it_was_in(recognizer, recordings):
+    recognizer.model.train()
+    first, second = recognizer.predict(recordings[:1] * 2)
+    assert first == second  # no dropout, no masks
+    assert recognizer.model.training
+    with pytest.raises(IndexError):
+        recognizer.predict_waveforms([])
+    assert recognizer.model.training
+
+
+def test_a_prediction_is_plain_data(recognizer):
+    (prediction,) = recognizer.predict(noise(2000), 16000)
+    assert Prediction(**json.loads(json.dumps(prediction.to_dict()))) == prediction
