@@ -159,10 +159,12 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _torchaudio_resample() -> Callable[..., Tensor]:
+@functools.lru_cache(maxsize=4)
+def _resampler(new: int, old: int) -> Callable[[Tensor], Tensor]:
+    """`torchaudio.functional.resample` with its kernel kept: to compute it takes ten times as long as to use it."""
     # A torchaudio built for another torch fails while loading its library: OSError, or worse.
     try:
-        from torchaudio.functional import resample
+        from torchaudio.transforms import Resample
     except Exception as error:
         try:
             found = f"torchaudio {importlib.metadata.version('torchaudio')}"
@@ -173,7 +175,7 @@ def _torchaudio_resample() -> Callable[..., Tensor]:
             f"({type(error).__name__}: {error}); found {found} beside torch {torch.__version__}: "
             "install the torchaudio build that matches this torch, or give 16 kHz audio"
         ) from error
-    return resample
+    return Resample(old, new, **_KAISER_BEST)
 
 
 def _at_16_khz(blocks: Iterable[Tensor], frames: int, sample_rate: int) -> Tensor:
@@ -194,7 +196,7 @@ def _at_16_khz(blocks: Iterable[Tensor], frames: int, sample_rate: int) -> Tenso
             out[written : written + len(block)] = block
             written += len(block)
         return out
-    kernel = _torchaudio_resample()
+    kernel = _resampler(new, old)
     margin = -(-_reach(new, old) // old)  # periods
     # A power of two of periods, in the last window too: every new length of a convolution leaves up
     # to 2 MB behind in oneDNN's cache and a fragmented heap, without end in a data-loader worker.
@@ -204,7 +206,7 @@ def _at_16_khz(blocks: Iterable[Tensor], frames: int, sample_rate: int) -> Tenso
     for block in blocks:
         while len(block):
             if filled == len(window):
-                part = kernel(window, old, new, **_KAISER_BEST)[done * new : (periods - margin) * new]
+                part = kernel(window)[done * new : (periods - margin) * new]
                 out[written : written + len(part)] = part
                 written += len(part)
                 filled, done = 2 * margin * old, margin
@@ -215,7 +217,7 @@ def _at_16_khz(blocks: Iterable[Tensor], frames: int, sample_rate: int) -> Tenso
             block = block[taken:]
     window[filled:] = 0  # as the kernel sees past the end anyway
     window = window[: _power_of_two(-(-filled // old)) * old]
-    out[written:] = kernel(window, old, new, **_KAISER_BEST)[done * new :][: len(out) - written]
+    out[written:] = kernel(window)[done * new :][: len(out) - written]
     return out
 
 
@@ -249,8 +251,8 @@ def resample(waveform: Tensor, sample_rate: int) -> Tensor:
 def normalise(waveform: Tensor) -> Tensor:
     """Zero mean and unit variance over the utterance, as Hugging Face's Wav2Vec2FeatureExtractor.
 
-    (x - mean) / sqrt(var + 1e-7), var being the population's. In float64 and after taking the first
-    sample off, so that silence and any constant give exact zeros.
+    (x - mean) / sqrt(var + 1e-7), var being the population's. In float64, in which the mean of a
+    constant is that constant, so silence and any constant give exact zeros.
 
     Args:
         waveform: (S,) floating point, at least one sample, finite.
@@ -260,9 +262,9 @@ def normalise(waveform: Tensor) -> Tensor:
     """
     if waveform.ndim != 1 or waveform.shape[0] == 0:
         raise AudioError(f"normalise: found shape {tuple(waveform.shape)}, expected (S,) with S >= 1")
-    centred = waveform.double() - waveform[0].double()
-    variance, mean = torch.var_mean(centred, correction=0)
-    return ((centred - mean) / torch.sqrt(variance + 1e-7)).float()
+    wide = waveform.double()
+    variance, mean = torch.var_mean(wide, correction=0)
+    return ((wide - mean) / torch.sqrt(variance + 1e-7)).float()
 
 
 # Checks shared by files and arrays ----------------------------------------------------------------

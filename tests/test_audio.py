@@ -240,19 +240,18 @@ def test_what_is_not_a_regular_file_is_named_at_once(tmp_path, monkeypatch, call
 
 
 def test_a_file_without_permission_is_named(tmp_path):
-    path = write(tmp_path / "a.wav", noise())
-    path.chmod(0)
+    write(tmp_path / "a.wav", noise()).chmod(0)
+    tmp_path.chmod(0o755)
     script = """
 import json, os, sys
 from ser.audio import load_audio
+os.chdir(sys.argv[1])
 if os.geteuid() == 0: os.seteuid(65534)  # root may read anything
-try: load_audio(sys.argv[1]); message = "no error"
+try: load_audio("a.wav"); message = "no error"
 except Exception as error: message = f"{type(error).__name__} {error}"
 print(json.dumps(message))
 """
-    message = in_a_child(script, path)
-    assert message.startswith(f"AudioError {path}: cannot be re")
-    assert "Permission denied" in message
+    assert in_a_child(script, tmp_path) == "AudioError a.wav: cannot be read: Permission denied"
 
 
 # Cut files (E2) -------------------------------------------------------------------------------------
@@ -414,7 +413,9 @@ def test_text_and_damaged_headers_are_refused(tmp_path):
     refused(path, "unknown format", "not sound at", call=audio_info)
     path.write_bytes(b"fLaC" + bytes(200))
     refused(path, "libsndfile says", call=audio_info)
-    path.write_bytes(b"RIFF\xff\xff\xff\xffWAVE" + bytes(100_000))  # chunks of no length, for ever
+    with path.open("wb") as file:
+        file.write(b"RIFF\xff\xff\xff\xffWAVE")
+        file.truncate(1 << 31)  # 268 million chunks of no length
     refused(path, "no data chunk", call=audio_info)
     path.write_bytes(wav_header(100)[:12] + struct.pack("<4sI", b"data", 100) + bytes(100))
     refused(path, "before its format", call=audio_info)
@@ -583,7 +584,9 @@ def test_resampling_in_windows_equals_resampling_at_once(rate, frames):
     new, old = audio._ratio(rate)
     resampled = resample(waveform, rate)
     assert resampled.shape == (resampled_length(frames, rate),) == (math.ceil(frames * new / old),)
-    torch.testing.assert_close(resampled, whole(waveform, old, new, **audio._KAISER_BEST), rtol=0, atol=2e-6)
+    # In float64, as our kernel is computed; in float32 torchaudio's own kernel is 3e-5 off.
+    expected = whole(waveform.double(), old, new, **audio._KAISER_BEST).float()
+    torch.testing.assert_close(resampled, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("rate", [8_000, 44_100, 44_101])
@@ -667,11 +670,11 @@ def test_small_overs_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
-@pytest.mark.parametrize("value", [0.0, 0.3, -1.0])
+@pytest.mark.parametrize("value", [0.0, 0.3, -1.0, 99.9])
 def test_silence_and_constants_are_defined_and_normalise_to_zero(tmp_path, rate, value):
     path = write(tmp_path / "a.wav", np.full(rate, value, np.float32), rate, subtype="FLOAT")
     waveform = load_audio(path)
-    assert (waveform[1_000:-1_000] - value).abs().max() < 1e-4
+    assert (waveform[1_000:-1_000] - value).abs().max() <= 1e-4 * abs(value)
     assert normalise(waveform).isfinite().all()
     if rate == 16_000 or value == 0:
         assert normalise(waveform).eq(0).all()
