@@ -26,10 +26,10 @@ import make_demo_corpus
 
 EXAMPLES = Path(__file__).parent
 NEEDED_UA, NEEDED_WER = 0.60, 0.35
-# From scratch the rate is far above fine-tuning's 5e-5, and an epoch is a hundred short updates.
+# From scratch the rate is far above fine-tuning's 5e-5, and an epoch is some hundred short updates.
 SETTINGS = (
-    "--init small --heads emotion,ctc,speaker --alpha 0.1 --beta 0.1 --rate 1e-3 "
-    "--micro-batch 4 --effective-batch 8 --epochs 16 --eval-every 4ep --save-every 4ep --log-every 24"
+    "--init small --heads emotion,ctc,speaker --alpha 0.1 --beta 0.5 --rate 1e-3 "
+    "--micro-batch 4 --effective-batch 8 --epochs 9 --eval-every 3ep --save-every 3ep --log-every 24"
 )
 
 
