@@ -110,8 +110,8 @@ _KAISER_BEST = {  # resampy's and librosa's "kaiser_best": stop band -147 dB, fl
     "resampling_method": "sinc_interp_kaiser",
     "beta": 14.769656459379492,
 }
-_SMALL_KERNEL = 500_000  # taps in all: 2 MB, and about 15 MB while torchaudio computes them
-_LARGEST_KERNEL = 2_500_000  # 10 MB
+_SMALL_KERNEL = 500_000  # taps in all: 2 MB, and about 30 MB while torchaudio computes them
+_LARGEST_KERNEL = 2_500_000  # 10 MB, and about 110 MB meanwhile: only for rates that nobody records at
 _GOOD_RATIO = 10_000  # an error of one part in this many will do
 _BLOCK_FRAMES = 1 << 18  # at most so many frames, and so many values over all channels x 4, at a time
 
@@ -161,7 +161,7 @@ def _power_of_two(n: int) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _resampler(new: int, old: int) -> Callable[[Tensor], Tensor]:
-    """`torchaudio.functional.resample` with its kernel kept: to make it takes ten times as long as to use it."""
+    """`torchaudio.functional.resample` with its kernel kept: making it takes ten times as long as using it."""
     # A torchaudio built for another torch fails while loading its library: OSError, or worse.
     try:
         from torchaudio.transforms import Resample

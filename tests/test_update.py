@@ -99,7 +99,7 @@ def gradients(world, update, micro_batch, *, config=None, pool=None):
 
 
 def assert_same_gradients(found, expected):
-    """N3's tolerance: per parameter 1e-10 of its norm plus 1e-6 of the whole gradient's times 1e-4 (float64)."""
+    """Tighter than N3 asks: per parameter 1e-10 of its own norm plus 1e-10 of the whole gradient's (float64)."""
     assert found.keys() == expected.keys()
     whole = torch.stack([g.norm() for g in expected.values()]).norm()
     for name, reference in expected.items():
@@ -157,7 +157,21 @@ def splits_on_ranks(world):
             world, ALL, 2, config=tiny_config(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
         ),
     }
-    return found, parameters_after_training(world)
+    return found, parameters_after_training(world), synchronisations(world)
+
+
+def synchronisations(world):
+    """For each micro-batch of an update, whether its gradients are exchanged."""
+    model = tiny_model(tiny_config())
+    wrapped = world.wrap(model)
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(wrapped.require_backward_grad_sync))
+    optimizer = make_optimizer(model, rate=1.0, head_rate=0.0, weight_decay=0.0, beta2=0.999)
+    steps = cut_update(ALL, LENGTHS, world_size=world.size, micro_batch=1)
+    mine = batches_of([ranks[world.rank] for ranks in steps], examples())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    run_update(wrapped, model, optimizer, mine, OBJECTIVE, world, scaler=scaler)
+    return seen
 
 
 def parameters_after_training(world):
@@ -197,7 +211,7 @@ def on_two_ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("case", ["2 ranks", "2 ranks x 2", "2 ranks x 4", "uneven"])
 def test_the_gradient_does_not_depend_on_the_ranks(whole, on_two_ranks, case):
-    for found, _ in on_two_ranks:
+    for found, *_ in on_two_ranks:
         gradient, losses = found[case]
         assert_same_gradients(gradient, whole[0])
         torch.testing.assert_close(losses, whole[1], rtol=1e-10, atol=0)
@@ -214,29 +228,33 @@ def test_the_gradient_does_not_depend_on_the_ranks(whole, on_two_ranks, case):
 )
 def test_a_small_or_poorly_labelled_update_has_the_same_gradient_on_two_ranks(on_two_ranks, case, update):
     expected, _ = gradients(World(), update, 8)
-    for found, _ in on_two_ranks:
+    for found, *_ in on_two_ranks:
         assert_same_gradients(found[case][0], expected)
 
 
 def test_the_split_does_not_matter_in_the_layer_norm_style_either(on_two_ranks):
     config = tiny_config(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
     expected, _ = gradients(World(), ALL, 8, config=config)
-    for found, _ in on_two_ranks:
+    for found, *_ in on_two_ranks:
         assert_same_gradients(found["large style"][0], expected)
 
 
 def test_a_head_without_any_label_in_the_update_has_no_gradient_on_any_rank(on_two_ranks):
-    for found, _ in on_two_ranks:
+    for found, *_ in on_two_ranks:
         assert not any(name.startswith("cls_head") for name in found["no emotion at all"][0])
         assert any(name.startswith("speaker_head") for name in found["no emotion at all"][0])
 
 
 def test_weights_stay_equal_on_all_ranks_with_layerdrop_frozen_parts_and_missing_labels(on_two_ranks):
-    first, second = (snapshots for _, snapshots in on_two_ranks)
+    first, second = (snapshots for _, snapshots, _ in on_two_ranks)
     for step, (a, b) in enumerate(zip(first, second, strict=True)):
         assert torch.equal(a, b), f"ranks differ after update {step}"
     assert not torch.equal(first[0], first[1])
     assert torch.isfinite(first[-1]).all()
+
+
+def test_gradients_are_exchanged_once_per_update(on_two_ranks):
+    assert [seen for *_, seen in on_two_ranks] == [[False, False, False, True]] * 2
 
 
 def test_a_head_without_labels_is_left_out_of_the_optimizer_step():

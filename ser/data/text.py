@@ -268,11 +268,10 @@ class Vocabulary:
         keep("blank", ids[blanks[0]])
         keep("unknown", next((ids[u] for u in UNKNOWNS if u in ids), None))
         keep("_delimiter", ids.get(word_delimiter))
-        # What encode may produce: single characters. A token that some other program wrote decomposed counts as
-        # its composed character, unless that has a token of its own.
-        letters = {t: i for t, i in ids.items() if t not in SPECIALS and t != word_delimiter and not t.isspace()}
-        composed = {nfc(t): i for t, i in letters.items()}
-        keep("_ids", {t: i for t, i in {**composed, **letters}.items() if len(t) == 1})
+        # encode looks up single characters between the words, so it never meets a special, a longer token or the
+        # delimiter here. A token that another program wrote decomposed counts as its composed character, unless
+        # that has a token of its own.
+        keep("_ids", {**{nfc(token): id_ for token, id_ in ids.items()}, **ids})
 
     def __len__(self) -> int:
         """The number of symbols V, blank included."""
