@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ import ser
 from ser.data.manifest import check_labels, check_overlap, parse_columns, read_manifest
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
 from ser.errors import ConfigError
-from ser.recognizer import Recognizer
+from ser.recognizer import Recognizer, inherited_labels
 from ser.train.config import TrainConfig, add_arguments, from_arguments
 from ser.train.distributed import joined_world
 from ser.train.loop import fit, say
@@ -103,10 +104,14 @@ def main() -> None:
             for utterance, text in zip(train, texts, strict=True):
                 if text != (utterance.text or ""):
                     say(world, f"{utterance.id}: {utterance.text!r} is trained as {text!r}")
+
+        def label_set(head: str, kind: str, labels: Iterable[str]) -> list[str]:
+            return inherited_labels(arguments.init, kind, labels) if head in heads else []
+
         recognizer, report = Recognizer.create(
             arguments.init,
-            emotions=sorted({u.emotion for u in train if u.emotion}) if "emotion" in heads else (),
-            speakers=sorted({u.speaker for u in train if u.speaker}) if "speaker" in heads else (),
+            emotions=label_set("emotion", "emotions", (u.emotion for u in train if u.emotion)),
+            speakers=label_set("speaker", "speakers", (u.speaker for u in train if u.speaker)),
             vocabulary=chosen_vocabulary(arguments, texts) if "ctc" in heads else None,
             orthography=arguments.orthography,
             tags=arguments.tags,

@@ -588,3 +588,16 @@ def read_labels(folder: Path, values: dict) -> dict[str, Any]:
         **choices,
         "do_normalize": do_normalize,
     }
+
+
+def inherited_labels(init: str | Path, kind: str, training: Iterable[str]) -> list[str]:
+    """The labels to train with: those of the folder ``init`` if every training label is there, else the sorted ones.
+
+    ``kind`` is "emotions" or "speakers". With the folder's own set its head can be kept (`Recognizer.create`).
+    """
+    wanted = sorted(set(training))
+    if not Path(init).is_dir():
+        return wanted
+    folder = check_folder(init)
+    own = read_labels(folder, read_json(folder, "config.json"))[kind]
+    return own if wanted and set(wanted) <= set(own) else wanted

@@ -77,7 +77,8 @@ def test_an_installed_package_imports_from_another_folder_with_all_its_files_and
         print(*sorted(r.split(">")[0] for r in metadata.get_all("Requires-Dist") if "extra" not in r))
         print(*sorted(metadata.get_all("Provides-Extra")))
         package = pathlib.Path(ser.__file__).parent
-        print(*sorted(str(p.relative_to(package)) for p in package.rglob("*") if p.suffix != ".pyc" and p.is_file()))
+        files = [p for p in package.rglob("*") if p.suffix != ".pyc" and p.is_file()]
+        print(*sorted(str(p.relative_to(package)) for p in files))
         """,
         interpreter=installed,
         cwd=tmp_path,

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -323,6 +324,17 @@ def test_the_hubs_cache_layout_is_read_and_nothing_else_beside_it(folder, tmp_pa
         load_encoder(snapshot)
 
 
+@pytest.fixture
+def time_limit():
+    """Fails the test where it hangs: to open a FIFO waits for ever."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("time_limit")
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 @pytest.mark.parametrize("kind", ["broken link", "loop", "FIFO", "folder"])
 def test_what_is_no_regular_file_is_refused_without_a_hang(folder, name, kind):
@@ -433,7 +445,10 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in HOSTILE.items() for v in values])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [pytest.param(k, v, id=f"{k}={str(v)[:20]}") for k, values in HOSTILE.items() for v in values],
+)
 def test_a_hostile_setting_is_refused_by_name_before_anything_is_built(folder, monkeypatch, key, value):
     reconfigure(folder, **{key: value})
     monkeypatch.setattr(Wav2Vec2, "__init__", lambda *_: pytest.fail("a model was built"))

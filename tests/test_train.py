@@ -201,6 +201,13 @@ def test_transcripts_that_do_not_fit_and_unknown_characters_are_named_before_tra
     assert "1 of 4 utterances have no transcript" in said
 
 
+def test_a_vocabulary_that_writes_none_of_the_text_is_refused(tmp_path):
+    manifest = write_corpus(tmp_path, 4)
+    manifest.write_text(manifest.read_text().replace("AB", "привет").replace("BA", "мир").replace("A B", "да"))
+    with pytest.raises(ConfigError, match="--build-vocab"):
+        fit(toy_recognizer(), read_manifest(manifest), [], quick(epochs=1), tmp_path / "run")
+
+
 def test_what_evaluation_counts_is_what_a_loop_over_predictions_counts(tmp_path):
     rows = toy_rows(tmp_path, 13, speakers=4)  # the fourth speaker is unknown to the model
     recognizer = toy_recognizer()

@@ -54,8 +54,8 @@ def test_torchrun_trains_on_two_processes_and_the_model_infers_without_any_outsi
     (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
     guard = {"PYTHONPATH": str(tmp_path), "NETWORK_LOG": str(tmp_path / "connections")}
     done = run(
-        *f"--train {corpus}/train.csv --valid {corpus}/valid.csv --init {corpus}/init --out {tmp_path}/run".split(),
-        *f"{QUICK} --allow-overlap speakers".split(),
+        *f"--train {corpus}/train.csv --valid {corpus}/valid.csv --init {corpus}/init".split(),
+        *f"{QUICK} --out {tmp_path}/run --allow-overlap speakers".split(),
         cwd=tmp_path,
         environment=guard,
         torchrun=2,
@@ -116,6 +116,16 @@ def test_the_paper_s_three_columns_and_another_corpus_s_names_train(corpus, tmp_
     assert done.returncode == 0, done.stderr
     assert ser.load(tmp_path / "run/best").emotions == ["angry", "happy", "neutral", "sad"]
     assert ser.load(tmp_path / "run/best").vocabulary.tokens[-2:] == ("A", "B")
+
+
+def test_the_label_set_is_that_of_init_where_it_has_every_training_label(corpus, tmp_path):
+    write_corpus(tmp_path, 6)
+    manifest = tmp_path / "train.csv"
+    manifest.write_text("".join(line for line in manifest.open() if ",sad," not in line))
+    done = run(*f"--train {manifest} --init {corpus}/init {QUICK} --out run".split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ser.load(tmp_path / "run/best").emotions == ["angry", "happy", "neutral", "sad"]
+    assert "newly initialised" not in done.stderr, "the head was kept"
 
 
 def test_help_explains_every_setting_with_its_default():

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from ser.audio import SAMPLE_RATE
 from ser.data.dataset import NO_LABEL, Batch, SpeechDataset, collate
 from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler, evaluation_batches
+from ser.data.text import minimum_frames
 from ser.errors import ConfigError, RunFolderError, SerError
 from ser.models.masking import spec_augment
 from ser.models.multitask import HEADS, MultiTaskModel, Outputs
@@ -399,16 +399,21 @@ def check_training_data(recognizer: Recognizer, dataset: SpeechDataset, lengths:
         empty = sum(not text for text in dataset.texts)
         if empty:
             notes.append(f"{empty} of {len(dataset)} utterances have no transcript; trained on their other labels")
+        if any(dataset.texts) and not any(dataset.targets):
+            text = next(text for text in dataset.texts if text)
+            raise ConfigError(
+                f"no training transcript has a character of the vocabulary; the first is {text[:40]!r}, the "
+                f"symbols are {' '.join(recognizer.vocabulary.tokens[:40])}. Try --build-vocab, or --orthography"
+            )
         dropped = recognizer.vocabulary.unknown_characters(dataset.texts)
         if dropped:
             listed = ", ".join(f"{c!r} x{n}" for c, n in dropped.most_common(20))
             notes.append(f"characters outside the vocabulary, removed: {listed}")
         frames = recognizer.model.config.num_frames(torch.tensor(lengths))
         misfits = []
-        for i, target in enumerate(dataset.targets):
-            needed = len(target) + sum(a == b for a, b in pairwise(target))
-            if needed > int(frames[i]):
-                misfits.append(f"{dataset.utterances[i].id}: {needed} frames needed, {int(frames[i])} there")
+        for utterance, target, there in zip(dataset.utterances, dataset.targets, frames.tolist(), strict=True):
+            if (needed := minimum_frames(target)) > there:
+                misfits.append(f"{utterance.id}: {needed} frames needed, {there} there")
         if misfits:
             shown = "\n  ".join(misfits[:20] + ([f"and {len(misfits) - 20} more"] if len(misfits) > 20 else []))
             notes.append(
