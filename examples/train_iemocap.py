@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--build-vocab", action="store_true", help="make the vocabulary of the training text")
     parser.add_argument("--orthography", choices=sorted(ORTHOGRAPHIES), default="librispeech", help="of the text")
     parser.add_argument("--tags", choices=["remove", "keep-letters"], default="remove",
-                        help="[..], {..}, <..> in text: removed whole, or as the paper does: letters stay")  # fmt: skip
+                        help="[..], {..}, <..> in text go whole, or as in the paper: letters stay")  # fmt: skip
     parser.add_argument("--allow-overlap", choices=["none", "speakers", "utterances"], default="none",
                         help="what training and validation may share; a speaker head needs speakers")  # fmt: skip
     parser.add_argument("--threads", type=int, help="CPU threads per process (default: cores / processes)")

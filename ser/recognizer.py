@@ -591,7 +591,7 @@ def read_labels(folder: Path, values: dict) -> dict[str, Any]:
 
 
 def inherited_labels(init: str | Path, kind: str, training: Iterable[str]) -> list[str]:
-    """The labels to train with: those of the folder ``init`` if every training label is there, else the sorted ones.
+    """The labels to train with: those of the folder ``init`` if all of training's are there, else those sorted.
 
     ``kind`` is "emotions" or "speakers". With the folder's own set its head can be kept (`Recognizer.create`).
     """
