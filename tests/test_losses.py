@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -12,7 +12,7 @@ from ser.data.dataset import NO_LABEL
 from ser.errors import TextError
 from ser.train.losses import classification_loss, ctc_feasible, ctc_loss
 
-quick = settings(max_examples=50, deadline=None, derandomize=True)
+quick = settings(max_examples=50, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
 
 def scores(*shape, dtype=torch.float64, seed=0):

@@ -135,6 +135,9 @@ def test_the_order_differs_between_epochs_and_seeds_and_repeats_for_the_same():
     assert first == plan_epoch(lengths, seed=0, epoch=0, effective_batch=8)
     assert first != plan_epoch(lengths, seed=0, epoch=1, effective_batch=8)
     assert first != plan_epoch(lengths, seed=1, epoch=0, effective_batch=8)
+    assert plan_epoch(lengths, seed=0, epoch=1, effective_batch=8) != plan_epoch(
+        lengths, seed=1, epoch=0, effective_batch=8
+    ), "a neighbouring seed is not the same run one epoch on"
     assert {frozenset(u) for u in first} != {
         frozenset(u) for u in plan_epoch(lengths, seed=0, epoch=1, effective_batch=8)
     }
