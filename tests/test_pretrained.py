@@ -414,13 +414,13 @@ def test_damaged_safetensors_files_are_errors_with_their_path(folder):
     refused = 0
     for data in mutants(sound, 200):
         path.write_bytes(data)
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             load_encoder(folder)  # a flipped letter in the metadata does no harm
         except SerError as error:
             assert str(folder) in str(error)
             refused += 1
-        assert time.perf_counter() - began < 1
+        assert time.process_time() - began < 1
     assert refused > 180
 
 
@@ -450,10 +450,10 @@ HOSTILE = {
 def test_a_hostile_setting_is_refused_by_name_before_anything_is_built(folder, monkeypatch, key, value):
     reconfigure(folder, **{key: value})
     monkeypatch.setattr(Wav2Vec2, "__init__", lambda *_: pytest.fail("a model was built"))
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ModelFolderError) as caught:
         load_encoder(folder)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     message = str(caught.value)
     assert str(folder / "config.json") in message and len(message) < 1000
     assert key in message or value == 10**400
@@ -493,7 +493,7 @@ def test_a_configuration_far_too_large_for_its_weights_allocates_nothing(folder)
         load_encoder(folder)
 
 
-@pytest.mark.parametrize("name", ["a/b", "/etc/passwd", "..", "", "."])
+@pytest.mark.parametrize("name", ["a/b", "/etc/passwd", "..", "", ".", "a\0b", "\ud800", "x" * 300])
 def test_only_plain_names_are_resolved(folder, name):
     with pytest.raises(ModelFolderError):
         resolve_inside(folder, name)

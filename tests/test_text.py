@@ -313,6 +313,7 @@ def test_decomposed_tokens_of_a_foreign_vocabulary_are_found():
     vocabulary = tiny("<pad>", "|", "e\u0301", "\u212b")
     assert vocabulary.encode("é Å") == [2, 1, 3]
     assert vocabulary.decode([2, 1, 3]) == "é Å"
+    assert tiny("<pad>", "\u00e9", "e\u0301").encode("é") == [1]
 
 
 def test_the_tutorials_names_of_the_specials_are_known():
