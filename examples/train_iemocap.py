@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,16 +50,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--valid", type=Path, help="manifest to choose the best model by")
     parser.add_argument("--root", type=Path, help="folder that the manifests' files are relative to")
     parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
-    parser.add_argument("--init", default="base", help="model folder, or small, base, large (random weights)")
+    parser.add_argument(
+        "--init", default="base", help="model folder, or small, base, large (random weights) (default: base)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; resumed if it has a checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds a run")
-    parser.add_argument("--vocab", type=Path, help="vocab.json (default: that of --init, else librispeech's)")
-    parser.add_argument("--build-vocab", action="store_true", help="make the vocabulary of the training text")
-    parser.add_argument("--orthography", choices=sorted(ORTHOGRAPHIES), default="librispeech", help="of the text")
+    symbols = parser.add_mutually_exclusive_group()
+    symbols.add_argument("--vocab", type=Path, help="vocab.json (default: that of --init, else librispeech's)")
+    symbols.add_argument("--build-vocab", action="store_true", help="make the vocabulary of the training text")
+    parser.add_argument("--orthography", choices=sorted(ORTHOGRAPHIES), default="librispeech",
+                        help="of the text (default: librispeech)")  # fmt: skip
     parser.add_argument("--tags", choices=["remove", "keep-letters"], default="remove",
-                        help="[..], {..}, <..> in text go whole, or as in the paper: letters stay")  # fmt: skip
+                        help="[..], {..}, <..> in text: letters stay in the paper (default: remove)")  # fmt: skip
     parser.add_argument("--allow-overlap", choices=["none", "speakers", "utterances"], default="none",
-                        help="what training and validation may share; a speaker head needs speakers")  # fmt: skip
+                        help="what --valid may share; a speaker head needs speakers (default: none)")  # fmt: skip
     parser.add_argument("--threads", type=int, help="CPU threads per process (default: cores / processes)")
     parser.add_argument("--verbose", action="store_true", help="show changed transcripts, and reference beside "
                         "hypothesis in evaluation")  # fmt: skip
@@ -85,14 +90,14 @@ def chosen_heads(config: TrainConfig, train: list) -> list[str]:
 def main() -> None:
     arguments = parse_arguments()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(arguments.threads or max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(arguments.threads or max(1, len(os.sched_getaffinity(0)) // processes))
     config = from_arguments(arguments)
     with joined_world(config.device) as world:
         if "WORLD_SIZE" not in os.environ and torch.cuda.device_count() > 1:
             count = torch.cuda.device_count()
             say(
                 world,
-                f"{count} GPUs; to use all: torchrun --standalone --nproc-per-node={count} {sys.argv[0]} ...",
+                f"{count} GPUs; to use all: torchrun --standalone --nproc-per-node={count} {shlex.join(sys.argv)}",
             )
         columns = parse_columns(arguments.columns)
         train = read_manifest(arguments.train, root=arguments.root, columns=columns)
@@ -125,6 +130,8 @@ def main() -> None:
             "init": str(arguments.init),
             "train": str(arguments.train),
             "valid": str(arguments.valid),
+            "root": str(arguments.root),
+            "columns": columns,
             "labels": recognizer.emotions,
             "speakers": recognizer.speakers,
             "symbols": recognizer.vocabulary.tokens if recognizer.vocabulary is not None else [],
@@ -141,7 +148,8 @@ def main() -> None:
             arguments.out,
             world=world,
             settings=settings,
-            overwrite=arguments.overwrite,
+            # Not again when torchrun restarts the processes after a fault: then the run continues.
+            overwrite=arguments.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0",
             verbose=arguments.verbose,
         )
         best = "" if result.progress.best is None else f", {result.metric} {result.progress.best:.4f}"

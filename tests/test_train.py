@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from toy import toy_recognizer, toy_rows, write_corpus
 
 import ser
 from ser.data.manifest import read_manifest
-from ser.errors import ConfigError, RunFolderError
+from ser.data.text import Vocabulary
+from ser.errors import ConfigError, RunFolderError, SerError
 from ser.train.checkpoint import checkpoints
 from ser.train.config import TrainConfig
 from ser.train.loop import evaluate, fit
@@ -323,3 +325,69 @@ def test_batches_by_padded_seconds_train_every_utterance(tmp_path):
     result = fit(toy_recognizer(), rows, [], config, tmp_path / "run")
     assert result.progress.finished and result.progress.epoch == 2
     assert 8 <= result.progress.step <= 14
+
+
+def fit_with_an_untrained_head(world, folder):
+    rows = read_manifest(Path(folder) / "train.csv")
+    recognizer = toy_recognizer()
+    before = recognizer.model.lm_head.weight.clone()
+    fit(recognizer, rows, [], quick(epochs=2, alpha=0.0), Path(folder) / "run", world=world)
+    return torch.equal(before, recognizer.model.lm_head.weight), recognizer.model.cls_head.weight.detach()
+
+
+def test_two_ranks_train_with_a_head_at_weight_0(tmp_path):
+    write_corpus(tmp_path, 8)
+    first, second = run_ranks(fit_with_an_untrained_head, 2, tmp_path, str(tmp_path))
+    assert first[0] and second[0]
+    assert torch.equal(first[1], second[1])
+
+
+def test_validation_without_any_usable_label_is_refused(tmp_path):
+    rows = toy_rows(tmp_path, 4)
+    unlabelled = [replace(row, emotion=None, text="[LAUGHTER]", speaker="nobody") for row in rows]
+    with pytest.raises(ConfigError, match="no label for any head"):
+        fit(toy_recognizer(), rows, unlabelled, quick(epochs=1), tmp_path / "run")
+
+
+def test_all_recordings_that_cannot_be_used_are_listed_before_training(tmp_path):
+    rows, valid = toy_rows(tmp_path, 6), toy_rows(tmp_path, 4, name="valid")
+    for row in (*rows[1:3], valid[2]):
+        row.file.write_bytes(b"not audio")
+    with pytest.raises(SerError, match="2 of 6") as caught:
+        fit(toy_recognizer(), rows, [], QUICK, tmp_path / "run")
+    assert "train1.wav" in str(caught.value) and "train2.wav" in str(caught.value)
+    with pytest.raises(SerError, match=r"valid2\.wav"):
+        fit(toy_recognizer(), [rows[0]], valid, QUICK, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_over_other_data_is_refused(tmp_path):
+    rows = toy_rows(tmp_path, 6)
+    fit(toy_recognizer(), rows, [], quick(epochs=1), tmp_path / "run")
+    with pytest.raises(RunFolderError, match="data: "):
+        fit(toy_recognizer(), [replace(rows[0], emotion="sad"), *rows[1:]], [], quick(epochs=1), tmp_path / "run")
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(uninterrupted, tmp_path):
+    folder, train, valid = uninterrupted
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(folder / "run/config.json", run)
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 2}\n{"kind": "tra')  # and cut short
+    result = fit(toy_recognizer(), train, valid, QUICK, run)
+    assert not result.resumed
+    assert_identical(checkpoints(run)[-1], checkpoints(folder / "run")[-1])
+    assert len(log(run, "train")) == len(log(folder / "run", "train"))
+
+
+def test_evaluation_of_a_model_whose_blank_is_not_0_works(tmp_path):
+    recognizer = toy_recognizer()
+    tokens = recognizer.vocabulary.tokens
+    recognizer.vocabulary = Vocabulary({token: len(tokens) - 1 - i for i, token in enumerate(tokens)})
+    found = evaluate(recognizer, toy_rows(tmp_path, 4)).metrics()
+    assert math.isfinite(found["loss_ctc"]) and found["words"] > 0
+
+
+def test_characters_that_the_vocabulary_cannot_write_are_counted_in_evaluation(tmp_path):
+    rows = [replace(row, text="AB ?!") for row in toy_rows(tmp_path, 4)]
+    assert evaluate(toy_recognizer(), rows).metrics()["characters_outside_vocabulary"] == 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ser.audio import audio_info, load_audio, normalise
 from ser.data.manifest import Utterance
 from ser.data.sampler import Item
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
+from ser.errors import AudioError
 
 NO_LABEL = -100  # what torch's cross entropy ignores
 
@@ -74,10 +76,9 @@ class SpeechDataset(Dataset[Example]):
         orthography: str = "librispeech",
         tags: str = "remove",
         do_normalize: bool = True,
-        max_seconds: float | None = None,
     ) -> None:
         self.utterances = list(utterances)
-        self.do_normalize, self.max_seconds = do_normalize, max_seconds
+        self.do_normalize = do_normalize
         emotion_ids = {name: i for i, name in enumerate(emotions)}
         speaker_ids = {name: i for i, name in enumerate(speakers)}
         self.emotions = [emotion_ids.get(u.emotion or "", NO_LABEL) for u in self.utterances]
@@ -98,9 +99,7 @@ class SpeechDataset(Dataset[Example]):
     def __getitem__(self, item: int | Item) -> Example:
         index, weight = item if isinstance(item, tuple) else (item, 1.0)
         utterance = self.utterances[index]
-        waveform = load_audio(
-            utterance.file, start=utterance.start, end=utterance.end, max_seconds=self.max_seconds
-        )
+        waveform = load_audio(utterance.file, start=utterance.start, end=utterance.end)
         return Example(
             index,
             weight,
@@ -110,12 +109,23 @@ class SpeechDataset(Dataset[Example]):
             self.targets[index],
         )
 
+    @cached_property
     def lengths(self) -> list[int]:
-        """Samples at 16 kHz of each utterance, from the file headers alone."""
-        return [
-            audio_info(u.file, start=u.start, end=u.end, max_seconds=self.max_seconds).num_samples
-            for u in self.utterances
-        ]
+        """Samples at 16 kHz of each utterance, from the file headers alone.
+
+        Raises AudioError that lists every recording whose header cannot be used.
+        """
+        found, bad = [], []
+        for u in self.utterances:
+            try:
+                found.append(audio_info(u.file, start=u.start, end=u.end).num_samples)
+            except AudioError as error:
+                bad.append(str(error))
+        if bad:
+            more = f"\n  and {len(bad) - 50} more" if len(bad) > 50 else ""
+            listed = "\n  ".join(bad[:50])
+            raise AudioError(f"{len(bad)} of {len(self)} recordings cannot be used:\n  {listed}{more}")
+        return found
 
 
 def collate(examples: Sequence[Example]) -> Batch:

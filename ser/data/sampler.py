@@ -20,7 +20,7 @@ jittered before they are sorted, so neighbours change every epoch, and the updat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 
 import numpy as np
@@ -184,6 +184,7 @@ class LengthBucketBatchSampler(Sampler[list[Item]]):
         if not 0 <= update <= len(plan):
             raise ConfigError(f"epoch {epoch} has {len(plan)} updates; cannot start at {update}")
         self.steps = [self.cut(u) for u in plan[update:]]
+        self.__dict__.pop("padding", None)  # of another epoch
 
     @property
     def updates(self) -> list[list[list[Item]]]:
@@ -198,7 +199,7 @@ class LengthBucketBatchSampler(Sampler[list[Item]]):
         for update in self.updates:
             yield from update
 
-    @property
+    @cached_property
     def padding(self) -> float:
         """Share of the computed samples that are padding, over all ranks, 0..1."""
         real = padded = 0

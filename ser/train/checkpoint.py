@@ -41,7 +41,6 @@ class Progress:
     best: float | None = None  # of the chosen metric
     best_step: int = 0
     evaluations_since_best: int = 0
-    evaluated_step: int = -1
     scaler: dict[str, Any] | None = None
     finished: bool = False
 
@@ -66,7 +65,7 @@ def restore_optimizer(
         parameter = parameters[name]
         # AdamW counts its steps in a tensor that stays on the CPU unless it is fused.
         device = parameter.device if kind != "step" or optimizer.defaults.get("fused") else "cpu"
-        optimizer.state[parameter][kind] = value.to(device)
+        optimizer.state[parameter][kind] = value.to(device, copy=True)  # a copy: the file is mapped
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -131,18 +130,15 @@ def open_run(run: Path, settings: dict[str, Any], *, overwrite: bool) -> Path | 
     for name in ("best", "last"):
         recover_folder(run / name)
     found = checkpoints(run)
+    if occupied and not found and interrupted_early(run, settings):
+        return None
     if occupied and not found:
         raise RunFolderError(
             f"{run}: is not empty and has no checkpoint to resume from; choose another folder, or --overwrite "
             "to start a run anew"
         )
     if found:
-        before = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        differences = [
-            f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now"
-            for key in sorted(set(before) | set(settings))
-            if before.get(key) != settings.get(key) and key not in MAY_CHANGE
-        ]
+        differences = changed_settings(run, settings)
         if differences:
             listed = "\n  ".join(differences)
             raise RunFolderError(
@@ -153,6 +149,26 @@ def open_run(run: Path, settings: dict[str, Any], *, overwrite: bool) -> Path | 
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", settings)
     return None
+
+
+def changed_settings(run: Path, settings: dict[str, Any]) -> list[str]:
+    """What differs from the settings that the run began with, beyond what may."""
+    before = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    return [
+        f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now"
+        for key in sorted(set(before) | set(settings))
+        if before.get(key) != settings.get(key) and key not in MAY_CHANGE
+    ]
+
+
+def interrupted_early(run: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds this very run, stopped before its first checkpoint: it simply starts again."""
+    own = {"config.json", "metrics.jsonl", "checkpoints", "best", ".best.new", ".best.old"}
+    return (
+        {p.name for p in run.iterdir()} <= own
+        and (run / "config.json").is_file()
+        and not changed_settings(run, settings)
+    )
 
 
 # Settings that do not change what is computed, beyond rounding.

@@ -57,7 +57,7 @@ class TrainConfig:
     adam_beta2: float = option(0.999, "AdamW's second decay rate")
     clip: float = option(1.0, "largest gradient norm of an update; 0: no limit")
     # how the work is cut
-    micro_batch: int = option(1, "most utterances in one forward pass of one process")
+    micro_batch: int = option(1, "most utterances in one forward pass of one process (not with batch-seconds)")
     accumulate: int = option(0, "micro-batches per update and process; 0: follows from the effective batch")
     effective_batch: int = option(
         0, "utterances per update over all processes; 0: follows from accumulate, else 8"
@@ -94,7 +94,7 @@ class TrainConfig:
             if isinstance(value, int | float) and not (value >= 0 and value < float("inf")):
                 raise ConfigError(f"{f.name} is {value}; expected a number from 0")
         for name in ("label_smoothing", "warmup", "adam_beta2"):
-            if getattr(self, name) > 1:
+            if getattr(self, name) > 1 or self.adam_beta2 == 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
         for name in ("epochs", "micro_batch", "log_every", "keep", "rate", "eval_seconds"):
             if getattr(self, name) <= 0:
@@ -103,7 +103,7 @@ class TrainConfig:
             raise ConfigError("give batch_seconds or effective_batch, not both: each says how large an update is")
         parse_interval(self.eval_every, "eval_every")
         parse_interval(self.save_every, "save_every")
-        unknown = [h for h in self.heads.split(",") if h not in (*HEADS, "auto")]
+        unknown = [h for h in self.heads.split(",") if h not in HEADS and self.heads != "auto"]
         if unknown:
             raise ConfigError(f"heads names {', '.join(unknown)}; there are {', '.join(HEADS)} (or auto)")
 
@@ -114,20 +114,21 @@ class TrainConfig:
         """
         if self.batch_seconds:
             return None
-        if not self.effective_batch:
-            return world_size * self.micro_batch * self.accumulate if self.accumulate else max(8, world_size)
         product = world_size * self.micro_batch * self.accumulate
-        if self.accumulate and product != self.effective_batch:
+        if self.accumulate and not self.effective_batch:
+            return product
+        effective_batch = self.effective_batch or 8
+        if self.accumulate and product != effective_batch:
             raise ConfigError(
-                f"effective_batch {self.effective_batch} is not {world_size} processes x micro_batch "
+                f"effective_batch {effective_batch} is not {world_size} processes x micro_batch "
                 f"{self.micro_batch} x accumulate {self.accumulate} = {product}; leave one of them out"
             )
-        if self.effective_batch % (world_size * self.micro_batch):
+        if effective_batch % (world_size * self.micro_batch):
             raise ConfigError(
-                f"effective_batch {self.effective_batch} cannot be divided by {world_size} processes x "
+                f"effective_batch {effective_batch} cannot be divided by {world_size} processes x "
                 f"micro_batch {self.micro_batch}"
             )
-        return self.effective_batch
+        return effective_batch
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

@@ -80,6 +80,10 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
+        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                f"device is {name}, one GPU for several processes; give cuda, and each takes its own"
+            )
         index = device.index if device.index is not None else local_rank
         if index >= count:
             raise ConfigError(f"device {name} on local rank {local_rank}: this machine has {count} CUDA devices")
@@ -100,7 +104,6 @@ def joined_world(device: str = "auto") -> Iterator[World]:
     # Control values (counts, metrics) travel on the CPU through gloo, gradients of GPUs through nccl.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
-    try:
-        yield World(rank=dist.get_rank(), size=size, device=chosen)
-    finally:
-        dist.destroy_process_group()
+    yield World(rank=dist.get_rank(), size=size, device=chosen)
+    # Not after an error: taking the group down may wait for ranks that wait for this one.
+    dist.destroy_process_group()

@@ -9,6 +9,7 @@ random state to save, and a resumed run continues exactly.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import resource
@@ -38,7 +39,7 @@ from ser.models.multitask import HEADS, MultiTaskModel, Outputs
 from ser.recognizer import Prediction, Recognizer
 from ser.train.checkpoint import Progress, load_checkpoint, open_run, save_checkpoint
 from ser.train.config import METRICS, TrainConfig, parse_interval
-from ser.train.distributed import World
+from ser.train.distributed import World, choose_device
 from ser.train.losses import classification_loss, ctc_feasible, ctc_loss
 from ser.train.metrics import ClassificationCounts, ErrorRateCounts, character_errors, word_errors
 from ser.train.optim import make_optimizer, rate_factor, set_rate
@@ -154,10 +155,12 @@ def run_update(
         if head is not None and count == 0:
             for parameter in head.parameters():  # a zero gradient is not no gradient to AdamW
                 parameter.grad = None
-    scaler.unscale_(optimizer)
     trained = [p for p in model.parameters() if p.grad is not None]
+    if not trained:  # no label of any task in the whole update
+        return UpdateResult(losses, 0.0)
+    scaler.unscale_(optimizer)
     # The norm is the same on every rank, so all skip the same updates. Reading it is the one wait per update.
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, clip or math.inf)) if trained else 0.0
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, clip or math.inf))
     finite = math.isfinite(norm)
     if finite or scaler.is_enabled():  # the scaler leaves the step out by itself, and halves its scale
         scaler.step(optimizer)
@@ -190,9 +193,8 @@ def mix(*numbers: int) -> int:
 class Evaluation:
     """Counts over a set of utterances, each counted exactly once on any number of ranks."""
 
-    emotions: list[str]
-    speakers: list[str]
     utterances: int = 0
+    unwritten: int = 0  # characters of the references that the vocabulary lacks, left out of WER and CER
     emotion: ClassificationCounts | None = None
     speaker: ClassificationCounts | None = None
     words: ErrorRateCounts | None = None
@@ -211,6 +213,8 @@ class Evaluation:
             found["unweighted_accuracy"] = self.emotion.unweighted_accuracy
             found["macro_f1"] = self.emotion.macro_f1
         if self.words is not None and self.characters is not None and self.words.length:
+            if self.unwritten:
+                found["characters_outside_vocabulary"] = self.unwritten
             found |= {"wer": self.words.rate, "cer": self.characters.rate, "words": self.words.length}
         if self.speaker is not None and self.speaker.count:
             found["speaker_accuracy"] = self.speaker.accuracy
@@ -221,7 +225,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     recognizer: Recognizer,
-    utterances: Sequence[Utterance],
+    utterances: Sequence[Utterance] | SpeechDataset,
     *,
     world: World | None = None,
     objective: Objective | None = None,
@@ -234,8 +238,8 @@ def evaluate(
 
     Args:
         recognizer: the model with its labels.
-        utterances: rows of a manifest; labels that are absent, or speakers that the model does not know, are
-            left out of that task's figures, which say how many they count.
+        utterances: rows of a manifest, or `make_dataset` of them; labels that are absent, or speakers that the
+            model does not know, are left out of that task's figures, which say how many they count.
         world: the ranks that share the work; None: this process alone.
         objective: for the losses; None: each task at weight 1.
         batch_seconds: padded seconds per forward pass.
@@ -245,10 +249,11 @@ def evaluate(
     """
     world = world or World(device=recognizer.device)
     model = recognizer.model
-    objective = objective or Objective(dict.fromkeys(HEADS, 1.0))
-    dataset = make_dataset(recognizer, utterances)
+    vocabulary = recognizer.vocabulary
+    objective = objective or Objective(dict.fromkeys(HEADS, 1.0), blank=vocabulary.blank if vocabulary else 0)
+    dataset = utterances if isinstance(utterances, SpeechDataset) else make_dataset(recognizer, utterances)
     batches = evaluation_batches(
-        dataset.lengths(),
+        dataset.lengths,
         batch_samples=int(batch_seconds * SAMPLE_RATE),
         rank=world.rank,
         world_size=world.size,
@@ -260,7 +265,7 @@ def evaluate(
         num_workers=min(workers, len(batches)),
         pin_memory=world.device.type == "cuda",
     )
-    result = Evaluation(recognizer.emotions, recognizer.speakers)
+    result = Evaluation()
     emotion = np.zeros((len(recognizer.emotions),) * 2, dtype=np.int64)
     speaker = np.zeros((len(recognizer.speakers),) * 2, dtype=np.int64)
     edits = np.zeros(4, dtype=np.int64)  # word edits, words, character edits, characters
@@ -269,8 +274,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=not progress):
-        outputs = model(batch.waveforms.to(world.device, non_blocking=True), batch.num_samples)
-        for name, (total, count) in objective.sums(outputs, batch.to(world.device)).items():
+        batch = batch.to(world.device)
+        outputs = model(batch.waveforms, batch.num_samples)
+        for name, (total, count) in objective.sums(outputs, batch).items():
             place = list(HEADS).index(name)
             sums[place] += total.double().cpu()
             sums[len(HEADS) + place] += count.double().cpu()
@@ -294,21 +300,24 @@ def evaluate(
     speaker = flat[emotion.size : emotion.size + speaker.size].reshape(speaker.shape)
     edits = flat[-4:]
     world.sum(sums)
-    result.utterances = len(utterances)
+    result.utterances = len(dataset)
+    if vocabulary is not None:
+        result.unwritten = vocabulary.unknown_characters(dataset.texts).total()
     if recognizer.emotions:
         result.emotion = ClassificationCounts(emotion)
     if recognizer.speakers:
         result.speaker = ClassificationCounts(speaker)
-    if recognizer.vocabulary is not None:
+    if vocabulary is not None:
         result.words = ErrorRateCounts(int(edits[0]), int(edits[1]))
         result.characters = ErrorRateCounts(int(edits[2]), int(edits[3]))
     for place, name in enumerate(HEADS):
         if sums[len(HEADS) + place]:
             result.losses[name] = float(sums[place] / sums[len(HEADS) + place])
-    result.loss = sum(objective.weights.get(name, 0.0) * value for name, value in result.losses.items())
+    if result.losses:
+        result.loss = sum(objective.weights.get(name, 0.0) * value for name, value in result.losses.items())
     if keep_rows:
         merged = {i: p for part in world.gather(rows) for i, p in part.items()}
-        result.rows = [(u, dataset.references[i], merged[i]) for i, u in enumerate(utterances)]
+        result.rows = [(u, dataset.references[i], merged[i]) for i, u in enumerate(dataset.utterances)]
     return result
 
 
@@ -466,14 +475,14 @@ def fit(
     Raises:
         ConfigError, RunFolderError, AudioError: with what to do.
     """
-    world = world or World()
+    world = world or World(device=choose_device(config.device, 0))
     run = Path(run)
     model = recognizer.model
     effective_batch = config.resolved_effective_batch(world.size)
     trained = trained_heads(recognizer, config)
 
     dataset = make_dataset(recognizer, train)
-    lengths = dataset.lengths()
+    lengths = dataset.lengths
     if config.max_seconds:
         kept = [i for i, n in enumerate(lengths) if n <= config.max_seconds * SAMPLE_RATE]
         dropped = [dataset.utterances[i].id for i in sorted(set(range(len(lengths))) - set(kept))]
@@ -484,8 +493,10 @@ def fit(
     for note in check_training_data(recognizer, dataset, lengths):
         say(world, note)
 
-    metric = choose_metric(config, recognizer, valid)
+    validation = make_dataset(recognizer, valid)
+    metric = choose_metric(config, recognizer, validation)
     recorded = config.to_dict() | {"effective_batch": effective_batch or 0, "metric": metric} | (settings or {})
+    recorded["data"] = {"train": fingerprint(dataset), "valid": fingerprint(validation)}
     checkpoint: Path | None = None
     if world.is_main:
         failure: SerError | None = None
@@ -493,6 +504,8 @@ def fit(
             checkpoint = open_run(run, recorded, overwrite=overwrite)
         except SerError as error:
             failure = error
+        except (OSError, ValueError) as error:
+            failure = RunFolderError(f"{run}: cannot be used: {error.__class__.__name__}: {error}")
     opened = world.gather((checkpoint, failure) if world.is_main else None)[0]
     checkpoint, failure = opened
     if failure is not None:
@@ -504,7 +517,7 @@ def fit(
     for name in model.heads:  # a task at weight 0 has no gradient, so it is no part of what is trained
         head = model.head(name)
         assert head is not None
-        head.requires_grad_(name in trained)
+        head.requires_grad_(trained[name] > 0)
     if model.config.has_mask_embedding and not model.config.apply_spec_augment:
         model.wav2vec2.masked_spec_embed.requires_grad_(False)
     model.train()
@@ -521,7 +534,7 @@ def fit(
         weights=trained,
         label_smoothing=config.label_smoothing,
         class_weights=inverse_frequencies(dataset.emotions, len(recognizer.emotions))
-        if config.class_weights
+        if config.class_weights and recognizer.emotions
         else None,
         ctc_per_character=config.ctc_per_character,
         blank=recognizer.vocabulary.blank if recognizer.vocabulary is not None else 0,
@@ -577,6 +590,7 @@ def fit(
 
     while progress.epoch < config.epochs and not progress.finished:
         sampler.set_position(epoch=progress.epoch, update=progress.update)
+        plan = sampler.plan(epoch=progress.epoch)
         for batches in fetch_updates(dataset, sampler, config, world):
             set_rate(optimizer, rate_factor(progress.step, total=total, warmup=config.warmup))
             result = run_update(
@@ -593,25 +607,25 @@ def fit(
                 epoch=progress.epoch,
                 step=progress.step,
             )
-            epoch = progress.epoch
+            epoch, place = progress.epoch, progress.update
             progress.step += 1
             progress.update += 1
+            meter.add(result, batches)
+            bar.update()
             ended = progress.update == per_epoch[epoch]
             if ended:
                 progress.epoch, progress.update = epoch + 1, 0
-            meter.add(result, batches)
-            bar.update()
-            if result.skipped and not scaler.is_enabled():
-                progress.skipped += 1
+            if result.skipped:
                 skipped_in_a_row += 1
-                names = ", ".join(dataset.utterances[i].id for b in batches for i in b.indices)
-                say(
-                    world, f"update {progress.step} left out: its gradient is not finite; it held {names} (rank 0)"
-                )
-                if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                # fp16 overflows now and then while its scale settles: expected, and not counted.
+                if not scaler.is_enabled():
+                    progress.skipped += 1
+                    held = ", ".join(dataset.utterances[i].id for i in plan[place])
+                    say(world, f"update {progress.step} left out: its gradient is not finite; it held {held}")
+                if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW * (3 if scaler.is_enabled() else 1):
                     raise RunFolderError(
                         f"{run}: {skipped_in_a_row} updates in a row had gradients that are not finite; lower "
-                        "--rate, or look at the utterances named above"
+                        "--rate, or look at the utterances of these updates"
                     )
             else:
                 skipped_in_a_row = 0
@@ -624,9 +638,10 @@ def fit(
                 log.write("train", entry, progress, epoch=epoch)
                 meter = Meter(time.perf_counter())
             if valid and (due(eval_every, step=progress.step, epoch=progress.epoch, epoch_ended=ended) or last):
+                paused = time.perf_counter()
                 evaluation = evaluate(
                     recognizer,
-                    valid,
+                    validation,
                     world=world,
                     objective=objective,
                     batch_seconds=config.eval_seconds,
@@ -644,7 +659,7 @@ def fit(
                 if config.early_stop and progress.evaluations_since_best >= config.early_stop:
                     say(world, f"stopping early: {metric} has not improved in {config.early_stop} evaluations")
                     progress.finished = True
-                meter.started = time.perf_counter() - 1e-9 if not meter.updates else meter.started
+                meter.started += time.perf_counter() - paused
             progress.finished = progress.finished or last
             if due(save_every, step=progress.step, epoch=progress.epoch, epoch_ended=ended) or progress.finished:
                 save()
@@ -692,20 +707,26 @@ def trained_heads(recognizer: Recognizer, config: TrainConfig) -> dict[str, floa
     return found
 
 
-def choose_metric(config: TrainConfig, recognizer: Recognizer, valid: Sequence[Utterance]) -> str:
-    """The metric that decides which model is best."""
-    labelled = any(u.emotion is not None for u in valid)
+def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: SpeechDataset) -> str:
+    """The metric that decides which model is best: one that the validation data has labels for."""
     possible = []
-    if recognizer.emotions and labelled:
+    if any(label != NO_LABEL for label in validation.emotions):
         possible += ["unweighted_accuracy", "accuracy", "macro_f1"]
-    if recognizer.vocabulary is not None and any(u.text for u in valid):
+    if any(validation.references):
         possible += ["wer", "cer"]
-    if recognizer.speakers and any(u.speaker in recognizer.speakers for u in valid):
+    if any(label != NO_LABEL for label in validation.speakers):
         possible += ["speaker_accuracy"]
+    if not len(validation):
+        return "none" if config.metric == "auto" else config.metric
+    if not possible:
+        raise ConfigError(
+            f"the validation data has no label for any head ({', '.join(recognizer.model.heads)}), so no best "
+            "model could be chosen; see --columns, or leave --valid out"
+        )
     possible.append("loss")
     if config.metric == "auto":
         return possible[0]
-    if valid and config.metric not in possible:
+    if config.metric not in possible:
         raise ConfigError(
             f"metric {config.metric} cannot be measured with these heads and validation labels; possible: "
             f"{', '.join(possible)}"
@@ -713,11 +734,18 @@ def choose_metric(config: TrainConfig, recognizer: Recognizer, valid: Sequence[U
     return config.metric
 
 
+def fingerprint(dataset: SpeechDataset) -> str:
+    """sha256 of what an epoch depends on: order, names, excerpts, labels, texts and lengths."""
+    digest = hashlib.sha256()
+    for u, length in zip(dataset.utterances, dataset.lengths, strict=True):
+        digest.update(repr((u.id, u.start, u.end, u.emotion, u.text, u.speaker, length)).encode())
+    return digest.hexdigest()
+
+
 def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> None:
     """Keep count of the best value of the metric."""
     value = float(evaluation.metrics()[metric])
     better = progress.best is None or (value > progress.best if METRICS[metric] else value < progress.best)
-    progress.evaluated_step = progress.step
     if better and math.isfinite(value):
         progress.best, progress.best_step, progress.evaluations_since_best = value, progress.step, 0
     else:
@@ -726,7 +754,9 @@ def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> 
 
 def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:
     """(K,) class weights proportional to 1 / frequency, 1 on average over the labelled utterances."""
-    counts = torch.bincount(torch.tensor([y for y in labels if y != NO_LABEL]), minlength=classes).double()
+    counts = torch.bincount(
+        torch.tensor([y for y in labels if y != NO_LABEL], dtype=torch.int64), minlength=classes
+    ).double()
     return (counts.sum() / (classes * counts.clamp(min=1))).float()
 
 
@@ -744,8 +774,10 @@ class Log:
     def __init__(self, path: Path, world: World, step: int) -> None:
         self.path, self.world = path, world
         if world.is_main and path.exists():  # drop what an interrupted run wrote after its checkpoint
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept))
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if step_of(line) <= step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(path)
 
     def write(self, kind: str, entry: dict[str, Any], progress: Progress, *, epoch: int) -> None:
         """One line to the file and one to the screen."""
@@ -753,7 +785,8 @@ class Log:
             return
         record = {"kind": kind, "step": progress.step, "epoch": epoch, "time": round(time.time(), 3)} | entry
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            file.write(json.dumps(finite) + "\n")
         shown = "  ".join(f"{key} {short(value)}" for key, value in entry.items() if value is not None)
         say(self.world, f"{kind} epoch {epoch + 1} update {progress.step}  {shown}")
 
@@ -761,3 +794,11 @@ class Log:
 def short(value: Any) -> str:
     """A number as a progress line shows it."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def step_of(line: str) -> float:
+    """The step of a log line; infinity for one that a kill cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
