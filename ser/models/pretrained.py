@@ -64,7 +64,8 @@ class LoadReport:
     ignored_settings: list[str] = field(default_factory=list)  # keys of config.json that are not the encoder's
 
     def __str__(self) -> str:
-        lines = [f"{self.folder}: {len(self.matched)} tensors loaded"]
+        loaded = f"{len(self.matched)} tensors loaded" if self.matched else "random weights"
+        lines = [f"{self.folder}: {loaded}"]
         if self.new:
             lines.append(f"  {len(self.new)} newly initialised: {', '.join(self.new)}")
         if self.unused:
