@@ -18,7 +18,7 @@ from ser.data.text import MAX_VOCABULARY_BYTES, ORTHOGRAPHIES, Vocabulary, clean
 from ser.errors import ConfigError, TextError
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
-quick = settings(max_examples=100, deadline=None, derandomize=True)
+quick = settings(max_examples=60, deadline=None, derandomize=True)
 english = Vocabulary.librispeech()
 words = st.lists(st.text("ABE'Z", min_size=1, max_size=5), max_size=5).map(" ".join)
 
@@ -177,7 +177,10 @@ def test_a_vocabulary_cannot_be_changed_and_survives_copies():
 def test_a_built_vocabulary_has_the_specials_the_delimiter_and_the_sorted_letters():
     vocabulary = Vocabulary.build(["zähl ab", "Öl", "e\u0301|"])
     assert vocabulary.tokens == ("<pad>", "<s>", "</s>", "<unk>", "|", *"abhlzÖäé")
-    assert Vocabulary.build(["b|/a"], word_delimiter="/").tokens[4:] == ("/", "a", "b", "|")
+    arabic = Vocabulary.build(["b|/a"], word_delimiter="/")
+    assert arabic.tokens[4:] == ("/", "a", "b", "|")
+    assert arabic.encode("a b| ") == [5, 4, 6, 7]
+    assert Vocabulary.build(["a\ud800b"]).tokens[5:] == ("a", "b")
 
 
 @quick

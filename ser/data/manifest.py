@@ -143,7 +143,7 @@ def read_manifest(
         if not folder.is_dir():
             raise ManifestError(f"{path}: its recordings should be in {folder}, which is not a folder")
         with path.open("rb") as file:
-            read_rows = _json_rows if path.suffix.lower() in (".jsonl", ".json") else _csv_rows
+            read_rows = _json_rows if _is_json(path) else _csv_rows
             for line, cells in read_rows(path, file, renaming, problems):
                 found: list[str] = []
                 utterance = _utterance(cells, folder, found)
@@ -181,6 +181,14 @@ def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
             raise ConfigError(f"the column {ours!r} is given twice: {columns[ours]!r} and {theirs!r}")
         columns[ours] = theirs
     return columns
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix.lower() in (".jsonl", ".json")
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
 def _unknown_column(name: str) -> str:
@@ -262,7 +270,7 @@ def _csv_rows(
 ) -> Iterator[tuple[int, dict[str, str | None]]]:
     """(line, name -> cell) of each row whose number of fields is right."""
     lines = _Lines(file, problems)
-    reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    reader = csv.reader(lines, delimiter=_delimiter(path), strict=True)
     names: list[str] | None = None
     while True:
         first = reader.line_num + 1
@@ -476,14 +484,14 @@ def write_manifest(
     used = {"file", "id", *(name for name in COLUMNS for u in utterances if getattr(u, name) is not None)}
     others = dict.fromkeys(name for u in utterances for name in u.extra)
     names = [*(name for name in COLUMNS if name in used), *others]
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    delimiter = _delimiter(path)
     writer = csv.writer(_Echo(), delimiter=delimiter, lineterminator="\r\n")
 
     def to_line(cells: Iterable[object]) -> str:
         # Python 3.11 quotes a carriage return in a field only where the line ends hold one.
         return writer.writerow(cells).removesuffix("\r\n") + "\n"
 
-    as_json = path.suffix.lower() in (".jsonl", ".json")
+    as_json = _is_json(path)
     problems = _Problems()
     for name in others:
         if name in COLUMNS or not name or name != name.strip() or not _is_text(name):
