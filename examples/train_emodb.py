@@ -26,7 +26,7 @@ TRAIN = Path(__file__).parent / "train_iemocap.py"
 # is a hundred times that of an emotion, and gradients are clipped: at a higher alpha the text takes them all.
 SETTINGS = (
     "--init small --build-vocab --heads emotion,ctc,speaker --alpha 0.002 --beta 0.1 --rate 1e-3 --micro-batch 2 "
-    "--effective-batch 4 --log-every 60"
+    "--effective-batch 4 --class-weights --log-every 60"
 )
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/emodb"), help="folder for manifests and runs")
     parser.add_argument("--held-out", nargs="+", default=["15", "16"], help="speakers to test on (default: 15 16)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run each (default: 0 1 2)")
-    parser.add_argument("--epochs", type=int, default=4, help="of each run (default: 4)")
+    parser.add_argument("--epochs", type=int, default=6, help="of each run (default: 6)")
     arguments = parser.parse_args()
 
     rows = read_manifest(arguments.corpus / "metadata.csv", columns={"text": "transcript"})

@@ -259,7 +259,13 @@ def test_a_killed_build_is_made_anew(corpus: Path, tmp_path: Path) -> None:
 @needs_espeak
 def test_ctrl_c_stops_the_build(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "--out", tmp_path / "out", "--size", "480"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell's background job inherits an ignored SIGINT, which Python would keep ignoring.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "wav" / "train-0010.wav").exists():
         assert time.monotonic() < deadline
