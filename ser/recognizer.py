@@ -419,13 +419,12 @@ class Recording:
     end: float | None = None
     samples: np.ndarray | None = None  # (S,) float32 at 16 kHz; numpy, for tensors cost a worker a descriptor each
     num_samples: int = 0  # S
-    max_seconds: float = MAX_SECONDS
     error: SerError | None = None
 
 
 def find_recording(index: int, item: Input, sampling_rate: int | None, max_seconds: float) -> Recording:
     """Look at an input without decoding it: its header, or the samples that were passed."""
-    recording = Recording(index, max_seconds=max_seconds)
+    recording = Recording(index)
     name = f"input {index}"
     try:
         if isinstance(item, str | Path | Utterance):
@@ -484,12 +483,9 @@ class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):
         if recording.samples is not None:
             return recording, torch.from_numpy(recording.samples)
         assert recording.file is not None
-        try:
-            # A second more than the limit, which was checked at the file's own rate: lengths are rounded.
-            limit = recording.max_seconds + 1
-            return recording, load_audio(
-                recording.file, start=recording.start, end=recording.end, max_seconds=limit
-            )
+        start, end = recording.start, recording.end
+        try:  # the limit was checked when the recording was found
+            return recording, load_audio(recording.file, start=start, end=end, max_seconds=float("inf"))
         except SerError as error:
             return recording, error
 

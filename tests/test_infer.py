@@ -44,7 +44,7 @@ def run(*arguments, check: int = 0, cwd: Path | None = None, columns: int = 120,
         if not child:
             status = 99
             try:
-                signal.alarm(60)
+                signal.alarm(200)
                 for fd, file in ((1, out), (2, err)):
                     os.dup2(file.fileno(), fd)
                 sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115

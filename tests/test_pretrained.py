@@ -338,7 +338,7 @@ def test_what_is_no_regular_file_is_refused_without_a_hang(folder, name, kind):
     child = os.fork()
     if not child:  # to open a FIFO waits for ever, in which Python hears no signal: this process would die of it
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(20)
+        signal.alarm(60)
         try:
             load_encoder(folder)
         except ModelFolderError as error:

@@ -425,6 +425,20 @@ def test_the_limit_is_checked_at_every_rate_without_rounding_errors(recognizer, 
     assert len(recognizer.predict(tmp_path / "a.wav", max_seconds=1)) == 1
 
 
+def test_a_limit_can_be_raised_beyond_what_loading_takes_by_itself(recognizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("ser.audio.MAX_SECONDS", 0.5)
+    soundfile.write(tmp_path / "a.wav", noise(16000), 16000)
+    assert recognizer.predict(tmp_path / "a.wav", max_seconds=1)[0].seconds == 1.0
+
+
+def test_loudness_does_not_matter_to_a_model_that_normalises_and_does_to_another(make):
+    quiet, loud = noise(9000), noise(9000) * 3 + 0.1
+    for do_normalize in (True, False):
+        recognizer = make(do_normalize=do_normalize, style="large-style")
+        (a,), (b,) = recognizer.predict(quiet, 16000), recognizer.predict(loud, 16000)
+        assert (a.probabilities == pytest.approx(b.probabilities, abs=1e-4)) == do_normalize
+
+
 @pytest.mark.parametrize("limit", [0, -1, float("nan")])
 def test_a_limit_that_is_none_is_refused(recognizer, limit):
     with pytest.raises(ConfigError, match="max_seconds is"):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Wav2Vec2Config as PeerConfig
 from transformers import (
+    AutoConfig,
     Wav2Vec2ForCTC,
     Wav2Vec2ForPreTraining,
     Wav2Vec2ForSequenceClassification,
@@ -136,6 +137,7 @@ def test_our_folder_is_their_encoder(config, randomise, tmp_path, waveform):
     ours.save(tmp_path / "ours")
     theirs, info = Wav2Vec2Model.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert_complete(info, {"cls_head", "lm_head", "speaker_head"})
+    assert type(AutoConfig.from_pretrained(tmp_path / "ours")) is PeerConfig
     with torch.no_grad():
         assert distance(ours.model.wav2vec2(waveform)[0], peer_output(theirs, waveform)) < 1e-5
 
