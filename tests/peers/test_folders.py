@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Wav2Vec2Config as PeerConfig
 from transformers import (
     AutoConfig,
     Wav2Vec2ForCTC,
@@ -16,6 +15,7 @@ from transformers import (
     Wav2Vec2Model,
     Wav2Vec2Processor,
 )
+from transformers import Wav2Vec2Config as PeerConfig
 
 import ser
 from ser.audio import normalise
