@@ -435,7 +435,8 @@ def find_recording(index: int, item: Input, sampling_rate: int | None, max_secon
                 name = str(item)
                 recording = replace(recording, file=name)
             info = audio_info(name, start=recording.start, end=recording.end, max_seconds=float("inf"))
-            recording, seconds = replace(recording, num_samples=info.num_samples), info.seconds
+            recording = replace(recording, num_samples=info.num_samples)
+            seconds = info.seconds
         elif not isinstance(item, np.ndarray | Tensor):
             raise AudioError(
                 f"{name} is of type {type(item).__name__}; expected a path, a manifest row, or samples as a numpy "
@@ -448,10 +449,8 @@ def find_recording(index: int, item: Input, sampling_rate: int | None, max_secon
                 samples = as_waveform(item, sampling_rate).numpy()
             except AudioError as error:
                 raise AudioError(f"{name}: {error}") from None
-            recording, seconds = (
-                replace(recording, samples=samples, num_samples=len(samples)),
-                len(samples) / SAMPLE_RATE,
-            )
+            recording = replace(recording, samples=samples, num_samples=len(samples))
+            seconds = len(samples) / SAMPLE_RATE
         if seconds > max_seconds:
             raise AudioError(
                 f"{name}: lasts {seconds:.1f} s; at most {max_seconds:g} s are recognised at once. "
