@@ -160,12 +160,12 @@ def comma_separated(records: Iterator[Record], recognizer: Recognizer) -> Iterat
         csv.writer(text, lineterminator="\n").writerow(cells)
         return text.getvalue()
 
-    yield line([*first, *(f"p_{name}" for name in recognizer.emotions), *last])
+    shares = [f"p_{name}" for name in recognizer.emotions]
+    yield line([*first, *shares, *recognizer.dimensions, *last])
     for record in records:
-        shares = record["probabilities"] or {}
-        yield line(
-            [record[c] for c in first] + [shares.get(e) for e in recognizer.emotions] + [record[c] for c in last]
-        )
+        middle = [(record["probabilities"] or {}).get(name) for name in recognizer.emotions]
+        middle += [(record["dimensions"] or {}).get(name) for name in recognizer.dimensions]
+        yield line([record[c] for c in first] + middle + [record[c] for c in last])
 
 
 def paper_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
@@ -187,14 +187,17 @@ def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
     emotion = max([len("emotion"), *(len(name) + 5 for name in recognizer.emotions)])
     speaker = max([len("speaker"), *map(len, recognizer.speakers)])
     fixed = {"seconds": 7, "emotion": min(emotion, 20), "speaker": min(speaker, 20)}
-    heads = {"emotion": recognizer.emotions, "transcript": recognizer.vocabulary, "speaker": recognizer.speakers}
+    fixed |= {name: max(len(name), 6) for name in recognizer.dimensions}
+    heads = {"emotion": recognizer.emotions, **dict.fromkeys(recognizer.dimensions, True)}
+    heads |= {"transcript": recognizer.vocabulary, "speaker": recognizer.speakers}
     columns = ["file", "seconds", *(name for name, there in heads.items() if there)]
     rest = max(20, total - 1 - sum(fixed.get(c, 0) for c in columns) - 2 * (len(columns) - 1))
     file = min(40, max(12, rest // 3)) if "transcript" in columns else rest
     widths = {**fixed, "file": file, "transcript": rest - file}
 
     def line(cells: dict[str, str]) -> str:
-        texts = (fit(cells[c], widths[c], keep_end=c == "file", right=c == "seconds") for c in columns)
+        numbers = ("seconds", *recognizer.dimensions)
+        texts = (fit(cells[c], widths[c], keep_end=c == "file", right=c in numbers) for c in columns)
         return "  ".join(texts).rstrip() + "\n"
 
     yield line({name: name for name in columns})
@@ -211,6 +214,7 @@ def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
             "transcript": record["transcript"] or "",
             "speaker": record["speaker"] or "",
         }
+        cells |= {name: f"{value:.2f}" for name, value in (record["dimensions"] or {}).items()}
         yield line(cells)
 
 

@@ -16,8 +16,8 @@ Train a small model from scratch on two CPU processes:
 One process: python examples/train_iemocap.py ... . A run that was interrupted continues when the same command is
 given again.
 
-A manifest is a CSV with a header (or JSONL): file, and any of emotion, text, speaker, id, start, end. The files
-are relative to --root, else to the manifest's folder.
+A manifest is a CSV with a header (or JSONL): file, and any of emotion, text, speaker, id, start, end, arousal,
+dominance, valence. The files are relative to --root, else to the manifest's folder.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from pathlib import Path
 import torch
 
 import ser
-from ser.data.manifest import check_labels, check_overlap, parse_columns, read_manifest
+from ser.data.manifest import DIMENSIONS, check_labels, check_overlap, parse_columns, read_manifest
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
 from ser.errors import ConfigError
+from ser.models.config import PRESETS
 from ser.recognizer import Recognizer, inherited_labels
 from ser.train.config import TrainConfig, add_arguments, from_arguments
 from ser.train.distributed import joined_world
@@ -51,7 +52,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, help="folder that the manifests' files are relative to")
     parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
     parser.add_argument(
-        "--init", default="base", help="model folder, or small, base, large (random weights) (default: base)"
+        "--init",
+        default="base",
+        help=f"model folder, or {', '.join(PRESETS)} (random weights) (default: base)",
     )
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; resumed if it has a checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds a run")
@@ -77,14 +80,21 @@ def chosen_heads(config: TrainConfig, train: list) -> list[str]:
         "emotion": any(u.emotion is not None for u in train),
         "ctc": any(u.text is not None for u in train),
         "speaker": any(u.speaker is not None for u in train),
+        "dimensions": bool(dimensions_of(train)),
     }
     if config.heads == "auto":
-        return [name for name, there in has.items() if there and (name != "speaker" or config.beta > 0)]
+        wanted = ["emotion", "ctc", *(["speaker"] if config.beta > 0 else [])]
+        return [name for name in wanted if has[name]]
     heads = config.heads.split(",")
     for name in heads:
         if not has[name]:
             raise ConfigError(f"--heads names {name}, but no training utterance has a label for it; see --columns")
     return heads
+
+
+def dimensions_of(train: list) -> list[str]:
+    """Those of arousal, dominance and valence that a training utterance has a number for."""
+    return [name for name in DIMENSIONS if any(getattr(u, name) is not None for u in train)]
 
 
 def main() -> None:
@@ -117,10 +127,12 @@ def main() -> None:
             arguments.init,
             emotions=label_set("emotion", "emotions", (u.emotion for u in train if u.emotion)),
             speakers=label_set("speaker", "speakers", (u.speaker for u in train if u.speaker)),
+            dimensions=label_set("dimensions", "dimensions", dimensions_of(train)),
             vocabulary=chosen_vocabulary(arguments, texts) if "ctc" in heads else None,
             orthography=arguments.orthography,
             tags=arguments.tags,
-            pooling=config.pooling,
+            pooling=None if config.pooling == "auto" else config.pooling,
+            layers=None if config.layers == "auto" else config.layers,
             seed=config.seed,
         )
         say(world, str(report))
@@ -134,6 +146,7 @@ def main() -> None:
             "columns": columns,
             "labels": recognizer.emotions,
             "speakers": recognizer.speakers,
+            "dimensions": recognizer.dimensions,
             "symbols": recognizer.vocabulary.tokens if recognizer.vocabulary is not None else [],
             "orthography": arguments.orthography,
             "tags": arguments.tags,

@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ser.audio import SAMPLE_RATE, as_waveform, audio_info, load_audio, normalise
 from ser.data.dataset import pad
-from ser.data.manifest import Utterance
+from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.sampler import evaluation_batches
 from ser.data.text import ORTHOGRAPHIES, Vocabulary
 from ser.errors import AudioError, ConfigError, ModelFolderError, SerError
-from ser.models.heads import POOLINGS, new_linear
+from ser.models.config import MODEL_TYPES, Wav2Vec2Config
 from ser.models.multitask import HEADS, HeadsConfig, MultiTaskModel, Outputs
 from ser.models.pretrained import (
     LoadReport,
@@ -45,13 +45,24 @@ from ser.models.pretrained import (
     write_folder_atomically,
     write_json,
     write_tensors,
+    written_names,
 )
-from ser.models.wav2vec2 import Wav2Vec2Config
 
 FORMAT = 1  # of the "ser" part of config.json
 MAX_SECONDS = 120.0  # attention's memory grows with the square of the length
 BATCH_SECONDS = 64.0  # padded seconds per forward pass in inference
 WINDOW = 512  # recordings that are sorted by length together; results come at least so often
+
+# head -> the attribute of a Recognizer that names its classes, and where a folder has those names
+LABELS = {"emotion": "emotions", "ctc": "vocabulary", "speaker": "speakers", "dimensions": "dimensions"}
+WHERE_LABELS_STAND = {
+    "emotion": "id2label in config.json",
+    "ctc": "vocab.json",
+    "speaker": "ser.speakers in config.json",
+    "dimensions": "id2label in config.json, of arousal, dominance and valence",
+}
+# model_type -> how its classes in `transformers` begin
+ARCHITECTURES = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM", "data2vec-audio": "Data2VecAudio"}
 
 Input = str | Path | Utterance | np.ndarray | Tensor  # a path, a manifest row, or samples
 
@@ -64,6 +75,7 @@ class Prediction:
     seconds: float
     emotion: str | None = None
     probabilities: dict[str, float] | None = None  # by emotion name, in the model's order; they sum to 1
+    dimensions: dict[str, float] | None = None  # arousal, dominance, valence, on the training labels' scale
     transcript: str | None = None
     speaker: str | None = None  # the most likely of the speakers in training
     speaker_probability: float | None = None
@@ -80,6 +92,7 @@ class Recognizer:
     Attributes:
         model: the `MultiTaskModel`.
         emotions, speakers: class names in the order of the heads; empty without such a head.
+        dimensions: names such as arousal, likewise.
         vocabulary: CTC symbols, or None without a CTC head.
         orthography, tags: how training cleaned its text (see `ser.data.text`).
         do_normalize: whether waveforms are made zero mean and unit variance.
@@ -91,6 +104,7 @@ class Recognizer:
         *,
         emotions: Sequence[str] = (),
         speakers: Sequence[str] = (),
+        dimensions: Sequence[str] = (),
         vocabulary: Vocabulary | None = None,
         orthography: str = "librispeech",
         tags: str = "remove",
@@ -98,15 +112,19 @@ class Recognizer:
     ) -> None:
         self.model = model
         self.emotions, self.speakers, self.vocabulary = list(emotions), list(speakers), vocabulary
+        self.dimensions = list(dimensions)
         self.orthography, self.tags, self.do_normalize = orthography, tags, do_normalize
-        found = (len(self.emotions), len(vocabulary) if vocabulary is not None else 0, len(self.speakers))
+        symbols = vocabulary.tokens if vocabulary is not None else ()
+        found = (len(self.emotions), len(symbols), len(self.speakers), len(self.dimensions))
         heads = model.heads_config
-        expected = (heads.num_emotions, heads.vocab_size, heads.num_speakers)
+        expected = (heads.num_emotions, heads.vocab_size, heads.num_speakers, heads.num_dimensions)
         if found != expected:
             raise ConfigError(
-                f"labels and heads disagree: (emotions, symbols, speakers) are {found}, the heads have {expected}"
+                f"labels and heads disagree: (emotions, symbols, speakers, dimensions) are {found}, the heads "
+                f"have {expected}"
             )
-        for kind, names in (("emotions", self.emotions), ("speakers", self.speakers)):
+        named = {"emotions": self.emotions, "speakers": self.speakers, "dimensions": self.dimensions}
+        for kind, names in named.items():
             if len(set(names)) < len(names):
                 raise ConfigError(f"{kind} {shorten(repr(names))} name a class twice")
 
@@ -119,30 +137,28 @@ class Recognizer:
         *,
         emotions: Sequence[str] = (),
         speakers: Sequence[str] = (),
+        dimensions: Sequence[str] = (),
         vocabulary: Vocabulary | None = None,
         orthography: str = "librispeech",
         tags: str = "remove",
-        pooling: str = "mean",
+        pooling: str | None = None,
+        layers: str | None = None,
         seed: int = 0,
     ) -> tuple[Recognizer, LoadReport]:
         """A recognizer to train: the encoder of ``init`` and heads for these labels.
 
-        ``init`` is a preset (small, base, large: random weights) or a model folder. Of a folder, a head is kept
-        when its labels (or symbols) are the same; others are new. Random weights depend on ``seed`` alone.
+        ``init`` is a preset (small, base, large, large-lv60: random weights) or a model folder. Of a folder, a
+        head is kept when its labels (or symbols) and what it reads are the same; others are new. Random weights
+        depend on ``seed`` alone. ``pooling`` and ``layers`` are those of `HeadsConfig`; None: as in the folder,
+        else mean and last.
         """
-        sizes = HeadsConfig(
-            num_emotions=len(emotions),
-            vocab_size=len(vocabulary) if vocabulary is not None else 0,
-            num_speakers=len(speakers),
-            pooling=pooling,
-        )
-        options: dict[str, Any] = {
-            "emotions": emotions,
-            "speakers": speakers,
+        labels: dict[str, Any] = {
+            "emotions": list(emotions),
+            "speakers": list(speakers),
+            "dimensions": list(dimensions),
             "vocabulary": vocabulary,
-            "orthography": orthography,
-            "tags": tags,
         }
+        reads = {name: value for name, value in (("pooling", pooling), ("layers", layers)) if value is not None}
         if not Path(init).is_dir():
             try:
                 config = Wav2Vec2Config.named(str(init))
@@ -150,93 +166,83 @@ class Recognizer:
                 raise ConfigError(f"{init}: there is no such model folder, and {error}") from None
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = MultiTaskModel(config, sizes)
+                model = MultiTaskModel(config, head_sizes(labels, reads))
             new = [name for name in model.state_dict() if not name.startswith("wav2vec2.")]
-            return cls(model, **options), LoadReport(Path(init), new=new)
+            return cls(model, orthography=orthography, tags=tags, **labels), LoadReport(Path(init), new=new)
 
         folder = check_folder(init)
         config, values = read_encoder_config(folder)
-        own = read_labels(folder, values)
-        files = TensorFiles(folder)
-        model = build(config, sizes)
-        report = LoadReport(folder)
-        same = {
-            "emotion": own["emotions"] == list(emotions) and own["pooling"] == pooling,
-            "ctc": own["vocabulary"] is not None and vocabulary == own["vocabulary"],
-            "speaker": own["speakers"] == list(speakers) and own["pooling"] == pooling,
-        }
+        own, files = read_labels(folder, values), TensorFiles(folder)
+        there = own["reads"] | {"projection": projection_size(files)}
+        sizes = head_sizes(labels, there | reads)
+        same_input = head_sizes(labels, there) == sizes
+        kept = {HEADS[name]: same_input and own[kind] == labels[kind] for name, kind in LABELS.items()}
+        kept["lm_head"] = own["vocabulary"] is not None and own["vocabulary"] == vocabulary
+        model, report = build(config, sizes), LoadReport(folder)
+        parts: dict[str, list[str]] = {}  # what stands on the encoder: heads, and what they read
+        for name in model.state_dict():
+            if not name.startswith("wav2vec2."):
+                parts.setdefault(name.split(".")[0], []).append(name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fill_encoder(model.wav2vec2, files, report)
-            for name in model.heads:
-                head = model.head(name)
-                assert head is not None
-                if same[name] and f"{HEADS[name]}.weight" in files.shapes:
-                    fill(head, files, report, prefix=f"{HEADS[name]}.")
-                    report.unused = [n for n in report.unused if not n.startswith(f"{HEADS[name]}.")]
+            for part, names in parts.items():
+                if kept.get(part, same_input) and not files.shapes.keys().isdisjoint(names):
+                    fill(model, files, report, names)
+                    report.unused = [name for name in report.unused if name not in names]
                 else:
-                    fresh = new_linear(head.in_features, head.out_features, config.initializer_range)
-                    setattr(model, HEADS[name], fresh)
-                    report.new += [f"{HEADS[name]}.weight", f"{HEADS[name]}.bias"]
-        return cls(model, do_normalize=own["do_normalize"], **options), report
+                    model.renew(part)
+                    report.new += names
+        return cls(model, orthography=orthography, tags=tags, do_normalize=own["do_normalize"], **labels), report
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Recognizer:
         """Read a model folder with at least one head; see `ser.load`."""
         folder = check_folder(folder)
         config, values = read_encoder_config(folder)
-        own = read_labels(folder, values)
-        files = TensorFiles(folder)
-        heads = [name for name in HEADS if f"{HEADS[name]}.weight" in files.shapes]
-        labels: dict[str, Any] = {"emotion": own["emotions"], "ctc": own["vocabulary"], "speaker": own["speakers"]}
+        own, files = read_labels(folder, values), TensorFiles(folder)
+        there = {name.split(".")[0] for name in files.names}
+        heads = [name for name, part in HEADS.items() if part in there]
         if not heads:
             raise ModelFolderError(
                 f"{folder}: holds an encoder without heads, which recognises nothing; "
                 f"ser.load_encoder reads it, or train heads on it with --init {folder}"
             )
+        labels: dict[str, Any] = {"emotions": [], "speakers": [], "dimensions": [], "vocabulary": None}
         for name in heads:
-            if not labels[name]:
-                where = {
-                    "emotion": "id2label in config.json",
-                    "ctc": "vocab.json",
-                    "speaker": "ser.speakers in config.json",
-                }
-                raise ModelFolderError(f"{folder}: has {HEADS[name]} but no names for its classes ({where[name]})")
-        labels |= {name: () for name in HEADS if name not in heads}
+            kind = LABELS[name]
+            labels[kind] = own[kind]
+            if not own[kind]:
+                raise ModelFolderError(
+                    f"{folder}: has {HEADS[name]} but no names for its classes ({WHERE_LABELS_STAND[name]})"
+                )
         try:
-            sizes = HeadsConfig(
-                num_emotions=len(labels["emotion"]),
-                vocab_size=len(labels["ctc"]),
-                num_speakers=len(labels["speaker"]),
-                pooling=own["pooling"],
-            )
+            sizes = head_sizes(labels, own["reads"] | {"projection": projection_size(files)})
             recognizer = cls(
                 build(config, sizes),
-                emotions=labels["emotion"],
-                speakers=labels["speaker"],
-                vocabulary=labels["ctc"] or None,
                 orthography=own["orthography"],
                 tags=own["tags"],
                 do_normalize=own["do_normalize"],
+                **labels,
             )
         except ConfigError as error:
             raise ModelFolderError(f"{folder / 'config.json'}: {shorten(str(error))}") from None
-        report = LoadReport(folder)
-        fill_encoder(recognizer.model.wav2vec2, files, report)
-        for name in heads:
-            fill(getattr(recognizer.model, HEADS[name]), files, report, prefix=f"{HEADS[name]}.")
-        recognizer.model.eval().to(device)
+        model, report = recognizer.model, LoadReport(folder)
+        fill_encoder(model.wav2vec2, files, report)
+        fill(model, files, report, [name for name in model.state_dict() if not name.startswith("wav2vec2.")])
+        model.eval().to(device)
         return recognizer
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder: complete or not at all, replacing what stood there.
 
-        `transformers` loads the encoder from it with Wav2Vec2Model and the CTC head with Wav2Vec2ForCTC.
+        `transformers` loads the encoder from it with its Model class and the CTC head with ForCTC; with a
+        projector, mean pooling and an emotion head also as ForSequenceClassification.
         """
         folder = Path(folder)
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             try:
-                ours = read_json(check_folder(folder), "config.json").get("model_type") == "wav2vec2"
+                ours = read_json(check_folder(folder), "config.json").get("model_type") in MODEL_TYPES
             except ModelFolderError:
                 ours = False
             if not ours:
@@ -246,9 +252,11 @@ class Recognizer:
     def write_files(self, folder: Path) -> None:
         """Write the files of a model folder into an existing folder."""
         heads = self.model.heads_config
+        architecture = "ForCTC" if self.vocabulary is not None else "Model"
+        if heads.projection and heads.pooling == "mean" and self.emotions:
+            architecture = "ForSequenceClassification"
         config: dict[str, Any] = {
-            "architectures": ["Wav2Vec2ForCTC" if self.vocabulary is not None else "Wav2Vec2Model"],
-            "model_type": "wav2vec2",
+            "architectures": [ARCHITECTURES[self.model.config.model_type] + architecture],
             **self.model.config.to_dict(),
             "hidden_act": "gelu",
             "feat_extract_activation": "gelu",
@@ -259,10 +267,16 @@ class Recognizer:
             config["label2id"] = {name: i for i, name in enumerate(self.emotions)}
         if self.vocabulary is not None:
             config |= {"vocab_size": len(self.vocabulary), "pad_token_id": self.vocabulary.blank}
+        if heads.projection:
+            config["classifier_proj_size"] = heads.projection
+        config["use_weighted_layer_sum"] = heads.layers == "weighted"
         config["ser"] = {
             "format": FORMAT,
+            "layers": heads.layers,
+            "weighted_final_norm": heads.weighted_final_norm,
             "pooling": heads.pooling,
             "speakers": self.speakers,
+            "dimensions": self.dimensions,
             "orthography": self.orthography,
             "tags": self.tags,
         }
@@ -292,7 +306,13 @@ class Recognizer:
             tokenizer = {"tokenizer_class": "Wav2Vec2CTCTokenizer", "do_lower_case": False} | special | delimiter
             write_json(folder / "tokenizer_config.json", tokenizer)
             write_json(folder / "special_tokens_map.json", special)
-        write_tensors(folder / "model.safetensors", self.model.state_dict())
+        tensors, keys = self.model.state_dict(), self.keys()
+        write_tensors(folder / "model.safetensors", {keys[name]: tensor for name, tensor in tensors.items()})
+
+    def keys(self) -> dict[str, str]:
+        """The names of the model's tensors -> their keys in ``model.safetensors``."""
+        model = self.model
+        return written_names(model.state_dict(), model.config, projector=model.projector is not None)
 
     # ------------------------------------------------------------------------------------ using one
 
@@ -391,6 +411,7 @@ class Recognizer:
         """Scores of a batch to names and text; ``file`` and ``seconds`` are left empty."""
         emotion = None if outputs.emotion is None else outputs.emotion.float().softmax(-1).cpu()
         speaker = None if outputs.speaker is None else outputs.speaker.float().softmax(-1).cpu()
+        dimensions = None if outputs.dimensions is None else outputs.dimensions.float().cpu()
         symbols = None if outputs.ctc is None else outputs.ctc.argmax(-1).cpu()
         predictions = []
         for row, frames in enumerate(outputs.num_frames.tolist()):
@@ -399,6 +420,8 @@ class Recognizer:
                 values = emotion[row].tolist()
                 found["probabilities"] = dict(zip(self.emotions, values, strict=True))
                 found["emotion"] = self.emotions[int(emotion[row].argmax())]
+            if dimensions is not None:
+                found["dimensions"] = dict(zip(self.dimensions, dimensions[row].tolist(), strict=True))
             if symbols is not None and self.vocabulary is not None:
                 text = self.vocabulary.decode(symbols[row, :frames].tolist())
                 found["transcript"] = ORTHOGRAPHIES[self.orthography].present(text)
@@ -532,6 +555,23 @@ def build(config: Wav2Vec2Config, sizes: HeadsConfig) -> MultiTaskModel:
     return model
 
 
+def head_sizes(labels: dict[str, Any], reads: dict[str, Any]) -> HeadsConfig:
+    """The `HeadsConfig` for these labels; ``reads`` are its settings of what heads read."""
+    return HeadsConfig(
+        num_emotions=len(labels["emotions"]),
+        vocab_size=len(labels["vocabulary"]) if labels["vocabulary"] is not None else 0,
+        num_speakers=len(labels["speakers"]),
+        num_dimensions=len(labels["dimensions"]),
+        **reads,
+    )
+
+
+def projection_size(files: TensorFiles) -> int:
+    """Of the projector in a folder, 0 without one."""
+    shape = files.shapes.get("projector.weight", ())
+    return shape[0] if len(shape) == 2 else 0
+
+
 def read_labels(folder: Path, values: dict) -> dict[str, Any]:
     """What a folder says besides tensors: labels, vocabulary, preprocessing. ``values`` is its config.json."""
     path = folder / "config.json"
@@ -546,12 +586,35 @@ def read_labels(folder: Path, values: dict) -> dict[str, Any]:
     numbers = [str(i) for i in range(len(id2label))] if isinstance(id2label, dict) else None
     if numbers is None or set(id2label) != set(numbers) or not all(isinstance(v, str) for v in id2label.values()):
         raise ModelFolderError(f'{path}: id2label needs names for "0" to "K-1"; found {shorten(repr(id2label))}')
-    speakers = own.get("speakers", [])
-    if not isinstance(speakers, list) or not all(isinstance(s, str) for s in speakers):
-        raise ModelFolderError(f"{path}: ser.speakers needs a list of names")
+    emotions = [id2label[n] for n in numbers]
+    named = {kind: own.get(kind, []) for kind in ("speakers", "dimensions")}
+    for kind, names in named.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ModelFolderError(f"{path}: ser.{kind} needs a list of names")
+    if "ser" not in values and {name.lower() for name in emotions} <= set(DIMENSIONS):
+        emotions, named["dimensions"] = [], emotions
+    weighted = values.get("use_weighted_layer_sum") or False
+    if not isinstance(weighted, bool):
+        raise ModelFolderError(
+            f"{path}: use_weighted_layer_sum is {shorten(repr(weighted))}; expected true or false"
+        )
+    if values.get("pooling_mode", "mean") != "mean":  # of a widespread script's ForSpeechClassification
+        raise ModelFolderError(
+            f"{path}: pooling_mode is {shorten(repr(values['pooling_mode']))}; of such models mean is supported"
+        )
+    # What the class of the release that saved the folder computes; see HeadsConfig.
+    release = str(values.get("transformers_version", "4")).partition(".")[0]
+    reads = {
+        "layers": own.get("layers", "weighted" if weighted else "last"),
+        "weighted_final_norm": own.get("weighted_final_norm", release in ("2", "3", "4")),
+        "pooling": own.get("pooling", "mean"),
+    }
+    try:
+        HeadsConfig(**reads)
+    except ConfigError as error:
+        raise ModelFolderError(f"{path}: ser.{shorten(str(error))}") from None
     choices = {}
     for name, default, known in (
-        ("pooling", "mean", [*POOLINGS]),
         ("orthography", "librispeech", [*ORTHOGRAPHIES]),
         ("tags", "remove", ["remove", "keep-letters"]),
     ):
@@ -577,9 +640,10 @@ def read_labels(folder: Path, values: dict) -> dict[str, Any]:
         delimiter = ORTHOGRAPHIES[choices["orthography"]].word_delimiter
         vocabulary = Vocabulary.read(resolve_inside(folder, "vocab.json"), word_delimiter=delimiter)
     return {
-        "emotions": [id2label[n] for n in numbers],
-        "speakers": speakers,
+        "emotions": emotions,
+        **named,
         "vocabulary": vocabulary,
+        "reads": reads,
         **choices,
         "do_normalize": do_normalize,
     }
@@ -588,7 +652,8 @@ def read_labels(folder: Path, values: dict) -> dict[str, Any]:
 def inherited_labels(init: str | Path, kind: str, training: Iterable[str]) -> list[str]:
     """The labels to train with: those of the folder ``init`` if all of training's are there, else those sorted.
 
-    ``kind`` is "emotions" or "speakers". With the folder's own set its head can be kept (`Recognizer.create`).
+    ``kind`` is "emotions", "speakers" or "dimensions". With the folder's own set its head can be kept
+    (`Recognizer.create`).
     """
     wanted = sorted(set(training))
     if not Path(init).is_dir():

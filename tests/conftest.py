@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ser.models.wav2vec2 import Wav2Vec2Config
+from ser.models.config import Wav2Vec2Config
 
 # Every size differs from every other, so that swapped axes and swapped layers do not fit. The convolutions'
 # kernels and strides are the real ones: 400 samples make the first frame.
@@ -21,11 +21,26 @@ BASE_STYLE = Wav2Vec2Config(
     num_conv_pos_embeddings=8,
     num_conv_pos_embedding_groups=4,
 )
+LARGE_STYLE = replace(BASE_STYLE, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
+WAVLM = {"model_type": "wavlm", "num_buckets": 20, "max_bucket_distance": 12}  # reached within a second
 STYLES = {
     "base-style": BASE_STYLE,  # group norm, post-norm, no bias: wav2vec2-base, large-960h
-    "large-style": replace(BASE_STYLE, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True),
+    "large-style": LARGE_STYLE,
     "small-style": replace(BASE_STYLE, do_stable_layer_norm=True),  # group norm and pre-norm: our preset
     "group-with-bias": replace(BASE_STYLE, conv_bias=True, num_conv_pos_embeddings=7),  # and an odd kernel
+    # (HuBERT base computes what wav2vec2 base does, HuBERT large what large-lv60 does)
+    "hubert-batch-norm": replace(
+        BASE_STYLE, model_type="hubert", feat_proj_layer_norm=False, conv_pos_batch_norm=True
+    ),
+    "wavlm-base-style": replace(BASE_STYLE, **WAVLM),
+    "wavlm-large-style": replace(LARGE_STYLE, **WAVLM),
+    "data2vec-style": replace(
+        BASE_STYLE,
+        model_type="data2vec-audio",
+        feat_extract_norm="layer",
+        num_conv_pos_embeddings=3,
+        conv_pos_kernel_size=5,
+    ),
 }
 
 
@@ -47,6 +62,12 @@ def config(request: pytest.FixtureRequest) -> Wav2Vec2Config:
     return STYLES[request.param]
 
 
+@pytest.fixture(scope="session", params=[name for name in STYLES if STYLES[name].model_type == "wav2vec2"])
+def wav2vec2_config(request: pytest.FixtureRequest) -> Wav2Vec2Config:
+    """Each of the styles of wav2vec 2.0 itself."""
+    return STYLES[request.param]
+
+
 @pytest.fixture(scope="session")
 def randomise() -> Callable[..., nn.Module]:
     """A function that gives every parameter a value of its own: a norm's 1 and a bias's 0 would hide swaps."""
@@ -63,6 +84,11 @@ def randomise() -> Callable[..., nn.Module]:
             else:
                 values = 0.3 * values
             parameter.copy_(values)
+        for name, buffer in sorted(module.named_buffers()):  # a batch norm's
+            if name.endswith("running_mean"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
         return module
 
     return fill

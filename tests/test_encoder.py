@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ser.errors import AudioError, ConfigError
-from ser.models.heads import pool
+from ser.models.config import PRESETS, Wav2Vec2Config
+from ser.models.heads import Pooling
 from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.models.wav2vec2 import PRESETS, ConvLayer, Wav2Vec2, Wav2Vec2Config, masked_group_norm
+from ser.models.wav2vec2 import ConvLayer, Wav2Vec2, masked_group_norm
 from ser.train.losses import classification_loss, ctc_loss
 
 NAN = float("nan")
@@ -60,13 +61,14 @@ def test_an_utterance_gives_the_same_output_alone_and_in_any_batch(config, rando
         together, num_frames = model.wav2vec2.layers(batch, num_samples)
         scores = model(batch, num_samples)
         assert num_frames.tolist() == scores.num_frames.tolist() == config.num_frames(num_samples).tolist()
-        pooled = pool(together[-1], num_frames, "mean+std")
+        pool = Pooling("mean+std", config.hidden_size)
+        pooled = pool(together[-1], num_frames)
         for i, row in enumerate(rows):
             alone, frames = model.wav2vec2.layers(row[None])
             assert frames == num_frames[i] == alone[-1].shape[1]
             for found, wanted in zip(together, alone, strict=True):
                 assert_close(found[i, : num_frames[i]], wanted[0])
-            assert_close(pooled[i], pool(alone[-1], frames, "mean+std")[0])
+            assert_close(pooled[i], pool(alone[-1], frames)[0])
             single = model(row[None])
             assert_close(scores.emotion[i], single.emotion[0])
             assert_close(scores.speaker[i], single.speaker[0])
@@ -387,11 +389,13 @@ def test_freezing_nothing_trains_everything_and_an_unknown_part_is_named(config)
         ("hidden_act", "relu"),
         ("hidden_act", "gelu_new"),
         ("feat_extract_activation", "relu"),
-        ("use_weighted_layer_sum", True),
         ("feat_proj_layer_norm", False),
         ("conv_pos_batch_norm", True),
         ("is_decoder", True),
-        ("model_type", "wavlm"),
+        ("model_type", "wav2vec2-bert"),
+        ("model_type", ["wavlm"]),
+        ("num_buckets", 32),
+        ("conv_pos_kernel_size", 9),
         ("feat_extract_norm", "batch"),
         ("hidden_size", "768"),
         ("hidden_size", 768.0),
@@ -450,18 +454,23 @@ def test_a_misspelt_preset_suggests_the_nearest(name, nearest):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "within"), [("small", 2e6, 0.2), ("base", 94.37e6, 1e-4), ("large", 315.43e6, 1e-4)]
+    ("name", "parameters", "within"),
+    [("small", 2e6, 0.2), ("base", 94.37e6, 1e-4), ("large", 315.43e6, 1e-4), ("large-lv60", 315.44e6, 1e-4)],
 )
 def test_presets_have_the_stated_sizes(name, parameters, within):
     with torch.device("meta"):
         model = Wav2Vec2(Wav2Vec2Config.named(name))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=within)
-    assert set(PRESETS) == {"small", "base", "large"}
+    assert set(PRESETS) == {"small", "base", "large", "large-lv60"}
 
 
-@pytest.mark.parametrize("name", ["base", "large"])
+@pytest.mark.parametrize("name", ["base", "large", "large-lv60"])
 def test_presets_are_the_public_configurations(name, hf_configs):
-    folder = {"base": "facebook-wav2vec2-base-960h", "large": "wav2vec2-large-960h-style-4.3.0"}[name]
+    folder = {
+        "base": "facebook-wav2vec2-base-960h",
+        "large": "wav2vec2-large-960h-style-4.3.0",
+        "large-lv60": "facebook-wav2vec2-large-960h-lv60-self",
+    }[name]
     if not (hf_configs / folder / "config.json").is_file():
         pytest.skip(f"{folder} is not in {hf_configs}")
     public = json.loads((hf_configs / folder / "config.json").read_text())

@@ -238,7 +238,7 @@ def test_an_encoder_without_heads_recognises_nothing_and_says_what_it_is_good_fo
 
 def test_labels_and_heads_must_agree_and_name_each_class_once(make):
     model = make().model
-    with pytest.raises(ConfigError, match=r"\(2, 32, 2\), the heads have \(3, 32, 2\)"):
+    with pytest.raises(ConfigError, match=r"\(2, 32, 2, 0\), the heads have \(3, 32, 2, 0\)"):
         Recognizer(model, emotions=["a", "b"], speakers=SPEAKERS, vocabulary=LIBRISPEECH)
     with pytest.raises(ConfigError, match=r"emotions .* name a class twice"):
         Recognizer(model, emotions=["a", "b", "a"], speakers=SPEAKERS, vocabulary=LIBRISPEECH)

@@ -9,8 +9,8 @@ import torch.multiprocessing as mp
 
 from ser.data.dataset import NO_LABEL, Example, collate
 from ser.data.sampler import cut_update
+from ser.models.config import Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.models.wav2vec2 import Wav2Vec2Config
 from ser.train.distributed import World
 from ser.train.loop import Objective, run_update
 from ser.train.optim import make_optimizer, set_rate

@@ -8,8 +8,8 @@ import soundfile
 
 from ser.data.manifest import Utterance, read_manifest
 from ser.data.text import Vocabulary
+from ser.models.config import Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.models.wav2vec2 import Wav2Vec2Config
 from ser.recognizer import Recognizer
 
 EMOTIONS = {"angry": 1200.0, "happy": 600.0, "neutral": 300.0, "sad": 150.0}  # Hz

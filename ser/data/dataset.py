@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ser.audio import audio_info, load_audio, normalise
-from ser.data.manifest import Utterance
+from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.sampler import Item
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
 from ser.errors import AudioError
@@ -27,6 +28,7 @@ class Batch:
     num_samples: Tensor  # (B,) int64
     emotions: Tensor  # (B,) int64, NO_LABEL where unknown
     speakers: Tensor  # (B,) int64, NO_LABEL where unknown
+    dimensions: Tensor  # (B, K) float64 of arousal, dominance, valence as the model has them, NaN where unknown
     targets: Tensor  # (B, max(L, 1)) int64, 0 past target_lengths
     target_lengths: Tensor  # (B,) int64, 0 where there is no transcript
     weights: Tensor  # (B,) float32, 0 for an utterance that only keeps a rank busy
@@ -43,7 +45,13 @@ class Batch:
             waveforms=self.waveforms.to(device, non_blocking=True),
             emotions=self.emotions.to(device, non_blocking=True),
             speakers=self.speakers.to(device, non_blocking=True),
+            dimensions=self.dimensions.to(device, non_blocking=True),
         )
+
+
+def dimension(utterance: Utterance, name: str) -> float | None:
+    """The label called ``name`` (as a model spells it: Arousal is arousal); None where unknown."""
+    return getattr(utterance, name.lower()) if name.lower() in DIMENSIONS else None
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Example:
     waveform: Tensor  # (S,)
     emotion: int
     speaker: int
+    dimensions: list[float]
     target: list[int]
 
 
@@ -62,8 +71,8 @@ class SpeechDataset(Dataset[Example]):
     """Utterances with their labels as numbers and their audio read on demand.
 
     ``emotions`` and ``speakers`` are label names in the order of the model's classes; a label that is not
-    among them counts as unknown (`NO_LABEL`). ``vocabulary`` None: no transcripts. An item is asked for by its
-    number or by a (number, weight) pair as the samplers yield.
+    among them counts as unknown (`NO_LABEL`). ``dimensions`` are names as in a manifest. ``vocabulary`` None: no
+    transcripts. An item is asked for by its number or by a (number, weight) pair as the samplers yield.
     """
 
     def __init__(
@@ -72,6 +81,7 @@ class SpeechDataset(Dataset[Example]):
         *,
         emotions: Sequence[str] = (),
         speakers: Sequence[str] = (),
+        dimensions: Sequence[str] = (),
         vocabulary: Vocabulary | None = None,
         orthography: str = "librispeech",
         tags: str = "remove",
@@ -83,6 +93,11 @@ class SpeechDataset(Dataset[Example]):
         speaker_ids = {name: i for i, name in enumerate(speakers)}
         self.emotions = [emotion_ids.get(u.emotion or "", NO_LABEL) for u in self.utterances]
         self.speakers = [speaker_ids.get(u.speaker or "", NO_LABEL) for u in self.utterances]
+        # (N, K), NaN where unknown; also where a model has a dimension that manifests do not know.
+        self.dimensions = [
+            [math.nan if (value := dimension(u, name)) is None else value for name in dimensions]
+            for u in self.utterances
+        ]
         # What is compared with a transcript: the cleaned text. Empty (tags alone, or none given) is no text.
         self.texts = [clean(u.text or "", orthography=orthography, tags=tags) for u in self.utterances]
         self.targets = [vocabulary.encode(t) if vocabulary is not None else [] for t in self.texts]
@@ -106,6 +121,7 @@ class SpeechDataset(Dataset[Example]):
             normalise(waveform) if self.do_normalize else waveform,
             self.emotions[index],
             self.speakers[index],
+            self.dimensions[index],
             self.targets[index],
         )
 
@@ -135,6 +151,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         num_samples=torch.tensor([len(e.waveform) for e in examples]),
         emotions=torch.tensor([e.emotion for e in examples]),
         speakers=torch.tensor([e.speaker for e in examples]),
+        dimensions=torch.tensor([e.dimensions for e in examples], dtype=torch.float64),
         targets=pad([torch.tensor(e.target, dtype=torch.int64) for e in examples], at_least=1),
         target_lengths=torch.tensor([len(e.target) for e in examples]),
         weights=torch.tensor([e.weight for e in examples]),

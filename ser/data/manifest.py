@@ -1,7 +1,8 @@
 """The list of utterances: read and checked before any training, so that every bad row is known at once.
 
 A manifest is CSV with a header (tab-separated where it ends in .tsv) or JSON lines (.jsonl, .json). Only `file` is
-required; `emotion`, `text`, `speaker`, `id`, `start` and `end` (seconds) are ours, other columns are kept:
+required; `emotion`, `text`, `speaker`, `id`, `start` and `end` (seconds), `arousal`, `dominance` and `valence`
+(numbers on any scale) are ours, other columns are kept:
 
     file,emotion,text,speaker
     wav/03a01Fa.wav,happiness,Der Lappen liegt auf dem Eisschrank.,03
@@ -23,7 +24,8 @@ from typing import Any, BinaryIO
 from ser.data.text import did_you_mean, nfc, replace_file, unique_names
 from ser.errors import ConfigError, ManifestError
 
-COLUMNS = ("file", "emotion", "text", "speaker", "id", "start", "end")
+DIMENSIONS = ("arousal", "dominance", "valence")
+COLUMNS = ("file", "emotion", "text", "speaker", "id", "start", "end", *DIMENSIONS)
 
 # The labels of Cai et al.'s manifests. Names are stored, never bare numbers.
 PAPER_EMOTIONS = {"e0": "neutral", "e1": "happy", "e2": "angry", "e3": "sad"}
@@ -51,6 +53,7 @@ class Utterance:
         speaker: name, None if unknown.
         start: of the excerpt in seconds, None: from the beginning.
         end: of the excerpt in seconds, None: to the end.
+        arousal, dominance, valence: numbers on the corpus's scale, None if unlabelled.
         extra: the other columns that are not empty.
     """
 
@@ -61,6 +64,9 @@ class Utterance:
     speaker: str | None = None
     start: float | None = None
     end: float | None = None
+    arousal: float | None = None
+    dominance: float | None = None
+    valence: float | None = None
     extra: dict[str, str] = field(default_factory=dict, hash=False)
 
 
@@ -370,7 +376,8 @@ def _utterance(cells: dict[str, str | None], folder: Path, found: list[str]) -> 
     name = full.pop("file", "")
     if not name:
         found.append("has no file")
-    start, end = (_seconds(part, full.pop(part, None), found) for part in ("start", "end"))
+    start, end = (_number(part, full.pop(part, None), found, least=0) for part in ("start", "end"))
+    dimensions = {name: _number(name, full.pop(name, None), found) for name in DIMENSIONS}
     if end is not None and end <= (start or 0.0):
         found.append(f"end {end} is not after start {start or 0.0}")
     emotion, speaker = (_label(full.pop(kind, None)) for kind in ("emotion", "speaker"))
@@ -382,6 +389,7 @@ def _utterance(cells: dict[str, str | None], folder: Path, found: list[str]) -> 
         speaker=speaker,
         start=start,
         end=end,
+        **dimensions,
         extra=dict(full),  # a copy is as small as what is left
     )
 
@@ -392,16 +400,16 @@ def _label(cell: str | None) -> str | None:
     return None if cell is None else nfc(cell.strip())
 
 
-def _seconds(name: str, cell: str | None, found: list[str]) -> float | None:
+def _number(name: str, cell: str | None, found: list[str], *, least: float = -math.inf) -> float | None:
     if cell is None:
         return None
     try:
-        seconds = math.nan if "_" in cell else float(cell)
+        number = math.nan if "_" in cell else float(cell)
     except ValueError:
-        seconds = math.nan
-    if math.isfinite(seconds) and seconds >= 0:
-        return seconds
-    found.append(f"{name} is {_brief(cell)}, expected seconds, 0 or more")
+        number = math.nan
+    if math.isfinite(number) and number >= least:
+        return number
+    found.append(f"{name} is {_brief(cell)}, expected {'a number' if least else 'seconds, 0 or more'}")
     return None
 
 

@@ -1,6 +1,6 @@
-"""What stands on the encoder: pooling over valid frames, and the linear heads.
+"""What stands on the encoder: which layers are read, pooling over valid frames, and the heads.
 
-Shapes: B batch, T frames, D hidden size, K classes, V vocabulary.
+Shapes: B batch, T frames, D hidden size, K classes or dimensions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,33 +10,91 @@ from torch import Tensor, nn
 
 from ser.errors import ConfigError
 
-POOLINGS = {"mean": 1, "mean+std": 2}  # name -> how many times the hidden size it gives
+POOLINGS = {"mean": 1, "mean+std": 2, "attentive": 2}  # name -> how many times the hidden size it gives
+ATTENTION_SIZE = 128  # of attentive pooling's hidden layer, as in the paper
 
 
-def pool(hidden: Tensor, num_frames: Tensor, method: str) -> Tensor:
-    """One vector per utterance from its valid frames: hidden (B, T, D), num_frames (B,) -> (B, D) or (B, 2D).
+class Pooling(nn.Module):
+    """One vector per utterance from its valid frames: a mean, weighted or not, and perhaps a standard deviation.
 
     "mean" is what the code of Cai et al. does (their text says sum; a sum grows with the length). "mean+std"
-    appends the standard deviation over time, as in x-vectors (Snyder et al., 2018). In float32 or wider: a
-    mean over a thousand frames loses digits in half precision.
+    appends the standard deviation over time, as in x-vectors (Snyder et al., 2018). "attentive" weights the frames
+    of both by a learnt score (attentive statistics pooling, Okabe et al., Interspeech 2018, eq. 2 to 6).
     """
-    if method not in POOLINGS:
-        raise ConfigError(f"pooling is {method!r}; expected one of {', '.join(POOLINGS)}")
-    hidden = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
-    count = num_frames.to(hidden.device, non_blocking=True)[:, None]  # (B, 1)
-    padding = (torch.arange(hidden.shape[1], device=hidden.device) >= count)[..., None]  # (B, T, 1)
-    mean = hidden.masked_fill(padding, 0.0).sum(1) / count  # (B, D)
-    if method == "mean":
-        return mean
-    centred = (hidden - mean[:, None]).masked_fill(padding, 0.0)
-    # The floor keeps the gradient finite where a channel is constant, as in an utterance of one frame.
-    std = (centred.square().sum(1) / count).clamp(min=1e-7).sqrt()
-    return torch.cat([mean, std], dim=-1)
+
+    def __init__(self, method: str, size: int, initializer_range: float = 0.02) -> None:
+        super().__init__()
+        if method not in POOLINGS:
+            raise ConfigError(f"pooling is {method!r}; expected one of {', '.join(POOLINGS)}")
+        self.method = method
+        self.output_size = size * POOLINGS[method]
+        if method == "attentive":
+            self.dense = nn.Linear(size, ATTENTION_SIZE)
+            self.score = nn.Linear(ATTENTION_SIZE, 1, bias=False)  # a bias would shift all scores alike
+            renew(self, initializer_range)
+
+    def forward(self, hidden: Tensor, num_frames: Tensor) -> Tensor:
+        """hidden (B, T, D), num_frames (B,) -> (B, D) or (B, 2D), in float32 or wider.
+
+        A mean over a thousand frames loses digits in half precision.
+        """
+        count = num_frames.to(hidden.device, non_blocking=True)[:, None]  # (B, 1)
+        padding = torch.arange(hidden.shape[1], device=hidden.device) >= count  # (B, T)
+        hidden = hidden.masked_fill(padding[..., None], 0.0)
+        scores = self.score(self.dense(hidden).tanh())[..., 0] if self.method == "attentive" else None  # (B, T)
+        hidden = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
+        if scores is None:
+            mean = hidden.sum(1) / count  # (B, D)
+        else:
+            weights = scores.to(hidden.dtype).masked_fill(padding, -torch.inf).softmax(-1)[..., None]  # (B, T, 1)
+            mean = (weights * hidden).sum(1)
+        if self.method == "mean":
+            return mean
+        squares = (hidden - mean[:, None]).masked_fill(padding[..., None], 0.0).square()
+        variance = squares.sum(1) / count if scores is None else (weights * squares).sum(1)
+        # The floor keeps the gradient finite where a channel is constant, as in an utterance of one frame.
+        return torch.cat([mean, variance.clamp(min=1e-7).sqrt()], dim=-1)
+
+
+class RegressionHead(nn.Module):
+    """Arousal, dominance and valence from a pooled vector (Wagner et al., *Dawn of the Transformer Era in Speech
+    Emotion Recognition*, TPAMI 2023): dropout, linear, tanh, dropout, linear, and no squashing after it.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, dropout: float, initializer_range: float) -> None:
+        super().__init__()
+        self.dense = new_linear(inputs, inputs, initializer_range)
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = new_linear(inputs, outputs, initializer_range)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, D) -> (B, K)."""
+        return self.out_proj(self.dropout(self.dense(pooled).tanh()))
+
+
+def mix_layers(layers: list[Tensor], layer_weights: Tensor) -> Tensor:
+    """Layers (B, T, D), as many as layer_weights (N,) -> their mean weighted by softmax(layer_weights), (B, T, D).
+
+    As in SUPERB (Yang et al., Interspeech 2021, section 3).
+    """
+    weights = layer_weights.softmax(-1)
+    mixed = weights[0] * layers[0]
+    for weight, layer in zip(weights[1:], layers[1:], strict=True):
+        mixed = mixed + weight * layer
+    return mixed
 
 
 def new_linear(inputs: int, outputs: int, initializer_range: float) -> nn.Linear:
     """A head: normal(0, initializer_range) weights and zero bias."""
     layer = nn.Linear(inputs, outputs)
-    nn.init.normal_(layer.weight, std=initializer_range)
-    nn.init.zeros_(layer.bias)
+    renew(layer, initializer_range)
     return layer
+
+
+def renew(module: nn.Module, initializer_range: float) -> None:
+    """Draw the linear layers of ``module`` anew."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=initializer_range)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ser.models.wav2vec2 import Wav2Vec2Config
+from ser.models.config import Wav2Vec2Config
 
 
 def draw_spans(

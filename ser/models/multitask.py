@@ -1,41 +1,61 @@
-"""One encoder and up to three heads, trained together.
+"""One encoder and up to four heads, trained together.
 
 Cai et al., *Speech Emotion Recognition with Multi-task Learning*, INTERSPEECH 2021: an emotion classifier on
 the mean of the hidden frames and a CTC head on every frame share a wav2vec 2.0 encoder; a speaker classifier
-is the extension by others. Which heads there are is configuration, and each may be absent.
+is the extension by others, and a regression to arousal, dominance and valence is that of Wagner et al., TPAMI
+2023. Which heads there are is configuration, and each may be absent.
+
+    waveforms -> encoder -> one layer or a mean of all -> projector -> pooling -> emotion, speaker, dimensions
+                        `-> last layer -> ctc
 
 Shapes: B batch, S samples, T frames, D hidden size, K classes, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ser.errors import ConfigError
-from ser.models.heads import POOLINGS, new_linear, pool
-from ser.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from ser.models.config import Wav2Vec2Config
+from ser.models.heads import POOLINGS, Pooling, RegressionHead, mix_layers, new_linear, renew
+from ser.models.wav2vec2 import Wav2Vec2
 
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """Which heads stand on the encoder; a size of 0 means that there is no such head."""
+    """Which heads stand on the encoder, and on what; a size of 0 means that there is no such part."""
 
     num_emotions: int = 0
     vocab_size: int = 0  # CTC symbols, the blank included
     num_speakers: int = 0
+    num_dimensions: int = 0  # of arousal, dominance, valence
+    # What the heads but CTC's read. "last", "weighted" (a learnt mean of all), or a layer's number as text: "0" is
+    # the transformer's input, "1" the output of the first layer.
+    layers: str = "last"
+    # Whether the last of the weighted layers has a pre-norm encoder's final norm. In transformers 5 it has not; in
+    # earlier releases, in s3prl, where such models were trained, and here it has.
+    weighted_final_norm: bool = True
+    projection: int = 0  # size of a linear layer on every frame before pooling, as in ForSequenceClassification
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
         """Refuse sizes and names that cannot be built."""
-        for name in ("num_emotions", "vocab_size", "num_speakers"):
+        for name in (f.name for f in fields(self) if isinstance(f.default, int) and f.type == "int"):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= 1_000_000:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number from 0 to 1,000,000")
-        if self.pooling not in POOLINGS:
+        if not isinstance(self.pooling, str) or self.pooling not in POOLINGS:
             raise ConfigError(f"pooling is {self.pooling!r}; expected one of {', '.join(POOLINGS)}")
+        if type(self.weighted_final_norm) is not bool:
+            raise ConfigError(f"weighted_final_norm is {self.weighted_final_norm!r}; expected true or false")
+        number = isinstance(self.layers, str) and self.layers.isdecimal() and len(self.layers) < 4
+        if self.layers not in ("last", "weighted") and not number:
+            raise ConfigError(f"layers is {self.layers!r}; expected last, weighted, or the number of a layer")
 
 
 class Outputs(NamedTuple):
@@ -44,44 +64,85 @@ class Outputs(NamedTuple):
     emotion: Tensor | None  # (B, K)
     ctc: Tensor | None  # (B, T, V)
     speaker: Tensor | None  # (B, K)
+    dimensions: Tensor | None  # (B, K), on the scale of the labels
     num_frames: Tensor  # (B,) int64 on the CPU: valid frames of ctc
 
 
 # head name -> attribute, which is the checkpoint's key: lm_head as in Wav2Vec2ForCTC, cls_head as in the
 # paper's code
-HEADS = {"emotion": "cls_head", "ctc": "lm_head", "speaker": "speaker_head"}
+HEADS = {"emotion": "cls_head", "ctc": "lm_head", "speaker": "speaker_head", "dimensions": "dimension_head"}
 
 
 class MultiTaskModel(nn.Module):
-    """wav2vec 2.0 with emotion, CTC and speaker heads."""
+    """An encoder with emotion, CTC, speaker and dimension heads."""
 
     cls_head: nn.Linear | None
     lm_head: nn.Linear | None
     speaker_head: nn.Linear | None
+    dimension_head: RegressionHead | None
 
     def __init__(self, config: Wav2Vec2Config, heads: HeadsConfig) -> None:
         super().__init__()
         self.config, self.heads_config = config, heads
         self.wav2vec2 = Wav2Vec2(config)
         self.dropout = nn.Dropout(config.final_dropout)
-        pooled = config.hidden_size * POOLINGS[heads.pooling]
-        sizes = {
-            "emotion": (pooled, heads.num_emotions),
-            "ctc": (config.hidden_size, heads.vocab_size),
-            "speaker": (pooled, heads.num_speakers),
-        }
-        for name, (inputs, outputs) in sizes.items():
-            head = new_linear(inputs, outputs, config.initializer_range) if outputs else None
-            setattr(self, HEADS[name], head)
+        deepest = config.num_hidden_layers
+        # The layer whose output the heads but CTC's read; None: a weighted mean of all.
+        named = {"weighted": None, "last": deepest}
+        self.layer = named[heads.layers] if heads.layers in named else int(heads.layers)
+        if self.layer is not None and self.layer > deepest:
+            raise ConfigError(f"layers is {heads.layers!r}, but the encoder has {deepest} layers")
+        if self.layer is None:
+            self.layer_weights = nn.Parameter(torch.zeros(deepest + 1))
+        width = heads.projection or config.hidden_size
+        spread = config.initializer_range
+        self.projector = new_linear(config.hidden_size, width, spread) if heads.projection else None
+        self.pooling = Pooling(heads.pooling, width, spread)
+        pooled = self.pooling.output_size
+        self.cls_head = new_linear(pooled, heads.num_emotions, spread) if heads.num_emotions else None
+        self.lm_head = new_linear(config.hidden_size, heads.vocab_size, spread) if heads.vocab_size else None
+        self.speaker_head = new_linear(pooled, heads.num_speakers, spread) if heads.num_speakers else None
+        self.dimension_head = None
+        if heads.num_dimensions:
+            self.dimension_head = RegressionHead(
+                pooled, heads.num_dimensions, dropout=config.final_dropout, initializer_range=spread
+            )
 
-    def head(self, name: str) -> nn.Linear | None:
-        """The head called "emotion", "ctc" or "speaker", or None."""
+    def head(self, name: str) -> nn.Module | None:
+        """The head called "emotion", "ctc", "speaker" or "dimensions", or None."""
         return getattr(self, HEADS[name])
 
     @property
     def heads(self) -> list[str]:
         """Names of the heads that exist."""
         return [name for name in HEADS if self.head(name) is not None]
+
+    def renew(self, part: str) -> None:
+        """Draw a head, or "projector", "pooling" or "layer_weights", anew; it may be on the meta device."""
+        if part == "layer_weights":
+            self.layer_weights = nn.Parameter(torch.zeros(self.config.num_hidden_layers + 1))
+        else:
+            renew(getattr(self, part).to_empty(device="cpu"), self.config.initializer_range)
+
+    def untrained_by(self, tasks: Collection[str]) -> Iterator[nn.Parameter]:
+        """The parameters that have no gradient when only ``tasks`` (names of heads) have a loss."""
+        parts: list[nn.Module | None] = [self.head(name) for name in HEADS if name not in tasks]
+        if not set(tasks) - {"ctc"}:  # nothing is pooled
+            parts += [self.projector, self.pooling]
+            if self.layer is None:
+                yield self.layer_weights
+        if not tasks:
+            parts.append(self.wav2vec2)
+        elif "ctc" not in tasks:  # what stands after the last layer that is read
+            transformer, deepest = self.wav2vec2.encoder, self.config.num_hidden_layers
+            used = deepest if self.layer is None else self.layer
+            parts.append(transformer.layers[used:])
+            normed = self.heads_config.weighted_final_norm if self.layer is None else used == deepest
+            if transformer.pre_norm and not normed:
+                parts.append(transformer.layer_norm)
+        for part in parts:
+            if part is not None:
+                yield from part.parameters()
 
     def freeze(self, part: str) -> None:
         """Stop training "feature-encoder" (the convolutions), "encoder" (all of wav2vec 2.0) or "none".
@@ -119,14 +180,38 @@ class MultiTaskModel(nn.Module):
         mask_feature: Tensor | None = None,
     ) -> Outputs:
         """waveforms (B, S), num_samples (B,) as in `Wav2Vec2.forward` -> the scores of every head."""
-        hidden, num_frames = self.wav2vec2(
-            waveforms, num_samples, mask_time=mask_time, mask_feature=mask_feature
-        )  # (B, T, D)
-        hidden = self.dropout(hidden)
-        emotion = speaker = None
-        if self.cls_head is not None or self.speaker_head is not None:
-            pooled = pool(hidden, num_frames, self.heads_config.pooling).to(hidden.dtype)
+        outputs, num_frames = self.wav2vec2.layers(
+            waveforms,
+            num_samples,
+            mask_time=mask_time,
+            mask_feature=mask_feature,
+            num_layers=self.layer if self.lm_head is None else None,
+            final_norm=False,
+        )  # (B, T, D) each
+        raw = outputs[-1]
+        if len(outputs) > self.config.num_hidden_layers:
+            outputs[-1] = self.wav2vec2.encoder.final_norm(raw)
+        last = self.dropout(outputs[-1])
+        ctc = self.lm_head(last) if self.lm_head is not None else None
+        emotion = speaker = dimensions = None
+        if self.cls_head is not None or self.speaker_head is not None or self.dimension_head is not None:
+            pooled = self.pool(outputs, raw, last, num_frames)
             emotion = self.cls_head(pooled) if self.cls_head is not None else None
             speaker = self.speaker_head(pooled) if self.speaker_head is not None else None
-        ctc = self.lm_head(hidden) if self.lm_head is not None else None
-        return Outputs(emotion, ctc, speaker, num_frames)
+            dimensions = self.dimension_head(pooled) if self.dimension_head is not None else None
+        return Outputs(emotion, ctc, speaker, dimensions, num_frames)
+
+    def pool(self, outputs: list[Tensor], raw: Tensor, last: Tensor, num_frames: Tensor) -> Tensor:
+        """One vector per utterance, (B, D) or (B, 2D).
+
+        ``outputs`` are the layers, ``raw`` the last of them before the final norm, ``last`` it after dropout.
+        """
+        if self.layer is None:
+            layers = outputs if self.heads_config.weighted_final_norm else [*outputs[:-1], raw]
+            hidden = self.dropout(mix_layers(layers, self.layer_weights))
+        else:
+            # The dropout of CTC's input, where it is the same layer.
+            hidden = last if self.layer == len(outputs) - 1 else self.dropout(outputs[self.layer])
+        if self.projector is not None:
+            hidden = self.projector(hidden)
+        return self.pooling(hidden, num_frames).to(hidden.dtype)

@@ -1,8 +1,9 @@
 """A model folder on disk <-> a model: the one place that knows foreign keys.
 
 The layout is Hugging Face's: ``config.json`` and ``model.safetensors`` (or shards named by
-``model.safetensors.index.json``). Folders saved by Wav2Vec2Model, Wav2Vec2ForPreTraining and Wav2Vec2ForCTC
-load, with and without the ``wav2vec2.`` prefix, in both spellings of weight norm; folders written here load there.
+``model.safetensors.index.json``). What the classes of wav2vec 2.0, HuBERT, WavLM and data2vec-audio save loads
+(the models themselves, ForPreTraining, ForCTC, ForSequenceClassification), with and without the prefix of the base
+model, in both spellings of weight norm; folders written here load there.
 
 A folder is foreign input. Only safetensors are read, never a pickle; sizes are checked before anything is
 allocated; names in the folder cannot lead out of it.
@@ -25,32 +26,54 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ser.errors import ConfigError, ModelFolderError
-from ser.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from ser.models.config import Wav2Vec2Config
+from ser.models.wav2vec2 import Wav2Vec2
 
 MAX_JSON_BYTES = 4 * 2**20
-PREFIX = "wav2vec2."
 
-# The older spelling of weight norm -> the parametrization's, which we write.
+# What stands before the encoder's keys where a class with heads saved them, by model_type.
+PREFIXES = {
+    "wav2vec2": "wav2vec2.",
+    "hubert": "hubert.",
+    "wavlm": "wavlm.",
+    "data2vec-audio": "data2vec_audio.",
+}
+
+# Weight norm before it was a parametrization -> as it is now, which we write.
 WEIGHT_NORM = {
     "encoder.pos_conv_embed.conv.weight_g": "encoder.pos_conv_embed.conv.parametrizations.weight.original0",
     "encoder.pos_conv_embed.conv.weight_v": "encoder.pos_conv_embed.conv.parametrizations.weight.original1",
 }
 
-# Tensors that folders hold for other purposes than the encoder. Left unread; anything else that the
-# configuration does not ask for is refused, since then configuration and weights disagree.
-FOREIGN_PARTS = (
-    "quantizer.",  # pre-training
-    "project_hid.",
-    "project_q.",
-    "dropout_features.",
+# All other spellings of keys -> ours.
+SPELLINGS = WEIGHT_NORM | {
+    # ForSequenceClassification's head
+    "classifier.weight": "cls_head.weight",
+    "classifier.bias": "cls_head.bias",
+    # the regression head of Wagner et al. (audEERING)
+    "classifier.dense.weight": "dimension_head.dense.weight",
+    "classifier.dense.bias": "dimension_head.dense.bias",
+    "classifier.out_proj.weight": "dimension_head.out_proj.weight",
+    "classifier.out_proj.bias": "dimension_head.out_proj.bias",
+    # the speaker head of followers of Cai et al.
+    "spk_head.weight": "speaker_head.weight",
+    "spk_head.bias": "speaker_head.bias",
+}
+
+# What stands on the encoder.
+HEAD_PARTS = (
+    "layer_weights",
+    "projector.",
+    "pooling.",
     "lm_head.",
     "cls_head.",
-    "spk_head.",
     "speaker_head.",
-    "classifier.",
-    "projector.",
-    "layer_weights",
+    "dimension_head.",
 )
+
+# Tensors that folders hold for pre-training. Left unread; anything else that the configuration does not ask for is
+# refused, since then configuration and weights disagree.
+PRETRAINING_PARTS = ("quantizer.", "project_hid.", "project_q.", "dropout_features.")
 
 
 @dataclass
@@ -218,6 +241,9 @@ class TensorFiles:
             path, key = self.names[name]
             with opened(path) as file:
                 tensor = file.get_tensor(key)
+                if name.endswith(".num_batches_tracked"):  # a batch norm's counter, which decides nothing
+                    tensors[name] = tensor.to(torch.int64, copy=True)
+                    continue
                 if not tensor.is_floating_point():
                     raise ModelFolderError(f"{path}: {name} holds {tensor.dtype}; expected floating point")
                 tensors[name] = tensor.to(torch.float32, copy=True)
@@ -239,48 +265,58 @@ def opened(path: Path):
 
 
 def canonical_name(key: str) -> str:
-    """Our name for a checkpoint's key: no ``wav2vec2.`` prefix, the new spelling of weight norm."""
-    key = key.removeprefix(PREFIX)
-    return WEIGHT_NORM.get(key, key)
+    """Our name for a checkpoint's key: without the prefix of the base model, in the spelling that we write."""
+    for prefix in PREFIXES.values():
+        key = key.removeprefix(prefix)
+    return SPELLINGS.get(key, key)
 
 
-def fill(module: nn.Module, files: TensorFiles, report: LoadReport, *, prefix: str = "") -> None:
-    """Give every parameter of ``module`` (on the meta device) its tensor; collect what does not fit.
+def written_names(names: Iterable[str], config: Wav2Vec2Config, *, projector: bool) -> dict[str, str]:
+    """The names of a `MultiTaskModel`'s tensors -> the keys by which `transformers` knows them."""
+    keys = {name: name.replace("wav2vec2.", PREFIXES[config.model_type], 1) for name in names}
+    if projector:  # then the emotion head is that of ForSequenceClassification
+        keys |= {
+            name: name.replace("cls_head.", "classifier.", 1) for name in keys if name.startswith("cls_head.")
+        }
+    return keys
+
+
+def fill(module: nn.Module, files: TensorFiles, report: LoadReport, names: Iterable[str] | None = None) -> None:
+    """Give the tensors of ``module`` (on the meta device) called ``names`` (None: all) those of the files.
 
     Raises ModelFolderError with one list of all missing and misshapen tensors.
     """
-    expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
-    problems = []
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    expected = shapes if names is None else {name: shapes[name] for name in names}
+    problems, new = [], []
     for name, shape in expected.items():
-        if prefix + name not in files.shapes:
+        if name not in files.shapes:
             if name == "masked_spec_embed":  # old checkpoints lack it; it matters to training alone
-                report.new.append(prefix + name)
+                new.append(name)
             else:
-                problems.append(f"{prefix + name}: missing, expected {shape}")
-        elif files.shapes[prefix + name] != shape:
-            problems.append(f"{prefix + name}: found {files.shapes[prefix + name]}, expected {shape}")
+                problems.append(f"{name}: missing, expected {shape}")
+        elif files.shapes[name] != shape:
+            problems.append(f"{name}: found {files.shapes[name]}, expected {shape}")
     if problems:
         listed = "\n  ".join(problems)
         raise ModelFolderError(
             f"{files.folder}: {len(problems)} of {len(expected)} tensors do not fit config.json:\n  {listed}"
         )
-    tensors = files.read(prefix + name for name in expected if prefix + name not in report.new)
+    tensors = files.read(name for name in expected if name not in new)
     infinite = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if infinite:
         raise ModelFolderError(f"{files.folder}: tensors hold NaN or infinity: {summary(infinite)}")
-    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    for name in expected:
-        if name not in state:
-            state[name] = torch.empty(expected[name]).uniform_()
-    module.load_state_dict(state, assign=True)
     report.matched += tensors
+    report.new += new
+    tensors |= {name: torch.empty(expected[name]).uniform_() for name in new}
+    module.load_state_dict(tensors, assign=True, strict=names is None)
 
 
 def fill_encoder(encoder: Wav2Vec2, files: TensorFiles, report: LoadReport) -> None:
     """`fill` for the encoder; also refuses encoder tensors that the configuration does not ask for."""
     own = set(encoder.state_dict())
     left = [name for name in files.names if name not in own]
-    strange = [n for n in left if n != "masked_spec_embed" and not n.startswith(FOREIGN_PARTS)]
+    strange = [n for n in left if n != "masked_spec_embed" and not n.startswith(HEAD_PARTS + PRETRAINING_PARTS)]
     if strange:
         raise ModelFolderError(
             f"{files.folder}: {len(strange)} tensors that config.json does not ask for (does it belong to these "
@@ -314,13 +350,13 @@ def materialise(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def load_encoder(folder: str | Path, *, device: str | torch.device = "cpu", report: bool = False):
-    """Load a wav2vec 2.0 encoder from a model folder.
+    """Load an encoder (wav2vec 2.0, HuBERT, WavLM or data2vec-audio) from a model folder.
 
         encoder = ser.load_encoder("wav2vec2-base")
         hidden, num_frames = encoder(waveforms, num_samples)
 
     Args:
-        folder: as Wav2Vec2Model, Wav2Vec2ForPreTraining, Wav2Vec2ForCTC or `ser` saved it.
+        folder: as `ser` or a class of `transformers` saved it.
         device: where to put it.
         report: also return the `LoadReport`.
 

@@ -1,8 +1,10 @@
-"""wav2vec 2.0: waveform in, one hidden vector per 20 ms out.
+"""wav2vec 2.0 and its relatives: waveform in, one hidden vector per 20 ms out.
 
 Baevski et al., *wav2vec 2.0: A Framework for Self-Supervised Learning of Speech Representations*,
-NeurIPS 2020 (section 2 for the model, appendix A for masking, B for the sizes). Read it from the top:
-configuration, feature encoder, positional convolution, transformer layer, and the whole last.
+NeurIPS 2020 (section 2 for the model, appendix A for masking, B for the sizes). HuBERT, WavLM and data2vec
+differ in the positional convolution, in WavLM's attention (`ser.models.attention`) and in which norms there
+are; `ser.models.config` says what is what. Read it from the top: feature encoder, positional convolutions,
+transformer layer, and the whole last.
 
 Shapes:
     B batch    S samples at 16 kHz    T frames (one per 320 samples = 20 ms)
@@ -20,10 +22,8 @@ Conventions:
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -31,256 +31,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ser.errors import AudioError, ConfigError
-
-# Keys that would change the computation in a way this file does not implement, and the values at which
-# they change nothing. Anything else is refused by name.
-NEUTRAL_VALUES: dict[str, tuple] = {
-    "model_type": ("wav2vec2",),
-    "add_adapter": (False, None),
-    "adapter_attn_dim": (None,),
-    "hidden_act": ("gelu",),
-    "feat_extract_activation": ("gelu",),
-    "use_weighted_layer_sum": (False, None),
-    "feat_proj_layer_norm": (True,),
-    "conv_pos_batch_norm": (False,),
-    "is_decoder": (False, None),
-    "add_cross_attention": (False, None),
-}
-
-
-@dataclass(frozen=True)
-class Wav2Vec2Config:
-    """What decides the computation of the encoder; names and defaults are those of config.json."""
-
-    # feature encoder (paper section 2, "Feature encoder")
-    conv_dim: tuple[int, ...] = (512, 512, 512, 512, 512, 512, 512)
-    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
-    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
-    conv_bias: bool = False
-    feat_extract_norm: str = "group"  # "group": after the first convolution only; "layer": after each
-    # transformer
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    do_stable_layer_norm: bool = False  # False: norm after each residual sum (post); True: before (pre)
-    layer_norm_eps: float = 1e-5
-    num_conv_pos_embeddings: int = 128  # kernel of the positional convolution, in frames
-    num_conv_pos_embedding_groups: int = 16
-    # dropout, 0..1
-    feat_proj_dropout: float = 0.0
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    activation_dropout: float = 0.1
-    final_dropout: float = 0.1  # before the heads
-    layerdrop: float = 0.1
-    # SpecAugment: the share of frames (or hidden channels) to mask, in spans of a fixed length
-    apply_spec_augment: bool = True
-    mask_time_prob: float = 0.05
-    mask_time_length: int = 10
-    mask_time_min_masks: int = 2
-    mask_feature_prob: float = 0.0
-    mask_feature_length: int = 10
-    mask_feature_min_masks: int = 0
-    # initialisation of new layers
-    initializer_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be built, with the numbers; nothing is allocated before this."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, tuple):
-                ok = isinstance(value, list | tuple) and all(type(v) is int for v in value)
-                if ok:
-                    object.__setattr__(self, field.name, tuple(value))
-            elif isinstance(field.default, float):
-                ok = type(value) in (int, float) and math.isfinite(value)
-            else:
-                ok = type(value) is type(field.default)
-            if not ok:
-                kind = (
-                    "a list of whole numbers" if isinstance(field.default, tuple) else type(field.default).__name__
-                )
-                raise ConfigError(f"{field.name} is {value!r}; expected {kind}, such as {field.default!r}")
-        sizes = {n: (getattr(self, n),) for n in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-        sizes |= {n: (getattr(self, n),) for n in ("intermediate_size", "num_conv_pos_embeddings")}
-        sizes |= {n: (getattr(self, n),) for n in ("num_conv_pos_embedding_groups", "mask_time_length")}
-        sizes |= {n: getattr(self, n) for n in ("conv_dim", "conv_kernel", "conv_stride")}
-        sizes["mask_feature_length"] = (self.mask_feature_length,)
-        for name, values in sizes.items():
-            if not values or len(values) > 64 or not all(1 <= v <= 65_536 for v in values):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; sizes from 1 to 65,536 can be built")
-        if self.num_hidden_layers > 512:
-            raise ConfigError(f"num_hidden_layers is {self.num_hidden_layers}; at most 512 can be built")
-        if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
-            raise ConfigError(
-                f"conv_dim, conv_kernel and conv_stride need equal lengths, one entry per convolution; found "
-                f"{len(self.conv_dim)}, {len(self.conv_kernel)} and {len(self.conv_stride)}"
-            )
-        for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
-            if self.hidden_size % getattr(self, name):
-                raise ConfigError(
-                    f"hidden_size {self.hidden_size} is not a multiple of {name} {getattr(self, name)}"
-                )
-        if self.feat_extract_norm not in ("group", "layer"):
-            raise ConfigError(f"feat_extract_norm is {self.feat_extract_norm!r}; expected 'group' or 'layer'")
-        for name in (field.name for field in fields(self) if field.name.endswith(("dropout", "prob", "drop"))):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
-        if self.layer_norm_eps <= 0 or self.initializer_range <= 0:
-            raise ConfigError("layer_norm_eps and initializer_range must be above 0")
-        if min(self.mask_time_min_masks, self.mask_feature_min_masks) < 0:
-            raise ConfigError("mask_time_min_masks and mask_feature_min_masks must be 0 or more")
-
-    @classmethod
-    def from_dict(cls, values: dict) -> Wav2Vec2Config:
-        """Take the encoder's part of a config.json; other keys (tokenizer, pre-training heads) are left.
-
-        Raises ConfigError for a key that changes the computation in a way that is not implemented, and for
-        values of a wrong type or size.
-        """
-        for key, neutral in NEUTRAL_VALUES.items():
-            if key in values and values[key] not in neutral:
-                raise ConfigError(
-                    f"the configuration sets {key} = {values[key]!r}, which changes the computation and is not "
-                    f"supported; supported: {' or '.join(repr(v) for v in neutral)}"
-                )
-        names = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in names})
-
-    @classmethod
-    def named(cls, name: str) -> Wav2Vec2Config:
-        """The preset called ``name``: small, base or large."""
-        if name not in PRESETS:
-            close = difflib.get_close_matches(name, PRESETS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}{hint}")
-        return PRESETS[name]
-
-    def to_dict(self) -> dict:
-        """The fields as config.json holds them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    def num_frames(self, num_samples: Tensor) -> Tensor:
-        """Frames that ``num_samples`` (any shape, int64) give: 0 below `min_samples`, then one per hop."""
-        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
-            num_samples = conv_length(num_samples, kernel, stride)
-        return num_samples
-
-    @property
-    def min_samples(self) -> int:
-        """Samples that make the first frame: 400 (25 ms) for every public checkpoint."""
-        samples = 1
-        for kernel, stride in zip(reversed(self.conv_kernel), reversed(self.conv_stride), strict=True):
-            samples = (samples - 1) * stride + kernel
-        return samples
-
-    @property
-    def has_mask_embedding(self) -> bool:
-        """Whether checkpoints of this configuration hold ``masked_spec_embed``."""
-        return self.mask_time_prob > 0 or self.mask_feature_prob > 0
-
-
-PRESETS: dict[str, Wav2Vec2Config] = {
-    # For CPUs, tests and corpora of minutes: trained from scratch, under two million parameters. The
-    # convolutions widen as their frame rate falls, so that each costs about the same; pre-norm, because it
-    # trains from scratch at a high rate without care.
-    "small": Wav2Vec2Config(
-        conv_dim=(32, 48, 64, 96, 128, 160, 192),
-        conv_kernel=(10, 3, 3, 3, 3, 2, 2),
-        conv_stride=(5, 2, 2, 2, 2, 2, 2),
-        conv_bias=False,
-        feat_extract_norm="group",
-        hidden_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=512,
-        do_stable_layer_norm=True,
-        layer_norm_eps=1e-5,
-        num_conv_pos_embeddings=32,
-        num_conv_pos_embedding_groups=16,
-        feat_proj_dropout=0.0,
-        hidden_dropout=0.1,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        final_dropout=0.1,
-        layerdrop=0.0,
-        apply_spec_augment=True,
-        mask_time_prob=0.05,
-        mask_time_length=5,
-        mask_time_min_masks=1,
-        mask_feature_prob=0.0,
-        mask_feature_length=10,
-        mask_feature_min_masks=0,
-        initializer_range=0.02,
-    ),
-    # wav2vec2-base, as the paper fine-tunes it.
-    "base": Wav2Vec2Config(
-        conv_dim=(512, 512, 512, 512, 512, 512, 512),
-        conv_kernel=(10, 3, 3, 3, 3, 2, 2),
-        conv_stride=(5, 2, 2, 2, 2, 2, 2),
-        conv_bias=False,
-        feat_extract_norm="group",
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        do_stable_layer_norm=False,
-        layer_norm_eps=1e-5,
-        num_conv_pos_embeddings=128,
-        num_conv_pos_embedding_groups=16,
-        feat_proj_dropout=0.1,
-        hidden_dropout=0.1,
-        attention_dropout=0.1,
-        activation_dropout=0.1,
-        final_dropout=0.1,
-        layerdrop=0.1,
-        apply_spec_augment=True,
-        mask_time_prob=0.05,
-        mask_time_length=10,
-        mask_time_min_masks=2,
-        mask_feature_prob=0.0,
-        mask_feature_length=10,
-        mask_feature_min_masks=0,
-        initializer_range=0.02,
-    ),
-    # wav2vec2-large-960h, the paper's second model: large, and yet group norm and post-norm. (The lv60,
-    # robust and XLS-R checkpoints are layer norm and pre-norm; their folders say so.)
-    "large": Wav2Vec2Config(
-        conv_dim=(512, 512, 512, 512, 512, 512, 512),
-        conv_kernel=(10, 3, 3, 3, 3, 2, 2),
-        conv_stride=(5, 2, 2, 2, 2, 2, 2),
-        conv_bias=False,
-        feat_extract_norm="group",
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        do_stable_layer_norm=False,
-        layer_norm_eps=1e-5,
-        num_conv_pos_embeddings=128,
-        num_conv_pos_embedding_groups=16,
-        feat_proj_dropout=0.1,
-        hidden_dropout=0.1,
-        attention_dropout=0.1,
-        activation_dropout=0.1,
-        final_dropout=0.1,
-        layerdrop=0.1,
-        apply_spec_augment=True,
-        mask_time_prob=0.05,
-        mask_time_length=10,
-        mask_time_min_masks=2,
-        mask_feature_prob=0.0,
-        mask_feature_length=10,
-        mask_feature_min_masks=0,
-        initializer_range=0.02,
-    ),
-}
-
-
-def conv_length(length: Tensor, kernel: int, stride: int) -> Tensor:
-    """Positions at which a window of ``kernel`` fits into ``length``, every ``stride``; 0 if none does."""
-    return (torch.div(length - kernel, stride, rounding_mode="floor") + 1).clamp(min=0)
+from ser.models.attention import Attention, GatedAttention
+from ser.models.config import Wav2Vec2Config, conv_length
 
 
 def padding_mask(lengths: Tensor, size: int, device: torch.device) -> Tensor | None:
@@ -373,7 +125,10 @@ class FeatureProjection(nn.Module):
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
-        self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
+        if config.feat_proj_layer_norm:
+            self.layer_norm: nn.Module = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
+        else:
+            self.layer_norm = nn.Identity()
         self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
         self.dropout = nn.Dropout(config.feat_proj_dropout)
 
@@ -382,54 +137,72 @@ class FeatureProjection(nn.Module):
         return self.dropout(self.projection(self.layer_norm(features)))
 
 
+def zero_padding(hidden: Tensor, padding: Tensor | None) -> Tensor:
+    """hidden (B, T, D), padding (B, T) or None -> the same with zeros where there is padding."""
+    return hidden if padding is None else hidden.masked_fill(padding[..., None], 0.0)
+
+
 class PositionalConvolution(nn.Module):
     """Relative positions by a wide grouped convolution over time (paper section 2, "Contextualized ...")."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
-        conv = nn.Conv1d(
+        self.conv = nn.Conv1d(
             config.hidden_size,
             config.hidden_size,
             kernel_size=config.num_conv_pos_embeddings,
             padding=config.num_conv_pos_embeddings // 2,
             groups=config.num_conv_pos_embedding_groups,
         )
-        # The parametrization's own load hook accepts weight_g / weight_v, the older spelling, as well.
-        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+        self.batch_norm = nn.BatchNorm1d(config.hidden_size) if config.conv_pos_batch_norm else None
+        if self.batch_norm is None:
+            # The parametrization's own load hook accepts weight_g / weight_v, the older spelling, as well.
+            self.conv = nn.utils.parametrizations.weight_norm(self.conv, dim=2)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D); the caller has zeroed padded frames."""
-        x = self.conv(hidden.transpose(1, 2))
+    def forward(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
+        """hidden (B, T, D), padding (B, T) -> (B, T, D)."""
+        if self.batch_norm is not None:
+            # Always with the running statistics: those of a batch would let its make-up matter. It moves zeros
+            # away from zero, so padding is zeroed after it.
+            norm = self.batch_norm
+            hidden = F.batch_norm(
+                hidden.transpose(1, 2), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+            ).transpose(1, 2)
+        x = self.conv(zero_padding(hidden, padding).transpose(1, 2))
         return F.gelu(x[..., : hidden.shape[1]]).transpose(1, 2)  # an even kernel gives one frame too many
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over the valid frames."""
+class PositionalLayer(nn.Module):
+    """One of data2vec's positional convolutions, with a norm that has no parameters (Baevski et al., 2022)."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.dropout = config.attention_dropout
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.conv = nn.Conv1d(
+            config.hidden_size,
+            config.hidden_size,
+            kernel_size=config.conv_pos_kernel_size,
+            padding=config.conv_pos_kernel_size // 2,
+            groups=config.num_conv_pos_embedding_groups,
+        )
 
-    def forward(self, hidden: Tensor, attend: Tensor | None) -> Tensor:
-        """hidden (B, T, D), attend (B, 1, 1, T) True = valid, or None -> (B, T, D)."""
-        batch, frames, size = hidden.shape
+    def forward(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
+        """hidden (B, T, D), padding (B, T) -> (B, T, D)."""
+        x = self.conv(zero_padding(hidden, padding).transpose(1, 2))[..., : hidden.shape[1]]
+        return F.gelu(F.layer_norm(x.transpose(1, 2), x.shape[1:2]))
 
-        def split(x: Tensor) -> Tensor:
-            return x.view(batch, frames, self.num_heads, size // self.num_heads).transpose(1, 2)
 
-        q, k, v = (
-            split(self.q_proj(hidden)),
-            split(self.k_proj(hidden)),
-            split(self.v_proj(hidden)),
-        )  # (B,H,T,D/H)
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)  # (B, H, T, D/H)
-        return self.out_proj(x.transpose(1, 2).reshape(batch, frames, size))
+class PositionalStack(nn.Module):
+    """data2vec's relative positions: five small convolutions in the place of a wide one."""
+
+    def __init__(self, config: Wav2Vec2Config) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(PositionalLayer(config) for _ in range(config.num_conv_pos_embeddings))
+
+    def forward(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
+        """hidden (B, T, D), padding (B, T) -> (B, T, D)."""
+        for layer in self.layers:
+            hidden = layer(hidden, padding)
+        return hidden
 
 
 class FeedForward(nn.Module):
@@ -451,21 +224,24 @@ class FeedForward(nn.Module):
 class TransformerLayer(nn.Module):
     """Attention and feed-forward with residuals; the norm after each sum (post) or before each part (pre)."""
 
-    def __init__(self, config: Wav2Vec2Config) -> None:
+    def __init__(self, config: Wav2Vec2Config, index: int) -> None:
         super().__init__()
         self.pre_norm = config.do_stable_layer_norm
-        self.attention = Attention(config)
+        if config.model_type == "wavlm":
+            self.attention: Attention = GatedAttention(config, owns_embedding=index == 0)
+        else:
+            self.attention = Attention(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden: Tensor, attend: Tensor | None) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None) -> Tensor:
+        """hidden (B, T, D), attend (B, 1, 1, T), bias (1, H, T, T), both as in `Attention` -> (B, T, D)."""
         if self.pre_norm:
-            hidden = hidden + self.dropout(self.attention(self.layer_norm(hidden), attend))
+            hidden = hidden + self.dropout(self.attention(self.layer_norm(hidden), attend, bias))
             return hidden + self.feed_forward(self.final_layer_norm(hidden))
-        hidden = self.layer_norm(hidden + self.dropout(self.attention(hidden, attend)))
+        hidden = self.layer_norm(hidden + self.dropout(self.attention(hidden, attend, bias)))
         return self.final_layer_norm(hidden + self.feed_forward(hidden))
 
 
@@ -476,41 +252,46 @@ class Transformer(nn.Module):
         super().__init__()
         self.pre_norm = config.do_stable_layer_norm
         self.layerdrop = config.layerdrop
-        self.pos_conv_embed = PositionalConvolution(config)
+        stacked = config.model_type == "data2vec-audio"
+        self.pos_conv_embed = PositionalStack(config) if stacked else PositionalConvolution(config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(TransformerLayer(config, i) for i in range(config.num_hidden_layers))
         self.activation_checkpointing = False
 
-    def forward(self, hidden: Tensor, padding: Tensor | None) -> list[Tensor]:
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The norm after the last layer, which pre-norm transformers alone have. (B, T, D) -> (B, T, D)."""
+        return self.layer_norm(hidden) if self.pre_norm else hidden
+
+    def forward(self, hidden: Tensor, padding: Tensor | None, num_layers: int | None = None) -> list[Tensor]:
         """hidden (B, T, D), padding (B, T) -> the input of the first layer and the output of each, (B, T, D).
 
-        The last is the result. In pre-norm the final norm stands after the last layer and is in it.
+        `final_norm` of the last is the result. With ``num_layers`` only so many layers are computed.
         """
-        if padding is not None:
-            hidden = hidden.masked_fill(padding[..., None], 0.0)
-        hidden = hidden + self.pos_conv_embed(hidden)
+        hidden = zero_padding(hidden, padding)
+        hidden = hidden + self.pos_conv_embed(hidden, padding)
         if not self.pre_norm:
             hidden = self.layer_norm(hidden)
         hidden = self.dropout(hidden)
         attend = None if padding is None else ~padding[:, None, None, :]  # (B, 1, 1, T)
+        first = self.layers[0].attention
+        # WavLM: computed once from the first layer's embedding, for all layers.
+        bias = first.position_bias(hidden.shape[1]) if isinstance(first, GatedAttention) else None  # (1, H, T, T)
 
         outputs = [hidden]
-        for layer in self.layers:
+        for layer in self.layers[:num_layers]:
             # LayerDrop (Fan et al., 2020). A skipped layer still takes part in the graph, so that
             # DistributedDataParallel need not search for unused parameters; the draw is on the CPU.
             if self.training and self.layerdrop > 0 and float(torch.rand(())) < self.layerdrop:
                 hidden = hidden + untouched(layer).to(hidden.device)
             else:
-                hidden = maybe_checkpoint(self, layer, hidden, attend)
+                hidden = maybe_checkpoint(self, layer, hidden, attend, bias)
             outputs.append(hidden)
-        if self.pre_norm:
-            outputs[-1] = self.layer_norm(outputs[-1])
         return outputs
 
 
 class Wav2Vec2(nn.Module):
-    """The encoder: waveforms to one hidden vector per 20 ms.
+    """The encoder, of any architecture that the configuration can name: waveforms to one vector per 20 ms.
 
         encoder = Wav2Vec2(Wav2Vec2Config.named("base"))
         hidden, num_frames = encoder(waveforms, num_samples)
@@ -535,6 +316,8 @@ class Wav2Vec2(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
             elif isinstance(module, ConvLayer):
                 nn.init.kaiming_normal_(module.conv.weight)
                 if module.conv.bias is not None:
@@ -543,10 +326,16 @@ class Wav2Vec2(nn.Module):
         projection = self.feature_projection.projection
         nn.init.uniform_(projection.weight, -(projection.in_features**-0.5), projection.in_features**-0.5)
         nn.init.uniform_(projection.bias, -(projection.in_features**-0.5), projection.in_features**-0.5)
-        conv = self.encoder.pos_conv_embed.conv
-        std = 2 / math.sqrt(conv.kernel_size[0] * conv.in_channels)
-        conv.weight = torch.randn_like(conv.weight) * std  # through the parametrization: sets g and v
-        nn.init.zeros_(conv.bias)
+        for module in self.encoder.pos_conv_embed.modules():
+            if isinstance(module, nn.Conv1d):
+                std = 2 / math.sqrt(module.kernel_size[0] * module.in_channels)
+                drawn = torch.randn_like(module.weight) * std
+                if nn.utils.parametrize.is_parametrized(module):
+                    module.weight = drawn  # sets g and v
+                else:
+                    module.weight.copy_(drawn)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
         if self.config.has_mask_embedding:
             nn.init.uniform_(self.masked_spec_embed)
 
@@ -562,8 +351,14 @@ class Wav2Vec2(nn.Module):
         *,
         mask_time: Tensor | None = None,
         mask_feature: Tensor | None = None,
+        num_layers: int | None = None,
+        final_norm: bool = True,
     ) -> tuple[list[Tensor], Tensor]:
-        """As `forward`, but the transformer's input and each layer's output: num_hidden_layers + 1 tensors."""
+        """As `forward`, but the transformer's input and each layer's output: num_hidden_layers + 1 tensors.
+
+        With ``num_layers`` no more than so many layers are computed, and their outputs are all as they are.
+        ``final_norm=False`` leaves the last one too as the layer gives it, without a pre-norm model's final norm.
+        """
         num_samples = self._check(waveforms, num_samples)
         padding = padding_mask(num_samples, waveforms.shape[1], waveforms.device)
         if padding is not None:  # whatever stands there, NaN included, has no effect
@@ -571,7 +366,11 @@ class Wav2Vec2(nn.Module):
         features, num_frames = self.feature_extractor(waveforms, num_samples)  # (B, T, C)
         hidden = self.feature_projection(features)  # (B, T, D)
         hidden = self._mask(hidden, mask_time, mask_feature)
-        return self.encoder(hidden, padding_mask(num_frames, hidden.shape[1], hidden.device)), num_frames
+        padding = padding_mask(num_frames, hidden.shape[1], hidden.device)
+        outputs = self.encoder(hidden, padding, num_layers)
+        if final_norm and len(outputs) > self.config.num_hidden_layers:
+            outputs[-1] = self.encoder.final_norm(outputs[-1])
+        return outputs, num_frames
 
     def forward(
         self,

@@ -104,8 +104,9 @@ def load_checkpoint(folder: Path, recognizer: Recognizer, optimizer: torch.optim
         tensors = load_file(folder / "optimizer.safetensors")
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         with torch.no_grad():
+            keys = recognizer.keys()
             for name, value in recognizer.model.state_dict().items():
-                value.copy_(weights[name])
+                value.copy_(weights[keys[name]])
         restore_optimizer(recognizer.model, optimizer, tensors)
         return Progress(**state)
     except Exception as error:

@@ -22,6 +22,7 @@ METRICS = {
     "unweighted_accuracy": True,
     "accuracy": True,
     "macro_f1": True,
+    "ccc": True,
     "wer": False,
     "cer": False,
     "speaker_accuracy": True,
@@ -39,11 +40,16 @@ class TrainConfig:
     """The settings of a run. Frozen, checked on construction, saved as JSON beside the checkpoints."""
 
     # what is learnt
-    heads: str = option("auto", f"comma-separated tasks out of {', '.join(HEADS)}; auto: emotion and ctc where "
-                                "the training data has them, speaker too if beta is above 0")  # fmt: skip
+    heads: str = option("auto", f"comma-separated tasks out of {', '.join(HEADS)}; auto: emotion, ctc where "
+                                "the training data has them, speaker if beta is above 0, no dimensions")  # fmt: skip
     alpha: float = option(0.1, "weight of the CTC loss; 0 adds exactly nothing")
     beta: float = option(0.0, "weight of the speaker loss")
-    pooling: str = option("mean", "how frames become one vector for emotion and speaker", tuple(POOLINGS))
+    gamma: float = option(1.0, "weight of the loss of dimensions (arousal, dominance, valence), 1 - CCC over an "
+                               "update: it needs large ones, such as an effective batch of 32")  # fmt: skip
+    layers: str = option("auto", "what the heads but CTC's read: last, weighted (a learnt mean of all), or the "
+                                 "number of a layer; auto: as --init has it, else last")  # fmt: skip
+    pooling: str = option("auto", "how frames become one vector for emotion, speaker and dimensions; auto: as "
+                                  "--init has it, else mean", ("auto", *POOLINGS))  # fmt: skip
     label_smoothing: float = option(0.0, "of the emotion loss, 0 to 1")
     class_weights: bool = option(False, "weight emotions inversely to their frequency in training")
     ctc_per_character: bool = option(False, "divide each transcript's loss by its length (the paper does not)")

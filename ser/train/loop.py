@@ -40,7 +40,15 @@ from ser.recognizer import Prediction, Recognizer
 from ser.train.checkpoint import Progress, load_checkpoint, open_run, save_checkpoint
 from ser.train.config import METRICS, TrainConfig, parse_interval
 from ser.train.distributed import World, choose_device
-from ser.train.losses import classification_loss, ctc_feasible, ctc_loss
+from ser.train.losses import (
+    at_least_float32,
+    ccc_loss,
+    ccc_moments,
+    classification_loss,
+    concordance,
+    ctc_feasible,
+    ctc_loss,
+)
 from ser.train.metrics import ClassificationCounts, ErrorRateCounts, character_errors, word_errors
 from ser.train.optim import make_optimizer, rate_factor, set_rate
 
@@ -51,7 +59,10 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: the sum of each task's loss divided by its count, by these weights."""
+    """What is minimised: the sum of each task's loss divided by its count, by these weights.
+
+    The loss of dimensions is no such sum; see `run_update`.
+    """
 
     weights: dict[str, float]  # by head; 0: not trained
     label_smoothing: float = 0.0
@@ -60,7 +71,7 @@ class Objective:
     blank: int = 0
 
     def sums(self, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """(sum, count) of each task that has a weight above 0, in one micro-batch."""
+        """(sum, count) of each task but dimensions that has a weight above 0, in one micro-batch."""
         found = {}
         if outputs.emotion is not None and self.weights.get("emotion"):
             found["emotion"] = classification_loss(
@@ -89,7 +100,10 @@ class Objective:
         return found
 
     def counts(self, model: MultiTaskModel, batches: Sequence[Batch]) -> Tensor:
-        """What `sums` will return as counts, added up over micro-batches, from labels alone: (3,) float64."""
+        """What `sums` will return as counts, added up over micro-batches, from labels alone: (4,) float64.
+
+        Of dimensions: the labels.
+        """
         total = torch.zeros(len(HEADS), dtype=torch.float64)
         for batch in batches:
             known = (batch.emotions != NO_LABEL).double().cpu()
@@ -98,7 +112,8 @@ class Objective:
             frames = model.config.num_frames(batch.num_samples)
             fits = ctc_feasible(batch.targets, batch.target_lengths, frames).double()
             speaks = (batch.speakers != NO_LABEL).double().cpu()
-            total += (torch.stack([known, fits, speaks]) * batch.weights.double()).sum(1)
+            rated = batch.dimensions.isfinite().double().sum(1).cpu()
+            total += (torch.stack([known, fits, speaks, rated]) * batch.weights.double()).sum(1)
         return total
 
 
@@ -129,32 +144,51 @@ def run_update(
     """Forward and backward over this rank's micro-batches of one update, then one optimizer step.
 
     ``wrapped`` is ``model`` under DistributedDataParallel, or ``model``. The batches are on the CPU or the device.
+    Where dimensions are trained, a first pass without gradient finds what their loss needs to know of the whole
+    update.
     """
     optimizer.zero_grad(set_to_none=True)
     counts = world.sum(objective.counts(model, batches)).tolist()
     count_of = dict(zip(HEADS, counts, strict=True))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
-    losses: dict[str, Tensor] = {}
-    for number, batch in enumerate(batches):
-        batch = batch.to(world.device)
+
+    def forward(network: nn.Module, number: int, batch: Batch) -> Outputs:
         masks = draw_masks(model, batch, seed=seed, epoch=epoch)
         # Dropout and LayerDrop: a function of where we are, not of what was drawn before.
         torch.manual_seed(mix(seed, step, number, world.rank))
+        with torch.autocast(world.device.type, dtype=dtype) if dtype else nullcontext():
+            return network(batch.waveforms, batch.num_samples, **masks)
+
+    losses: dict[str, Tensor] = {}
+    moments: Tensor | None = None
+    if objective.weights.get("dimensions") and count_of["dimensions"]:
+        sums = torch.zeros(6, model.heads_config.num_dimensions, dtype=torch.float64, device=world.device)
+        with torch.no_grad():
+            for number, batch in enumerate(batches):
+                batch = batch.to(world.device)
+                predictions = forward(model, number, batch).dimensions
+                assert predictions is not None
+                sums += ccc_moments(predictions, batch.dimensions, batch.weights)
+        moments = world.sum(sums.cpu()).to(world.device)
+        # Of the whole update: each rank's share of it, for what is shown is summed over ranks.
+        ccc = concordance(moments)
+        losses["dimensions"] = torch.where(ccc.isnan(), 0.0, 1 - ccc).mean() / world.size
+    for number, batch in enumerate(batches):
+        batch = batch.to(world.device)
         with world.no_sync(wrapped, last=number == len(batches) - 1):
-            with torch.autocast(world.device.type, dtype=dtype) if dtype else nullcontext():
-                outputs = wrapped(batch.waveforms, batch.num_samples, **masks)
+            outputs = forward(wrapped, number, batch)
             loss = torch.zeros((), device=world.device)
             for name, (total, _) in objective.sums(outputs, batch).items():
                 share = total / max(count_of[name], 1e-12)
                 losses[name] = losses[name] + share.detach() if name in losses else share.detach()
                 loss = loss + objective.weights[name] * share
+            if moments is not None and outputs.dimensions is not None:
+                rated = ccc_loss(at_least_float32(outputs.dimensions), batch.dimensions, moments, batch.weights)
+                loss = loss + objective.weights["dimensions"] * rated
             # DistributedDataParallel averages over ranks; the counts are already those of all ranks.
             scaler.scale(loss * world.size).backward()
-    for name, count in count_of.items():
-        head = model.head(name)
-        if head is not None and count == 0:
-            for parameter in head.parameters():  # a zero gradient is not no gradient to AdamW
-                parameter.grad = None
+    for parameter in model.untrained_by([n for n, weight in objective.weights.items() if weight and count_of[n]]):
+        parameter.grad = None  # a zero gradient is not no gradient to AdamW
     trained = [p for p in model.parameters() if p.grad is not None]
     if not trained:  # no label of any task in the whole update
         return UpdateResult(losses, 0.0)
@@ -197,6 +231,7 @@ class Evaluation:
     unwritten: int = 0  # characters of the references that the vocabulary lacks, left out of WER and CER
     emotion: ClassificationCounts | None = None
     speaker: ClassificationCounts | None = None
+    ccc: dict[str, float] = field(default_factory=dict)  # by dimension; NaN where it is undefined
     words: ErrorRateCounts | None = None
     characters: ErrorRateCounts | None = None
     loss: float = math.nan
@@ -212,6 +247,9 @@ class Evaluation:
             found["accuracy"] = self.emotion.accuracy
             found["unweighted_accuracy"] = self.emotion.unweighted_accuracy
             found["macro_f1"] = self.emotion.macro_f1
+        if self.ccc:
+            found["ccc"] = sum(self.ccc.values()) / len(self.ccc)
+            found |= {f"ccc_{name.lower()}": value for name, value in self.ccc.items()}
         if self.words is not None and self.characters is not None and self.words.length:
             if self.unwritten:
                 found["characters_outside_vocabulary"] = self.unwritten
@@ -270,6 +308,7 @@ def evaluate(
     speaker = np.zeros((len(recognizer.speakers),) * 2, dtype=np.int64)
     edits = np.zeros(4, dtype=np.int64)  # word edits, words, character edits, characters
     sums = torch.zeros(2 * len(HEADS), dtype=torch.float64)
+    moments = torch.zeros(6, len(recognizer.dimensions), dtype=torch.float64)
     rows: dict[int, Prediction] = {}
     was_training = model.training
     model.eval()
@@ -280,6 +319,8 @@ def evaluate(
             place = list(HEADS).index(name)
             sums[place] += total.double().cpu()
             sums[len(HEADS) + place] += count.double().cpu()
+        if outputs.dimensions is not None:
+            moments += ccc_moments(outputs.dimensions, batch.dimensions, batch.weights).cpu()
         for index, prediction in zip(batch.indices, recognizer.decode(outputs), strict=True):
             if prediction.emotion is not None and dataset.emotions[index] != NO_LABEL:
                 emotion[dataset.emotions[index], recognizer.emotions.index(prediction.emotion)] += 1
@@ -300,6 +341,7 @@ def evaluate(
     speaker = flat[emotion.size : emotion.size + speaker.size].reshape(speaker.shape)
     edits = flat[-4:]
     world.sum(sums)
+    world.sum(moments)
     result.utterances = len(dataset)
     if vocabulary is not None:
         result.unwritten = vocabulary.unknown_characters(dataset.texts).total()
@@ -313,6 +355,10 @@ def evaluate(
     for place, name in enumerate(HEADS):
         if sums[len(HEADS) + place]:
             result.losses[name] = float(sums[place] / sums[len(HEADS) + place])
+    if moments[0].any():
+        result.ccc = dict(zip(recognizer.dimensions, concordance(moments).tolist(), strict=True))
+        if objective.weights.get("dimensions"):
+            result.losses["dimensions"] = float((1 - concordance(moments)).mean())
     if result.losses:
         result.loss = sum(objective.weights.get(name, 0.0) * value for name, value in result.losses.items())
     if keep_rows:
@@ -330,6 +376,7 @@ def make_dataset(recognizer: Recognizer, utterances: Sequence[Utterance]) -> Spe
         utterances,
         emotions=recognizer.emotions,
         speakers=recognizer.speakers,
+        dimensions=recognizer.dimensions,
         vocabulary=recognizer.vocabulary,
         orthography=recognizer.orthography,
         tags=recognizer.tags,
@@ -514,10 +561,8 @@ def fit(
     model.to(world.device)
     model.wav2vec2.activation_checkpointing(config.activation_checkpointing)
     model.freeze(config.freeze)
-    for name in model.heads:  # a task at weight 0 has no gradient, so it is no part of what is trained
-        head = model.head(name)
-        assert head is not None
-        head.requires_grad_(trained[name] > 0)
+    for parameter in model.untrained_by([name for name, weight in trained.items() if weight]):
+        parameter.requires_grad_(False)  # has no gradient, so it is no part of what is trained
     if model.config.has_mask_embedding and not model.config.apply_spec_augment:
         model.wav2vec2.masked_spec_embed.requires_grad_(False)
     model.train()
@@ -694,15 +739,15 @@ def fetch_updates(
 
 def trained_heads(recognizer: Recognizer, config: TrainConfig) -> dict[str, float]:
     """Weight of each head's loss, for the heads that the model has; 0 means not trained."""
-    weights = {"emotion": 1.0, "ctc": config.alpha, "speaker": config.beta}
+    weights = {"emotion": 1.0, "ctc": config.alpha, "speaker": config.beta, "dimensions": config.gamma}
     heads = recognizer.model.heads
-    if heads == ["ctc"]:  # nothing to weigh it against
-        weights["ctc"] = 1.0
+    if len(heads) == 1:  # nothing to weigh it against
+        weights[heads[0]] = 1.0
     found = {name: weights[name] for name in heads}
     if not any(found.values()):
         raise ConfigError(
-            f"nothing would be trained: the heads are {', '.join(heads) or 'none'}, alpha is {config.alpha:g} and "
-            f"beta is {config.beta:g}"
+            f"nothing would be trained: the heads are {', '.join(heads) or 'none'}, alpha is {config.alpha:g}, "
+            f"beta is {config.beta:g} and gamma is {config.gamma:g}"
         )
     return found
 
@@ -712,6 +757,8 @@ def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: Speec
     possible = []
     if any(label != NO_LABEL for label in validation.emotions):
         possible += ["unweighted_accuracy", "accuracy", "macro_f1"]
+    if any(math.isfinite(value) for row in validation.dimensions for value in row):
+        possible += ["ccc"]
     if any(validation.references):
         possible += ["wer", "cer"]
     if any(label != NO_LABEL for label in validation.speakers):
@@ -738,7 +785,8 @@ def fingerprint(dataset: SpeechDataset) -> str:
     """sha256 of what an epoch depends on: order, names, excerpts, labels, texts and lengths."""
     digest = hashlib.sha256()
     for u, length in zip(dataset.utterances, dataset.lengths, strict=True):
-        digest.update(repr((u.id, u.start, u.end, u.emotion, u.text, u.speaker, length)).encode())
+        row = (u.id, u.start, u.end, u.emotion, u.text, u.speaker, u.arousal, u.dominance, u.valence, length)
+        digest.update(repr(row).encode())
     return digest.hexdigest()
 
 

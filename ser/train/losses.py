@@ -1,13 +1,17 @@
-"""The losses of the three heads. Each returns ``(sum, count)``; the loop divides once.
+"""The losses of the heads. Each returns ``(sum, count)``; the loop divides once.
 
 The objective of an update is
 
-    CE(emotion) + alpha * CTC(text) + beta * CE(speaker)
+    CE(emotion) + alpha * CTC(text) + beta * CE(speaker) + gamma * (1 - CCC(dimensions))
 
-(Cai et al., 2021, eq. 4, and the speaker extension), each term its sum over the update's utterances on all
-ranks divided by its own count there: utterances with a label (the sum of their class weights where classes
+(Cai et al., 2021, eq. 4, and extensions), each of the first three terms its sum over the update's utterances on
+all ranks divided by its own count there: utterances with a label (the sum of their class weights where classes
 are weighted), utterances with a transcript that fits. So neither the split into micro-batches and ranks nor
 an utterance that lacks a label changes the weight of another.
+
+The concordance correlation coefficient is no sum over utterances. It follows from six sums (`ccc_moments`), which
+a first pass without gradient adds up over the whole update; the gradient at each prediction follows from them
+(`ccc_loss`).
 
 With every label present and no options this is the mean over utterances of ``CE + alpha * CTC``, CTC being the
 negative log-likelihood of the whole transcript, which is what the paper's setting of one utterance per
@@ -137,3 +141,63 @@ def ctc_loss(
             losses = losses / lengths.clamp(min=1).to(losses)
         used = weights.to(losses)
         return (losses * used).sum(), used.sum().detach()
+
+
+def ccc_moments(predictions: Tensor, labels: Tensor, utterance_weights: Tensor | None = None) -> Tensor:
+    """The sums that concordance needs: predictions p and labels y, both (B, K), y NaN where unknown -> (6, K).
+
+    n, and the sums of p, y, p^2, y^2 and p y over the labelled utterances, float64. ``utterance_weights`` (B,) are
+    0 for an utterance that only keeps a rank busy.
+    """
+    known = labels.isfinite()
+    weights = known.double() if utterance_weights is None else known * utterance_weights.to(labels)[:, None]
+    p, y = predictions.detach().double(), labels.double().masked_fill(~known, 0.0)
+    return torch.stack([weights, weights * p, weights * y, weights * p * p, weights * y * y, weights * p * y]).sum(
+        1
+    )
+
+
+def concordance(moments: Tensor) -> Tensor:
+    """`ccc_moments`, summed over whatever is judged together -> the CCC of each dimension, (K,) float64, -1 to 1.
+
+        CCC = 2 cov(p, y) / (var p + var y + (mean p - mean y)^2)
+
+    with variances divided by n (Lin, Biometrics 1989, eq. 3). NaN where fewer than two utterances have a label or
+    the labels do not vary.
+    """
+    n, p, y, pp, yy, py = moments
+    p, y = p / n, y / n
+    # A variance is the difference of two sums: what is left of equal labels is rounding.
+    varies = yy / n - y * y > 1e-12 * yy / n
+    ccc = 2 * (py / n - p * y) / ((pp / n - p * p) + (yy / n - y * y) + (p - y).square())
+    return ccc.masked_fill((n < 2) | ~varies, torch.nan)
+
+
+def ccc_loss(
+    predictions: Tensor, labels: Tensor, moments: Tensor, utterance_weights: Tensor | None = None
+) -> Tensor:
+    """A scalar whose gradient is that of the mean over dimensions of 1 - CCC, CCC being that of ``moments``.
+
+    A dimension whose CCC is undefined adds 0. With D the denominator in `concordance`,
+
+        d CCC / d p_i = 2 / (n D) * ((y_i - mean y) - CCC * (p_i - mean y))
+
+    which depends on the other utterances through the moments alone: so each micro-batch on each rank contributes
+    its predictions, times these fixed coefficients. The scalar's value means nothing.
+
+    Args:
+        predictions: (B, K) of one micro-batch.
+        labels: (B, K), NaN where unknown.
+        moments: (6, K) of the whole update on all ranks, with these predictions in it.
+        utterance_weights: (B,), as in `ccc_moments`.
+    """
+    ccc = concordance(moments)
+    n, p, y, pp, yy, _ = moments
+    p, y = p / n, y / n
+    denominator = (pp / n - p * p) + (yy / n - y * y) + (p - y).square()
+    known = labels.isfinite() & ccc.isfinite()
+    weights = known.double() if utterance_weights is None else known * utterance_weights.to(labels)[:, None]
+    wanted = labels.double().masked_fill(~known, 0.0) - y
+    slope = 2 / (n * denominator) * (wanted - ccc * (predictions.detach().double() - y))  # (B, K)
+    coefficients = -(weights * slope).masked_fill(~known, 0.0) / labels.shape[1]
+    return (coefficients.to(predictions.dtype) * predictions).sum()

@@ -36,7 +36,9 @@ def without_randomness(config):
 def examples(samples=SAMPLES):
     generator = torch.Generator().manual_seed(5)
     return [
-        Example(i, 1.0, torch.randn(n, generator=generator, dtype=torch.float64), EMOTIONS[i], -100, TARGETS[i])
+        Example(
+            i, 1.0, torch.randn(n, generator=generator, dtype=torch.float64), EMOTIONS[i], -100, [], TARGETS[i]
+        )
         for i, n in enumerate(samples)
     ]
 
@@ -93,9 +95,9 @@ def assert_same(ours, paper):
 
 
 @pytest.fixture
-def model(config, randomise):
+def model(wav2vec2_config, randomise):
     heads = HeadsConfig(num_emotions=EMOTION_CLASSES, vocab_size=SYMBOLS, pooling="mean")
-    return randomise(MultiTaskModel(without_randomness(config), heads)).double().train()
+    return randomise(MultiTaskModel(without_randomness(wav2vec2_config), heads)).double().train()
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.01])

@@ -3,6 +3,7 @@
 References: `transformers` and `torchaudio`, built at random from a configuration; nothing is downloaded.
 """
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ser.models.config import Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.models.wav2vec2 import ConvLayer, Wav2Vec2, Wav2Vec2Config
+from ser.models.pretrained import written_names
+from ser.models.wav2vec2 import ConvLayer, Wav2Vec2
+from ser.recognizer import ARCHITECTURES
 from ser.train.losses import ctc_loss
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference: pip install ser[test]")
@@ -27,12 +31,21 @@ SIZES = {  # a public configuration at a size that a laptop computes at once
 }
 
 
-def reference_with_the_weights_of(ours, values=None, *, cls=modeling.Wav2Vec2Model, **settings):
+def reference_class(config, suffix="Model"):
+    """Such as WavLMForCTC for a configuration of WavLM."""
+    return getattr(transformers, ARCHITECTURES[config.model_type] + suffix)
+
+
+def reference_with_the_weights_of(ours, values=None, *, suffix="Model", **settings):
     """The reference for our configuration, or for these values of a config.json, with our weights."""
-    values = values or ours.config.to_dict() | {"num_feat_extract_layers": len(ours.config.conv_dim)}
+    config = ours.config
+    values = values or config.to_dict() | {"num_feat_extract_layers": len(config.conv_dim)}
+    cls = reference_class(config, suffix)
     with torch.device("meta"):
-        reference = cls(transformers.Wav2Vec2Config(**values, **settings))
-    reference.load_state_dict(ours.state_dict(), strict=True, assign=True)
+        reference = cls(cls.config_class(**(values | settings)))
+    state = ours.state_dict()
+    keys = written_names(state, config, projector=getattr(ours, "projector", None) is not None)
+    reference.load_state_dict({keys[name]: value for name, value in state.items()}, strict=True, assign=True)
     return reference.eval()
 
 
@@ -56,6 +69,12 @@ def assert_close(ours, expected, tolerance=1e-5):
 
 def gradients(module, rename=str):
     return {rename(name): p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def our_gradients(model):
+    """Of a `MultiTaskModel`, by the reference's names."""
+    keys = written_names(model.state_dict(), model.config, projector=model.projector is not None)
+    return gradients(model, keys.__getitem__)
 
 
 def assert_same_gradients(found, expected, *, relative, of_whole):
@@ -82,7 +101,8 @@ GRADIENT_TOLERANCES = {
 def test_parameter_names_and_shapes_are_those_of_the_reference(config):
     with torch.device("meta"):
         ours = Wav2Vec2(config)
-        reference = modeling.Wav2Vec2Model(transformers.Wav2Vec2Config(**config.to_dict()))
+        cls = reference_class(config)
+        reference = cls(cls.config_class(**config.to_dict()))
     assert {k: v.shape for k, v in ours.state_dict().items()} == {
         k: v.shape for k, v in reference.state_dict().items()
     }
@@ -111,29 +131,47 @@ def test_each_convolution_equals_the_reference(config, randomise):
 def test_feature_projection_equals_the_reference(config, randomise):
     ours, reference = twins(config, randomise)
     x = sound(2, 11, config.conv_dim[-1])
-    assert_close(ours.feature_projection(x), reference.feature_projection(x)[0])
+    expected = reference.feature_projection(x)
+    assert_close(ours.feature_projection(x), expected[0] if isinstance(expected, tuple) else expected)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 8, 31])
 def test_positional_convolution_equals_the_reference(config, randomise, frames):
     ours, reference = twins(config, randomise)
     x = sound(2, frames, config.hidden_size)
-    assert_close(ours.encoder.pos_conv_embed(x), reference.encoder.pos_conv_embed(x))
+    assert_close(ours.encoder.pos_conv_embed(x, None), reference.encoder.pos_conv_embed(x))
 
 
 @pytest.mark.parametrize("frames", [1, 2, 17])
 def test_attention_feed_forward_and_layer_equal_the_reference(config, randomise, frames):
     ours, reference = twins(config, randomise)
     x = sound(2, frames, config.hidden_size)
+    bias, shared = None, {}  # WavLM: the first layer's, for all
+    if config.model_type == "wavlm":
+        bias = ours.encoder.layers[0].attention.position_bias(frames)
+        theirs = reference.encoder.layers[0].attention.compute_bias(frames, frames)  # (H, T, T)
+        assert torch.equal(bias[0], theirs)
+        shared = {"position_bias": theirs.repeat(2, 1, 1)}
     for layer, expected in zip(ours.encoder.layers, reference.encoder.layers, strict=True):
-        assert_close(layer.attention(x, None), expected.attention(x)[0])
+        assert_close(layer.attention(x, None, bias), expected.attention(x, **shared)[0])
         assert_close(layer.feed_forward(x), expected.feed_forward(x))
-        found = expected(x)
-        assert_close(layer(x, None), found[0] if isinstance(found, tuple) else found)
+        found = expected(x, **shared)
+        assert_close(layer(x, None, bias), found[0] if isinstance(found, tuple) else found)
 
 
-def test_attention_equals_the_written_out_formula(config, randomise):
+def test_wavlm_s_classes_of_distance_are_the_reference_s_at_every_distance(styles):
+    for buckets, distance in ((320, 800), (20, 12), (32, 50), (4, 2), (5, 9), (7, 1000)):
+        config = replace(styles["wavlm-base-style"], num_buckets=buckets, max_bucket_distance=distance)
+        offsets = torch.arange(-2500, 2501)
+        theirs = reference_class(config)(transformers.WavLMConfig(**config.to_dict())).encoder.layers[0].attention
+        ours = Wav2Vec2(config).encoder.layers[0].attention.buckets(offsets)
+        assert torch.equal(ours, theirs._relative_positions_bucket(offsets))
+        assert ours.min() >= 0 and ours.max() < buckets
+
+
+def test_attention_equals_the_written_out_formula(wav2vec2_config, randomise):
     """The reference too may call torch's fused kernel, so here is the sum itself."""
+    config = wav2vec2_config
     attention = randomise(Wav2Vec2(config)).double().eval().encoder.layers[0].attention
     x = sound(5, config.hidden_size, dtype=torch.float64)
     size = config.hidden_size // config.num_attention_heads
@@ -151,7 +189,7 @@ def test_attention_equals_the_written_out_formula(config, randomise):
 def test_transformer_equals_the_reference(config, randomise, frames):
     ours, reference = twins(config, randomise)
     x = sound(2, frames, config.hidden_size)
-    assert_close(ours.encoder(x, None)[-1], reference.encoder(x).last_hidden_state)
+    assert_close(ours.encoder.final_norm(ours.encoder(x, None)[-1]), reference.encoder(x).last_hidden_state)
 
 
 # ---------------------------------------------------------------------------------------- transformers, whole
@@ -190,7 +228,7 @@ def test_gradients_equal_the_reference(config, randomise, samples, dtype):
 def test_ctc_logits_loss_and_gradients_equal_the_reference(config, randomise, dtype):
     model = randomise(MultiTaskModel(config, HeadsConfig(vocab_size=11))).to(dtype).eval()
     reference = reference_with_the_weights_of(
-        model, cls=modeling.Wav2Vec2ForCTC, vocab_size=11, pad_token_id=0, ctc_loss_reduction="sum"
+        model, suffix="ForCTC", vocab_size=11, pad_token_id=0, ctc_loss_reduction="sum"
     )
     x, labels = sound(1, 5000, dtype=dtype), torch.tensor([[4, 4, 7, 10, 1]])
 
@@ -206,7 +244,7 @@ def test_ctc_logits_loss_and_gradients_equal_the_reference(config, randomise, dt
         assert_close(total, loss, 1e-12)
     total.backward()
     loss.backward()
-    assert_same_gradients(gradients(model), gradients(reference), **GRADIENT_TOLERANCES[dtype])
+    assert_same_gradients(our_gradients(model), gradients(reference), **GRADIENT_TOLERANCES[dtype])
 
 
 def test_outputs_under_spec_augment_masks_equal_the_reference(config, randomise, monkeypatch):
@@ -221,12 +259,15 @@ def test_outputs_under_spec_augment_masks_equal_the_reference(config, randomise,
     mask_time = torch.rand(2, int(config.num_frames(torch.tensor(6000))), generator=generator) < 0.4
     mask_feature = torch.rand(2, config.hidden_size, generator=generator) < 0.4
     monkeypatch.setattr(
-        modeling,
+        importlib.import_module(type(reference).__module__),
         "_compute_mask_indices",
         lambda shape, **_: (mask_feature if shape[1] == config.hidden_size else mask_time).numpy(),
     )
     ours.train()
     reference.train()
+    for module in reference.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):  # ours always has the running statistics
+            module.eval()
     hidden = ours(x, mask_time=mask_time, mask_feature=mask_feature)[0]
     expected = reference(x).last_hidden_state
     assert_close(hidden, expected)

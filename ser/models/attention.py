@@ -1,0 +1,91 @@
+"""Self-attention: plain, and WavLM's with a gated relative position bias.
+
+Shapes: B batch, T frames, D hidden size, H attention heads. ``attend`` is True where a frame is valid.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ser.models.config import Wav2Vec2Config
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the valid frames."""
+
+    def __init__(self, config: Wav2Vec2Config) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, H, T, D/H)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def mask(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """What `scaled_dot_product_attention` takes: here a boolean mask, and no position bias."""
+        return attend
+
+    def forward(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        """hidden (B, T, D), attend (B, 1, 1, T) or None, bias (1, H, T, T) or None -> (B, T, D)."""
+        q, k, v = (self.split_heads(p(hidden)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B,H,T,D/H)
+        mask = self.mask(hidden, attend, bias)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)  # half precision under autocast
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, H, T, D/H)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class GatedAttention(Attention):
+    """WavLM's attention: a learnt bias for each relative position, opened and closed by each query frame.
+
+    Chen et al., *WavLM: Large-Scale Self-Supervised Pre-Training for Full Stack Speech Processing*, JSTSP 2022,
+    section III-B. The bias comes from an embedding that the first layer owns; each layer has gates of its own.
+    """
+
+    def __init__(self, config: Wav2Vec2Config, *, owns_embedding: bool) -> None:
+        super().__init__(config)
+        self.num_buckets, self.max_distance = config.num_buckets, config.max_bucket_distance
+        self.gru_rel_pos_const = nn.Parameter(torch.ones(1, self.num_heads, 1, 1))
+        self.gru_rel_pos_linear = nn.Linear(config.hidden_size // self.num_heads, 8)
+        if owns_embedding:
+            self.rel_attn_embed = nn.Embedding(self.num_buckets, self.num_heads)
+
+    def buckets(self, offsets: Tensor) -> Tensor:
+        """Classes of relative positions: key minus query in frames -> 0..num_buckets-1, of the same shape.
+
+        Half of the classes are for each direction. Of a half, the first half has a class per distance and the
+        others grow logarithmically up to max_distance (Raffel et al., T5, JMLR 2020, section 2.1).
+        """
+        each = self.num_buckets // 2
+        exact = each // 2
+        distance = offsets.abs()
+        # In the reference's order of operations: a boundary would else fall on its other side.
+        share = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        far = (exact + (share * (each - exact)).long()).clamp(max=each - 1)
+        return torch.where(distance < exact, distance, far) + each * (offsets > 0)
+
+    def position_bias(self, frames: int) -> Tensor:
+        """(1, H, T, T), from the embedding of the first layer."""
+        device = self.rel_attn_embed.weight.device
+        values = self.rel_attn_embed(self.buckets(torch.arange(1 - frames, frames, device=device)))  # (2T-1, H)
+        position = torch.arange(frames, device=device)
+        offsets = position[None, :] - position[:, None]  # key minus query
+        return F.embedding(offsets + frames - 1, values).permute(2, 0, 1)[None]
+
+    def mask(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """The gated bias, (B, H, T, T), minus infinity where a key is padding."""
+        assert bias is not None
+        gates = self.gru_rel_pos_linear(self.split_heads(hidden)).unflatten(-1, (2, 4)).sum(-1)  # (B, H, T, 2)
+        update, reset = gates.sigmoid().split(1, dim=-1)  # (B, H, T, 1)
+        mask = (update * (reset * self.gru_rel_pos_const - 1.0) + 2.0) * bias  # (B, H, T, T)
+        return mask if attend is None else mask.masked_fill(~attend, -math.inf)

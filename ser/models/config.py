@@ -1,0 +1,364 @@
+"""What decides the computation of the encoder, and the presets: names and defaults are those of config.json.
+
+One dataclass describes four published architectures, which share almost everything:
+
+    wav2vec2        Baevski et al., wav2vec 2.0, NeurIPS 2020
+    hubert          Hsu et al., HuBERT, TASLP 2021
+    wavlm           Chen et al., WavLM, JSTSP 2022: gated relative position bias in the attention
+    data2vec-audio  Baevski et al., data2vec, ICML 2022: a stack of small positional convolutions
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ser.errors import ConfigError
+
+MODEL_TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
+
+# Fields that one architecture alone has. Of the others, a config.json may set such a key to its default.
+OWN_FIELDS = {
+    "feat_proj_layer_norm": "hubert",
+    "conv_pos_batch_norm": "hubert",
+    "num_buckets": "wavlm",
+    "max_bucket_distance": "wavlm",
+    "conv_pos_kernel_size": "data2vec-audio",
+}
+
+# Keys that would change the computation in a way this package does not implement, and the values at which
+# they change nothing. Anything else is refused by name.
+NEUTRAL_VALUES: dict[str, tuple] = {
+    "add_adapter": (False, None),
+    "adapter_attn_dim": (None,),
+    "hidden_act": ("gelu",),
+    "feat_extract_activation": ("gelu",),
+    "is_decoder": (False, None),
+    "add_cross_attention": (False, None),
+}
+
+
+# Fields that are sizes, and so at least 1.
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "num_conv_pos_embeddings",
+    "num_conv_pos_embedding_groups",
+    "num_buckets",
+    "max_bucket_distance",
+    "conv_pos_kernel_size",
+    "mask_time_length",
+    "mask_feature_length",
+)
+
+
+@dataclass(frozen=True)
+class Wav2Vec2Config:
+    """What decides the computation of the encoder; names and defaults are those of config.json."""
+
+    model_type: str = "wav2vec2"
+    # feature encoder (paper section 2, "Feature encoder")
+    conv_dim: tuple[int, ...] = (512, 512, 512, 512, 512, 512, 512)
+    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_bias: bool = False
+    feat_extract_norm: str = "group"  # "group": after the first convolution only; "layer": after each
+    # transformer
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    do_stable_layer_norm: bool = False  # False: norm after each residual sum (post); True: before (pre)
+    layer_norm_eps: float = 1e-5
+    num_conv_pos_embeddings: int = 128  # kernel of the positional convolution, in frames
+    num_conv_pos_embedding_groups: int = 16
+    # what one architecture alone has, see OWN_FIELDS
+    feat_proj_layer_norm: bool = True  # HuBERT: a norm before the feature projection
+    conv_pos_batch_norm: bool = False  # HuBERT: a batch norm in the place of the weight norm
+    num_buckets: int = 320  # WavLM: classes of relative positions, half of them for each direction
+    max_bucket_distance: int = 800  # WavLM: frames from which on all distances are one class
+    conv_pos_kernel_size: int = 19  # data2vec: of each positional layer; num_conv_pos_embeddings counts them
+    # dropout, 0..1
+    feat_proj_dropout: float = 0.0
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.1
+    final_dropout: float = 0.1  # before the heads
+    layerdrop: float = 0.1
+    # SpecAugment: the share of frames (or hidden channels) to mask, in spans of a fixed length
+    apply_spec_augment: bool = True
+    mask_time_prob: float = 0.05
+    mask_time_length: int = 10
+    mask_time_min_masks: int = 2
+    mask_feature_prob: float = 0.0
+    mask_feature_length: int = 10
+    mask_feature_min_masks: int = 0
+    # initialisation of new layers
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built, with the numbers; nothing is allocated before this."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, tuple):
+                ok = isinstance(value, list | tuple) and all(type(v) is int for v in value)
+                if ok:
+                    object.__setattr__(self, field.name, tuple(value))
+            elif isinstance(field.default, float):
+                ok = type(value) in (int, float) and math.isfinite(value)
+            else:
+                ok = type(value) is type(field.default)
+            if not ok:
+                kind = (
+                    "a list of whole numbers" if isinstance(field.default, tuple) else type(field.default).__name__
+                )
+                raise ConfigError(f"{field.name} is {value!r}; expected {kind}, such as {field.default!r}")
+        if self.model_type not in MODEL_TYPES:
+            raise ConfigError(f"model_type is {self.model_type!r}; expected one of {', '.join(MODEL_TYPES)}")
+        for field in fields(self):
+            owner, value = OWN_FIELDS.get(field.name, self.model_type), getattr(self, field.name)
+            if owner != self.model_type and value != field.default:
+                raise ConfigError(
+                    f"{field.name} is {value!r} in a configuration of {self.model_type}; only {owner} has a choice"
+                )
+        sizes = {name: (getattr(self, name),) for name in SIZES}
+        sizes |= {n: getattr(self, n) for n in ("conv_dim", "conv_kernel", "conv_stride")}
+        for name, values in sizes.items():
+            if not values or len(values) > 64 or not all(1 <= v <= 65_536 for v in values):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; sizes from 1 to 65,536 can be built")
+        if self.num_hidden_layers > 512:
+            raise ConfigError(f"num_hidden_layers is {self.num_hidden_layers}; at most 512 can be built")
+        if self.model_type == "data2vec-audio":
+            if self.feat_extract_norm != "layer" or self.do_stable_layer_norm:
+                raise ConfigError("data2vec-audio has feat_extract_norm 'layer' and do_stable_layer_norm false")
+            if self.num_conv_pos_embeddings > 64:
+                raise ConfigError(
+                    f"num_conv_pos_embeddings is {self.num_conv_pos_embeddings}; in data2vec-audio it counts "
+                    "layers, of which at most 64 can be built"
+                )
+        if self.model_type == "wavlm" and not 4 <= self.num_buckets < 4 * self.max_bucket_distance:
+            raise ConfigError(
+                f"num_buckets is {self.num_buckets} and max_bucket_distance {self.max_bucket_distance}; expected "
+                "at least 4 buckets, and a distance above a quarter of their number"
+            )
+        if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
+            raise ConfigError(
+                f"conv_dim, conv_kernel and conv_stride need equal lengths, one entry per convolution; found "
+                f"{len(self.conv_dim)}, {len(self.conv_kernel)} and {len(self.conv_stride)}"
+            )
+        for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
+            if self.hidden_size % getattr(self, name):
+                raise ConfigError(
+                    f"hidden_size {self.hidden_size} is not a multiple of {name} {getattr(self, name)}"
+                )
+        if self.feat_extract_norm not in ("group", "layer"):
+            raise ConfigError(f"feat_extract_norm is {self.feat_extract_norm!r}; expected 'group' or 'layer'")
+        for name in (field.name for field in fields(self) if field.name.endswith(("dropout", "prob", "drop"))):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
+        if self.layer_norm_eps <= 0 or self.initializer_range <= 0:
+            raise ConfigError("layer_norm_eps and initializer_range must be above 0")
+        if min(self.mask_time_min_masks, self.mask_feature_min_masks) < 0:
+            raise ConfigError("mask_time_min_masks and mask_feature_min_masks must be 0 or more")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Wav2Vec2Config:
+        """Take the encoder's part of a config.json; other keys (tokenizer, pre-training heads) are left.
+
+        Raises ConfigError for a key that changes the computation in a way that is not implemented, and for
+        values of a wrong type or size.
+        """
+        model_type = values.get("model_type", "wav2vec2")
+        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+            raise ConfigError(f"model_type is {model_type!r}; supported: {', '.join(MODEL_TYPES)}")
+        neutral_values = NEUTRAL_VALUES | {
+            field.name: (field.default,)
+            for field in fields(cls)
+            if OWN_FIELDS.get(field.name, model_type) != model_type
+        }
+        for key, neutral in neutral_values.items():
+            if key in values and values[key] not in neutral:
+                raise ConfigError(
+                    f"the configuration sets {key} = {values[key]!r}, which changes the computation and is not "
+                    f"supported in {model_type}; supported: {' or '.join(repr(v) for v in neutral)}"
+                )
+        names = {field.name for field in fields(cls)}
+        values = {key: value for key, value in values.items() if key in names}
+        if model_type == "data2vec-audio":  # the reference too ignores what stands there
+            values = {"num_conv_pos_embeddings": 5} | values
+            values |= {"feat_extract_norm": "layer", "do_stable_layer_norm": False}
+        return cls(**values)
+
+    @classmethod
+    def named(cls, name: str) -> Wav2Vec2Config:
+        """The preset called ``name``, such as "base"."""
+        if name not in PRESETS:
+            close = difflib.get_close_matches(name, PRESETS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}{hint}")
+        return PRESETS[name]
+
+    def to_dict(self) -> dict:
+        """The fields as config.json holds them: those that this architecture has."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if OWN_FIELDS.get(name, self.model_type) == self.model_type
+        }
+
+    def num_frames(self, num_samples: Tensor) -> Tensor:
+        """Frames that ``num_samples`` (any shape, int64) give: 0 below `min_samples`, then one per hop."""
+        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
+            num_samples = conv_length(num_samples, kernel, stride)
+        return num_samples
+
+    @property
+    def min_samples(self) -> int:
+        """Samples that make the first frame: 400 (25 ms) for every public checkpoint."""
+        samples = 1
+        for kernel, stride in zip(reversed(self.conv_kernel), reversed(self.conv_stride), strict=True):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
+    @property
+    def has_mask_embedding(self) -> bool:
+        """Whether checkpoints of this configuration hold ``masked_spec_embed``."""
+        return self.mask_time_prob > 0 or self.mask_feature_prob > 0
+
+
+PRESETS: dict[str, Wav2Vec2Config] = {
+    # For CPUs, tests and corpora of minutes: trained from scratch, under two million parameters. The
+    # convolutions widen as their frame rate falls, so that each costs about the same; pre-norm, because it
+    # trains from scratch at a high rate without care.
+    "small": Wav2Vec2Config(
+        conv_dim=(32, 48, 64, 96, 128, 160, 192),
+        conv_kernel=(10, 3, 3, 3, 3, 2, 2),
+        conv_stride=(5, 2, 2, 2, 2, 2, 2),
+        conv_bias=False,
+        feat_extract_norm="group",
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        do_stable_layer_norm=True,
+        layer_norm_eps=1e-5,
+        num_conv_pos_embeddings=32,
+        num_conv_pos_embedding_groups=16,
+        feat_proj_dropout=0.0,
+        hidden_dropout=0.1,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        final_dropout=0.1,
+        layerdrop=0.0,
+        apply_spec_augment=True,
+        mask_time_prob=0.05,
+        mask_time_length=5,
+        mask_time_min_masks=1,
+        mask_feature_prob=0.0,
+        mask_feature_length=10,
+        mask_feature_min_masks=0,
+        initializer_range=0.02,
+    ),
+    # wav2vec2-base, as the paper fine-tunes it.
+    "base": Wav2Vec2Config(
+        conv_dim=(512, 512, 512, 512, 512, 512, 512),
+        conv_kernel=(10, 3, 3, 3, 3, 2, 2),
+        conv_stride=(5, 2, 2, 2, 2, 2, 2),
+        conv_bias=False,
+        feat_extract_norm="group",
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        do_stable_layer_norm=False,
+        layer_norm_eps=1e-5,
+        num_conv_pos_embeddings=128,
+        num_conv_pos_embedding_groups=16,
+        feat_proj_dropout=0.1,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+        activation_dropout=0.1,
+        final_dropout=0.1,
+        layerdrop=0.1,
+        apply_spec_augment=True,
+        mask_time_prob=0.05,
+        mask_time_length=10,
+        mask_time_min_masks=2,
+        mask_feature_prob=0.0,
+        mask_feature_length=10,
+        mask_feature_min_masks=0,
+        initializer_range=0.02,
+    ),
+    # wav2vec2-large-960h, the paper's second model: large, and yet group norm and post-norm. (The lv60,
+    # robust and XLS-R checkpoints are layer norm and pre-norm, as the next.)
+    "large": Wav2Vec2Config(
+        conv_dim=(512, 512, 512, 512, 512, 512, 512),
+        conv_kernel=(10, 3, 3, 3, 3, 2, 2),
+        conv_stride=(5, 2, 2, 2, 2, 2, 2),
+        conv_bias=False,
+        feat_extract_norm="group",
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        do_stable_layer_norm=False,
+        layer_norm_eps=1e-5,
+        num_conv_pos_embeddings=128,
+        num_conv_pos_embedding_groups=16,
+        feat_proj_dropout=0.1,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+        activation_dropout=0.1,
+        final_dropout=0.1,
+        layerdrop=0.1,
+        apply_spec_augment=True,
+        mask_time_prob=0.05,
+        mask_time_length=10,
+        mask_time_min_masks=2,
+        mask_feature_prob=0.0,
+        mask_feature_length=10,
+        mask_feature_min_masks=0,
+        initializer_range=0.02,
+    ),
+    # wav2vec2-large-lv60, large-robust and XLS-R 300M.
+    "large-lv60": Wav2Vec2Config(
+        conv_dim=(512, 512, 512, 512, 512, 512, 512),
+        conv_kernel=(10, 3, 3, 3, 3, 2, 2),
+        conv_stride=(5, 2, 2, 2, 2, 2, 2),
+        conv_bias=True,
+        feat_extract_norm="layer",
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        do_stable_layer_norm=True,
+        layer_norm_eps=1e-5,
+        num_conv_pos_embeddings=128,
+        num_conv_pos_embedding_groups=16,
+        feat_proj_dropout=0.1,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+        activation_dropout=0.1,
+        final_dropout=0.1,
+        layerdrop=0.1,
+        apply_spec_augment=True,
+        mask_time_prob=0.05,
+        mask_time_length=10,
+        mask_time_min_masks=2,
+        mask_feature_prob=0.0,
+        mask_feature_length=10,
+        mask_feature_min_masks=0,
+        initializer_range=0.02,
+    ),
+}
+
+
+def conv_length(length: Tensor, kernel: int, stride: int) -> Tensor:
+    """Positions at which a window of ``kernel`` fits into ``length``, every ``stride``; 0 if none does."""
+    return (torch.div(length - kernel, stride, rounding_mode="floor") + 1).clamp(min=0)
