@@ -1,24 +1,29 @@
 # make demo    train, evaluate and use a small model on a synthetic corpus it builds (minutes, two cores)
 # make test    all tests
 # make lint    ruff and mypy
+# make parity  how far each architecture, head and format is from its reference, into docs/parity.md (minutes)
 # Each makes .venv first, with Python 3.11 or newer (PYTHON=... chooses one).
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint parity clean
 
 demo: .venv/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py
 
+# Two workers, a file at a time: most tests use one core. What takes minutes comes last and has both.
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+parity: .venv/.test
+	$(BIN)/python tests/peers/parity.py --write docs/parity.md
 
 # A stamp per extra: what is installed already is not asked for again.
 .venv/.demo .venv/.test .venv/.lint: .venv/.%: .venv/.made setup.cfg pyproject.toml

@@ -54,7 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT",
                         help="recording, folder, or manifest (.csv, .tsv, .jsonl)")  # fmt: skip
-    parser.add_argument("--model", type=Path, required=True, help="model folder, such as runs/demo/best")
+    parser.add_argument("--model", required=True,
+                        help="model folder, or its OWNER/NAME on the Hugging Face hub")  # fmt: skip
+    parser.add_argument("--revision", help="branch, tag or commit of --model on the hub")
     parser.add_argument("--format", choices=sorted(FORMATS), default="table",
                         help="table fits the terminal and cuts what is long; csv, json and jsonl hold everything; "
                         "paper: name, seconds, class, probabilities, the four classes of the paper numbered as "
@@ -249,7 +251,7 @@ def main() -> int:
     inputs = find_inputs(arguments)
     if arguments.output is not None and (arguments.output.is_dir() or not arguments.output.parent.is_dir()):
         raise ConfigError(f"{arguments.output}: is a folder, or would stand in one that does not exist")
-    recognizer = Recognizer.load(arguments.model, device=arguments.device)
+    recognizer = Recognizer.load(arguments.model, device=arguments.device, revision=arguments.revision)
     results = recognizer.stream(inputs, workers=arguments.workers, max_seconds=arguments.max_seconds)
     to_terminal = arguments.output is None and sys.stdout.isatty()
     bar = tqdm(total=len(inputs), unit="file", disable=to_terminal or not sys.stderr.isatty())

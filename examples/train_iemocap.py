@@ -36,7 +36,8 @@ from ser.data.manifest import DIMENSIONS, check_labels, check_overlap, parse_col
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
 from ser.errors import ConfigError
 from ser.models.config import PRESETS
-from ser.recognizer import Recognizer, inherited_labels
+from ser.models.pretrained import find_folder
+from ser.recognizer import Recognizer, inherited_labels, is_preset
 from ser.train.config import TrainConfig, add_arguments, from_arguments
 from ser.train.distributed import joined_world
 from ser.train.loop import fit, say
@@ -54,8 +55,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--init",
         default="base",
-        help=f"model folder, or {', '.join(PRESETS)} (random weights) (default: base)",
+        help=f"model folder, its OWNER/NAME on the Hugging Face hub, or {', '.join(PRESETS)} (random weights) "
+        "(default: base)",
     )
+    parser.add_argument("--revision", help="branch, tag or commit of --init on the hub")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; resumed if it has a checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds a run")
     symbols = parser.add_mutually_exclusive_group()
@@ -109,6 +112,8 @@ def main() -> None:
                 world,
                 f"{count} GPUs; to use all: torchrun --standalone --nproc-per-node={count} {shlex.join(sys.argv)}",
             )
+        if not is_preset(arguments.init):
+            arguments.init = find_folder(arguments.init, revision=arguments.revision)
         columns = parse_columns(arguments.columns)
         train = read_manifest(arguments.train, root=arguments.root, columns=columns)
         valid = read_manifest(arguments.valid, root=arguments.root, columns=columns) if arguments.valid else []

@@ -36,6 +36,7 @@ from ser.models.pretrained import (
     check_folder,
     fill,
     fill_encoder,
+    find_folder,
     materialise,
     read_encoder_config,
     read_json,
@@ -159,18 +160,15 @@ class Recognizer:
             "vocabulary": vocabulary,
         }
         reads = {name: value for name, value in (("pooling", pooling), ("layers", layers)) if value is not None}
-        if not Path(init).is_dir():
-            try:
-                config = Wav2Vec2Config.named(str(init))
-            except ConfigError as error:
-                raise ConfigError(f"{init}: there is no such model folder, and {error}") from None
+        if is_preset(init):
+            config = Wav2Vec2Config.named(str(init))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = MultiTaskModel(config, head_sizes(labels, reads))
             new = [name for name in model.state_dict() if not name.startswith("wav2vec2.")]
             return cls(model, orthography=orthography, tags=tags, **labels), LoadReport(Path(init), new=new)
 
-        folder = check_folder(init)
+        folder = find_folder(init)
         config, values = read_encoder_config(folder)
         own, files = read_labels(folder, values), TensorFiles(folder)
         there = own["reads"] | {"projection": projection_size(files)}
@@ -196,9 +194,11 @@ class Recognizer:
         return cls(model, orthography=orthography, tags=tags, do_normalize=own["do_normalize"], **labels), report
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Recognizer:
+    def load(
+        cls, folder: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None
+    ) -> Recognizer:
         """Read a model folder with at least one head; see `ser.load`."""
-        folder = check_folder(folder)
+        folder = find_folder(folder, revision=revision)
         config, values = read_encoder_config(folder)
         own, files = read_labels(folder, values), TensorFiles(folder)
         there = {name.split(".")[0] for name in files.names}
@@ -214,7 +214,8 @@ class Recognizer:
             labels[kind] = own[kind]
             if not own[kind]:
                 raise ModelFolderError(
-                    f"{folder}: has {HEADS[name]} but no names for its classes ({WHERE_LABELS_STAND[name]})"
+                    f"{folder}: has {HEADS[name]} but no names for its classes ({WHERE_LABELS_STAND[name]}); "
+                    "examples/convert.py makes a folder with them"
                 )
         try:
             sizes = head_sizes(labels, own["reads"] | {"projection": projection_size(files)})
@@ -532,20 +533,23 @@ def pack(items: list[tuple[Recording, Tensor | SerError]]) -> Packed:
     )
 
 
-def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Recognizer:
+def load(folder: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None) -> Recognizer:
     """Load a recognizer from a model folder, ready to predict.
 
         recognizer = ser.load("runs/demo/best")
         prediction, = recognizer.predict("speech.wav")
 
     Args:
-        folder: as training wrote it, or a Wav2Vec2ForCTC folder with its vocab.json.
+        folder: as training wrote it; as ForCTC (with its vocab.json) or ForSequenceClassification of
+            `transformers` saved it, for wav2vec 2.0, HuBERT, WavLM or data2vec-audio; audEERING's dimensional
+            model; or the OWNER/NAME of such a one on the Hugging Face hub (with the extra ser[hub]).
         device: "cpu", "cuda", "cuda:1", as torch names it.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         ModelFolderError: the folder is incomplete or not what it claims to be.
     """
-    return Recognizer.load(folder, device=device)
+    return Recognizer.load(folder, device=device, revision=revision)
 
 
 def build(config: Wav2Vec2Config, sizes: HeadsConfig) -> MultiTaskModel:
@@ -603,7 +607,7 @@ def read_labels(folder: Path, values: dict) -> dict[str, Any]:
             f"{path}: pooling_mode is {shorten(repr(values['pooling_mode']))}; of such models mean is supported"
         )
     # What the class of the release that saved the folder computes; see HeadsConfig.
-    release = str(values.get("transformers_version", "4")).partition(".")[0]
+    release = str(values.get("transformers_version") or "4").partition(".")[0]
     reads = {
         "layers": own.get("layers", "weighted" if weighted else "last"),
         "weighted_final_norm": own.get("weighted_final_norm", release in ("2", "3", "4")),
@@ -649,6 +653,20 @@ def read_labels(folder: Path, values: dict) -> dict[str, Any]:
     }
 
 
+def is_preset(init: str | Path) -> bool:
+    """Whether ``init`` names random weights, such as "small". A folder of that name comes first.
+
+    Raises ConfigError for what is neither that, nor a path, nor a name on the hub.
+    """
+    if Path(init).exists() or "/" in str(init):
+        return False
+    try:
+        Wav2Vec2Config.named(str(init))
+    except ConfigError as error:
+        raise ConfigError(f"{init}: there is no such model folder, and {error}") from None
+    return True
+
+
 def inherited_labels(init: str | Path, kind: str, training: Iterable[str]) -> list[str]:
     """The labels to train with: those of the folder ``init`` if all of training's are there, else those sorted.
 
@@ -656,8 +674,8 @@ def inherited_labels(init: str | Path, kind: str, training: Iterable[str]) -> li
     (`Recognizer.create`).
     """
     wanted = sorted(set(training))
-    if not Path(init).is_dir():
+    if is_preset(init):
         return wanted
-    folder = check_folder(init)
+    folder = find_folder(init)
     own = read_labels(folder, read_json(folder, "config.json"))[kind]
     return own if wanted and set(wanted) <= set(own) else wanted

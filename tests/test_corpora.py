@@ -1,8 +1,5 @@
-"""Real recordings: they load, and the small model learns from them what carries over to unseen speakers."""
+"""Real recordings load, and their text is written without loss."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,14 +37,3 @@ def test_librispeech_s_text_is_written_without_loss_by_its_vocabulary():
     for row, text in zip(rows, texts, strict=True):
         spelt = "".join(vocabulary.tokens[i] for i in vocabulary.encode(text)).replace("|", " ")
         assert spelt == row.text
-
-
-@needs_emodb
-def test_the_small_model_recognises_emotion_in_unseen_speakers_of_emodb(tmp_path):
-    """Three seeds, all heads, two speakers left out; chance is 0.25. docs/results.md has what came out."""
-    command = [sys.executable, str(ROOT / "examples/train_emodb.py"), str(EMODB), "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["seeds"]) == 3 and results["utterances"] == 73
-    assert results["mean_unweighted_accuracy"] >= 0.50, results

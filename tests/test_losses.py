@@ -1,6 +1,7 @@
 """Losses return (sum, count), count what they say, and give exactly nothing where nothing counts."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from ser.data.dataset import NO_LABEL
 from ser.errors import TextError
-from ser.train.losses import classification_loss, ctc_feasible, ctc_loss
+from ser.train.losses import ccc_loss, ccc_moments, classification_loss, concordance, ctc_feasible, ctc_loss
 
 quick = settings(max_examples=50, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
@@ -307,3 +308,74 @@ def test_ctc_sums_and_counts_add_up_over_any_split():
         ]
         torch.testing.assert_close(sum(p[0] for p in parts), whole[0])
         assert sum(p[1] for p in parts) == whole[1]
+
+
+# ---------------------------------------------------------------------------------------- dimensions
+
+
+def rated(rows, seed=0):
+    """Predictions and labels (rows, 2), a fifth of them unknown, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = 3 + torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+    labels[torch.rand(rows, 2, generator=generator) < 0.2] = math.nan
+    return torch.randn(rows, 2, generator=generator, dtype=torch.float64), labels
+
+
+def test_concordance_is_lin_s_formula_over_the_labelled_utterances():
+    predictions, labels = rated(40)
+    found = concordance(ccc_moments(predictions, labels))
+    for d in range(2):
+        known = labels[:, d].isfinite()
+        p, y = predictions[known, d].numpy(), labels[known, d].numpy()
+        covariance = ((p - p.mean()) * (y - y.mean())).mean()
+        expected = 2 * covariance / (p.var() + y.var() + (p.mean() - y.mean()) ** 2)
+        assert float(found[d]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_concordance_is_1_for_perfect_and_minus_1_for_mirrored_predictions():
+    y = torch.tensor([[1.0], [2.0], [5.0]], dtype=torch.float64)
+    assert concordance(ccc_moments(y, y)).tolist() == pytest.approx([1.0])
+    assert concordance(ccc_moments(2 * y.mean() - y, y)).tolist() == pytest.approx([-1.0])
+    assert concordance(ccc_moments(torch.full_like(y, 2.0), y)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    "labels", [[[math.nan]] * 3, [[2.0], [math.nan], [math.nan]], [[0.1], [0.1], [0.1]], [[0.0]] * 3]
+)
+def test_fewer_than_two_labels_or_no_variance_give_no_concordance_and_no_gradient(labels):
+    predictions = torch.tensor([[1.0], [2.0], [4.0]], requires_grad=True)
+    labels = torch.tensor(labels, dtype=torch.float64)
+    moments = ccc_moments(predictions, labels)
+    assert concordance(moments).isnan().all()
+    ccc_loss(predictions, labels, moments).backward()
+    assert torch.equal(predictions.grad, torch.zeros(3, 1))
+
+
+def test_moments_of_parts_add_up_and_an_utterance_of_weight_0_does_not_count():
+    predictions, labels = rated(12)
+    whole = ccc_moments(predictions, labels)
+    parts = ccc_moments(predictions[:5], labels[:5]) + ccc_moments(predictions[5:], labels[5:])
+    torch.testing.assert_close(parts, whole, rtol=1e-14, atol=0)
+    weights = torch.tensor([1.0] * 5 + [0.0] * 7)
+    torch.testing.assert_close(
+        ccc_moments(predictions, labels, weights), ccc_moments(predictions[:5], labels[:5]), rtol=1e-14, atol=0
+    )
+    predictions.requires_grad_()
+    ccc_loss(predictions, labels, whole, weights).backward()
+    assert predictions.grad[:5].any() and not predictions.grad[5:].any()
+
+
+def test_the_gradient_of_the_loss_is_that_of_1_minus_the_mean_concordance():
+    predictions, labels = rated(20)
+    predictions.requires_grad_()
+    ccc_loss(predictions, labels, ccc_moments(predictions, labels)).backward()
+    step = 1e-6
+    for row, d in [(0, 0), (7, 1), (19, 0), (3, 1)]:
+        values = []
+        for sign in (1, -1):
+            moved = predictions.detach().clone()
+            moved[row, d] += sign * step
+            values.append(float((1 - concordance(ccc_moments(moved, labels))).mean()))
+        numeric = (values[0] - values[1]) / (2 * step)
+        assert float(predictions.grad[row, d]) == pytest.approx(numeric, rel=1e-6, abs=1e-9)
+    assert torch.equal(predictions.grad != 0, labels.isfinite())

@@ -587,7 +587,6 @@ def shared(*parts: str) -> Path:
     return path
 
 
-@pytest.mark.corpora
 def test_emodb_reads_as_it_is():
     utterances = read_manifest(shared("corpora", "emodb-4class", "metadata.csv"), columns={"text": "transcript"})
     assert len(utterances) == 339
@@ -599,7 +598,6 @@ def test_emodb_reads_as_it_is():
     assert check_overlap(other, one) == Overlap([], [])
 
 
-@pytest.mark.corpora
 def test_librispeech_reads_and_writes_as_it_is(tmp_path):
     path = shared("corpora", "librispeech-test-other-100", "metadata.csv")
     utterances = read_manifest(path, columns=parse_columns(["text=transcript"]))

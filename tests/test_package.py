@@ -196,7 +196,7 @@ MAY_IMPORT = {
 }
 CORE = {"torch", "numpy", "safetensors", "tqdm", *sys.stdlib_module_names}
 ONLY_IN = {"soundfile": "ser.audio", "torchaudio": "ser.audio"}  # the one file that opens sound
-INSIDE_FUNCTIONS = {"soundfile", "torchaudio", "matplotlib"}  # `import ser` works without them
+INSIDE_FUNCTIONS = {"soundfile", "torchaudio", "matplotlib", "huggingface_hub"}  # `import ser` works without them
 
 
 def layer(module: str) -> str:

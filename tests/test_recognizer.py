@@ -320,8 +320,8 @@ def test_preprocessing_is_inherited_from_a_folder(make, tmp_path):
 def test_an_init_that_is_neither_a_preset_nor_a_folder_names_both(tmp_path):
     with pytest.raises(ConfigError, match=r"bsae: there is no such model folder.*did you mean 'base'"):
         Recognizer.create("bsae")
-    with pytest.raises(ConfigError, match=r"no/where: there is no such model folder"):
-        Recognizer.create("no/where")
+    with pytest.raises(ModelFolderError, match=r"no/such/folder: there is no such folder"):
+        Recognizer.create("no/such/folder")
 
 
 # ------------------------------------------------------------------------------------------------ predicting

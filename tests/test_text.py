@@ -418,7 +418,6 @@ def test_ctc_loss_is_finite_from_minimum_frames_on_and_not_before(targets):
     assert fewest == 1 or loss(fewest - 1) == float("inf")
 
 
-@pytest.mark.corpora
 def test_real_transcripts_are_in_the_librispeech_vocabulary():
     metadata = SHARED / "corpora" / "librispeech-test-other-100" / "trans.txt"
     if not metadata.exists():

@@ -128,6 +128,30 @@ def test_the_label_set_is_that_of_init_where_it_has_every_training_label(corpus,
     assert "newly initialised" not in done.stderr, "the head was kept"
 
 
+def test_dimensions_a_weighted_layer_sum_and_attentive_pooling_train_on_two_processes_and_are_shown(
+    corpus, tmp_path
+):
+    options = "--heads emotion,ctc,dimensions --layers weighted --pooling attentive --columns dominance=valence"
+    done = run(
+        *f"--train {corpus}/train.csv --valid {corpus}/valid.csv --init {corpus}/init {QUICK} --out run".split(),
+        *f"{options} --allow-overlap speakers --metric ccc".split(),
+        cwd=tmp_path,
+        torchrun=2,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 dimensions" in done.stderr and "ccc_arousal" in done.stderr
+    weights = load_file(tmp_path / "run/best/model.safetensors")
+    assert weights["layer_weights"].any(), "learnt"
+    assert any(name.startswith("pooling.") for name in weights)
+    file = str(corpus / "valid0.wav")
+    shown = run(file, "--model", "run/best", cwd=tmp_path, script=SCRIPT.with_name("infer.py")).stdout
+    table, dimensions = shown.split(), ["arousal", "dominance"]
+    assert table[:5] == ["file", "seconds", "emotion", *dimensions]
+    shown = run(file, "--model", "run/best", "--format", "csv", cwd=tmp_path, script=SCRIPT.with_name("infer.py"))
+    (row,) = csv.DictReader(shown.stdout.splitlines())
+    assert all(abs(float(row[name])) < 100 for name in dimensions)
+
+
 def test_help_explains_every_setting_with_its_default():
     shown = " ".join(run("--help", cwd=SCRIPT.parent).stdout.split())
     for field in fields(TrainConfig):

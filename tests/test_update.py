@@ -1,5 +1,6 @@
 """What one update computes does not depend on how its work is split (N3; FAULTS D2, D3, F1)."""
 
+import math
 from datetime import timedelta
 
 import pytest
@@ -44,8 +45,13 @@ def tiny_config(**changes):
 
 def tiny_model(config, dtype=torch.float64):
     torch.manual_seed(0)
-    model = MultiTaskModel(config, HeadsConfig(num_emotions=4, vocab_size=9, num_speakers=3, pooling="mean+std"))
-    return model.to(dtype).train()
+    heads = HeadsConfig(num_emotions=4, vocab_size=9, num_speakers=3, num_dimensions=3, pooling="mean+std")
+    return MultiTaskModel(config, heads).to(dtype).train()
+
+
+def dimensions_of(i):
+    """Arousal of all but one, dominance of three, and a valence that never varies."""
+    return [math.nan if i == 4 else 1.0 + (i * 0.7) % 4, 0.3 * i if i in (0, 3, 5) else math.nan, 3.0]
 
 
 def examples(*, without=(), dtype=torch.float64):
@@ -60,6 +66,7 @@ def examples(*, without=(), dtype=torch.float64):
                 waveform=torch.randn(length, generator=generator, dtype=dtype),
                 emotion=NO_LABEL if i in (1, 6) or "emotion" in without else i % 4,
                 speaker=NO_LABEL if i in (0, 3, 4) or "speaker" in without else i % 3,
+                dimensions=dimensions_of(i) if "dimensions" not in without else [math.nan] * 3,
                 target=[]
                 if i == 2 or "ctc" in without
                 else [1, 1, 2, 3, 3, 5][: 2 + i % 5]
@@ -71,7 +78,7 @@ def examples(*, without=(), dtype=torch.float64):
 
 
 OBJECTIVE = Objective(
-    weights={"emotion": 1.0, "ctc": 0.1, "speaker": 0.3},
+    weights={"emotion": 1.0, "ctc": 0.1, "speaker": 0.3, "dimensions": 2.0},
     label_smoothing=0.1,
     class_weights=torch.tensor([0.5, 1.0, 2.0, 1.5], dtype=torch.float64),
 )
@@ -94,7 +101,8 @@ def gradients(world, update, micro_batch, *, config=None, pool=None):
     result = run_update(
         wrapped, model, optimizer, mine, OBJECTIVE, world, scaler=scaler, clip=0.0, seed=5, epoch=2
     )
-    losses = torch.stack([result.losses[name].double() for name in ("emotion", "ctc", "speaker")])
+    none = torch.zeros((), dtype=torch.float64)
+    losses = torch.stack([result.losses.get(name, none).double() for name in OBJECTIVE.weights])
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, world.sum(losses)
 
 
@@ -153,6 +161,7 @@ def splits_on_ranks(world):
         "ctc on no rank's share": gradients(world, [2, 7], 1),  # no text; text that does not fit
         "labels on one rank only": gradients(world, [0, 1], 1),
         "no emotion at all": gradients(world, ALL, 2, pool=examples(without=("emotion",))),
+        "one arousal": gradients(world, [4, 6], 1),
         "large style": gradients(
             world, ALL, 2, config=tiny_config(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
         ),
@@ -185,7 +194,8 @@ def parameters_after_training(world):
     optimizer = make_optimizer(model, rate=1e-2, head_rate=0.0, weight_decay=0.1, beta2=0.999)
     set_rate(optimizer, 1.0)
     snapshots = []
-    for step, without in enumerate([(), ("ctc",), ("emotion", "speaker"), (), ("ctc", "speaker", "emotion"), ()]):
+    everything = ("ctc", "speaker", "emotion", "dimensions")
+    for step, without in enumerate([(), ("ctc",), ("emotion", "speaker", "dimensions"), (), everything, ()]):
         steps = cut_update(ALL, LENGTHS, world_size=world.size, micro_batch=2)
         mine = batches_of([ranks[world.rank] for ranks in steps], examples(without=without))
         run_update(
@@ -224,6 +234,7 @@ def test_the_gradient_does_not_depend_on_the_ranks(whole, on_two_ranks, case):
         ("one utterance", [4]),
         ("ctc on no rank's share", [2, 7]),
         ("labels on one rank only", [0, 1]),
+        ("one arousal", [4, 6]),
     ],
 )
 def test_a_small_or_poorly_labelled_update_has_the_same_gradient_on_two_ranks(on_two_ranks, case, update):
@@ -254,7 +265,8 @@ def test_weights_stay_equal_on_all_ranks_with_layerdrop_frozen_parts_and_missing
 
 
 def test_gradients_are_exchanged_once_per_update(on_two_ranks):
-    assert [seen for *_, seen in on_two_ranks] == [[False, False, False, True]] * 2
+    # The first four are the pass without gradient that the dimensions' loss needs, on the model itself.
+    assert [seen[4:] for *_, seen in on_two_ranks] == [[False, False, False, True]] * 2
 
 
 def test_a_head_without_labels_is_left_out_of_the_optimizer_step():
@@ -273,6 +285,62 @@ def test_a_head_without_labels_is_left_out_of_the_optimizer_step():
         assert not torch.equal(encoder_before, model.wav2vec2.encoder.layers[0].feed_forward.output_dense.weight)
 
 
+def test_an_update_without_any_label_moves_nothing():
+    """Neither decay nor momentum: heads, what they read, and the encoder have no gradient at all."""
+    model = tiny_model(tiny_config())
+    optimizer = make_optimizer(model, rate=1e-2, head_rate=0.0, weight_decay=0.5, beta2=0.999)
+    set_rate(optimizer, 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    bare = examples(without=("emotion", "ctc", "speaker", "dimensions"))
+    for pool, moves in [(examples(), True), (bare, False), (examples(), True)]:
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        run_update(model, model, optimizer, [collate(pool)], OBJECTIVE, World(), scaler=scaler)
+        assert any(not torch.equal(before[n], p) for n, p in model.named_parameters()) == moves
+
+
+def test_the_gradient_of_dimensions_is_that_of_the_concordance_of_the_whole_update():
+    """Written out: one differentiable pass over all eight utterances, alone, and 1 - CCC by numpy's moments."""
+    model = tiny_model(tiny_config())
+    optimizer = make_optimizer(model, rate=0.0, head_rate=0.0, weight_decay=0.0, beta2=0.999)
+    objective = Objective(weights={"emotion": 0.0, "ctc": 0.0, "speaker": 0.0, "dimensions": 2.0})
+    pool = examples()
+    steps = cut_update(ALL, LENGTHS, world_size=1, micro_batch=3)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batches = batches_of([ranks[0] for ranks in steps], pool)
+    model.eval()  # without masks
+    result = run_update(model, model, optimizer, batches, objective, World(), scaler=scaler)
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    predictions = torch.cat([model(e.waveform[None]).dimensions for e in pool])
+    loss = torch.zeros((), dtype=torch.float64)
+    for d in range(2):  # the third does not vary
+        rows = [i for i in ALL if math.isfinite(pool[i].dimensions[d])]
+        p = predictions[rows, d]
+        y = torch.tensor([pool[i].dimensions[d] for i in rows], dtype=torch.float64)
+        covariance = ((p - p.mean()) * (y - y.mean())).mean()
+        ccc = 2 * covariance / (p.var(correction=0) + y.var(correction=0) + (p.mean() - y.mean()) ** 2)
+        loss = loss + (1 - ccc) / 3
+    torch.testing.assert_close(result.losses["dimensions"], loss.detach(), rtol=1e-9, atol=0)
+    (2.0 * loss).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_same_gradients({n: found[n] for n in expected}, expected)
+    assert found.keys() == expected.keys()
+
+
+def test_the_pass_without_gradient_sees_the_same_random_draws():
+    """Else the coefficients would belong to other predictions: dropout, LayerDrop and masks are on."""
+    model = tiny_model(tiny_config(hidden_dropout=0.3, final_dropout=0.3, layerdrop=0.4))
+    optimizer = make_optimizer(model, rate=0.0, head_rate=0.0, weight_decay=0.0, beta2=0.999)
+    seen = []
+    model.register_forward_hook(lambda _, __, outputs: seen.append(outputs.dimensions.detach().clone()))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batches = [collate(examples()[:4]), collate(examples()[4:])]
+    run_update(model, model, optimizer, batches, OBJECTIVE, World(), scaler=scaler, seed=3, epoch=1, step=7)
+    first, second, again_first, again_second = seen
+    assert torch.equal(first, again_first) and torch.equal(second, again_second)
+    assert not torch.equal(first, second)
+
+
 def test_with_alpha_0_the_text_adds_exactly_nothing():
     """Not even where the CTC loss is infinite."""
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -283,7 +351,7 @@ def test_with_alpha_0_the_text_adds_exactly_nothing():
             model.lm_head.bias[1:] = -torch.inf  # every transcript is impossible
         model.lm_head.requires_grad_(False)
         optimizer = make_optimizer(model, rate=0.0, head_rate=0.0, weight_decay=0.0, beta2=0.999)
-        objective = Objective(weights={"emotion": 1.0, "ctc": 0.0, "speaker": 0.0})
+        objective = Objective(weights={"emotion": 1.0, "ctc": 0.0, "speaker": 0.0, "dimensions": 0.0})
         run_update(model, model, optimizer, [collate(pool)], objective, World(), scaler=scaler)
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
@@ -351,7 +419,7 @@ def test_bf16_autocast_gives_nearly_the_float32_gradient():
             model,
             optimizer,
             [collate(examples(dtype=torch.float32))],
-            Objective(weights={"emotion": 1.0, "ctc": 0.1, "speaker": 0.3}),
+            Objective(weights={"emotion": 1.0, "ctc": 0.1, "speaker": 0.3, "dimensions": 1.0}),
             World(),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             amp=amp,

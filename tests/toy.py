@@ -48,14 +48,15 @@ def write_corpus(folder: Path, count: int = 24, *, speakers: int = 3, seed: int 
     manifest = folder / f"{name}.csv"
     with manifest.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["file", "emotion", "text", "speaker"])
+        table.writerow(["file", "emotion", "text", "speaker", "arousal", "valence"])
         for i in range(count):
             emotion = list(EMOTIONS)[i % 4]
             seconds = 0.2 + 0.3 * generator.random()
             t = np.arange(int(16_000 * seconds)) / 16_000
             x = 0.3 * np.sin(2 * np.pi * EMOTIONS[emotion] * t) + 0.02 * generator.standard_normal(len(t))
             soundfile.write(folder / f"{name}{i}.wav", x, 16_000)
-            table.writerow([f"{name}{i}.wav", emotion, WORDS[i % len(WORDS)], f"s{i % speakers}"])
+            dimensions = [1 + i % 4 + 0.1 * (i % 3), "" if i % 3 == 2 else 5 - i % 4]
+            table.writerow([f"{name}{i}.wav", emotion, WORDS[i % len(WORDS)], f"s{i % speakers}", *dimensions])
     return manifest
 
 
@@ -65,16 +66,24 @@ def toy_rows(folder: Path, count: int = 24, **options) -> list[Utterance]:
 
 
 def toy_recognizer(
-    *, speakers: int = 3, seed: int = 0, heads=("emotion", "ctc", "speaker"), **changes
+    *,
+    speakers: int = 3,
+    seed: int = 0,
+    heads=("emotion", "ctc", "speaker", "dimensions"),
+    reads=(("layers", "weighted"), ("pooling", "attentive")),
+    **changes,
 ) -> Recognizer:
-    """An untrained recognizer for the toy corpus."""
+    """An untrained recognizer for the toy corpus, with every part that can be trained."""
     import torch
 
     vocabulary = Vocabulary.build(WORDS) if "ctc" in heads else None
     emotions = sorted(EMOTIONS) if "emotion" in heads else []
     names = [f"s{i}" for i in range(speakers)] if "speaker" in heads else []
-    sizes = HeadsConfig(len(emotions), len(vocabulary) if vocabulary else 0, len(names))
+    dimensions = ["arousal", "valence"] if "dimensions" in heads else []
+    symbols = len(vocabulary) if vocabulary else 0
+    sizes = HeadsConfig(len(emotions), symbols, len(names), len(dimensions), **dict(reads))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MultiTaskModel(toy_config(**changes), sizes)
-    return Recognizer(model.eval(), emotions=emotions, speakers=names, vocabulary=vocabulary)
+    labels = {"emotions": emotions, "speakers": names, "dimensions": dimensions, "vocabulary": vocabulary}
+    return Recognizer(model.eval(), **labels)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -158,6 +159,51 @@ def read_json(folder: Path, name: str) -> dict:
 def stands_in(folder: Path, name: str) -> bool:
     """Whether the folder has such an entry, be it a broken link: that is an error to report, not an absence."""
     return os.path.lexists(folder / name)
+
+
+def find_folder(name: str | Path, *, revision: str | None = None) -> Path:
+    """The model folder called ``name``: a path, or else OWNER/NAME on the Hugging Face hub.
+
+    From the hub come config files and safetensors alone, into its own cache; what is in the cache already is used
+    without asking the hub. ``revision`` is a branch, tag or commit there; a commit never changes.
+
+    Raises ModelFolderError, which says what is there instead of a model folder.
+    """
+    path = Path(name)
+    on_hub = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+    if path.exists() or not on_hub:
+        if revision is not None:
+            raise ModelFolderError(f"{name}: is no name on the hub, so it has no revision {revision}")
+        return check_folder(path)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ModelFolderError(
+            f"{name}: there is no such folder; were it a name on the Hugging Face hub, "
+            f"the package huggingface_hub would be needed: pip install 'ser[hub]' ({error})"
+        ) from None
+
+    def fetch(*, from_cache: bool) -> Path:
+        patterns = ["*.json", "model*.safetensors"]
+        return Path(
+            snapshot_download(str(name), revision=revision, allow_patterns=patterns, local_files_only=from_cache)
+        )
+
+    try:
+        folder = fetch(from_cache=True)
+        if any(stands_in(folder, file) for file in ("model.safetensors", "model.safetensors.index.json")):
+            return check_folder(folder)
+    except (OSError, ValueError):  # not in the cache
+        pass
+    try:
+        folder = fetch(from_cache=False)
+    except Exception as error:  # the hub's client has kinds of its own, and those of its http library
+        reason = str(error).strip().partition("\n")[0]
+        at = f" at revision {revision}" if revision else ""
+        raise ModelFolderError(
+            f"{name}: there is no such folder, and the Hugging Face hub could not give it{at}: {reason}"
+        ) from None
+    return check_folder(folder)
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -349,16 +395,23 @@ def materialise(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def load_encoder(folder: str | Path, *, device: str | torch.device = "cpu", report: bool = False):
+def load_encoder(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    report: bool = False,
+    revision: str | None = None,
+):
     """Load an encoder (wav2vec 2.0, HuBERT, WavLM or data2vec-audio) from a model folder.
 
         encoder = ser.load_encoder("wav2vec2-base")
         hidden, num_frames = encoder(waveforms, num_samples)
 
     Args:
-        folder: as `ser` or a class of `transformers` saved it.
+        folder: as `ser` or a class of `transformers` saved it, or its OWNER/NAME on the Hugging Face hub.
         device: where to put it.
         report: also return the `LoadReport`.
+        revision: branch, tag or commit on the hub.
 
     Returns:
         a `Wav2Vec2` in eval mode, float32; with ``report`` a pair of it and the report.
@@ -367,7 +420,7 @@ def load_encoder(folder: str | Path, *, device: str | torch.device = "cpu", repo
         ModelFolderError: the folder, its configuration or its tensors are not what they claim to be; lists
             every missing, misshapen or unexpected tensor.
     """
-    folder = check_folder(folder)
+    folder = find_folder(folder, revision=revision)
     config, values = read_encoder_config(folder)
     files = TensorFiles(folder)
     encoder = materialise(lambda: Wav2Vec2(config))

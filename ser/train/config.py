@@ -40,8 +40,8 @@ class TrainConfig:
     """The settings of a run. Frozen, checked on construction, saved as JSON beside the checkpoints."""
 
     # what is learnt
-    heads: str = option("auto", f"comma-separated tasks out of {', '.join(HEADS)}; auto: emotion, ctc where "
-                                "the training data has them, speaker if beta is above 0, no dimensions")  # fmt: skip
+    heads: str = option("auto", f"comma-separated tasks out of {', '.join(HEADS)}; auto: emotion, ctc "
+                                "where the training data has them, speaker if beta is above 0")  # fmt: skip
     alpha: float = option(0.1, "weight of the CTC loss; 0 adds exactly nothing")
     beta: float = option(0.0, "weight of the speaker loss")
     gamma: float = option(1.0, "weight of the loss of dimensions (arousal, dominance, valence), 1 - CCC over an "

@@ -160,16 +160,15 @@ def run_update(
             return network(batch.waveforms, batch.num_samples, **masks)
 
     losses: dict[str, Tensor] = {}
-    moments: Tensor | None = None
+    moments = torch.zeros(6, model.heads_config.num_dimensions, dtype=torch.float64, device=world.device)
     if objective.weights.get("dimensions") and count_of["dimensions"]:
-        sums = torch.zeros(6, model.heads_config.num_dimensions, dtype=torch.float64, device=world.device)
         with torch.no_grad():
             for number, batch in enumerate(batches):
                 batch = batch.to(world.device)
                 predictions = forward(model, number, batch).dimensions
                 assert predictions is not None
-                sums += ccc_moments(predictions, batch.dimensions, batch.weights)
-        moments = world.sum(sums.cpu()).to(world.device)
+                moments += ccc_moments(predictions, batch.dimensions, batch.weights)
+        moments = world.sum(moments.cpu()).to(world.device)
         # Of the whole update: each rank's share of it, for what is shown is summed over ranks.
         ccc = concordance(moments)
         losses["dimensions"] = torch.where(ccc.isnan(), 0.0, 1 - ccc).mean() / world.size
@@ -182,7 +181,7 @@ def run_update(
                 share = total / max(count_of[name], 1e-12)
                 losses[name] = losses[name] + share.detach() if name in losses else share.detach()
                 loss = loss + objective.weights[name] * share
-            if moments is not None and outputs.dimensions is not None:
+            if outputs.dimensions is not None and objective.weights.get("dimensions"):
                 rated = ccc_loss(at_least_float32(outputs.dimensions), batch.dimensions, moments, batch.weights)
                 loss = loss + objective.weights["dimensions"] * rated
             # DistributedDataParallel averages over ranks; the counts are already those of all ranks.

@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from parity import encoder_row
+from public import ENCODERS
 from torch.nn import functional as F
 
 from ser.models.config import Wav2Vec2Config
@@ -306,6 +308,22 @@ def test_a_public_configuration_scaled_down_equals_the_reference(hf_configs, ran
     x = sound(1, 5000)
     with torch.no_grad():
         assert_close(ours(x)[0], reference(x).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_each_claimed_encoder_scaled_down_equals_the_reference_forward_backward_and_in_company(name):
+    figures = encoder_row(ENCODERS[name] | SIZES, samples=5000)
+    assert figures["forward"] <= 1e-5 and figures["gradient"] <= 1e-9 and figures["company"] <= 1e-5, figures
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_each_claimed_encoder_at_full_size_has_the_parameters_of_the_reference(name):
+    config = Wav2Vec2Config.from_dict(ENCODERS[name])
+    cls = reference_class(config)
+    with torch.device("meta"):
+        ours, reference = Wav2Vec2(config).state_dict(), cls(cls.config_class(**ENCODERS[name])).state_dict()
+    keys = written_names(ours, config, projector=False)
+    assert {keys[k]: v.shape for k, v in ours.items()} == {k: v.shape for k, v in reference.items()}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

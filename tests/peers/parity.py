@@ -1,0 +1,173 @@
+"""How far `ser` is from the reference implementation, for each architecture, head and source format.
+
+    make parity        (python tests/peers/parity.py --write docs/parity.md)
+
+Encoders have random weights at their public width, two transformer layers, and one second of noise. Each figure is
+the norm of a difference relative to the norm of what is expected: the largest over all layers' outputs in float32,
+the gradient of a random projection of the output in float64 (all parameters together), and, without a reference,
+an utterance alone beside the same in a padded batch of three (N2), float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from public import ENCODERS
+from torch import Tensor, nn
+
+import ser
+from ser.models.config import Wav2Vec2Config
+from ser.models.pretrained import written_names
+from ser.models.wav2vec2 import Wav2Vec2
+from ser.recognizer import ARCHITECTURES
+
+EMOTIONS = {0: "ang", 1: "hap", 2: "neu", 3: "sad"}
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Relative, by the norm."""
+    assert found.shape == expected.shape
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """A value of its own for every parameter and batch statistic: a norm's 1 and a bias's 0 would hide swaps."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in sorted(module.named_parameters()) + sorted(module.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        values = torch.randn(tensor.shape, generator=generator)
+        if name.endswith("running_var"):
+            values = 0.5 + values.abs()
+        elif tensor.ndim > 1:
+            values = values * 1.5 * tensor[0].numel() ** -0.5
+        else:
+            values = 0.3 * values + (1.0 if name.endswith("weight") else 0.0)
+        tensor.copy_(values)
+    return module.eval()
+
+
+def reference_class(model_type: str, suffix: str = "Model") -> Any:
+    """Such as WavLMForCTC."""
+    return getattr(transformers, ARCHITECTURES[model_type] + suffix)
+
+
+def encoder_row(values: dict[str, Any], *, samples: int = 16_000) -> dict[str, float]:
+    """Our encoder beside the reference with the same weights."""
+    cls = reference_class(values["model_type"])
+    reference = randomise(cls(cls.config_class(**values)))
+    ours = Wav2Vec2(Wav2Vec2Config.from_dict(values)).eval()
+    keys = written_names(ours.state_dict(), ours.config, projector=False)
+    theirs = reference.state_dict()
+    ours.load_state_dict({name: theirs[key] for name, key in keys.items()}, strict=True)
+    assert len(keys) == len(theirs), "the reference has other tensors"
+    waveform = torch.randn(1, samples, generator=torch.Generator().manual_seed(1))
+
+    with torch.no_grad():
+        outputs, _ = ours.layers(waveform)
+        expected = reference(waveform, output_hidden_states=True)
+        forward = [difference(a, b) for a, b in zip(outputs[:-1], expected.hidden_states[:-1], strict=True)]
+        forward.append(difference(outputs[-1], expected.last_hidden_state))
+
+        lengths = [samples, samples // 2 + 7, 400]
+        batch = torch.randn(3, samples, generator=torch.Generator().manual_seed(2))
+        together, frames = ours(batch, torch.tensor(lengths))
+        company = max(
+            difference(together[i, : frames[i]], ours(batch[i : i + 1, :n])[0][0]) for i, n in enumerate(lengths)
+        )
+
+    ours, reference = ours.double(), reference.double()
+    direction = torch.randn(outputs[-1].shape, generator=torch.Generator().manual_seed(3)).double()
+    (ours(waveform.double())[0] * direction).sum().backward()
+    (reference(waveform.double()).last_hidden_state * direction).sum().backward()
+    wanted = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    found = {keys[name]: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    gradient = difference(
+        torch.cat([found[name].flatten() for name in wanted]), torch.cat([g.flatten() for g in wanted.values()])
+    )
+    return {"forward": max(forward), "gradient": gradient, "company": company}
+
+
+def head_row(values: dict[str, Any], suffix: str, **settings: Any) -> dict[str, float]:
+    """A folder that the reference class saved, loaded by `ser.load`, one utterance."""
+    cls = reference_class(values["model_type"], suffix)
+    labels = {"id2label": EMOTIONS, "label2id": {name: i for i, name in EMOTIONS.items()}}
+    model = randomise(cls(cls.config_class(**(values | labels | settings))))
+    waveform = torch.randn(1, 16_000, generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        if suffix == "ForCTC":
+            ser.recognizer.Vocabulary.librispeech().write(Path(folder) / "vocab.json")
+        ours = ser.load(folder).model
+    with torch.no_grad():
+        found, expected = ours(waveform), model(waveform).logits
+    scores = found.ctc if suffix == "ForCTC" else found.emotion
+    assert scores is not None
+    return {"forward": difference(scores, expected)}
+
+
+def rows() -> list[tuple[str, str, Callable[[], dict[str, float]]]]:
+    """(group, name, function that measures it)."""
+    found = [
+        ("Encoders", name, partial(encoder_row, values | {"num_hidden_layers": 2}))
+        for name, values in ENCODERS.items()
+    ]
+    width = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1024, "num_hidden_layers": 3}
+    pre_norm = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+    for kind, prefix in ARCHITECTURES.items():
+        for style in ("", ", pre-norm") if kind != "data2vec-audio" else ("",):
+            values = {"model_type": kind} | width | (pre_norm if style else {})
+            ctc = partial(head_row, values, "ForCTC", vocab_size=32)
+            found.append(("Heads", f"{prefix}ForCTC{style}", ctc))
+            for weighted in (False, True):
+                name = f"{prefix}ForSequenceClassification{style}{', weighted layer sum' if weighted else ''}"
+                classify = partial(head_row, values, "ForSequenceClassification", use_weighted_layer_sum=weighted)
+                found.append(("Heads", name, classify))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="also write the table to this Markdown file")
+    parser.add_argument("--only", default="", help="measure the rows whose name holds this text")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    lines, failed, group = [], [], ""
+    for part, name, measure in rows():
+        if arguments.only not in name:
+            continue
+        if part != group:
+            group = part
+            lines += ["", f"## {part}", "", "| what | forward | gradient | company |", "|---|---|---|---|"]
+        started = time.perf_counter()
+        figures = measure()
+        cells = " | ".join(f"{figures[k]:.1e}" if k in figures else "" for k in ("forward", "gradient", "company"))
+        lines.append(f"| {name} | {cells} |")
+        print(f"{lines[-1]}  ({time.perf_counter() - started:.1f} s)", flush=True)
+        limits = {"forward": 1e-5, "gradient": 1e-9, "company": 1e-5}
+        if any(value > limits[key] for key, value in figures.items()):
+            failed.append(name)
+    if arguments.write:
+        introduction = (__doc__ or "").split("\n\n", 2)[2].strip()
+        versions = f"transformers {transformers.__version__}, torch {torch.__version__}, {platform.machine()}"
+        text = f"# Parity\n\nMade by `make parity` with {versions}.\n\n{introduction}\n" + "\n".join(lines) + "\n"
+        arguments.write.write_text(text)
+        print(f"written: {arguments.write}")
+    if failed:
+        sys.exit(f"error: over the tolerance: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

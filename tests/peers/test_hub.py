@@ -1,0 +1,107 @@
+"""A name on the Hugging Face hub loads from the hub's cache, without a connection; its layout is not a way out."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy import toy_recognizer
+
+import ser
+from ser.errors import ModelFolderError
+
+pytest.importorskip("huggingface_hub", reason="pip install ser[hub]")
+ROOT = Path(__file__).resolve().parents[2]
+OLD, NEW = "a" * 40, "b" * 40
+
+# Loads argv[1] (at revision argv[2]); prints the first speaker, or the error.
+LOAD = """
+import sys, ser
+try:
+    print(ser.load(sys.argv[1], revision=(sys.argv[2:] or [None])[0]).speakers[0])
+except ser.SerError as error:
+    print(f"refused: {error}")
+"""
+
+
+def load(cache: Path, *arguments: str, **environment: str) -> str:
+    settings = (
+        os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | environment
+    )
+    command = [sys.executable, "-c", LOAD, *arguments]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60, check=True, cwd=cache)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """The hub's cache with two commits of someone/model, as its client lays it out."""
+    home = tmp_path / "cache" / "models--someone--model"
+    (home / "blobs").mkdir(parents=True)
+    (home / "refs").mkdir()
+    for commit, speaker in ((OLD, "Old"), (NEW, "New")):
+        recognizer = toy_recognizer()
+        recognizer.speakers[0] = speaker
+        recognizer.save(tmp_path / commit)
+        snapshot = home / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for file in (tmp_path / commit).iterdir():
+            blob = home / "blobs" / f"{commit[:1]}-{file.name}"
+            shutil.move(file, blob)
+            (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    (home / "refs" / "main").write_text(NEW)
+    (home / "refs" / "v1").write_text(OLD)
+    return tmp_path / "cache"
+
+
+def test_a_name_loads_from_the_cache_offline_at_the_branch_tag_or_commit_that_is_asked_for(cache):
+    assert load(cache, "someone/model") == "New"
+    assert load(cache, "someone/model", "v1") == "Old"
+    assert load(cache, "someone/model", OLD) == "Old"
+    assert load(cache, str(cache / "models--someone--model/snapshots" / OLD)) == "Old"
+
+
+def test_what_is_not_in_the_cache_is_an_error_that_names_both_possibilities(cache):
+    for arguments in (["someone/other"], ["someone/model", "v2"], ["runs/typo"]):
+        said = load(cache, *arguments)
+        assert said.startswith(f"refused: {arguments[0]}: there is no such folder, and the Hugging Face hub"), said
+    shutil.rmtree(cache / "models--someone--model/blobs")
+    assert load(cache, "someone/model").startswith("refused: ")
+
+
+def test_without_the_hub_s_client_a_name_is_an_error_that_says_what_to_install(cache, tmp_path):
+    (tmp_path / "huggingface_hub.py").write_text("raise ImportError('not here')")
+    said = load(cache, "someone/model", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert "pip install 'ser[hub]'" in said
+
+
+def test_a_folder_of_that_name_comes_first(cache):
+    toy_recognizer().save(cache / "someone" / "model")
+    assert load(cache, "someone/model") == "s0"
+
+
+def test_links_may_lead_to_the_blobs_of_the_same_repository_and_nowhere_else(cache):
+    home = cache / "models--someone--model"
+    secret = cache / "models--another--model" / "blobs" / "config"
+    secret.parent.mkdir(parents=True)
+    shutil.copy(home / "snapshots" / NEW / "config.json", secret)
+    link = home / "snapshots" / NEW / "config.json"
+    link.unlink()
+    link.symlink_to(os.path.relpath(secret, link.parent))
+    assert "outside the model folder" in load(cache, "someone/model")
+
+
+@pytest.mark.parametrize(
+    "name", ["../model", "/someone/model", "a/b/c", "someone/", "C:\\model", "someone/mo del", ""]
+)
+def test_what_is_no_name_of_the_hub_is_looked_for_as_a_path_alone(name):
+    with pytest.raises(ModelFolderError, match=r"there is no such folder$|is a file|no config"):
+        ser.load(name)
+
+
+def test_a_revision_of_a_folder_is_an_error(tmp_path):
+    toy_recognizer().save(tmp_path / "model")
+    with pytest.raises(ModelFolderError, match=r"no revision v1"):
+        ser.load(tmp_path / "model", revision="v1")
