@@ -12,6 +12,7 @@ allocated; names in the folder cannot lead out of it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -31,6 +32,8 @@ from ser.models.config import Wav2Vec2Config
 from ser.models.wav2vec2 import Wav2Vec2
 
 MAX_JSON_BYTES = 4 * 2**20
+MAX_HEADER_BYTES = 4 * 2**20  # of a safetensors file; a model of 1,000 tensors has 0.1 MB
+MAX_PARAMETERS = 2_500_000_000  # 10 GB in float32; the largest public encoder, XLS-R 2B, has 2.2 * 10^9
 
 # What stands before the encoder's keys where a class with heads saved them, by model_type.
 PREFIXES = {
@@ -297,7 +300,11 @@ class TensorFiles:
 
 
 def opened(path: Path):
-    """``safe_open``, whose own errors do not name the file."""
+    """``safe_open``, whose own errors do not name the file, and which parses a header of 100 MB."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER_BYTES < size < path.stat().st_size:
+        raise ModelFolderError(f"{path}: its header has {size:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
@@ -348,6 +355,9 @@ def fill(module: nn.Module, files: TensorFiles, report: LoadReport, names: Itera
         raise ModelFolderError(
             f"{files.folder}: {len(problems)} of {len(expected)} tensors do not fit config.json:\n  {listed}"
         )
+    count = sum(math.prod(shape) for shape in expected.values())
+    if count > MAX_PARAMETERS:  # the file may be sparse, and take no room on the disk
+        raise ModelFolderError(f"{files.folder}: {count:,} parameters; at most {MAX_PARAMETERS:,} are loaded")
     tensors = files.read(name for name in expected if name not in new)
     infinite = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if infinite:
