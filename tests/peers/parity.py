@@ -11,6 +11,7 @@ an utterance alone beside the same in a padded batch of three (N2), float32.
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from foreign_models import EmotionModel, Wav2Vec2ForCTCnCLS
 from public import ENCODERS
 from torch import Tensor, nn
 
@@ -118,6 +120,34 @@ def head_row(values: dict[str, Any], suffix: str, **settings: Any) -> dict[str, 
     return {"forward": difference(scores, expected)}
 
 
+def dimensional_row(values: dict[str, Any]) -> dict[str, float]:
+    """The dimensional model of Wagner et al., as its own code saves it."""
+    names = {0: "arousal", 1: "dominance", 2: "valence"}
+    labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    model = randomise(EmotionModel(transformers.Wav2Vec2Config(**values, **labels)))
+    waveform = torch.randn(1, 16_000, generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        found = ser.load(folder).model(waveform).dimensions
+        assert found is not None
+        return {"forward": difference(found, model(waveform))}
+
+
+def paper_row(values: dict[str, Any]) -> dict[str, float]:
+    """The model of Cai et al. with the speaker head that followers add, once it has names for its classes."""
+    model = randomise(Wav2Vec2ForCTCnCLS(transformers.Wav2Vec2Config(**values, vocab_size=32)))
+    waveform = torch.randn(1, 16_000, generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        config = Path(folder) / "config.json"
+        speakers = {"format": 1, "speakers": [f"s{i}" for i in range(10)]}
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"id2label": EMOTIONS, "ser": speakers}))
+        ser.recognizer.Vocabulary.librispeech().write(Path(folder) / "vocab.json")
+        found, (ctc, emotion, speaker) = ser.load(folder).model(waveform), model(waveform)
+        pairs = ((found.ctc, ctc), (found.emotion, emotion), (found.speaker, speaker))
+        return {"forward": max(difference(a, b) for a, b in pairs if a is not None)}
+
+
 def rows() -> list[tuple[str, str, Callable[[], dict[str, float]]]]:
     """(group, name, function that measures it)."""
     found = [
@@ -135,6 +165,9 @@ def rows() -> list[tuple[str, str, Callable[[], dict[str, float]]]]:
                 name = f"{prefix}ForSequenceClassification{style}{', weighted layer sum' if weighted else ''}"
                 classify = partial(head_row, values, "ForSequenceClassification", use_weighted_layer_sum=weighted)
                 found.append(("Heads", name, classify))
+    base = {"model_type": "wav2vec2"} | width
+    found.append(("Heads", "audEERING's dimensional model", partial(dimensional_row, base | pre_norm)))
+    found.append(("Heads", "the paper's model, with a speaker head", partial(paper_row, base)))
     return found
 
 
@@ -144,6 +177,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="measure the rows whose name holds this text")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     lines, failed, group = [], [], ""
     for part, name, measure in rows():
         if arguments.only not in name:

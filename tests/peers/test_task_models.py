@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from torch import nn
+from foreign_models import EmotionModel, Wav2Vec2ForCTCnCLS
 
 import ser
 from ser.errors import ModelFolderError
@@ -113,32 +113,6 @@ def test_a_ctc_model_of_each_architecture_gives_the_same_scores_and_text(config,
 # -------------------------------------------------------------------------------------------- dimensions
 
 
-class RegressionHead(nn.Module):
-    """As the model card of audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim writes it."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.final_dropout)
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
-
-    def forward(self, features):
-        x = self.dropout(features)
-        x = torch.tanh(self.dense(x))
-        return self.out_proj(self.dropout(x))
-
-
-class EmotionModel(transformers.Wav2Vec2PreTrainedModel):
-    def __init__(self, config):
-        super().__init__(config)
-        self.wav2vec2 = transformers.Wav2Vec2Model(config)
-        self.classifier = RegressionHead(config)
-        self.post_init()
-
-    def forward(self, input_values):
-        return self.classifier(self.wav2vec2(input_values)[0].mean(dim=1))
-
-
 def dimensional(config, randomise, folder, names=("arousal", "dominance", "valence")):
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     settings = config.to_dict() | labels | {"problem_type": "regression", "finetuning_task": "wav2vec2_reg"}
@@ -170,24 +144,6 @@ def test_such_a_head_with_other_names_is_refused_with_the_reason(styles, randomi
 
 
 # ------------------------------------------------------------------------------------------- the paper's
-
-
-class Wav2Vec2ForCTCnCLS(transformers.Wav2Vec2PreTrainedModel):
-    """The layers of the code of Cai et al. (2021), and the speaker head that followers add."""
-
-    def __init__(self, config, classes=4, speakers=10):
-        super().__init__(config)
-        self.wav2vec2 = transformers.Wav2Vec2Model(config)
-        self.dropout = nn.Dropout(config.final_dropout)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        self.cls_head = nn.Linear(config.hidden_size, classes)
-        self.spk_head = nn.Linear(config.hidden_size, speakers)
-        self.post_init()
-
-    def forward(self, input_values):
-        hidden = self.dropout(self.wav2vec2(input_values)[0])
-        pooled = hidden.mean(dim=1)
-        return self.lm_head(hidden), self.cls_head(pooled), self.spk_head(pooled)
 
 
 def test_the_paper_s_model_with_a_speaker_head_gives_the_same_scores_once_it_has_names(
