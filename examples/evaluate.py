@@ -1,0 +1,109 @@
+"""Judge a model on labelled recordings: every figure with its interval, by parts, as a table, JSON and pictures.
+
+    python examples/evaluate.py --model runs/demo/best --manifest data/demo/test.csv --out runs/demo/test
+
+On two processes (each recording is recognised exactly once):
+
+    torchrun --standalone --nproc-per-node=2 examples/evaluate.py --model FOLDER --manifest test.csv
+
+Compare two models by their predictions of the same recordings:
+
+    python examples/evaluate.py --compare runs/a/predictions.csv runs/b/predictions.csv
+
+Written to --out: report.json, predictions.csv (one row per recording), confusion.png, reliability.png, length.png.
+Intervals are 95 % percentile bootstrap ones, over utterances and over speakers: the second say how few
+people were heard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import ser
+from ser.data.manifest import parse_columns, read_manifest
+from ser.data.text import clean
+from ser.errors import ConfigError
+from ser.train.distributed import joined_world
+from ser.train.loop import say
+from ser.train.pictures import draw
+from ser.train.report import Outcomes, compare, judge, report, table, write_json, write_rows
+
+
+def parse_arguments() -> argparse.Namespace:
+    description, _, usage = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="model folder, or its OWNER/NAME on the Hugging Face hub")
+    parser.add_argument("--manifest", type=Path, help="labelled recordings")
+    parser.add_argument("--train", type=Path, help="the training manifest: parts by seen and unseen transcript")
+    parser.add_argument("--root", type=Path, help="folder that the manifests' files are relative to")
+    parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
+    parser.add_argument("--out", type=Path, help="folder to write; shows the table alone without it")
+    parser.add_argument("--no-pictures", action="store_true", help="do not draw (drawing needs matplotlib)")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that decode audio (default: %(default)s)"
+    )
+    parser.add_argument("--compare", type=Path, nargs=2, metavar="PREDICTIONS", help="two predictions files: does "
+                        "the second differ from the first by more than chance?")  # fmt: skip
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.compare:
+        first, second = (Outcomes.read(path) for path in arguments.compare)
+        print(json.dumps(compare(first, second, resamples=arguments.resamples, seed=arguments.seed), indent=2))
+        return
+    if not arguments.model or not arguments.manifest:
+        raise ConfigError("give --model and --manifest, or --compare")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    with joined_world(arguments.device) as world:
+        columns = parse_columns(arguments.columns)
+        utterances = read_manifest(arguments.manifest, root=arguments.root, columns=columns)
+        recognizer = ser.load(arguments.model, device=world.device)
+        seen = None
+        if arguments.train:
+            training = read_manifest(arguments.train, root=arguments.root, columns=columns, check_files=False)
+            cleaned = (
+                clean(u.text or "", orthography=recognizer.orthography, tags=recognizer.tags) for u in training
+            )
+            seen = frozenset(cleaned) - {""}
+        rows = judge(
+            recognizer, utterances, world=world, seen_texts=seen, workers=arguments.workers,
+            progress=world.is_main and sys.stderr.isatty(),
+        )  # fmt: skip
+        if not world.is_main:
+            for _ in rows:  # its share of the work
+                pass
+            return
+        if arguments.out:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            outcomes = write_rows(arguments.out / "predictions.csv", rows, recognizer.emotions)
+        else:
+            outcomes = Outcomes.joined([Outcomes.of(recognizer.emotions, chunk) for chunk in rows])
+        found = report(outcomes, resamples=arguments.resamples, seed=arguments.seed)
+        found |= {"model": str(arguments.model), "manifest": str(arguments.manifest)}
+        print(table(found))
+        if arguments.out:
+            write_json(arguments.out / "report.json", found)
+            if not arguments.no_pictures:
+                draw(found, arguments.out)
+            say(world, f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ser.SerError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,269 @@
+"""Figures, intervals, parts and comparisons of predictions (N5); scikit-learn and jiwer are the oracles."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pytest
+from sklearn import metrics as oracle
+from test_update import run_ranks
+from toy import toy_recognizer, write_corpus
+
+from ser.data.manifest import read_manifest
+from ser.errors import ConfigError
+from ser.train import report as module
+from ser.train.pictures import draw
+from ser.train.report import (
+    Figures,
+    Outcomes,
+    as_row,
+    compare,
+    expected_calibration_error,
+    intervals,
+    judge,
+    mcnemar,
+    report,
+    table,
+    write_rows,
+)
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "evaluate.py"
+EMOTIONS = ["angry", "happy", "neutral", "sad"]
+
+
+def drawn(count=300, seed=0, right=0.6, speakers=6):
+    """Rows of a predictions file, some without label or text."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        emotion = EMOTIONS[generator.integers(4)]
+        predicted = emotion if generator.random() < right else EMOTIONS[generator.integers(4)]
+        others = generator.dirichlet(np.ones(4))
+        others[EMOTIONS.index(predicted)] += 1
+        shares = dict(zip(EMOTIONS, others / others.sum(), strict=True))
+        words = " ".join(generator.choice(["yes", "no", "maybe", "so"], 5))
+        heard = " ".join(w for w in words.split() if generator.random() < 0.8)
+        edits = jiwer.process_words(words, heard) if heard else None
+        rows.append(
+            {
+                "id": f"u{i}", "file": f"u{i}.wav", "speaker": f"s{i % speakers}",
+                "kind": "impro" if i % 2 == 0 else "script",
+                "seen_text": ["seen", "unseen", ""][i % 3], "emotion": None if i % 17 == 0 else emotion,
+                "predicted": predicted, "reference": words, "transcript": heard, "seconds": 0.5 + i % 11,
+                "confidence": shares[predicted], "words": 5, "characters": len(words), "character_edits": 1,
+                "word_edits": 5 - len(heard.split()) if edits else 5,
+                "speaker_right": None if i % 5 == 0 else int(generator.random() < 0.7),
+                **{f"p_{name}": value for name, value in shares.items()},
+            }
+        )  # fmt: skip
+    return rows
+
+
+def outcomes(**options):
+    return Outcomes.of(EMOTIONS, drawn(**options))
+
+
+def test_every_figure_is_that_of_the_oracle():
+    rows = drawn()
+    found = Figures(Outcomes.of(EMOTIONS, rows))()
+    labelled = [r for r in rows if r["emotion"]]
+    truth, predicted = [r["emotion"] for r in labelled], [r["predicted"] for r in labelled]
+    assert found["accuracy"] == pytest.approx(oracle.accuracy_score(truth, predicted))
+    assert found["unweighted_accuracy"] == pytest.approx(oracle.balanced_accuracy_score(truth, predicted))
+    assert found["macro_f1"] == pytest.approx(oracle.f1_score(truth, predicted, average="macro"))
+    precision, recall, _, _ = oracle.precision_recall_fscore_support(truth, predicted, labels=EMOTIONS)
+    for i, name in enumerate(EMOTIONS):
+        assert found[f"precision {name}"] == pytest.approx(precision[i])
+        assert found[f"recall {name}"] == pytest.approx(recall[i])
+    references, hypotheses = [r["reference"] for r in rows], [r["transcript"] for r in rows]
+    assert found["wer"] == pytest.approx(jiwer.wer(references, hypotheses))
+    known = [r["speaker_right"] for r in rows if r["speaker_right"] is not None]
+    assert found["speaker_accuracy"] == pytest.approx(np.mean(known))
+    counted = report(Outcomes.of(EMOTIONS, rows), resamples=2)
+    assert counted["confusion"] == oracle.confusion_matrix(truth, predicted, labels=EMOTIONS).tolist()
+    assert counted["judged"] == {"emotion": len(labelled), "words": 1500, "speaker": len(known)}
+
+
+def test_the_calibration_error_is_the_written_out_sum_over_bins():
+    generator = np.random.default_rng(1)
+    confidence = generator.uniform(0.25, 1, 500)
+    confidence[:3] = [1.0, 1 / 15, 2 / 15]  # bins are closed above
+    right = generator.random(500) < confidence**2
+    expected = 0.0
+    for i in range(15):
+        inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        if inside.any():
+            expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert expected_calibration_error(confidence, right) == pytest.approx(expected)
+    assert expected_calibration_error(np.full(4, 0.75), np.array([True, True, True, False])) == pytest.approx(0)
+    assert math.isnan(expected_calibration_error(np.zeros(0), np.zeros(0, bool)))
+
+
+def test_weights_count_an_utterance_as_often_as_they_say():
+    rows = drawn(40)
+    weights = np.random.default_rng(2).integers(0, 4, 40)
+    repeated = [row for row, times in zip(rows, weights, strict=True) for _ in range(times)]
+    found, expected = Figures(Outcomes.of(EMOTIONS, rows))(weights), Figures(Outcomes.of(EMOTIONS, repeated))()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value), name
+
+
+def test_an_interval_over_utterances_has_the_width_of_the_binomial_and_over_speakers_is_wider_where_they_differ():
+    rows = drawn(600, right=0.0)
+    for i, row in enumerate(rows):  # three speakers are always right, three never
+        row["emotion"] = row["predicted"] if i % 6 < 3 else EMOTIONS[EMOTIONS.index(row["predicted"]) - 1]
+    found = Outcomes.of(EMOTIONS, rows)
+    figures = Figures(found)
+    low, high = intervals(figures, 600)["accuracy"]
+    assert low == pytest.approx(0.5 - 1.96 * (0.25 / 600) ** 0.5, abs=0.01)
+    assert high == pytest.approx(0.5 + 1.96 * (0.25 / 600) ** 0.5, abs=0.01)
+    low, high = intervals(figures, 600, found.text["speaker"])["accuracy"]
+    assert low < 0.2 and high > 0.8
+    assert intervals(figures, 600)["accuracy"] == intervals(figures, 600)["accuracy"], "a function of the seed"
+    assert intervals(figures, 600, seed=1)["accuracy"] != intervals(figures, 600)["accuracy"]
+
+
+def test_the_interval_holds_the_true_value_about_as_often_as_it_says():
+    """Coverage over 200 samples of 150 utterances whose true accuracy is known: 95 % give or take."""
+    true = 0.6 + 0.4 / 4
+    held = 0
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        right = generator.random(150) < true
+        low, high = intervals(lambda w, right=right: {"a": float(w[right].sum() / w.sum())}, 150, resamples=300)[
+            "a"
+        ]
+        held += low <= true <= high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_parts_are_by_kind_seen_text_and_length_and_each_has_its_own_figures():
+    found = report(outcomes(count=90), resamples=5)
+    assert {"kind: impro", "kind: script", "seen text: seen", "seen text: unseen"} <= found["parts"].keys()
+    lengths = {n: p["utterances"] for n, p in found["parts"].items() if n.startswith("length")}
+    assert list(lengths) == ["length: 0 to 2 s", "length: 2 to 4 s", "length: 4 to 8 s", "length: from 8 s"]
+    assert sum(lengths.values()) == 90
+    halves = [found["parts"][f"kind: {kind}"]["utterances"] for kind in ("impro", "script")]
+    assert halves == [45, 45]
+    json.dumps(found, allow_nan=False)
+    shown = table(found)
+    for text in ("unweighted accuracy (UA)", "95 % over utterances", "confusion", "length: from 8 s", "angry"):
+        assert text in shown
+
+
+def test_a_report_without_labels_text_or_speakers_says_what_there_is():
+    rows = [
+        dict(row, emotion=None, words=None, word_edits=None, speaker=None, speaker_right=None) for row in drawn(9)
+    ]
+    rows = [dict(row, characters=None, character_edits=None) for row in rows]
+    found = report(Outcomes.of(EMOTIONS, rows), resamples=5)
+    assert found["figures"] == {} and found["utterances"] == 9 and "confusion" not in found
+    assert "9 utterances" in table(found)
+
+
+def test_a_predictions_file_gives_its_figures_back(tmp_path):
+    rows = drawn(50)
+    written = write_rows(tmp_path / "predictions.csv", [rows[:20], rows[20:]], EMOTIONS)
+    again = Outcomes.read(tmp_path / "predictions.csv")
+    assert report(again, resamples=20) == report(written, resamples=20)
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match="no predictions file"):
+        Outcomes.read(tmp_path / "other.csv")
+
+
+# ---------------------------------------------------------------------------------------------- comparison
+
+
+def test_a_model_does_not_differ_from_itself_and_differs_from_a_much_better_one():
+    rows = drawn(400, right=0.5)
+    better = [
+        dict(row, predicted=row["emotion"] or row["predicted"]) if i % 3 else row for i, row in enumerate(rows)
+    ]
+    first, second = Outcomes.of(EMOTIONS, rows), Outcomes.of(EMOTIONS, better[::-1])  # in another order
+    same = compare(first, first, resamples=50)
+    assert same["mcnemar_p"] == 1.0 and same["differences"]["accuracy"]["value"] == 0
+    found = compare(first, second, resamples=200)
+    assert found["only_first_right"] == 0 < found["only_second_right"] and found["mcnemar_p"] < 1e-6
+    low, high = found["differences"]["accuracy"]["interval"]
+    assert 0 < low < found["differences"]["accuracy"]["value"] < high
+    with pytest.raises(ConfigError, match="not of the same utterances"):
+        compare(first, Outcomes.of(EMOTIONS, rows[:-1]))
+    with pytest.raises(ConfigError, match="different labels"):
+        compare(first, Outcomes.of(EMOTIONS, [dict(r, emotion="sad") for r in rows]))
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(1, 0) == pytest.approx(1.0)
+    assert mcnemar(8, 1) == pytest.approx(2 * (1 + 9) / 2**9)
+    assert mcnemar(5, 5) == 1.0
+    assert mcnemar(3000, 2000) < 1e-40
+
+
+# ------------------------------------------------------------------------------------------------ judging
+
+
+def judged_on_ranks(world, manifest):
+    return [row for rows in judge(toy_recognizer(), read_manifest(manifest), world=world) for row in rows]
+
+
+def test_every_utterance_is_judged_exactly_once_on_any_number_of_ranks_in_chunks(tmp_path, monkeypatch):
+    manifest = write_corpus(tmp_path, 11)
+    expected = judged_on_ranks(None, manifest)
+    utterances = read_manifest(manifest)
+    assert [row["id"] for row in expected] == [u.id for u in utterances]
+    monkeypatch.setattr(module, "CHUNK", 4)
+    sizes = [len(rows) for rows in judge(toy_recognizer(), utterances)]
+    assert sizes == [4, 4, 3], "what is held at once is bounded"
+    for found in run_ranks(judged_on_ranks, 2, tmp_path, manifest):
+        assert [row["id"] for row in found] == [row["id"] for row in expected]
+        for row, other in zip(found, expected, strict=True):
+            assert row["predicted"] == other["predicted"] and row["transcript"] == other["transcript"]
+            assert row["confidence"] == pytest.approx(other["confidence"], rel=1e-5)
+
+
+def test_a_speaker_whom_training_did_not_know_is_not_scored(tmp_path):
+    utterances = read_manifest(write_corpus(tmp_path, 8, speakers=4))  # the model knows s0 to s2
+    rows = [row for chunk in judge(toy_recognizer(), utterances, seen_texts=frozenset({"AB"})) for row in chunk]
+    assert [row["speaker_right"] is None for row in rows] == [row["speaker"] == "s3" for row in rows]
+    assert [row["seen_text"] for row in rows[:4]] == ["seen", "unseen", "unseen", ""]
+    prediction = toy_recognizer(heads=["emotion"]).predict(utterances[0].file)[0]
+    row = as_row(toy_recognizer(heads=["emotion"]), utterances[0], "", prediction)
+    assert row["transcript"] is row["words"] is row["speaker_right"] is None
+    assert row["confidence"] == max(prediction.probabilities.values())
+
+
+def test_the_script_writes_table_json_predictions_and_pictures_and_compares(tmp_path):
+    manifest = write_corpus(tmp_path, 9)
+    toy_recognizer().save(tmp_path / "model")
+
+    def run(*arguments):
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+
+    done = run("--model", "model", "--manifest", manifest, "--train", manifest, "--out", "out", "--resamples", 20)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("9 utterances, 3 speakers") and "seen text: seen" in done.stdout
+    found = json.loads((tmp_path / "out/report.json").read_text())
+    assert found["figures"]["accuracy"]["value"] is not None
+    with (tmp_path / "out/predictions.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 9
+    for name in ("confusion", "reliability", "length"):
+        assert (tmp_path / f"out/{name}.png").read_bytes()[:4] == b"\x89PNG"
+    compared = run("--compare", "out/predictions.csv", "out/predictions.csv", "--resamples", 5)
+    assert json.loads(compared.stdout)["mcnemar_p"] == 1.0
+    for arguments in ([], ["--model", "nowhere", "--manifest", manifest], ["--compare", *["out/report.json"] * 2]):
+        failed = run(*arguments)
+        assert failed.returncode != 0 and "error: " in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_pictures_need_matplotlib_and_say_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"pip install 'ser\[plots\]'"):
+        draw(report(outcomes(count=9), resamples=2), tmp_path)
