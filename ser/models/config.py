@@ -177,12 +177,7 @@ class Wav2Vec2Config:
         model_type = values.get("model_type", "wav2vec2")
         if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
             raise ConfigError(f"model_type is {model_type!r}; supported: {', '.join(MODEL_TYPES)}")
-        neutral_values = NEUTRAL_VALUES | {
-            field.name: (field.default,)
-            for field in fields(cls)
-            if OWN_FIELDS.get(field.name, model_type) != model_type
-        }
-        for key, neutral in neutral_values.items():
+        for key, neutral in NEUTRAL_VALUES.items():
             if key in values and values[key] not in neutral:
                 raise ConfigError(
                     f"the configuration sets {key} = {values[key]!r}, which changes the computation and is not "

@@ -18,7 +18,13 @@ OLD, NEW = "a" * 40, "b" * 40
 
 # Loads argv[1] (at revision argv[2]); prints the first speaker, or the error.
 LOAD = """
-import sys, ser
+import socket, sys, ser
+
+def asked(host, *rest, **options):
+    print("asked for", host)
+    raise OSError("no network")
+
+socket.getaddrinfo = asked
 try:
     print(ser.load(sys.argv[1], revision=(sys.argv[2:] or [None])[0]).speakers[0])
 except ser.SerError as error:
@@ -64,6 +70,8 @@ def test_a_name_loads_from_the_cache_offline_at_the_branch_tag_or_commit_that_is
 
 
 def test_what_is_not_in_the_cache_is_an_error_that_names_both_possibilities(cache):
+    assert load(cache, "someone/model", HF_HUB_OFFLINE="0") == "New", "no other machine was asked for"
+    assert "asked for" in load(cache, "someone/other", HF_HUB_OFFLINE="0")
     for arguments in (["someone/other"], ["someone/model", "v2"], ["runs/typo"]):
         said = load(cache, *arguments)
         assert said.startswith(f"refused: {arguments[0]}: there is no such folder, and the Hugging Face hub"), said
