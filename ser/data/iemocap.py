@@ -56,6 +56,9 @@ VOTES = {
     "other": "oth",
 }
 
+# Names of speakers, and of the sides, which are the paper's folds.
+SIDES = tuple(f"0{session}{letter}" for session in range(1, 6) for letter in "FM")
+
 # Of the whole release: how many of its labelled turns have each value, and how many of the four-class protocol's.
 LABELLED, FOUR = "labelled turns", "four-class turns"
 COUNTS: dict[str, dict[str, int]] = {
@@ -63,18 +66,11 @@ COUNTS: dict[str, dict[str, int]] = {
     "code": {"neu": 1708, "hap": 595, "exc": 1041, "ang": 1103, "sad": 1084},
     "emotion": {"neutral": 1708, "happy": 1636, "angry": 1103, "sad": 1084},
     "session": {"1": 1085, "2": 1023, "3": 1151, "4": 1031, "5": 1241},
-    "speaker": {
-        **{"01F": 528, "01M": 557, "02F": 481, "02M": 542, "03F": 522},
-        **{"03M": 629, "04F": 528, "04M": 503, "05F": 590, "05M": 651},
-    },
-    "side": {
-        **{"01F": 507, "01M": 578, "02F": 505, "02M": 518, "03F": 536},
-        **{"03M": 615, "04F": 553, "04M": 478, "05F": 644, "05M": 597},
-    },
+    "speaker": dict(zip(SIDES, (528, 557, 481, 542, 522, 629, 528, 503, 590, 651), strict=True)),
+    "side": dict(zip(SIDES, (507, 578, 505, 518, 536, 615, 553, 478, 644, 597), strict=True)),
 }
-SIDES = tuple(COUNTS["side"])
 
-_DIALOGUE = r"Ses0[1-5][FM]_(?:impro\d\d[ab]?|script\d\d_\d[b]?)"
+_DIALOGUE = r"Ses0[1-5][FM]_(?:impro\d\d[ab]?|script\d\d_\db?)"
 
 
 @dataclass(frozen=True)
@@ -194,10 +190,10 @@ def _label(line: str, dialogue: str, where: str, problems: list[str], warnings: 
     if start is None or end is None or len(values) != 3:
         problems.append(f"{where}: found {line[:100]!r}, expected two times and three values")
         return None
-    in_range = [value if value is not None and 1 <= value <= 5 else None for value in values]
-    if None in in_range:
+    valence, arousal, dominance = (v if v is not None and 1 <= v <= 5 else None for v in values)
+    if None in (valence, arousal, dominance):
         warnings.append(f"{where}: [V, A, D] is [{match[5]}]; what is not within 1 to 5 is taken as unlabelled")
-    return Label(name, start, end, code, *in_range, votes={})
+    return Label(name, start, end, code, valence, arousal, dominance, votes={})
 
 
 def _number(text: str) -> float | None:
@@ -210,7 +206,7 @@ def _number(text: str) -> float | None:
 
 def _shares(ballots: Iterable[list[str]]) -> dict[str, float]:
     """code -> share, the largest first. An annotator without a known label has no vote."""
-    shares: Counter[str] = Counter()
+    shares: dict[str, float] = defaultdict(float)
     ballots = [ballot for ballot in ballots if ballot]
     for ballot in ballots:
         for code in ballot:
@@ -274,8 +270,8 @@ def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_f
     Returns:
         Utterances with all the release's labels by the names in `EMOTIONS`; `four_classes` selects the paper's.
         The times in the dialogue are in the columns time_start and time_end: there is one file per turn, so
-        `start` and `end` are None. Valence, arousal and dominance are 1 to 5. More columns: code, dialogue, session,
-        side, kind ("script" or "impro") and votes, the shares of the external annotators' votes as JSON.
+        `start` and `end` are None. Valence, arousal and dominance are 1 to 5. More columns: code, dialogue,
+        session, side, kind ("script" or "impro") and votes, the shares of the external annotators' votes as JSON.
 
     Raises:
         ManifestError: there are no sessions in `root`; or, unless `partial`, the counts are not those of the whole
@@ -296,7 +292,8 @@ def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_f
         transcripts |= parse_transcripts(_text(path, warnings), path.stem, dropped, warnings)
     if not labels:
         raise ManifestError(
-            f"{root}: no labels in Session1..5/dialog/EmoEvaluation/*.txt; expected the folder IEMOCAP_full_release"
+            f"{root}: no labels in Session1..5/dialog/EmoEvaluation/*.txt; "
+            "expected the folder IEMOCAP_full_release"
         )
     utterances = []
     for id_ in sorted(labels.keys() | transcripts.keys()):
@@ -320,14 +317,16 @@ def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_f
 
 
 def _files(root: Path, kind: str, dropped: list[Dropped]) -> Iterator[Path]:
-    """The dialogues' files directly in Session*/dialog/<kind>. Not below: there are the single annotators' files."""
+    """The dialogues' files directly in Session*/dialog/<kind>. Below it are single annotators' files."""
     for session in range(1, 6):
         folder = root / f"Session{session}" / "dialog" / kind
         for path in sorted(folder.glob("*.txt")):
             if re.fullmatch(_DIALOGUE, path.stem) and path.stem[4] == str(session) and path.is_file():
                 yield path
             else:  # "._Ses01F_impro01.txt" on copies made with a Mac
-                dropped.append(Dropped(path.relative_to(root).as_posix(), "file with another name than a dialogue"))
+                dropped.append(
+                    Dropped(path.relative_to(root).as_posix(), "file with another name than a dialogue")
+                )
 
 
 def _utterance(label: Label, text: str, root: Path) -> Utterance:
@@ -400,11 +399,12 @@ def read_paper_csv(
     utterances = []
     for u in read_manifest(path, check_files=False):
         name = parse_name(u.file.stem)
+        emotion = PAPER_EMOTIONS.get(u.emotion or "", u.emotion)  # where another label stands, none was renamed
         file = u.file if root is None or name is None else name.file(Path(root).absolute())
         if name is None:
             problems.append(f"{u.file.name!r} is no turn of IEMOCAP")
-        elif u.emotion not in PAPER_EMOTIONS.values():
-            problems.append(f"{name.id}: found the label {u.emotion!r}, expected {', '.join(PAPER_EMOTIONS)}")
+        elif emotion not in PAPER_EMOTIONS.values():
+            problems.append(f"{name.id}: found the label {emotion!r}, expected {', '.join(PAPER_EMOTIONS)}")
         elif check_files and not file.is_file():
             problems.append(f"{name.id}: no recording {str(file)!r}")
         else:
@@ -443,8 +443,12 @@ def read_paper_folds(
         train = {(u.id, u.emotion) for u in read_paper_csv(path, root=root, check_files=False)}
         rest = {(u.id, u.emotion) for u in turns.values() if u.extra["side"] != side}
         problems += [f"{path.name} has no {id_} ({emotion})" for id_, emotion in sorted(rest - train)]
-        problems += [f"{path.name} has {id_} ({emotion}), but no test file" for id_, emotion in sorted(train - rest)]
+        problems += [
+            f"{path.name} has {id_} ({emotion}), but no test file" for id_, emotion in sorted(train - rest)
+        ]
     if problems:
         raise ManifestError(f"{folder}: not the paper's folds ({len(problems)}):{listed(problems)}")
     warnings = [] if root is not None else ["without a root, the recordings are where the CSV files say"]
-    return Corpus(folder if root is None else Path(root).absolute(), [turns[i] for i in sorted(turns)], [], warnings)
+    return Corpus(
+        folder if root is None else Path(root).absolute(), [turns[i] for i in sorted(turns)], [], warnings
+    )
