@@ -58,7 +58,7 @@ def listen(corpus: Corpus, *, partial: bool = False, progress: bool = True) -> t
         id -> what was heard.
 
     Raises:
-        AudioError: unless `partial`, one message with every unusable recording.
+        AudioError: unless `partial`, one message with every unusable recording; or none is usable.
     """
     utterances, sounds, bad = [], {}, {}
     for u in tqdm(corpus.utterances, desc="reading audio", unit="file", disable=None if progress else True):
@@ -67,7 +67,7 @@ def listen(corpus: Corpus, *, partial: bool = False, progress: bool = True) -> t
             utterances.append(replace(u, extra={**u.extra, "sha256": sounds[u.id].sha256}))
         except AudioError as error:
             bad[u.id] = str(error)
-    if bad and not partial:
+    if bad and not (partial and utterances):
         raise AudioError(
             f"{corpus.root}: {len(bad)} of {len(corpus.utterances)} recordings cannot be used:"
             f"{listed(bad.values())}\nReplace them, or pass --partial to leave them out"
@@ -162,7 +162,8 @@ def to_markdown(sheet: Mapping[str, Any], title: str) -> str:
         f"- {len(sheet['same_audio'])} groups with the same samples"
         f"{_some(' = '.join(ids) for ids in sheet['same_audio'])}",
         f"- {text['with_text']} with a transcript, {text['different']} different ones; "
-        f"{text['utterances_with_shared']} utterances say one of the {text['shared_across_speakers']} that several speakers say"
+        f"{text['utterances_with_shared']} utterances say one of the {text['shared_across_speakers']} that several "
+        f"speakers say"
         f"{_some(f'{t!r} ({n})' for t, n in text['most_shared'].items())}",
         "",
         "| speaker | " + " | ".join(emotions) + " | all |",

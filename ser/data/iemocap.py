@@ -157,6 +157,7 @@ def parse_labels(text: str, dialogue: str, problems: list[str], warnings: list[s
     """
     labels: list[Label] = []
     ballots: list[list[str]] = []
+    label: Label | None = None
     for number, line in enumerate(text.splitlines(), 1):
         where = f"{dialogue}.txt line {number}"
         if line.startswith("["):
@@ -164,12 +165,12 @@ def parse_labels(text: str, dialogue: str, problems: list[str], warnings: list[s
             label = _label(line, dialogue, where, problems, warnings)
             if label is not None:
                 labels.append(label)
-        elif line.startswith("C-E") and labels:
+        elif line.startswith("C-E") and label is not None:
             spelt = line.partition(":")[2].partition("(")[0].split(";")
             names = [name.strip().lower() for name in spelt if name.strip()]
             warnings += [f"{where}: unknown vote {name!r}, left out" for name in names if name not in VOTES]
             ballots.append([VOTES[name] for name in names if name in VOTES])
-            labels[-1] = replace(labels[-1], votes=_shares(ballots))
+            labels[-1] = replace(label, votes=_shares(ballots))
     return labels
 
 

@@ -200,8 +200,8 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             "paper10",
             "Ten folds by recording side, as Cai et al. (INTERSPEECH 2021). Speaker-dependent: both test speakers "
-            "are in training. The test fold is the evaluation fold, so what is chosen on it is chosen on the test. "
-            "The only protocol whose figures may stand beside the paper's 78.15 %.",
+            "are in training. The test fold is the evaluation fold, so what is chosen on it is chosen on the "
+            "test. The only protocol whose figures may stand beside the paper's 78.15 %.",
             _paper10,
             {
                 ("train", "valid"): frozenset({"speakers", "sessions", "transcripts"}),
@@ -403,8 +403,8 @@ def _shared(first: Mapping[str, str], second: Mapping[str, str], *, ids: bool) -
 def check_fold(fold: Fold, utterances: Iterable[Utterance], protocol: Protocol) -> Audit:
     """That a fold is whole and shares nothing but what its protocol declares.
 
-    What the manifest cannot tell (a column is missing) is not refused: it is None in the audit and "unknown" in the
-    table.
+    What the manifest cannot tell (a column is missing) is not refused: it is None in the audit and "unknown" in
+    the table.
 
     Returns:
         The audit.
