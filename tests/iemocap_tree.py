@@ -17,8 +17,17 @@ needs_iemocap = pytest.mark.skipif(not UTTERANCES.is_file(), reason="no utteranc
 OTHERS = {"fru": 1849, "fea": 40, "sur": 107, "dis": 2, "oth": 3, "xxx": 2507}  # 4,508: with 5,531 they are 10,039
 HAPPY = 595  # of the 1,636 turns e1, the rest being excited
 SPELT = {
-    **{"neu": "Neutral", "hap": "Happiness", "exc": "Excited", "ang": "Anger", "sad": "Sadness"},
-    **{"fru": "Frustration", "fea": "Fear", "sur": "Surprise", "dis": "Disgust", "oth": "Other", "xxx": "Other"},
+    "neu": "Neutral",
+    "hap": "Happiness",
+    "exc": "Excited",
+    "ang": "Anger",
+    "sad": "Sadness",
+    "fru": "Frustration",
+    "fea": "Fear",
+    "sur": "Surprise",
+    "dis": "Disgust",
+    "oth": "Other",
+    "xxx": "Other",
 }
 
 # What is planted beside the labelled turns, and how often in the whole tree (once per dialogue or session).

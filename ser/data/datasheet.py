@@ -162,8 +162,8 @@ def to_markdown(sheet: Mapping[str, Any], title: str) -> str:
         f"- {len(sheet['same_audio'])} groups with the same samples"
         f"{_some(' = '.join(ids) for ids in sheet['same_audio'])}",
         f"- {text['with_text']} with a transcript, {text['different']} different ones; "
-        f"{text['utterances_with_shared']} utterances say one of the {text['shared_across_speakers']} that several "
-        f"speakers say"
+        f"{text['utterances_with_shared']} utterances say one of the {text['shared_across_speakers']} that "
+        f"several speakers say"
         f"{_some(f'{t!r} ({n})' for t, n in text['most_shared'].items())}",
         "",
         "| speaker | " + " | ".join(emotions) + " | all |",
