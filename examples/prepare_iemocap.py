@@ -1,0 +1,102 @@
+"""Make manifests, folds and a data sheet of a corpus's release, checked to the last turn.
+
+    python examples/prepare_iemocap.py IEMOCAP_full_release --out data/iemocap
+    python examples/prepare_iemocap.py PAPER_CSVS --corpus iemocap-csv --root IEMOCAP_full_release --out data/paper
+    python examples/prepare_iemocap.py EMODB/wav --corpus emodb --out data/emodb
+
+In --out: iemocap4.csv (the four-class protocol) and iemocap_all.csv (every label), or one manifest with the name
+of the corpus; folds/PROTOCOL.json (lists of ids); report.json (all that was dropped and why) and data_sheet.md. The
+manifests name files relative to the release: read them with --root RELEASE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import ser
+from ser.data.corpora import Corpus, parse_crema_d, parse_emodb, parse_ravdess, read_named
+from ser.data.datasheet import data_sheet, listen, to_markdown
+from ser.data.iemocap import four_classes, read_iemocap, read_paper_folds
+from ser.data.manifest import Utterance, write_manifest
+from ser.data.protocols import PROTOCOLS, Protocol, kfold, to_table, write_folds
+from ser.data.text import replace_file
+
+BY_NAME = {"emodb": parse_emodb, "ravdess": parse_ravdess, "crema-d": parse_crema_d}
+
+
+def read(arguments: argparse.Namespace) -> Corpus:
+    if arguments.corpus == "iemocap":
+        return read_iemocap(arguments.folder, partial=arguments.partial)
+    if arguments.corpus == "iemocap-csv":
+        return read_paper_folds(arguments.folder, root=arguments.root)
+    return read_named(arguments.folder, BY_NAME[arguments.corpus])
+
+
+def write_protocols(out: Path, protocols: list[Protocol], utterances: list[Utterance], seed: int) -> list[str]:
+    """Print and write the folds of each protocol; returns why some were not."""
+    refused = []
+    for protocol in protocols:
+        path = out / "folds" / f"{protocol.name}.json"
+        path.unlink(missing_ok=True)
+        try:
+            folds = protocol.folds(utterances, seed=seed)
+            audits = write_folds(path, protocol, folds, utterances, seed=seed)
+        except ser.SerError as error:
+            refused.append(f"no folds {protocol.name}: {error}")
+        else:
+            print(f"\n{protocol.name}: {protocol.description}\n{to_table(audits)}", end="")
+    return refused
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the release; for iemocap-csv that of the paper's CSV files")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all that is written")
+    parser.add_argument("--corpus", choices=["iemocap", "iemocap-csv", *BY_NAME], default="iemocap",
+                        help="(default: iemocap)")  # fmt: skip
+    parser.add_argument("--root", type=Path, help="the release that iemocap-csv's turns are in")
+    parser.add_argument("--partial", action="store_true", help="go on where turns are missing or unusable")
+    parser.add_argument("--seed", type=int, default=0, help="of the protocols that draw (default: 0)")
+    arguments = parser.parse_args()
+
+    corpus, sounds = listen(read(arguments), partial=arguments.partial)
+    if arguments.corpus == "iemocap":
+        manifests = {"iemocap4": four_classes(corpus.utterances), "iemocap_all": corpus.utterances}
+    else:
+        manifests = {arguments.corpus: corpus.utterances}
+    divided = next(iter(manifests.values()))
+    if arguments.corpus in BY_NAME:  # a few sentences that all speakers say
+        count = min(10, len({u.speaker for u in divided}))
+        protocols = [kfold("speaker", count, shares=["transcripts"])]
+    else:
+        protocols = list(PROTOCOLS.values())
+
+    (arguments.out / "folds").mkdir(parents=True, exist_ok=True)
+    sheets = {name: data_sheet(utterances, sounds) for name, utterances in manifests.items()}
+    for name, utterances in manifests.items():
+        write_manifest(arguments.out / f"{name}.csv", utterances, root=corpus.root)
+        print(f"{arguments.out / name}.csv: {len(utterances)} utterances, {sheets[name]['hours']} hours")
+    warnings = corpus.warnings + write_protocols(arguments.out, protocols, divided, arguments.seed)
+    with replace_file(arguments.out / "data_sheet.md") as file:
+        file.write("\n".join(to_markdown(sheet, name) for name, sheet in sheets.items()))
+    dropped = {why: [d.what for d in corpus.dropped if d.why == why] for why in corpus.reasons()}
+    report = {"root": str(corpus.root), "dropped": dropped, "warnings": warnings, "sheets": sheets}
+    with replace_file(arguments.out / "report.json") as file:
+        json.dump(report, file, ensure_ascii=False, indent=1)
+
+    print("\ndropped:" if dropped else "\nnothing was dropped")
+    for why, what in dropped.items():
+        print(f"  {len(what)} x {why}, such as {what[0]}")
+    for warning in warnings[:20]:
+        print(f"warning: {warning}")
+    print(f"{len(warnings)} warnings; all of them and all that was dropped: {arguments.out / 'report.json'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ser.SerError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,180 @@
+"""What a corpus holds, heard and counted before anything is trained on it: the data sheet beside a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ser.audio import audio_info, load_audio
+from ser.data.corpora import Corpus, Dropped, listed
+from ser.data.manifest import Utterance
+from ser.data.text import clean
+from ser.errors import AudioError
+
+SILENT = 0.001  # peak, full scale being 1: -60 dB. Speech that was recorded at all is louder.
+FULL_SCALE = 0.999
+CLIPPED = 4  # neighbouring samples at full scale: a single one may be a peak that just fits
+
+MAX_SHOWN = 20  # ids or texts of a kind in the Markdown; report.json has all
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What a recording is.
+
+    Attributes:
+        seconds: of the utterance.
+        sample_rate: Hz, of the file.
+        channels: of the file.
+        peak: largest absolute sample as `load_audio` gives it, full scale being 1.
+        clipped: at least four neighbouring samples at full scale.
+        sha256: of the decoded samples (16 kHz mono float32), so that copies with another header are found.
+    """
+
+    seconds: float
+    sample_rate: int
+    channels: int
+    peak: float
+    clipped: bool
+    sha256: str
+
+
+def listen(corpus: Corpus, *, partial: bool = False, progress: bool = True) -> tuple[Corpus, dict[str, Sound]]:
+    """Decode every recording of a corpus, once.
+
+    Args:
+        corpus: of any reader.
+        partial: drop utterances whose recording is unusable.
+        progress: show a bar where there is a terminal.
+
+    Returns:
+        The corpus, its utterances with the further column `sha256` (by which `protocols.audit` finds copies), and
+        id -> what was heard.
+
+    Raises:
+        AudioError: unless `partial`, one message with every unusable recording; or none is usable.
+    """
+    utterances, sounds, bad = [], {}, {}
+    for u in tqdm(corpus.utterances, desc="reading audio", unit="file", disable=None if progress else True):
+        try:
+            sounds[u.id] = _sound(u)
+            utterances.append(replace(u, extra={**u.extra, "sha256": sounds[u.id].sha256}))
+        except AudioError as error:
+            bad[u.id] = str(error)
+    if bad and not (partial and utterances):
+        raise AudioError(
+            f"{corpus.root}: {len(bad)} of {len(corpus.utterances)} recordings cannot be used:"
+            f"{listed(bad.values())}\nReplace them, or pass --partial to leave them out"
+        )
+    dropped = [*corpus.dropped, *(Dropped(id_, "unusable recording") for id_ in bad)]
+    warnings = [*corpus.warnings, *bad.values()]
+    return replace(corpus, utterances=utterances, dropped=dropped, warnings=warnings), sounds
+
+
+def _sound(u: Utterance) -> Sound:
+    info = audio_info(u.file, start=u.start, end=u.end)
+    samples = load_audio(u.file, start=u.start, end=u.end).numpy()
+    level = np.abs(samples)
+    full = np.flatnonzero(level >= FULL_SCALE)
+    return Sound(
+        seconds=info.seconds,
+        sample_rate=info.sample_rate,
+        channels=info.channels,
+        peak=float(level.max()),
+        # Four indices of which the last is three after the first are neighbours.
+        clipped=bool((full[CLIPPED - 1 :] - full[: len(full) - CLIPPED + 1] == CLIPPED - 1).any()),
+        sha256=hashlib.sha256(samples.astype("<f4").tobytes()).hexdigest(),
+    )
+
+
+def data_sheet(utterances: Iterable[Utterance], sounds: Mapping[str, Sound]) -> dict[str, Any]:
+    """What there is to know before training, for report.json: counts, seconds, and ids of what is odd.
+
+    Args:
+        utterances: at least one.
+        sounds: of all of them, as `listen` gives them.
+    """
+    utterances = sorted(utterances, key=lambda u: u.id)
+    seconds = np.array([sounds[u.id].seconds for u in utterances])
+    copies = defaultdict(list)
+    labels: dict[str, Counter[str]] = defaultdict(Counter)
+    said: dict[str, list[Utterance]] = defaultdict(list)
+    for u in utterances:
+        copies[sounds[u.id].sha256].append(u.id)
+        labels[u.speaker or "unknown"][u.emotion or "unlabelled"] += 1
+        if text := clean(u.text or ""):
+            said[text].append(u)
+    shared = {text: rows for text, rows in said.items() if len({u.speaker for u in rows if u.speaker}) > 1}
+    return {
+        "utterances": len(utterances),
+        "hours": round(float(seconds.sum()) / 3600, 3),
+        "seconds": {
+            "shortest": round(float(seconds.min()), 3),
+            "median": round(float(np.median(seconds)), 3),
+            "mean": round(float(seconds.mean()), 3),
+            "longest": round(float(seconds.max()), 3),
+        },
+        "formats": dict(
+            Counter(f"{s.sample_rate} Hz, {s.channels} channel(s)" for s in (sounds[u.id] for u in utterances))
+        ),
+        "emotions": dict(sorted(Counter(u.emotion or "unlabelled" for u in utterances).items())),
+        "labels_per_speaker": {speaker: dict(sorted(labels[speaker].items())) for speaker in sorted(labels)},
+        "silent": [u.id for u in utterances if sounds[u.id].peak < SILENT],
+        "clipped": [u.id for u in utterances if sounds[u.id].clipped],
+        "same_audio": [ids for ids in copies.values() if len(ids) > 1],
+        "transcripts": {
+            "with_text": sum(map(len, said.values())),
+            "different": len(said),
+            "shared_across_speakers": len(shared),
+            "utterances_with_shared": sum(map(len, shared.values())),
+            "most_shared": {
+                text: len(rows) for text, rows in sorted(shared.items(), key=lambda item: (-len(item[1]), item[0]))
+            },
+        },
+    }
+
+
+def to_markdown(sheet: Mapping[str, Any], title: str) -> str:
+    """The sheet of `data_sheet` for people."""
+    seconds, text = sheet["seconds"], sheet["transcripts"]
+    emotions = list(sheet["emotions"])
+    rows = [
+        f"| {speaker} | " + " | ".join(str(counts.get(e, 0)) for e in emotions) + f" | {sum(counts.values())} |"
+        for speaker, counts in sheet["labels_per_speaker"].items()
+    ]
+    total = " | ".join(str(count) for count in sheet["emotions"].values())
+    lines = [
+        f"# {title}",
+        "",
+        f"{sheet['utterances']} utterances, {sheet['hours']} hours; seconds: shortest {seconds['shortest']}, "
+        f"median {seconds['median']}, mean {seconds['mean']}, longest {seconds['longest']}.",
+        "",
+        *(f"- {count} files of {name}" for name, count in sheet["formats"].items()),
+        f"- {len(sheet['silent'])} silent (peak below {SILENT}){_some(sheet['silent'])}",
+        f"- {len(sheet['clipped'])} clipped ({CLIPPED} neighbouring samples at full scale)"
+        f"{_some(sheet['clipped'])}",
+        f"- {len(sheet['same_audio'])} groups with the same samples"
+        f"{_some(' = '.join(ids) for ids in sheet['same_audio'])}",
+        f"- {text['with_text']} with a transcript, {text['different']} different ones; "
+        f"{text['utterances_with_shared']} utterances say one of the {text['shared_across_speakers']} that "
+        f"several speakers say"
+        f"{_some(f'{t!r} ({n})' for t, n in text['most_shared'].items())}",
+        "",
+        "| speaker | " + " | ".join(emotions) + " | all |",
+        "|---" * (len(emotions) + 2) + "|",
+        *rows,
+        f"| all | {total} | {sheet['utterances']} |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _some(items: Iterable[str]) -> str:
+    items = list(items)
+    more = f" and {len(items) - MAX_SHOWN} more" if len(items) > MAX_SHOWN else ""
+    return f": {', '.join(items[:MAX_SHOWN])}{more}" if items else ""

@@ -1,0 +1,455 @@
+"""The IEMOCAP release (Busso et al., 2008) -> utterances, checked against the known counts to the last turn.
+
+    IEMOCAP_full_release/Session1/
+        dialog/EmoEvaluation/Ses01F_impro01.txt     labels; its subfolders are single annotators' and not read
+        dialog/transcriptions/Ses01F_impro01.txt
+        sentences/wav/Ses01F_impro01/Ses01F_impro01_M003.wav
+                            |                        '-- who speaks: the man of session 1, speaker 01M
+                            '-- the side: whose markers were filmed, here those of the woman, 01F
+
+The paper's ten "folds" 01F..05M go by the side, so both speakers of a test fold are in training too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ser.data.corpora import Corpus, Dropped, listed
+from ser.data.manifest import PAPER_EMOTIONS, Utterance, read_manifest
+from ser.errors import ManifestError
+
+# The release's codes. xxx: the annotators had no majority, so the turn has a transcript but no label.
+EMOTIONS: dict[str, str | None] = {
+    "neu": "neutral",
+    "hap": "happy",
+    "exc": "excited",
+    "ang": "angry",
+    "sad": "sad",
+    "fru": "frustrated",
+    "fea": "fearful",
+    "sur": "surprised",
+    "dis": "disgusted",
+    "oth": "other",
+    "xxx": None,
+}
+FOUR_CLASSES = {"neu": "neutral", "hap": "happy", "exc": "happy", "ang": "angry", "sad": "sad"}
+
+# How single annotators' labels are spelt.
+VOTES = {
+    "neutral": "neu",
+    "neutral state": "neu",
+    "happiness": "hap",
+    "excited": "exc",
+    "anger": "ang",
+    "sadness": "sad",
+    "frustration": "fru",
+    "fear": "fea",
+    "surprise": "sur",
+    "disgust": "dis",
+    "other": "oth",
+}
+
+# Names of speakers, and of the sides, which are the paper's folds.
+SIDES = tuple(f"0{session}{letter}" for session in range(1, 6) for letter in "FM")
+
+# Of the whole release: how many of its labelled turns have each value, and how many of the four-class protocol's.
+LABELLED, FOUR = "labelled turns", "four-class turns"
+COUNTS: dict[str, dict[str, int]] = {
+    "all": {LABELLED: 10_039, FOUR: 5_531},
+    "code": {"neu": 1708, "hap": 595, "exc": 1041, "ang": 1103, "sad": 1084},
+    "emotion": {"neutral": 1708, "happy": 1636, "angry": 1103, "sad": 1084},
+    "session": {"1": 1085, "2": 1023, "3": 1151, "4": 1031, "5": 1241},
+    "speaker": dict(zip(SIDES, (528, 557, 481, 542, 522, 629, 528, 503, 590, 651), strict=True)),
+    "side": dict(zip(SIDES, (507, 578, 505, 518, 536, 615, 553, 478, 644, 597), strict=True)),
+}
+
+_DIALOGUE = r"Ses0[1-5][FM]_(?:impro\d\d[ab]?|script\d\d_\db?)"
+
+
+@dataclass(frozen=True)
+class Name:
+    """What the name of a turn says.
+
+    Attributes:
+        id: the name.
+        dialogue: the recording that the turn is cut from.
+        session: "1" to "5".
+        side: the paper's fold, 01F to 05M: whose markers were filmed.
+        speaker: who speaks, 01F to 05M.
+        kind: "impro" or "script".
+    """
+
+    id: str
+    dialogue: str
+    session: str
+    side: str
+    speaker: str
+    kind: str
+
+    def file(self, root: Path) -> Path:
+        """Its recording in the release."""
+        return root / f"Session{self.session}" / "sentences" / "wav" / self.dialogue / f"{self.id}.wav"
+
+    def columns(self) -> dict[str, str]:
+        """For `Utterance.extra`."""
+        return {"dialogue": self.dialogue, "session": self.session, "side": self.side, "kind": self.kind}
+
+
+def parse_name(turn: str) -> Name | None:
+    """``Ses01F_impro01_M003`` -> side 01F, speaker 01M. None: no name of a turn (``Ses01F_impro01_MXX1``, say)."""
+    match = re.fullmatch(rf"({_DIALOGUE})_([FM])\d\d\d", turn)
+    if not match:
+        return None
+    dialogue, letter = match.groups()
+    session = dialogue[4]
+    kind = "impro" if "impro" in dialogue else "script"
+    return Name(turn, dialogue, session, dialogue[3:6], f"0{session}{letter}", kind)
+
+
+# -------------------------------------------------------------------------------------------- the text files
+
+
+@dataclass(frozen=True)
+class Label:
+    """One turn of an EmoEvaluation file.
+
+    Attributes:
+        name: of the turn.
+        start, end: seconds in the dialogue.
+        code: the label, a key of `EMOTIONS`.
+        valence, arousal, dominance: means over annotators, 1 to 5; None where the file's number is no such one.
+        votes: code -> share of the external annotators, 1 in all; empty if none is given.
+    """
+
+    name: Name
+    start: float
+    end: float
+    code: str
+    valence: float | None
+    arousal: float | None
+    dominance: float | None
+    votes: Mapping[str, float]
+
+
+_TURN = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\s+(\S+)\s+(\S+)\s+\[([^\]]*)\]\s*")
+
+
+def parse_labels(text: str, dialogue: str, problems: list[str], warnings: list[str]) -> list[Label]:
+    """The turns of an EmoEvaluation file.
+
+    Only the annotators' mean valence, arousal and dominance are read: single annotators' A- lines have blanks and
+    values out of range. Votes are those of the external annotators (C-E1, ...), as for the release's own labels;
+    an actor's view of the own performance (C-F1, C-M1) is none. One who gives several labels has one vote, in
+    equal parts.
+
+    Args:
+        text: of the file.
+        dialogue: its name without ".txt".
+        problems: receives what cannot be read.
+        warnings: receives what was read in part.
+    """
+    labels: list[Label] = []
+    ballots: list[list[str]] = []
+    label: Label | None = None
+    for number, line in enumerate(text.splitlines(), 1):
+        where = f"{dialogue}.txt line {number}"
+        if line.startswith("["):
+            ballots = []
+            label = _label(line, dialogue, where, problems, warnings)
+            if label is not None:
+                labels.append(label)
+        elif line.startswith("C-E") and label is not None:
+            spelt = line.partition(":")[2].partition("(")[0].split(";")
+            names = [name.strip().lower() for name in spelt if name.strip()]
+            warnings += [f"{where}: unknown vote {name!r}, left out" for name in names if name not in VOTES]
+            ballots.append([VOTES[name] for name in names if name in VOTES])
+            labels[-1] = replace(label, votes=_shares(ballots))
+    return labels
+
+
+def _label(line: str, dialogue: str, where: str, problems: list[str], warnings: list[str]) -> Label | None:
+    match = _TURN.fullmatch(line)
+    if not match:
+        problems.append(f"{where}: found {line[:100]!r}, expected [start - end] turn label [V, A, D]")
+        return None
+    name, code = parse_name(match[3]), match[4]
+    if name is None or name.dialogue != dialogue:
+        problems.append(f"{where}: {match[3]!r} is no turn of this dialogue")
+        return None
+    if code not in EMOTIONS:
+        problems.append(f"{where}: unknown label {code!r}, expected {', '.join(EMOTIONS)}")
+        return None
+    start, end = (_number(match[i]) for i in (1, 2))
+    values = [_number(value) for value in match[5].split(",")]
+    if start is None or end is None or len(values) != 3:
+        problems.append(f"{where}: found {line[:100]!r}, expected two times and three values")
+        return None
+    valence, arousal, dominance = (v if v is not None and 1 <= v <= 5 else None for v in values)
+    if None in (valence, arousal, dominance):
+        warnings.append(f"{where}: [V, A, D] is [{match[5]}]; what is not within 1 to 5 is taken as unlabelled")
+    return Label(name, start, end, code, valence, arousal, dominance, votes={})
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _shares(ballots: Iterable[list[str]]) -> dict[str, float]:
+    """code -> share, the largest first. An annotator without a known label has no vote."""
+    shares: dict[str, float] = defaultdict(float)
+    ballots = [ballot for ballot in ballots if ballot]
+    for ballot in ballots:
+        for code in ballot:
+            shares[code] += 1 / (len(ballot) * len(ballots))
+    return {code: round(share, 4) for code, share in sorted(shares.items(), key=lambda item: (-item[1], item[0]))}
+
+
+_LINE = re.compile(r"(Ses\S+)\s*\[[\d.\s-]*\]\s*:(.*)")
+
+
+def parse_transcripts(text: str, dialogue: str, dropped: list[Dropped], warnings: list[str]) -> dict[str, str]:
+    """Turn -> what is said, of a transcriptions file. The text may hold colons and brackets of its own.
+
+    Args:
+        text: of the file.
+        dialogue: its name without ".txt".
+        dropped: receives the lines without a turn's id: ``M: sorry``, ``..._FXX0``, ``..._MXX1``.
+        warnings: receives turns that stand twice with different texts; the first holds.
+    """
+    transcripts: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        where = f"transcriptions/{dialogue}.txt line {number}"
+        if not line.strip():
+            continue
+        match = _LINE.fullmatch(line.strip())
+        name = parse_name(match[1]) if match else None
+        if match is None:
+            dropped.append(Dropped(f"{where}: {line.strip()[:60]}", "transcript line without an id"))
+        elif name is None or name.dialogue != dialogue:
+            dropped.append(Dropped(match[1], "transcript with an id of no turn (such as _FXX0)"))
+        elif transcripts.setdefault(name.id, match[2].strip()) != match[2].strip():
+            warnings.append(f"{where}: {name.id} has another text already, which is kept")
+    return transcripts
+
+
+def _text(path: Path, warnings: list[str]) -> str:
+    """A file of the release. A few have bytes of Windows' code page in transcripts."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        warnings.append(f"{path.name} line {line}: byte 0x{content[error.start]:02x} is not UTF-8; read as cp1252")
+        return content.decode("cp1252", errors="replace")
+
+
+# ----------------------------------------------------------------------------------------------- the release
+
+
+def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_files: bool = True) -> Corpus:
+    """The labelled turns of the release: those with a label, a transcript and a recording, joined by id.
+
+    Args:
+        root: the folder with Session1 to Session5.
+        partial: go on although turns are missing or lines cannot be read; they become warnings.
+        check_files: a turn whose recording is missing is dropped. (It is not opened.)
+
+    Returns:
+        Utterances with all the release's labels by the names in `EMOTIONS`; `four_classes` selects the paper's.
+        The times in the dialogue are in the columns time_start and time_end: there is one file per turn, so
+        `start` and `end` are None. Valence, arousal and dominance are 1 to 5. More columns: code, dialogue,
+        session, side, kind ("script" or "impro") and votes, the shares of the external annotators' votes as JSON.
+
+    Raises:
+        ManifestError: there are no sessions in `root`; or, unless `partial`, the counts are not those of the whole
+            release, or a line cannot be read: one message with every difference.
+    """
+    root = Path(root).absolute()
+    problems: list[str] = []
+    dropped: list[Dropped] = []
+    warnings: list[str] = []
+    labels: dict[str, Label] = {}
+    transcripts: dict[str, str] = {}
+    for path in _files(root, "EmoEvaluation", dropped):
+        for label in parse_labels(_text(path, warnings), path.stem, problems, warnings):
+            if label.name.id in labels:
+                problems.append(f"{path.name}: {label.name.id} is labelled twice")
+            labels.setdefault(label.name.id, label)
+    for path in _files(root, "transcriptions", dropped):
+        transcripts |= parse_transcripts(_text(path, warnings), path.stem, dropped, warnings)
+    if not labels:
+        raise ManifestError(
+            f"{root}: no labels in Session1..5/dialog/EmoEvaluation/*.txt; "
+            "expected the folder IEMOCAP_full_release"
+        )
+    utterances = []
+    for id_ in sorted(labels.keys() | transcripts.keys()):
+        if id_ not in labels:
+            dropped.append(Dropped(id_, "transcript without a label"))
+        elif id_ not in transcripts:
+            dropped.append(Dropped(id_, "label without a transcript"))
+        elif check_files and not labels[id_].name.file(root).is_file():
+            dropped.append(Dropped(id_, "no recording"))
+        else:
+            utterances.append(_utterance(labels[id_], transcripts[id_], root))
+    corpus = Corpus(root, utterances, dropped, warnings)
+    wrong = count_differences(utterances) + problems
+    if wrong and not partial:
+        raise ManifestError(
+            f"{root}: not the whole release as it is known, these are the differences ({len(wrong)}):"
+            f"{listed(wrong)}\nWhat was dropped:{listed(f'{n} x {why}' for why, n in corpus.reasons().items())}\n"
+            "Copy what is missing, or pass --partial to go on with what is there"
+        )
+    return replace(corpus, warnings=wrong + warnings)
+
+
+def _files(root: Path, kind: str, dropped: list[Dropped]) -> Iterator[Path]:
+    """The dialogues' files directly in Session*/dialog/<kind>. Below it are single annotators' files."""
+    for session in range(1, 6):
+        folder = root / f"Session{session}" / "dialog" / kind
+        for path in sorted(folder.glob("*.txt")):
+            if re.fullmatch(_DIALOGUE, path.stem) and path.stem[4] == str(session) and path.is_file():
+                yield path
+            else:  # "._Ses01F_impro01.txt" on copies made with a Mac
+                dropped.append(
+                    Dropped(path.relative_to(root).as_posix(), "file with another name than a dialogue")
+                )
+
+
+def _utterance(label: Label, text: str, root: Path) -> Utterance:
+    votes = {"votes": json.dumps(label.votes)} if label.votes else {}
+    times = {"time_start": str(label.start), "time_end": str(label.end)}
+    return Utterance(
+        id=label.name.id,
+        file=label.name.file(root),
+        emotion=EMOTIONS[label.code],
+        text=text or None,
+        speaker=label.name.speaker,
+        arousal=label.arousal,
+        dominance=label.dominance,
+        valence=label.valence,
+        extra={"code": label.code, **label.name.columns(), **times, **votes},
+    )
+
+
+def four_classes(utterances: Iterable[Utterance]) -> list[Utterance]:
+    """Those of the four-class protocol, in which excited is happy: neutral, happy, angry, sad."""
+    return [
+        replace(u, emotion=FOUR_CLASSES[u.extra["code"]]) for u in utterances if u.extra["code"] in FOUR_CLASSES
+    ]
+
+
+def count_differences(utterances: Iterable[Utterance]) -> list[str]:
+    """Where the counts are not those of the whole release (`COUNTS`), one line each."""
+    utterances = list(utterances)
+    four = four_classes(utterances)
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    found["all"] = Counter({LABELLED: len(utterances), FOUR: len(four)})
+    for u in four:
+        for column in ("code", "session", "side"):
+            found[column][u.extra[column]] += 1
+        found["emotion"][str(u.emotion)] += 1
+        found["speaker"][str(u.speaker)] += 1
+    return [
+        f"{value if column == 'all' else f'four-class turns of {column} {value}'}: "
+        f"found {found[column][value]}, expected {expected}"
+        for column, counts in COUNTS.items()
+        for value, expected in counts.items()
+        if found[column][value] != expected
+    ]
+
+
+# ------------------------------------------------------------------------------------------- the paper's CSVs
+
+
+def read_paper_csv(
+    path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None, check_files: bool = True
+) -> list[Utterance]:
+    """One of the paper's files, ``iemocap_01F.train.csv`` or the like: file, emotion (e0 to e3), text.
+
+    Args:
+        path: the CSV.
+        root: the release. Its recordings are found by their names, whatever folder the CSV names; without
+            it, the CSV's own paths hold.
+        check_files: every recording must exist.
+
+    Returns:
+        Utterances as of `read_iemocap`, as far as a file's name tells: id, speaker and the columns dialogue,
+        session, side and kind. The text is the CSV's.
+
+    Raises:
+        ManifestError: the CSV cannot be read; or one message with every name that is no turn's, every other label
+            and every missing recording.
+    """
+    path = Path(path)
+    problems: list[str] = []
+    utterances = []
+    for u in read_manifest(path, check_files=False):
+        name = parse_name(u.file.stem)
+        emotion = PAPER_EMOTIONS.get(u.emotion or "", u.emotion)  # where another label stands, none was renamed
+        file = u.file if root is None or name is None else name.file(Path(root).absolute())
+        if name is None:
+            problems.append(f"{u.file.name!r} is no turn of IEMOCAP")
+        elif emotion not in PAPER_EMOTIONS.values():
+            problems.append(f"{name.id}: found the label {emotion!r}, expected {', '.join(PAPER_EMOTIONS)}")
+        elif check_files and not file.is_file():
+            problems.append(f"{name.id}: no recording {str(file)!r}")
+        else:
+            utterances.append(replace(u, id=name.id, file=file, speaker=name.speaker, extra=name.columns()))
+    if problems:
+        raise ManifestError(f"{path}: these rows cannot be used ({len(problems)}):{listed(problems)}")
+    return utterances
+
+
+def read_paper_folds(
+    folder: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None, check_files: bool = True
+) -> Corpus:
+    """The paper's twenty files -> the turns in them, once each.
+
+    The files say nothing more than the names of the turns: a fold's test file holds one side, its training file
+    the others. That is checked, so `protocols.paper10` on the result gives the same ten folds.
+
+    Args:
+        folder: with iemocap_01F.train.csv to iemocap_05M.test.csv.
+        root, check_files: as for `read_paper_csv`.
+
+    Raises:
+        ManifestError: as `read_paper_csv`; or one message with every fold that is otherwise.
+    """
+    folder = Path(folder).absolute()
+    tests = {
+        side: read_paper_csv(folder / f"iemocap_{side}.test.csv", root=root, check_files=check_files)
+        for side in SIDES
+    }
+    turns = {u.id: u for rows in tests.values() for u in rows}
+    problems = []
+    for side, rows in tests.items():
+        if strange := sorted({u.extra["side"] for u in rows} - {side}):
+            problems.append(f"iemocap_{side}.test.csv holds turns of {', '.join(strange)}")
+        path = folder / f"iemocap_{side}.train.csv"
+        train = {(u.id, u.emotion) for u in read_paper_csv(path, root=root, check_files=False)}
+        rest = {(u.id, u.emotion) for u in turns.values() if u.extra["side"] != side}
+        problems += [f"{path.name} has no {id_} ({emotion})" for id_, emotion in sorted(rest - train)]
+        problems += [
+            f"{path.name} has {id_} ({emotion}), but no test file" for id_, emotion in sorted(train - rest)
+        ]
+    if problems:
+        raise ManifestError(f"{folder}: not the paper's folds ({len(problems)}):{listed(problems)}")
+    warnings = [] if root is not None else ["without a root, the recordings are where the CSV files say"]
+    return Corpus(
+        folder if root is None else Path(root).absolute(), [turns[i] for i in sorted(turns)], [], warnings
+    )

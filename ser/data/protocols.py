@@ -1,0 +1,530 @@
+"""Who is tested on what: each protocol is a function of the manifest and a seed alone, and says what it leaks.
+
+A protocol makes folds; a fold has named parts (train, valid, test), which are lists of ids. What two parts share
+(speakers, dialogues, sessions, transcripts, recordings) makes figures better than they would be on strangers. A
+protocol declares what it shares, `audit` finds what is shared, and `check_fold` refuses what was not declared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ser.data.manifest import MAX_LISTED, Utterance
+from ser.data.text import clean, did_you_mean, replace_file, unique_names
+from ser.errors import ConfigError, ManifestError
+
+PARTS = ("train", "valid", "test")
+PAIRS = tuple(combinations(PARTS, 2))
+KINDS = ("speakers", "dialogues", "sessions", "transcripts", "recordings", "copies")
+
+KNOWN_SPEAKER_TURNS = 50  # held out of each speaker
+
+Leaks = Mapping[tuple[str, str], frozenset[str]]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One division of a manifest.
+
+    Attributes:
+        name: of what is tested, such as "01F".
+        parts: "train", "valid", "test" -> sorted ids. A protocol without validation has no "valid".
+    """
+
+    name: str
+    parts: dict[str, list[str]]
+
+    def select(self, utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
+        """The parts as utterances.
+
+        Raises:
+            ManifestError: an id that is not among `utterances`.
+        """
+        by_id = {u.id: u for u in utterances}
+        missing = sorted({i for ids in self.parts.values() for i in ids} - by_id.keys())
+        if missing:
+            raise ManifestError(
+                f"fold {self.name}: {len(missing)} of its ids are not in the manifest, such as {missing[0]!r}; "
+                "was it made from another manifest?"
+            )
+        return {part: [by_id[i] for i in ids] for part, ids in self.parts.items()}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a corpus is divided, and what the figures then mean.
+
+    Attributes:
+        name: as in results.
+        description: what it measures, and what its figures may be compared with.
+        divide: (utterances, seed) -> folds, whatever the order of the utterances.
+        declares: (part, part), in the order train, valid, test -> the kinds they share knowingly.
+    """
+
+    name: str
+    description: str
+    divide: Callable[[Sequence[Utterance], int], list[Fold]]
+    declares: Leaks = field(default_factory=dict)
+
+    def folds(self, utterances: Iterable[Utterance], *, seed: int = 0) -> list[Fold]:
+        """The folds, in the order of their names.
+
+        Raises:
+            ManifestError: the manifest lacks a column that this protocol needs, or has too few utterances.
+        """
+        return self.divide(sorted(utterances, key=lambda u: u.id), seed)
+
+
+# ------------------------------------------------------------------------------------------------- protocols
+
+
+def _column(utterances: Sequence[Utterance], name: str, protocol: str) -> list[str]:
+    """The value of each utterance."""
+    values = [u.speaker if name == "speaker" else u.extra.get(name) for u in utterances]
+    missing = [u.id for u, value in zip(utterances, values, strict=True) if value is None]
+    if missing:
+        raise ManifestError(
+            f"the protocol {protocol} needs the column {name!r}, which {len(missing)} of {len(utterances)} "
+            f"utterances lack, such as {missing[0]!r}"
+        )
+    return [str(value) for value in values]
+
+
+def _by_value(utterances: Sequence[Utterance], name: str, protocol: str) -> dict[str, list[str]]:
+    """Value -> the ids that have it, both sorted."""
+    groups = defaultdict(list)
+    for u, value in zip(utterances, _column(utterances, name, protocol), strict=True):
+        groups[value].append(u.id)
+    if len(groups) < 2:
+        raise ManifestError(
+            f"the protocol {protocol} needs two values of {name!r} or more, found {sorted(groups)}"
+        )
+    return {value: sorted(groups[value]) for value in sorted(groups)}
+
+
+def _except(groups: Mapping[str, list[str]], *names: str) -> list[str]:
+    return sorted(i for value, ids in groups.items() if value not in names for i in ids)
+
+
+def _paper10(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
+    groups = _by_value(utterances, "side", "paper10")
+    return [
+        Fold(side, {"train": _except(groups, side), "valid": list(ids), "test": list(ids)})
+        for side, ids in groups.items()
+    ]
+
+
+def _leave_one_out(groups: Mapping[str, list[str]]) -> list[Fold]:
+    """Each value is the test part once, and validates the one before it. Of two values, none validates."""
+    names = list(groups)
+    folds = []
+    for i, name in enumerate(names):
+        if len(names) == 2:
+            folds.append(Fold(name, {"train": _except(groups, name), "test": groups[name]}))
+        else:
+            valid = names[(i + 1) % len(names)]
+            parts = {"train": _except(groups, name, valid), "valid": groups[valid], "test": groups[name]}
+            folds.append(Fold(name, parts))
+    return folds
+
+
+def _session5(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
+    return _leave_one_out(_by_value(utterances, "session", "session5"))
+
+
+def _speaker10(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
+    groups = _by_value(utterances, "speaker", "speaker10")
+    pairs = defaultdict(set)
+    for u, session in zip(utterances, _column(utterances, "session", "speaker10"), strict=True):
+        pairs[session].add(str(u.speaker))
+    for session, speakers in sorted(pairs.items()):
+        if len(speakers) != 2:
+            raise ManifestError(
+                f"the protocol speaker10 needs two speakers per session, found {sorted(speakers)} in {session}"
+            )
+    partner = {speaker: (pair - {speaker}).pop() for pair in pairs.values() for speaker in pair}
+    return [
+        Fold(
+            speaker,
+            {"train": _except(groups, speaker, partner[speaker]), "valid": groups[partner[speaker]], "test": ids},
+        )
+        for speaker, ids in groups.items()
+    ]
+
+
+def _speaker_known(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
+    groups = _by_value(utterances, "speaker", "speaker-known")
+    random = np.random.default_rng(seed)
+    test: list[str] = []
+    for speaker, ids in groups.items():
+        if len(ids) <= KNOWN_SPEAKER_TURNS:
+            raise ManifestError(
+                f"the protocol speaker-known holds out {KNOWN_SPEAKER_TURNS} utterances of each speaker, but "
+                f"{speaker} has only {len(ids)}"
+            )
+        test += (ids[i] for i in random.permutation(len(ids))[:KNOWN_SPEAKER_TURNS])
+    held_out = set(test)
+    return [Fold("all", {"train": [u.id for u in utterances if u.id not in held_out], "test": sorted(test)})]
+
+
+def _speaker_known_text(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
+    (fold,) = _speaker_known(utterances, seed)
+    parts = fold.select(utterances)
+    said = {text for u in parts["test"] if (text := _transcript(u))}
+    train = [u for u in parts["train"] if _transcript(u) not in said]
+    lost = {u.speaker for u in parts["train"]} - {u.speaker for u in train}
+    if lost:
+        raise ManifestError(
+            f"the protocol speaker-known-text: all other utterances of {', '.join(sorted(map(str, lost)))} have a "
+            "transcript that is held out, so none is left in training"
+        )
+    return [Fold(fold.name, {"train": [u.id for u in train], "test": fold.parts["test"]})]
+
+
+_STRANGERS = frozenset({"transcripts"})
+_ACQUAINTED = frozenset({"speakers", "dialogues", "sessions"})
+
+# IEMOCAP's.
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            "paper10",
+            "Ten folds by recording side, as Cai et al. (INTERSPEECH 2021). Speaker-dependent: both test speakers "
+            "are in training. The test fold is the evaluation fold, so what is chosen on it is chosen on the "
+            "test. The only protocol whose figures may stand beside the paper's 78.15 %.",
+            _paper10,
+            {
+                ("train", "valid"): frozenset({"speakers", "sessions", "transcripts"}),
+                ("train", "test"): frozenset({"speakers", "sessions", "transcripts"}),
+                ("valid", "test"): frozenset(KINDS),
+            },
+        ),
+        # A whole session validates: one speaker of a training session would share its dialogues (the two talk to
+        # each other in all of them), and so the scenes, the room and the annotators, with training.
+        Protocol(
+            "session5",
+            "Leave one session out, the next one validates: no speaker, dialogue or session is in two parts. The "
+            "scripts are the same in all sessions, so transcripts are shared.",
+            _session5,
+            dict.fromkeys(PAIRS, _STRANGERS),
+        ),
+        Protocol(
+            "speaker10",
+            "Leave one speaker out, the partner in the same dialogues validates; the other four sessions train. "
+            "Transcripts of the scripts are shared.",
+            _speaker10,
+            {
+                ("train", "valid"): _STRANGERS,
+                ("train", "test"): _STRANGERS,
+                ("valid", "test"): frozenset({"dialogues", "sessions", "transcripts"}),
+            },
+        ),
+        Protocol(
+            "speaker-known",
+            f"Every speaker is in training; {KNOWN_SPEAKER_TURNS} turns of each, drawn by the seed, are held out. "
+            "For telling speakers apart. Nothing validates: evaluate the weights that training ends with.",
+            _speaker_known,
+            {("train", "test"): _ACQUAINTED | {"transcripts"}},
+        ),
+        Protocol(
+            "speaker-known-text",
+            "The test turns of speaker-known, and no turn in training that says what one of them says: the "
+            "difference between the two figures is what remembered words give.",
+            _speaker_known_text,
+            {("train", "test"): _ACQUAINTED},
+        ),
+    )
+}
+
+
+def by_column(*, shares: Iterable[str] = ()) -> Protocol:
+    """The division that a manifest itself gives, in a column `split` or `fold`.
+
+    In `split`, train, valid (validation, dev) and test make one fold. In `fold`, each value is the test part once
+    and validates once.
+
+    Args:
+        shares: the kinds that all parts share knowingly: what the division's author says.
+    """
+
+    def divide(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
+        if not any("split" in u.extra for u in utterances):
+            return _leave_one_out(_by_value(utterances, "fold", "column (which has no 'split' either)"))
+        other_names = {"validation": "valid", "dev": "valid"}
+        parts = defaultdict(list)
+        for u, value in zip(utterances, _column(utterances, "split", "column"), strict=True):
+            parts[other_names.get(value, value)].append(u.id)
+        if unknown := sorted(parts.keys() - set(PARTS)):
+            raise ManifestError(f"the column 'split' holds {unknown}, expected train, valid and test")
+        return [Fold("all", {part: parts[part] for part in PARTS if part in parts})]
+
+    return Protocol("column", "As the manifest's own column divides it.", divide, _shares(shares))
+
+
+def kfold(column: str, count: int, *, shares: Iterable[str] = ()) -> Protocol:
+    """`count` folds in which no value of `column` is in two parts; the next fold validates.
+
+    With as many folds as values, leave one out; else the values are dealt out as the seed has it.
+
+    Args:
+        column: "speaker" or an extra column.
+        count: of folds, from 2 to the number of values.
+        shares: the kinds that all parts share knowingly, such as the "transcripts" of ten fixed sentences.
+    """
+    name = f"kfold-{column}-{count}"
+
+    def divide(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
+        groups = _by_value(utterances, column, name)
+        if not 2 <= count <= len(groups):
+            raise ManifestError(f"{count} folds, but the column {column!r} has {len(groups)} values")
+        if count < len(groups):
+            values = list(groups)
+            order = np.random.default_rng(seed).permutation(len(values))
+            dealt = [[values[i] for i in order[first::count]] for first in range(count)]
+            groups = {
+                f"{number:0{len(str(count))}d}": sorted(i for value in part for i in groups[value])
+                for number, part in enumerate(dealt, 1)
+            }
+        return _leave_one_out(groups)
+
+    description = f"{count} folds by {column}; the next fold validates."
+    return Protocol(name, description, divide, _shares(shares))
+
+
+def _shares(kinds: Iterable[str]) -> Leaks:
+    kinds = frozenset(kinds)
+    for kind in sorted(kinds - set(KINDS)):
+        raise ConfigError(f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; parts can share {', '.join(KINDS)}")
+    return dict.fromkeys(PAIRS, kinds)
+
+
+# ----------------------------------------------------------------------------------------------------- audit
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the second of two parts has that the first one has too.
+
+    Attributes:
+        values: names, transcripts or ids, sorted.
+        utterances: of the second part that have one of them.
+        known: utterances of the second part for which it can be known.
+    """
+
+    values: list[str]
+    utterances: int
+    known: int
+
+    @property
+    def fraction(self) -> float:
+        """Of the second part's utterances for which it can be known."""
+        return self.utterances / self.known if self.known else 0.0
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the parts of a fold are and share.
+
+    Attributes:
+        fold: its name.
+        classes: part -> emotion -> utterances.
+        shared: (part, part) -> kind -> what is shared, or None where the manifest cannot tell.
+    """
+
+    fold: str
+    classes: dict[str, dict[str, int]]
+    shared: dict[tuple[str, str], dict[str, Shared | None]]
+
+
+def _transcript(u: Utterance) -> str:
+    return clean(u.text or "")
+
+
+def _value(u: Utterance, kind: str) -> str:
+    """What stands for the utterance when it is looked for in another part; empty if unknown."""
+    if kind == "speakers":
+        return u.speaker or ""
+    if kind == "transcripts":
+        return _transcript(u)
+    if kind == "recordings":
+        return f"{os.path.normpath(u.file.absolute())} {u.start or 0.0} {u.end}"
+    return u.extra.get({"dialogues": "dialogue", "sessions": "session", "copies": "sha256"}[kind], "")
+
+
+def audit(fold: Fold, utterances: Iterable[Utterance]) -> Audit:
+    """What any two parts share.
+
+    Transcripts are compared after `clean`, and utterances without one tell nothing. Recordings are the same if
+    file, start and end are. Copies are found by the column `sha256`, that of the decoded samples which
+    `datasheet.listen` writes; without it they are unknown. Excerpts that only overlap are not found.
+
+    Raises:
+        ManifestError: the fold has an id that is not among `utterances`.
+    """
+    parts = fold.select(utterances)
+    having = {
+        (part, kind): {u.id: value for u in rows if (value := _value(u, kind))}
+        for part, rows in parts.items()
+        for kind in KINDS
+    }
+    shared: dict[tuple[str, str], dict[str, Shared | None]] = {}
+    for first, second in PAIRS:
+        if first in parts and second in parts:
+            shared[first, second] = {
+                kind: _shared(having[first, kind], having[second, kind], ids=kind in ("recordings", "copies"))
+                for kind in KINDS
+            }
+    classes = {
+        part: dict(sorted(Counter(u.emotion or "unlabelled" for u in rows).items()))
+        for part, rows in parts.items()
+    }
+    return Audit(fold.name, classes, shared)
+
+
+def _shared(first: Mapping[str, str], second: Mapping[str, str], *, ids: bool) -> Shared | None:
+    """Of two parts' id -> value."""
+    if not first or not second:
+        return None
+    there = set(first.values())
+    hits = {id_: value for id_, value in second.items() if value in there}
+    return Shared(sorted(hits if ids else set(hits.values())), len(hits), len(second))
+
+
+def check_fold(fold: Fold, utterances: Iterable[Utterance], protocol: Protocol) -> Audit:
+    """That a fold is whole and shares nothing but what its protocol declares.
+
+    What the manifest cannot tell (a column is missing) is not refused: it is None in the audit and "unknown" in
+    the table.
+
+    Returns:
+        The audit.
+
+    Raises:
+        ManifestError: train or test is missing, a part is empty or has an id twice, an id is unknown; or one
+            message with every leak that is not declared, by name.
+    """
+    problems = [f"the part {part} is missing" for part in ("train", "test") if part not in fold.parts]
+    for part, ids in fold.parts.items():
+        if not ids:
+            problems.append(f"the part {part} is empty")
+        if twice := sorted(i for i, n in Counter(ids).items() if n > 1):
+            problems.append(f"the part {part} has {twice[0]!r} twice")
+    found = audit(fold, utterances)
+    for (first, second), kinds in found.shared.items():
+        for kind, shared in kinds.items():
+            if shared is not None and shared.values and kind not in protocol.declares.get((first, second), ()):
+                some = ", ".join(map(repr, shared.values[:5])) + (", ..." if len(shared.values) > 5 else "")
+                problems.append(
+                    f"{first} and {second} share {len(shared.values)} {kind} ({some}): "
+                    f"{shared.utterances} utterances of {second}"
+                )
+    if problems:
+        raise ManifestError(
+            f"fold {fold.name}: the protocol {protocol.name} does not permit this:"
+            + "".join(f"\n  {problem}" for problem in problems[:MAX_LISTED])
+        )
+    return found
+
+
+def to_table(audits: Iterable[Audit]) -> str:
+    """Sizes of the parts, and what share of the test part's utterances is known to training, for people.
+
+    A kind that the manifest cannot tell is "unknown".
+    """
+    head = ["fold", *PARTS, *(f"{kind} in train" for kind in KINDS), "valid is test"]
+    rows = [head]
+    for a in audits:
+        sizes = {part: sum(counts.values()) for part, counts in a.classes.items()}
+        cells = [_percent(a.shared.get(("train", "test"), {}).get(kind)) for kind in KINDS]
+        both = a.shared.get(("valid", "test"), {}).get("recordings")
+        rows.append([a.fold, *(str(sizes.get(part, "-")) for part in PARTS), *cells,
+                     _percent(both) if "valid" in sizes else "-"])  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return (
+        "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows) + "\n"
+    )
+
+
+def _percent(shared: Shared | None) -> str:
+    return "unknown" if shared is None else f"{100 * shared.fraction:.1f} %"
+
+
+# ----------------------------------------------------------------------------------------------------- files
+
+
+def write_folds(
+    path: str | os.PathLike[str],
+    protocol: Protocol,
+    folds: Iterable[Fold],
+    utterances: Iterable[Utterance],
+    *,
+    seed: int,
+) -> list[Audit]:
+    """Check the folds and write them as JSON: lists of ids, with what the protocol declares and what was found.
+
+    Returns:
+        The audits.
+
+    Raises:
+        ManifestError: as `check_fold`; or the file cannot be written. It is written whole or not at all.
+    """
+    path, folds, utterances = Path(path), list(folds), list(utterances)
+    audits = [check_fold(fold, utterances, protocol) for fold in folds]
+    content = {
+        "protocol": protocol.name,
+        "description": protocol.description,
+        "seed": seed,
+        "declares": {"/".join(pair): sorted(kinds) for pair, kinds in protocol.declares.items()},
+        "folds": [
+            {"name": fold.name, "parts": fold.parts, "classes": found.classes, "shared": _to_json(found)}
+            for fold, found in zip(folds, audits, strict=True)
+        ],
+    }
+    try:
+        with replace_file(path) as file:
+            json.dump(content, file, ensure_ascii=False, indent=1)
+            file.write("\n")
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot write the folds: {error.strerror or error}") from error
+    return audits
+
+
+def _to_json(found: Audit) -> dict[str, Any]:
+    return {
+        "/".join(pair): {
+            kind: None if s is None else {"values": len(s.values), "utterances": s.utterances, "known": s.known}
+            for kind, s in kinds.items()
+        }
+        for pair, kinds in found.shared.items()
+    }
+
+
+def read_folds(path: str | os.PathLike[str]) -> list[Fold]:
+    """The folds that `write_folds` wrote.
+
+    Raises:
+        ManifestError: with the path, if it is no such file.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_names)
+        folds = [Fold(fold["name"], fold["parts"]) for fold in content["folds"]]
+        for fold in folds:
+            good = isinstance(fold.name, str) and fold.parts and fold.parts.keys() <= set(PARTS)
+            if not good or not all(isinstance(i, str) for ids in fold.parts.values() for i in ids):
+                raise ValueError(f"fold {fold.name!r} is no lists of ids called train, valid and test")
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot read the folds: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ManifestError(f"{path}: not a file of folds: {error!r}") from error
+    return folds

@@ -1,0 +1,127 @@
+"""Corpora that tell all in their file names."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from ser.data.corpora import (
+    CREMA_D_TEXTS,
+    EMODB_TEXTS,
+    parse_crema_d,
+    parse_emodb,
+    parse_ravdess,
+    read_named,
+)
+from ser.data.protocols import check_fold, kfold
+from ser.errors import ManifestError
+
+EMODB = Path(__file__).resolve().parents[2] / "shared" / "corpora" / "emodb-4class"
+needs_emodb = pytest.mark.skipif(not EMODB.is_dir(), reason="EmoDB is not at ../shared/corpora")
+
+
+@needs_emodb
+def test_emodb_s_names_say_what_its_table_says():
+    names = {"anger": "angry", "happiness": "happy", "neutral": "neutral", "sadness": "sad"}
+    with (EMODB / "metadata.csv").open(newline="", encoding="utf-8") as file:
+        table = {Path(row["file"]).stem: row for row in csv.DictReader(file)}
+    corpus = read_named(EMODB, parse_emodb)
+    assert {u.id for u in corpus.utterances} == table.keys() and not corpus.dropped
+    for u in corpus.utterances:
+        row = table[u.id]
+        assert (u.emotion, u.speaker, u.text) == (names[row["emotion"]], row["speaker"], row["transcript"])
+        assert (u.extra["gender"][0], u.extra["text_code"]) == (row["gender"], row["text_code"])
+        assert u.file == EMODB / row["file"]
+    assert {u.text for u in corpus.utterances} == set(EMODB_TEXTS.values())
+
+
+@needs_emodb
+def test_emodb_leaves_each_of_its_ten_speakers_out_once():
+    utterances = read_named(EMODB, parse_emodb).utterances
+    protocol = kfold("speaker", 10, shares=["transcripts"])
+    folds = protocol.folds(utterances)
+    assert sorted(i for fold in folds for i in fold.parts["test"]) == sorted(u.id for u in utterances)
+    assert [fold.name for fold in folds] == ["03", "08", "09", *map(str, range(10, 17))]
+    for fold in folds:
+        found = check_fold(fold, utterances, protocol)
+        assert found.shared["train", "test"]["transcripts"].fraction == 1.0
+        assert found.shared["train", "test"]["speakers"].values == []
+        assert found.shared["train", "test"]["dialogues"] is None
+
+
+@pytest.mark.parametrize(
+    ("parse", "stem", "emotion", "speaker", "text", "gender", "extra"),
+    [
+        (parse_emodb, "16b10Lb", "bored", "16", "Die wird auf dem Platz", "female", {"take": "b"}),
+        (parse_emodb, "11a05Ed", "disgusted", "11", "Das schwarze Stück Papier", "male", {"text_code": "a05"}),
+        (parse_emodb, "08b09Ab", "fearful", "08", "Ich will das eben", "female", {}),
+        (parse_ravdess, "03-01-06-01-02-01-12", "fearful", "12", "Dogs are", "female", {"intensity": "normal"}),
+        (parse_ravdess, "03-01-02-02-01-02-23", "calm", "23", "Kids are", "male", {"intensity": "strong"}),
+        (parse_ravdess, "03-01-08-01-01-02-07", "surprised", "07", "Kids are", "male", {"repetition": "02"}),
+        (parse_crema_d, "1001_DFA_ANG_XX", "angry", "1001", "Don't forget", None, {"intensity": "unspecified"}),
+        (parse_crema_d, "1091_IEO_HAP_HI", "happy", "1091", "It's eleven", None, {"intensity": "high"}),
+        (parse_crema_d, "1040_ITH_SAD_X", "sad", "1040", "I think I have", None, {"intensity": "unspecified"}),
+    ],
+)
+def test_a_name_says_emotion_speaker_text_and_gender(parse, stem, emotion, speaker, text, gender, extra):
+    found = parse(stem)
+    assert (found.emotion, found.speaker, found.gender) == (emotion, speaker, gender)
+    assert found.text.startswith(text)
+    assert extra.items() <= found.extra.items()
+
+
+@pytest.mark.parametrize(
+    ("parse", "stem"),
+    [
+        (parse_emodb, "03a01Xa"),  # no such emotion
+        (parse_emodb, "04a01Fa"),  # no such speaker
+        (parse_emodb, "03a03Fa"),  # no such text
+        (parse_emodb, "03a01F"),
+        (parse_ravdess, "03-02-06-01-02-01-12"),  # a song
+        (parse_ravdess, "02-01-06-01-02-01-12"),  # video without sound
+        (parse_ravdess, "03-01-09-01-02-01-12"),
+        (parse_ravdess, "03-01-06-01-02-01-25"),
+        (parse_ravdess, "03-01-06-01-02-01-00"),
+        (parse_crema_d, "1000_DFA_ANG_XX"),
+        (parse_crema_d, "1092_DFA_ANG_XX"),
+        (parse_crema_d, "1001_ABC_ANG_XX"),
+        (parse_crema_d, "1001_DFA_SUR_XX"),
+        (parse_crema_d, "1001_DFA_ANG_XY"),
+    ],
+)
+def test_other_names_are_none_of_the_corpus(parse, stem):
+    assert parse(stem) is None
+
+
+def test_crema_d_has_twelve_sentences_of_their_own():
+    assert len(CREMA_D_TEXTS) == len(set(CREMA_D_TEXTS.values())) == 12
+
+
+def test_a_folder_is_read_by_names_whatever_else_lies_in_it(tmp_path):
+    for file in (
+        "Actor_01/03-01-01-01-01-01-01.wav",
+        "Actor_02/03-01-03-01-01-01-02.WAV",
+        "Actor_02/03-02-03-01-01-01-02.wav",
+        "Actor_02/._03-01-03-01-01-01-02.wav",
+        "Actor_02/notes.txt",
+        "copy/Actor_01/03-01-01-01-01-01-01.wav",
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    corpus = read_named(tmp_path, parse_ravdess)
+    first, second = corpus.utterances
+    assert (first.id, first.file) == ("03-01-01-01-01-01-01", tmp_path / "Actor_01/03-01-01-01-01-01-01.wav")
+    assert (second.emotion, second.extra["gender"], second.extra["code"]) == ("happy", "female", "03")
+    assert {d.what: d.why for d in corpus.dropped} == {
+        "Actor_02/._03-01-03-01-01-01-02.wav": "hidden file",
+        "Actor_02/03-02-03-01-01-01-02.wav": "not a name of this corpus's speech",
+        "copy/Actor_01/03-01-01-01-01-01-01.wav": "the same name stands in another folder already",
+    }
+
+
+def test_a_folder_without_the_corpus_is_refused(tmp_path):
+    (tmp_path / "a.wav").touch()
+    with pytest.raises(ManifestError, match=r"none of its 1 WAV files .*\n  a.wav"):
+        read_named(tmp_path, parse_emodb)
+    with pytest.raises(ManifestError, match="no such folder"):
+        read_named(tmp_path / "missing", parse_emodb)
