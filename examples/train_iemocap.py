@@ -13,6 +13,12 @@ Train a small model from scratch on two CPU processes:
         --rate 1e-3 --micro-batch 8 --effective-batch 16 --epochs 20 \\
         --allow-overlap speakers --out runs/demo
 
+One fold of the paper's protocol with the paper's settings, from the folder that prepare_iemocap.py wrote:
+
+    torchrun --standalone --nproc-per-node=2 examples/train_iemocap.py \\
+        --data data/iemocap --root IEMOCAP_full_release --protocol paper10 --fold 01F \\
+        --paper --init wav2vec2-base --out runs/01F
+
 One process: python examples/train_iemocap.py ... . A run that was interrupted continues when the same command is
 given again.
 
@@ -23,6 +29,7 @@ dominance, valence. The files are relative to --root, else to the manifest's fol
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -33,13 +40,14 @@ import torch
 
 import ser
 from ser.data.manifest import DIMENSIONS, check_labels, check_overlap, parse_columns, read_manifest
+from ser.data.protocols import PROTOCOLS, check_fold, find_fold, find_manifest, find_protocol, to_table
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
 from ser.errors import ConfigError
 from ser.models.config import PRESETS
 from ser.models.pretrained import find_folder
 from ser.recognizer import Recognizer, inherited_labels, is_preset
-from ser.train.config import TrainConfig, add_arguments, from_arguments
-from ser.train.distributed import joined_world
+from ser.train.config import TrainConfig, add_arguments, from_arguments, paper_settings
+from ser.train.distributed import World, joined_world
 from ser.train.loop import fit, say
 
 
@@ -48,8 +56,22 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--train", type=Path, required=True, help="manifest to learn from")
+    parser.add_argument("--train", type=Path, help="manifest to learn from")
     parser.add_argument("--valid", type=Path, help="manifest to choose the best model by")
+    parser.add_argument(
+        "--data", type=Path, help="manifest that --protocol divides, or a folder with iemocap4.csv"
+    )
+    parser.add_argument("--protocol", help=f"{', '.join(PROTOCOLS)}, column, or kfold:COLUMN:COUNT")
+    parser.add_argument("--fold", help="name of the fold, such as 01F")
+    parser.add_argument(
+        "--shares", nargs="*", default=[], help="what the parts of column and kfold share knowingly"
+    )
+    parser.add_argument("--protocol-seed", type=int, default=0, help="of protocols that draw (default: 0)")
+    paper = parser.add_mutually_exclusive_group()
+    paper.add_argument(
+        "--paper", action="store_true", help="the settings of Cai et al. (2021) as their text has them"
+    )
+    paper.add_argument("--paper-script", action="store_true", help="as their training script acts")
     parser.add_argument("--root", type=Path, help="folder that the manifests' files are relative to")
     parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
     parser.add_argument(
@@ -74,7 +96,46 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="show changed transcripts, and reference beside "
                         "hypothesis in evaluation")  # fmt: skip
     add_arguments(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.paper or arguments.paper_script:  # they are defaults: what is given beside them counts
+        given = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+        given.add_argument("--alpha", type=float)
+        alpha = getattr(given.parse_known_args()[0], "alpha", None)
+        settings = paper_settings(alpha=alpha, large=is_large_960h(arguments.init), script=arguments.paper_script)
+        parser.set_defaults(tags="keep-letters", **settings)
+        arguments = parser.parse_args()
+        arguments.alpha = settings["alpha"]
+    if bool(arguments.train) == bool(arguments.data):
+        raise ConfigError("give either --train (and --valid), or --data with --protocol and --fold")
+    return arguments
+
+
+def is_large_960h(init: str) -> bool:
+    """The paper's second model is large and yet group-norm and post-norm."""
+    if init in PRESETS:
+        return init == "large"
+    path = Path(init) / "config.json"
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    return values.get("hidden_size") == 1024 and values.get("feat_extract_norm") == "group"
+
+
+def read_parts(arguments: argparse.Namespace, columns: dict[str, str], world: World) -> tuple[list, list, dict]:
+    """Training and validation utterances, and what a result has to say about them."""
+    if arguments.train:
+        train = read_manifest(arguments.train, root=arguments.root, columns=columns)
+        valid = read_manifest(arguments.valid, root=arguments.root, columns=columns) if arguments.valid else []
+        check_overlap(train, valid, allow=arguments.allow_overlap)
+        return train, valid, {"train": str(arguments.train), "valid": str(arguments.valid)}
+    if not arguments.protocol:
+        raise ConfigError("--data needs --protocol, which says how it is divided")
+    utterances = read_manifest(find_manifest(arguments.data), root=arguments.root, columns=columns)
+    protocol = find_protocol(arguments.protocol, shares=arguments.shares)
+    fold = find_fold(protocol, utterances, arguments.fold, seed=arguments.protocol_seed)
+    audit = check_fold(fold, utterances, protocol)
+    say(world, f"{protocol.name}: {protocol.description}\n{to_table([audit])}")
+    parts = fold.select(utterances)
+    chosen = {"data": str(arguments.data), "protocol": protocol.name, "fold": fold.name}
+    return parts["train"], parts.get("valid", []), chosen | {"protocol_seed": arguments.protocol_seed}
 
 
 def chosen_heads(config: TrainConfig, train: list) -> list[str]:
@@ -115,9 +176,7 @@ def main() -> None:
         if not is_preset(arguments.init):
             arguments.init = find_folder(arguments.init, revision=arguments.revision)
         columns = parse_columns(arguments.columns)
-        train = read_manifest(arguments.train, root=arguments.root, columns=columns)
-        valid = read_manifest(arguments.valid, root=arguments.root, columns=columns) if arguments.valid else []
-        check_overlap(train, valid, allow=arguments.allow_overlap)
+        train, valid, chosen = read_parts(arguments, columns, world)
         heads = chosen_heads(config, train)
         texts = [clean(u.text or "", orthography=arguments.orthography, tags=arguments.tags) for u in train]
         if arguments.verbose:
@@ -145,8 +204,7 @@ def main() -> None:
             check_labels(valid, emotions=recognizer.emotions)
         settings = {
             "init": str(arguments.init),
-            "train": str(arguments.train),
-            "valid": str(arguments.valid),
+            **chosen,
             "root": str(arguments.root),
             "columns": columns,
             "labels": recognizer.emotions,

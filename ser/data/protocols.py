@@ -301,6 +301,42 @@ def kfold(column: str, count: int, *, shares: Iterable[str] = ()) -> Protocol:
     return Protocol(name, description, divide, _shares(shares))
 
 
+def find_protocol(name: str, *, shares: Iterable[str] = ()) -> Protocol:
+    """The protocol that a command line names: one of `PROTOCOLS`, "column", or "kfold:COLUMN:COUNT".
+
+    ``shares`` is for the last two: the kinds that all parts share knowingly. Raises ConfigError.
+    """
+    if name in PROTOCOLS:
+        if list(shares):
+            raise ConfigError(f"the protocol {name} declares itself what its parts share")
+        return PROTOCOLS[name]
+    if name == "column":
+        return by_column(shares=shares)
+    kind, _, rest = name.partition(":")
+    column, _, count = rest.rpartition(":")
+    if kind == "kfold" and column and count.isdecimal():
+        return kfold(column, int(count), shares=shares)
+    known = [*PROTOCOLS, "column", "kfold:COLUMN:COUNT"]
+    raise ConfigError(f"no protocol is called {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
+
+
+def find_fold(protocol: Protocol, utterances: Sequence[Utterance], name: str | None, *, seed: int = 0) -> Fold:
+    """The fold called ``name``; None: the only one. Raises ConfigError where there is none."""
+    folds = {fold.name: fold for fold in protocol.folds(utterances, seed=seed)}
+    if name is None and len(folds) == 1:
+        return next(iter(folds.values()))
+    if name not in folds:
+        asked = "no fold is named" if name is None else f"no fold is called {name!r}"
+        raise ConfigError(f"{asked}; the protocol {protocol.name} has {', '.join(folds)}")
+    return folds[name]
+
+
+def find_manifest(data: str | os.PathLike[str]) -> Path:
+    """The manifest that ``data`` names: a file, or the folder that preparing IEMOCAP wrote."""
+    path = Path(data)
+    return path / "iemocap4.csv" if path.is_dir() else path
+
+
 def _shares(kinds: Iterable[str]) -> Leaks:
     kinds = frozenset(kinds)
     for kind in sorted(kinds - set(KINDS)):
