@@ -87,6 +87,7 @@ class Source:
     values: dict = field(default_factory=dict)  # of config.json
     symbols: list[str] | None = None  # of the CTC head, in the order of its rows
     do_normalize: bool = True
+    assumed: dict[str, Any] = field(default_factory=dict)  # what it does not say, and a comparison cannot prove
 
     @property
     def paper(self) -> bool:
@@ -104,6 +105,7 @@ def read_source(path: Path, config: Mapping) -> Source:
     source = read_hugging_face_folder(path) if path.is_dir() else read_file(path)
     source.values |= config
     source.values.setdefault("model_type", "wav2vec2")
+    source.assumed = {name: value for name, value in source.assumed.items() if name not in config}
     return source
 
 
@@ -173,7 +175,7 @@ def read_file(path: Path) -> Source:
     outer = prefix.removesuffix("w2v_model.")
     original = {key.removeprefix(prefix).removeprefix(outer): t for key, t in state.items()}
     if len(original) < len(state):
-        raise ModelFolderError(f"{path}: tensors stand there twice, with and without {prefix!r} before their names")
+        raise ModelFolderError(f"{path}: tensors stand there twice, with and without {prefix!r} before them")
     names: dict[str, str] = {}
     unused, strange = [], []
     for key in original:
@@ -190,15 +192,19 @@ def read_file(path: Path) -> Source:
         )
     tensors = by_our_names(path, {key: original[key] for key in names.values()}, names)
     source = Source(path, kind, [path], len(state), original, with_split_attention(tensors), unused=unused)
-    source.values, normalize = derived_values(source.tensors), None
+    said: dict[str, Any] = {}
+    normalize = None
+    told, assumed = derived_values(source.tensors)
     if kind == "fairseq":
         said, normalize = fairseq_values(path, checkpoint)
-        source.values |= said
         if "label_embs_concat" in original:
-            source.values["model_type"] = "hubert"
+            said["model_type"] = "hubert"
         source.symbols = fairseq_symbols(path, checkpoint)
-    # Without a word on it as torchaudio's bundles: sound is normalised for feature encoders with layer norms.
-    source.do_normalize = source.values.get("feat_extract_norm") == "layer" if normalize is None else normalize
+    source.values = assumed | told | said
+    source.assumed = {name: value for name, value in assumed.items() if name not in said}
+    if normalize is None:  # as torchaudio's bundles: sound is normalised for feature encoders with layer norms
+        normalize = source.assumed["do_normalize"] = source.values.get("feat_extract_norm") == "layer"
+    source.do_normalize = normalize
     return source
 
 
@@ -239,21 +245,24 @@ def chosen_labels(
     source: Source, labels: Sequence[str] | None, speakers: Sequence[str] | None, vocabulary: Vocabulary | None
 ) -> dict[str, Any]:
     """Names for the classes of the heads: those that were passed, those of the source, or the paper's."""
-    emotions = list(labels or ([*PAPER_EMOTIONS] if source.rows("cls_head") else ()))
-    if emotions and set(emotions) <= PAPER_EMOTIONS.keys():
-        emotions = [PAPER_EMOTIONS[name] for name in emotions]
-    people = list(speakers or (f"s{i}" for i in range(source.rows("speaker_head"))))
+    assumed = source.assumed
+    if labels is None:
+        labels = assumed["emotions"] = [*PAPER_EMOTIONS.values()] if source.rows("cls_head") else []
+    elif set(labels) <= PAPER_EMOTIONS.keys():
+        labels = [PAPER_EMOTIONS[name] for name in labels]
+    if speakers is None:
+        speakers = assumed["speakers"] = [f"s{i}" for i in range(source.rows("speaker_head"))]
     if vocabulary is None and source.rows("lm_head"):
-        beside = source.path / "vocab.json"
         if source.symbols is not None:
             vocabulary = Vocabulary({symbol: i for i, symbol in enumerate(source.symbols)})
-        elif beside.is_file():
+        elif source.path.is_dir() and stands_in(source.path, "vocab.json"):
             vocabulary = Vocabulary.read(resolve_inside(source.path, "vocab.json"))
         else:
             vocabulary = Vocabulary.librispeech()
+            assumed["vocabulary"] = "".join(vocabulary.tokens)
     for head, flag, names in (
-        ("cls_head", "--labels", emotions),
-        ("speaker_head", "--speakers", people),
+        ("cls_head", "--labels", labels),
+        ("speaker_head", "--speakers", speakers),
         ("lm_head", "--vocab", vocabulary or ()),
     ):
         if source.rows(head) != len(names):
@@ -262,7 +271,8 @@ def chosen_labels(
                 if source.rows(head)
                 else f"{source.path}: has no {head}; {flag} names classes that do not exist"
             )
-    return {"emotions": emotions, "speakers": people, "vocabulary": vocabulary}
+    source.assumed = {name: value for name, value in assumed.items() if value != []}
+    return {"emotions": labels, "speakers": speakers, "vocabulary": vocabulary}
 
 
 def encoder_config(source: Source) -> Wav2Vec2Config:
@@ -512,7 +522,8 @@ def convert(
         say: called with a line on each step.
 
     Returns:
-        the certificate, which also stands in the folder as certificate.json.
+        the certificate, which also stands in the folder as certificate.json. ``assumed`` in it is what the source
+        does not say and no comparison proves: names, and of state dicts alone heads, strides and the like.
 
     Raises:
         ModelFolderError: the source cannot be read, names something else than tensors and settings, does not fit
@@ -536,6 +547,8 @@ def convert(
         report.new = []  # nothing is added
     else:
         recognizer, report = built_recognizer(found, chosen_labels(found, labels, speakers, vocabulary))
+    for name, value in found.assumed.items():
+        say(f"assumed {name}: {value}")
     certificate: dict[str, Any] = {}
 
     def write(folder: Path) -> None:
@@ -551,6 +564,7 @@ def convert(
             source={"name": path.name, "kind": found.kind, "sha256": {f.name: sha256(f) for f in found.files}},
             model={"type": encoder_config(found).model_type, "sha256": sha256(folder / "model.safetensors")},
             tensors={"read": found.count, "written": written, "unused": found.unused, "new": report.new},
+            assumed=found.assumed,
             comparison=comparison,
             versions={"ser": ser.__version__, "torch": str(torch.__version__)},
         )

@@ -29,8 +29,10 @@ from ser.convert import convert
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError, ModelFolderError
 from ser.models import pickles
-from ser.models.foreign import conv_layers
+from ser.models.config import PRESETS
+from ser.models.foreign import conv_layers, derived_values
 from ser.models.multitask import HeadsConfig, MultiTaskModel
+from ser.models.pretrained import materialise
 from ser.models.wav2vec2 import Wav2Vec2
 from ser.recognizer import Recognizer
 
@@ -67,7 +69,7 @@ def pickled_folder(folder: Path, recognizer: Recognizer) -> dict[str, Tensor]:
 
 
 def paper_folder(folder: Path, recognizer: Recognizer, **config) -> Path:
-    """As the paper's code saved it: no names of emotions, no vocab.json, and followers' name of the speaker head."""
+    """As the paper's code saved it: no names of emotions, no vocab.json; followers' name of the speaker head."""
     state = pickled_folder(folder, recognizer)
     older = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
     for new, old in older.items():
@@ -201,7 +203,7 @@ def assert_same_encoder(folder: Path, encoder: Wav2Vec2) -> None:
 
 def left_in(folder: Path, *known: str) -> list[str]:
     """What stands in a folder besides, hidden or not."""
-    return sorted(set(os.listdir(folder)) - set(known))
+    return sorted({path.name for path in folder.iterdir()} - set(known))
 
 
 # ------------------------------------------------------------------------------------------------ hugging face
@@ -314,11 +316,12 @@ def test_a_folder_of_the_paper_s_code_gets_its_labels_and_symbols(styles, random
     with torch.no_grad():
         for ours, theirs in zip(found.model(waveform())[:3], trained.model(waveform())[:3], strict=True):
             assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
-    assert certificate["tensors"] == {
-        "read": len(trained.model.state_dict()),
-        "written": len(trained.model.state_dict()),
-        "unused": [],
-        "new": [],
+    count = len(trained.model.state_dict())
+    assert certificate["tensors"] == {"read": count, "written": count, "unused": [], "new": []}
+    assert certificate["assumed"] == {
+        "emotions": found.emotions,
+        "speakers": found.speakers,
+        "vocabulary": "".join(Vocabulary.librispeech().tokens),
     }
 
 
@@ -497,6 +500,11 @@ def test_a_torchaudio_state_dict_gives_the_same_layers(styles, randomise, tmp_pa
     assert len(certificate["comparison"]["layers"]) == config.num_hidden_layers
     assert certificate["comparison"]["largest"] < 1e-5
     assert certificate["tensors"]["new"] == ["masked_spec_embed"]
+    assert certificate["assumed"] == {
+        "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+        "do_stable_layer_norm": config.do_stable_layer_norm,
+        "do_normalize": config.feat_extract_norm == "layer",
+    }
     with torch.no_grad():
         ours, expected = ser.load_encoder(tmp_path / "new")(waveform())[0], theirs(waveform())[0]
     assert (ours - expected).norm() < 1e-5 * expected.norm()
@@ -526,16 +534,13 @@ def test_what_shapes_do_not_tell_is_asked_for(styles, randomise, tmp_path):
         convert(tmp_path / "b.pth", tmp_path / "new", config={"num_attention_heads": 4})
 
 
-def test_published_sizes_need_no_configuration(styles, tmp_path):
-    from ser.models.config import PRESETS
-    from ser.models.foreign import derived_values
-
-    for preset in ("base", "large", "large-lv60"):
-        config = PRESETS[preset]
-        with torch.device("meta"):
-            values = derived_values(Wav2Vec2(config).state_dict())
-        assert values == {key: config.to_dict()[key] for key in values}
-        assert {"num_attention_heads", "conv_stride", "do_stable_layer_norm"} <= values.keys()
+@pytest.mark.parametrize("preset", ["base", "large", "large-lv60"])
+def test_published_sizes_need_no_configuration(preset):
+    config = PRESETS[preset]
+    told, assumed = derived_values(materialise(lambda: Wav2Vec2(config)).state_dict())
+    for name, value in (told | assumed).items():
+        assert config.to_dict()[name] == value, name
+    assert sorted(assumed) == ["conv_stride", "do_stable_layer_norm", "num_attention_heads"]
 
 
 def test_a_wrong_configuration_is_found_by_the_comparison_and_nothing_is_left(styles, randomise, tmp_path):
@@ -701,6 +706,42 @@ def test_compressed_archives_and_large_pickles_are_refused(tmp_path, monkeypatch
         convert(tmp_path / "a.pt", tmp_path / "new")
 
 
+def test_a_file_of_two_archives_cannot_show_one_and_run_the_other(encoder, tmp_path):
+    """Python counts a zip's offsets from where its directory is, torch from the start of the file."""
+    for name in ("shown", "run"):
+        (tmp_path / name).mkdir()
+    torch.save({"a": types.SimpleNamespace()}, tmp_path / "run" / "a.pt")
+    size = (tmp_path / "run" / "a.pt").stat().st_size
+
+    def records(folder):
+        with zipfile.ZipFile(tmp_path / folder / "a.pt") as archive:
+            return [(entry.filename, entry.file_size) for entry in archive.infolist()]
+
+    for length in range(200):
+        torch.save({"a": "x" * length}, tmp_path / "shown" / "a.pt")
+        if records("shown") == records("run"):
+            break
+    assert (tmp_path / "shown" / "a.pt").stat().st_size == size
+    both = (tmp_path / "run" / "a.pt").read_bytes() + (tmp_path / "shown" / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(both)
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        assert b"Simple" not in archive.read("a/data.pkl")
+    assert b"Simple" in torch._C.PyTorchFileReader(str(tmp_path / "a.pt")).get_record("data.pkl")
+    with torch.serialization.safe_globals([types.SimpleNamespace]):
+        assert type(torch.load(tmp_path / "a.pt", weights_only=True)["a"]) is types.SimpleNamespace
+        with pytest.raises(ModelFolderError, match="two archives in one"):
+            convert(tmp_path / "a.pt", tmp_path / "new")
+
+
+def test_a_legacy_pickle_with_an_archive_behind_it_is_read_as_the_pickle_that_it_is(encoder, tmp_path):
+    torch.save({"a": Payload(os.system, "false")}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    torch.save(fairseq_state(encoder), tmp_path / "b.pt")
+    (tmp_path / "c.pt").write_bytes((tmp_path / "a.pt").read_bytes() + (tmp_path / "b.pt").read_bytes())
+    assert zipfile.is_zipfile(tmp_path / "c.pt")
+    with pytest.raises(ModelFolderError, match=r"names posix\.system"):
+        convert(tmp_path / "c.pt", tmp_path / "new")
+
+
 class Rebuilt:
     """A tensor that claims any size over a storage."""
 
@@ -714,7 +755,7 @@ class Rebuilt:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("stride", [0, 1])
 def test_a_tensor_larger_than_its_file_is_refused_before_memory_is_taken(encoder, tmp_path, stride, zipped):
-    """One number shown 10^10 times, or a storage that is to grow to that: 40 GB, where 8 GB of addresses are left."""
+    """One number shown 10^10 times, or a storage to grow to that: 40 GB, where 8 GB of addresses are left."""
     state = fairseq_state(encoder)
     storage = torch.storage.TypedStorage(
         wrap_storage=torch.zeros(1).untyped_storage(), dtype=torch.float32, _internal=True
@@ -820,6 +861,7 @@ def test_the_certificate_says_what_was_read_written_and_compared(encoder, tmp_pa
         "source": {"name": "a.ckpt", "kind": "hugging-face", "sha256": {"a.ckpt": digests[tmp_path / "a.ckpt"]}},
         "model": {"type": "wav2vec2", "sha256": digests[tmp_path / "new" / "model.safetensors"]},
         "tensors": {"read": count, "written": count, "unused": [], "new": []},
+        "assumed": {},
         "comparison": {"reference": "none installed", "samples": 16_000, "layers": [], "largest": None},
         "versions": {"ser": ser.__version__, "torch": str(torch.__version__)},
     }

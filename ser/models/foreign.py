@@ -199,15 +199,15 @@ def fairseq_values(path: Path, checkpoint: Mapping) -> tuple[dict, bool | None]:
     return values, normalize if isinstance(normalize, bool) else None
 
 
-# Hidden size -> heads of every published model; shapes do not tell them.
+# Hidden size -> heads, of every published model.
 PUBLISHED_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}
 
 
-def derived_values(tensors: Mapping[str, Tensor]) -> dict:
-    """What the shapes of an encoder's tensors say of its configuration, and what follows in published models.
+def derived_values(tensors: Mapping[str, Tensor]) -> tuple[dict, dict]:
+    """What the shapes of an encoder's tensors tell of its configuration, and what published models then have.
 
-    Strides, heads and the place of the norms have no shape: seven convolutions have the strides 5,2,2,2,2,2,2, and
-    layer norms in the feature encoder come with a pre-norm transformer, as in all of torchaudio's bundles.
+    Strides, heads and the place of the norms have no shape. In all of torchaudio's bundles seven convolutions have
+    the strides 5,2,2,2,2,2,2, and layer norms in the feature encoder come with a pre-norm transformer.
     """
 
     def count(pattern: str) -> int:
@@ -222,25 +222,26 @@ def derived_values(tensors: Mapping[str, Tensor]) -> dict:
     position = shapes.get("encoder.pos_conv_embed.conv.parametrizations.weight.original1", ())
     first = shapes.get("encoder.layers.0.feed_forward.intermediate_dense.weight", ())
     if not all(len(s) == 3 for s in (*convolutions, position)) or len(projection) != 2 or len(first) != 2:
-        return {}  # what is missing is told when the model is filled
+        return {}, {}  # what is missing is told when the model is filled
     layer_norm = "feature_extractor.conv_layers.1.layer_norm.weight" in shapes
-    values: dict[str, Any] = {
+    told: dict[str, Any] = {
         "conv_dim": [shape[0] for shape in convolutions],
         "conv_kernel": [shape[2] for shape in convolutions],
         "conv_bias": "feature_extractor.conv_layers.0.conv.bias" in shapes,
         "feat_extract_norm": "layer" if layer_norm else "group",
-        "do_stable_layer_norm": layer_norm,
         "hidden_size": projection[0],
         "num_hidden_layers": count(r"encoder\.layers\.(\d+)\."),
         "intermediate_size": first[0],
         "num_conv_pos_embeddings": position[2],
         "num_conv_pos_embedding_groups": position[0] // position[1] if position[1] else 0,
     }
+    assumed: dict[str, Any] = {"do_stable_layer_norm": layer_norm}
     if len(convolutions) == 7:
-        values["conv_stride"] = [5, 2, 2, 2, 2, 2, 2]
-    if projection[0] in PUBLISHED_HEADS:
-        values["num_attention_heads"] = PUBLISHED_HEADS[projection[0]]
+        assumed["conv_stride"] = [5, 2, 2, 2, 2, 2, 2]
     table = shapes.get("encoder.layers.0.attention.rel_attn_embed.weight", ())
     if len(table) == 2:
-        values |= {"model_type": "wavlm", "num_buckets": table[0], "num_attention_heads": table[1]}
-    return values
+        told |= {"model_type": "wavlm", "num_buckets": table[0], "num_attention_heads": table[1]}
+        assumed["max_bucket_distance"] = 800
+    elif projection[0] in PUBLISHED_HEADS:
+        assumed["num_attention_heads"] = PUBLISHED_HEADS[projection[0]]
+    return told, assumed

@@ -11,6 +11,7 @@ A pickle is a program. Three locks stand before it, and no way around them:
 
 from __future__ import annotations
 
+import io
 import pickletools
 import zipfile
 from collections.abc import Mapping
@@ -68,7 +69,8 @@ def read_pickle(path: Path) -> Any:
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise ModelFolderError(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
-    zipped = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as torch.load decides
     found = globals_of_zip(path) if zipped else globals_of_legacy(path)
     refused = sorted(name.replace(" ", ".") for name in found - GLOBALS)
     if refused:
@@ -97,8 +99,11 @@ def globals_of_zip(path: Path) -> set[str]:
                 raise ModelFolderError(
                     f"{path}: its pickle has {pickles[0].file_size:,} bytes; at most {MAX_PICKLE_BYTES:,} are read"
                 )
-            with archive.open(pickles[0]) as file:
-                return globals_of_pickle(file)
+            content = archive.read(pickles[0])
+            # Of a file with two directories torch might read the other one.
+            if torch._C.PyTorchFileReader(str(path)).get_record("data.pkl") != content:
+                raise ModelFolderError(f"{path}: is two archives in one, which torch.save never writes")
+            return globals_of_pickle(io.BytesIO(content))
     except (zipfile.BadZipFile, ValueError, OSError, RuntimeError, NotImplementedError) as error:
         raise ModelFolderError(f"{path}: is not a sound file of torch.save: {brief(error)}") from None
 
