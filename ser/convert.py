@@ -462,7 +462,7 @@ def compare(source: Source, folder: Path) -> dict:
         ) from None
     ours = ours[-len(theirs) :]
     differences = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]
-    if not max(differences) <= TOLERANCE:  # NaN is none
+    if not all(difference <= TOLERANCE for difference in differences):  # so that NaN is too much
         raise ModelFolderError(
             f"{source.path}: the converted encoder differs from {name}, by layer: "
             f"{', '.join(f'{d:.1e}' for d in differences)}; at most {TOLERANCE:g} is rounding. Does the "
