@@ -833,14 +833,16 @@ def test_a_target_is_never_destroyed(recognizer, tmp_path):
     assert left_in(tmp_path) == ["home", "notes", "old"] and left_in(tmp_path / "home") == ["thesis.txt"]
 
 
-def test_a_folder_whose_tensors_are_not_the_source_s_is_not_put_into_place(encoder, tmp_path, monkeypatch):
-    torch.save(encoder.state_dict(), tmp_path / "a.ckpt")
+@pytest.mark.parametrize("name", ["encoder.layers.2.final_layer_norm.bias", "lm_head.bias"])
+def test_a_folder_in_which_one_bit_differs_from_the_source_is_not_put_into_place(
+    encoder, tmp_path, monkeypatch, name
+):
+    torch.save(encoder.state_dict() | {"lm_head.bias": torch.zeros(5)}, tmp_path / "a.ckpt")
     write = converting.write_tensors
-    name = "encoder.layers.2.final_layer_norm.bias"
 
     def careless(path, tensors):
         changed = tensors[name].clone()
-        changed[3] = torch.nextafter(changed[3], torch.tensor(9.0))
+        changed.view(torch.int32)[3] ^= -(2**31)  # the sign: of a zero, no comparison of numbers sees it
         write(path, tensors | {name: changed})
 
     monkeypatch.setattr(converting, "write_tensors", careless)
