@@ -272,8 +272,8 @@ class TensorFiles:
             return [resolve_inside(folder, name) for name in shards]
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
         advice = (
-            f"; {', '.join(pickles)} is a pickle, which can run code, so it is not read: save the model with "
-            "safetensors where it is trusted"
+            f"; {', '.join(pickles)} is a pickle, which can run code, so it is not read here; "
+            "examples/convert.py takes nothing but the tensors out of it"
             if pickles
             else ""
         )

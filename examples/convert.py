@@ -1,0 +1,86 @@
+"""Turn a checkpoint of another library into a model folder, and prove that it computes the same.
+
+A folder of transformers with pytorch_model.bin:
+
+    python examples/convert.py downloads/wav2vec2-base models/wav2vec2-base
+
+fairseq, torchaudio:
+
+    python examples/convert.py wav2vec_small.pt models/wav2vec2-base
+    python examples/convert.py wav2vec2_fairseq_base_ls960.pth models/wav2vec2-base
+
+speechbrain keeps the encoder in wav2vec2.ckpt, without its configuration: that of the model it was made from. (The
+classifier of its emotion recipe reads a mean over an output that was normalised over frames and channels at once,
+which this package does not compute, so it is left.)
+
+    python examples/convert.py wav2vec2.ckpt models/speechbrain --config wav2vec2-base/config.json
+
+A folder of the code of Cai et al. (2021), with the heads lm_head and cls_head, perhaps spk_head, and no names for
+their classes (e0..e3 are neutral, happy, angry, sad, as in the paper's manifests):
+
+    python examples/convert.py output/checkpoint-1000 models/paper --vocab vocab.json --labels e0,e1,e2,e3
+
+Nothing in the source is executed: of a pickle only tensors and plain settings are read, and a file that names
+anything else is refused. The folder is written once its tensors are the source's bit for bit, and each layer's
+output is that of the reference (transformers or torchaudio, where installed) with the source's tensors;
+certificate.json in it says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import ser
+from ser.convert import convert
+from ser.data.text import Vocabulary
+from ser.models.pretrained import read_json
+
+
+def parse_arguments() -> argparse.Namespace:
+    description, _, usage = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", type=Path, help="folder of transformers, or file of fairseq, torchaudio, speechbrain"
+    )
+    parser.add_argument("target", type=Path, help="model folder to write")
+    parser.add_argument("--config", type=Path, help="config.json, or a part of it, for what the source lacks; it "
+                        "stands above what the source says")  # fmt: skip
+    parser.add_argument("--vocab", type=Path, help="vocab.json of the CTC head (default: that of the source, else "
+                        "the 32 symbols of LibriSpeech)")  # fmt: skip
+    parser.add_argument("--labels", type=names, metavar="A,B,...", help="of the emotion head, in the order of its "
+                        "rows (default: e0,e1,e2,e3)")  # fmt: skip
+    parser.add_argument(
+        "--speakers", type=names, metavar="A,B,...", help="of the speaker head (default: s0,s1,...)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model folder at the target")
+    return parser.parse_args()
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    config = arguments.config
+    convert(
+        arguments.source,
+        arguments.target,
+        config=read_json(config.parent, config.name) if config else None,
+        vocabulary=Vocabulary.read(arguments.vocab) if arguments.vocab else None,
+        labels=arguments.labels,
+        speakers=arguments.speakers,
+        overwrite=arguments.overwrite,
+        say=print,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ser.SerError as error:
+        sys.exit(f"error: {error}")

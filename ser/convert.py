@@ -1,0 +1,575 @@
+"""Checkpoints of other libraries -> a model folder that `ser` and `transformers` load, with proof.
+
+Four kinds, told apart by what they hold:
+
+    hugging-face  a folder with config.json and model.safetensors or pytorch_model.bin; or a state dict alone, with
+                  the configuration beside it
+    speechbrain   such a state dict under a prefix: its wrapper keeps the encoder as ``model``
+    fairseq       ``model`` and ``args`` or ``cfg`` in a file: wav2vec 2.0 and HuBERT, pre-trained or fine-tuned
+    torchaudio    the state dict of `torchaudio.models.Wav2Vec2Model`, which is also its HuBERT and WavLM
+
+Read it from the top: a source, writing, verification, the whole. What is called how in other libraries stands in
+`ser.models.foreign`, and pickles are opened by `ser.models.pickles` alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ser.data.manifest import PAPER_EMOTIONS
+from ser.data.text import Vocabulary
+from ser.errors import ConfigError, ModelFolderError
+from ser.models.config import MODEL_TYPES, NEUTRAL_VALUES, Wav2Vec2Config
+from ser.models.foreign import (
+    FAIRSEQ_PRETRAINING,
+    derived_values,
+    fairseq_values,
+    recognised,
+    renamed_fairseq,
+    renamed_torchaudio,
+    settings_of,
+    with_split_attention,
+)
+from ser.models.multitask import HeadsConfig, MultiTaskModel
+from ser.models.pickles import Dictionary, copied_tensors, read_pickle
+from ser.models.pretrained import (
+    HEAD_PARTS,
+    PREFIXES,
+    PRETRAINING_PARTS,
+    LoadReport,
+    TensorFiles,
+    canonical_name,
+    check_folder,
+    fill,
+    fill_encoder,
+    load_encoder,
+    materialise,
+    opened,
+    read_json,
+    resolve_inside,
+    shorten,
+    stands_in,
+    summary,
+    write_folder_atomically,
+    write_json,
+    write_tensors,
+)
+from ser.models.wav2vec2 import Wav2Vec2
+from ser.recognizer import Recognizer
+
+TOLERANCE = 1e-5  # of each layer: norm of the difference, relative to the reference's norm
+SAMPLES = 16_000  # of the waveform that both compute: one second
+MAX_SAMPLES = 160_000  # a model whose first frame needs more is none
+
+# ---------------------------------------------------------------------------------------------- a source
+
+
+@dataclass
+class Source:
+    """A checkpoint of any kind, read."""
+
+    path: Path
+    kind: str
+    files: list[Path]
+    count: int  # of all tensors in the files
+    original: dict[str, Tensor]  # by its own keys, without what stands before the encoder's
+    tensors: dict[str, Tensor]  # by our names
+    keys: dict[str, str] = field(default_factory=dict)  # our name -> Hugging Face's key, where it has one
+    unused: list[str] = field(default_factory=list)
+    values: dict = field(default_factory=dict)  # of config.json
+    symbols: list[str] | None = None  # of the CTC head, in the order of its rows
+    do_normalize: bool = True
+    assumed: dict[str, Any] = field(default_factory=dict)  # what it does not say, and a comparison cannot prove
+
+    @property
+    def paper(self) -> bool:
+        """Whether it is a folder of the paper's code: an emotion head beside CTC's, and no names for either."""
+        return self.keys.get("cls_head.weight") == "cls_head.weight" and "ser" not in self.values
+
+    def rows(self, head: str) -> int:
+        """Outputs of a head, 0 without it."""
+        weight = self.tensors.get(f"{head}.weight")
+        return 0 if weight is None else weight.shape[0]
+
+
+def read_source(path: Path, config: Mapping) -> Source:
+    """Read a folder or a file. ``config`` are values of config.json that stand above the source's own."""
+    source = read_hugging_face_folder(path) if path.is_dir() else read_file(path)
+    source.values |= config
+    source.values.setdefault("model_type", "wav2vec2")
+    source.assumed = {name: value for name, value in source.assumed.items() if name not in config}
+    return source
+
+
+def by_our_names(path: Path, state: Mapping[str, Tensor], keys: Mapping[str, str]) -> dict[str, Tensor]:
+    """``keys`` maps our names to those of ``state``; an error where two of these mean the same."""
+    if len(keys) < len(state):
+        left = sorted(set(state) - set(keys.values()))
+        raise ModelFolderError(f"{path}: tensors that mean the same stand there twice, such as {summary(left)}")
+    return {name: state[key] for name, key in keys.items()}
+
+
+def read_hugging_face_folder(folder: Path) -> Source:
+    """A folder in the layout of `transformers`: safetensors or pickles, one file or shards."""
+    check_folder(folder)
+    values = read_json(folder, "config.json")
+    state: dict[str, Tensor] = {}
+    pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if stands_in(folder, name)]
+    if pickled and not any(stands_in(folder, f"model.safetensors{end}") for end in ("", ".index.json")):
+        names = {pickled[0]}
+        if pickled[0].endswith(".json"):
+            weight_map = read_json(folder, pickled[0]).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+                raise ModelFolderError(f"{folder / pickled[0]}: has no weight_map of tensor names to file names")
+            names = set(weight_map.values())
+        files = [resolve_inside(folder, name) for name in sorted(names)]
+        for file in files:
+            part = copied_tensors(file, read_pickle(file))
+            if state.keys() & part.keys():
+                raise ModelFolderError(f"{file}: tensors of another shard: {summary(state.keys() & part.keys())}")
+            state |= part
+    else:
+        stored = TensorFiles(folder)
+        files = sorted({path for path, _ in stored.names.values()})
+        for path, key in stored.names.values():
+            with opened(path) as file:
+                state[key] = file.get_tensor(key).clone()
+    keys = {canonical_name(key): key for key in state}
+    tensors = by_our_names(folder, state, keys)
+    source = Source(folder, "hugging-face", files, len(state), tensors, tensors, keys, values=values)
+    if stands_in(folder, "preprocessor_config.json"):
+        source.do_normalize = read_json(folder, "preprocessor_config.json").get("do_normalize") is not False
+    return source
+
+
+def read_file(path: Path) -> Source:
+    """A file with a state dict of any kind."""
+    checkpoint = read_pickle(path)
+    state = checkpoint
+    for name in ("model", "state_dict"):
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
+            state = checkpoint[name]
+            break
+    state = copied_tensors(path, state)
+    kind, prefix = recognised(path, state)
+    if kind == "hugging-face":
+        outer = prefix
+        for own in PREFIXES.values():
+            outer = outer.removesuffix(own)
+        original = {key.removeprefix(outer): state[key] for key in state if key.startswith(outer)}
+        unused = [key for key in state if not key.startswith(outer)]
+        keys = {canonical_name(key): key for key in original}
+        tensors = by_our_names(path, original, keys)
+        kind = "speechbrain" if outer else kind
+        return Source(path, kind, [path], len(state), tensors, tensors, keys, unused)
+
+    # A fine-tuned fairseq model has its CTC head beside the encoder, w2v_encoder.proj and w2v_encoder.w2v_model.
+    outer = prefix.removesuffix("w2v_model.")
+    original = {key.removeprefix(prefix).removeprefix(outer): t for key, t in state.items()}
+    if len(original) < len(state):
+        raise ModelFolderError(f"{path}: tensors stand there twice, with and without {prefix!r} before them")
+    names: dict[str, str] = {}
+    unused, strange = [], []
+    for key in original:
+        ours = (renamed_fairseq if kind == "fairseq" else renamed_torchaudio)(key)
+        if ours is not None:
+            names[canonical_name(ours)] = key
+        elif key.startswith((*FAIRSEQ_PRETRAINING, "mask_generator.", "logit_generator.")):
+            unused.append(key)
+        else:
+            strange.append(key)
+    if strange:
+        raise ModelFolderError(
+            f"{path}: {len(strange)} tensors that {kind}'s encoders have not: {summary(strange)}"
+        )
+    tensors = by_our_names(path, {key: original[key] for key in names.values()}, names)
+    source = Source(path, kind, [path], len(state), original, with_split_attention(tensors), unused=unused)
+    said: dict[str, Any] = {}
+    normalize = None
+    told, assumed = derived_values(source.tensors)
+    if kind == "fairseq":
+        said, normalize = fairseq_values(path, checkpoint)
+        if "label_embs_concat" in original:
+            said["model_type"] = "hubert"
+        source.symbols = fairseq_symbols(path, checkpoint)
+    source.values = assumed | told | said
+    source.assumed = {name: value for name, value in assumed.items() if name not in said}
+    if normalize is None:  # as torchaudio's bundles: sound is normalised for feature encoders with layer norms
+        normalize = source.assumed["do_normalize"] = source.values.get("feat_extract_norm") == "layer"
+    source.do_normalize = normalize
+    return source
+
+
+def fairseq_symbols(path: Path, checkpoint: Mapping) -> list[str] | None:
+    """The dictionary of a fine-tuned checkpoint, if it was saved with it.
+
+    CTC's blank is fairseq's ``<s>``, row 0; here and in `transformers` it is called ``<pad>``. The rows stay, and
+    the two change names.
+    """
+    task = settings_of(checkpoint.get("task_state"))
+    found = task.get("target_dictionary")
+    if type(found) is not Dictionary:
+        return None
+    symbols = vars(found).get("symbols")
+    if not isinstance(symbols, list) or symbols[:2] != ["<s>", "<pad>"]:
+        raise ModelFolderError(f"{path}: its dictionary does not begin with <s> and <pad>; pass --vocab")
+    return ["<pad>", "<s>", *symbols[2:]]
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+class TensorsInMemory(TensorFiles):
+    """As the tensors of a folder's files, for `fill`; of the types that they have."""
+
+    def __init__(self, source: Source) -> None:
+        self.folder = source.path
+        self.tensors = source.tensors
+        self.names = {name: (source.path, name) for name in source.tensors}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors."""
+        return {name: self.tensors[name] for name in names}
+
+
+def chosen_labels(
+    source: Source, labels: Sequence[str] | None, speakers: Sequence[str] | None, vocabulary: Vocabulary | None
+) -> dict[str, Any]:
+    """Names for the classes of the heads: those that were passed, those of the source, or the paper's."""
+    assumed = source.assumed
+    if labels is None:
+        labels = assumed["emotions"] = [*PAPER_EMOTIONS.values()] if source.rows("cls_head") else []
+    elif set(labels) <= PAPER_EMOTIONS.keys():
+        labels = [PAPER_EMOTIONS[name] for name in labels]
+    if speakers is None:
+        speakers = assumed["speakers"] = [f"s{i}" for i in range(source.rows("speaker_head"))]
+    if vocabulary is None and source.rows("lm_head"):
+        if source.symbols is not None:
+            vocabulary = Vocabulary({symbol: i for i, symbol in enumerate(source.symbols)})
+        elif source.path.is_dir() and stands_in(source.path, "vocab.json"):
+            vocabulary = Vocabulary.read(resolve_inside(source.path, "vocab.json"))
+        else:
+            vocabulary = Vocabulary.librispeech()
+            assumed["vocabulary"] = "".join(vocabulary.tokens)
+    for head, flag, names in (
+        ("cls_head", "--labels", labels),
+        ("speaker_head", "--speakers", speakers),
+        ("lm_head", "--vocab", vocabulary or ()),
+    ):
+        if source.rows(head) != len(names):
+            raise ModelFolderError(
+                f"{source.path}: {head}.weight has {source.rows(head)} rows for {len(names)} names; pass {flag}"
+                if source.rows(head)
+                else f"{source.path}: has no {head}; {flag} names classes that do not exist"
+            )
+    source.assumed = {name: value for name, value in assumed.items() if value != []}
+    return {"emotions": labels, "speakers": speakers, "vocabulary": vocabulary}
+
+
+def encoder_config(source: Source) -> Wav2Vec2Config:
+    """The configuration, or an error that says what is missing or wrong in it."""
+    for name in ("num_attention_heads", "conv_stride"):
+        if name not in source.values and not source.keys:
+            raise ModelFolderError(
+                f'{source.path}: shapes do not tell {name}; pass --config with a file such as {{"{name}": ...}}'
+            )
+    if "hidden_size" not in source.values:
+        raise ModelFolderError(f"{source.path}: holds no configuration; pass its config.json with --config")
+    try:
+        return Wav2Vec2Config.from_dict(source.values)
+    except (ConfigError, OverflowError) as error:  # OverflowError: a whole number beyond any float
+        raise ModelFolderError(f"{source.path}: {shorten(str(error))}") from None
+
+
+def check_encoder(source: Source) -> LoadReport:
+    """Refuse tensors that are missing, misshapen, unexpected or not finite, all at once."""
+    config, report = encoder_config(source), LoadReport(source.path)
+    encoder = materialise(lambda: Wav2Vec2(config))
+    assert isinstance(encoder, Wav2Vec2)
+    fill_encoder(encoder, TensorsInMemory(source), report)
+    return report
+
+
+def built_recognizer(source: Source, labels: Mapping[str, Any]) -> tuple[Recognizer, LoadReport]:
+    """The source as a model with these labels, its tensors of the type that they have."""
+    config, report = encoder_config(source), LoadReport(source.path)
+    try:
+        sizes = HeadsConfig(source.rows("cls_head"), source.rows("lm_head"), source.rows("speaker_head"))
+    except ConfigError as error:
+        raise ModelFolderError(f"{source.path}: {shorten(str(error))}") from None
+    model = materialise(lambda: MultiTaskModel(config, sizes))
+    assert isinstance(model, MultiTaskModel)
+    files = TensorsInMemory(source)
+    with torch.random.fork_rng(devices=[]):  # a mask embedding, if the source has none
+        torch.manual_seed(0)
+        fill_encoder(model.wav2vec2, files, report)
+    fill(model, files, report, [name for name in model.state_dict() if not name.startswith("wav2vec2.")])
+    return Recognizer(model.eval(), **labels, do_normalize=source.do_normalize), report
+
+
+# Files of a Hugging Face folder that go along, and what in them would name code or templates to run.
+COMPANIONS = (
+    "preprocessor_config.json",
+    "vocab.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+CODE = ("auto_map", "custom_pipelines", "custom_object_save", "chat_template", "trust_remote_code")
+
+
+def write_hugging_face(source: Source, folder: Path) -> None:
+    """The folder as it is, but for code: the same keys, types and numbers."""
+    write_json(folder / "config.json", without_code(source.values))
+    for name in COMPANIONS if source.path.is_dir() else ():
+        if stands_in(source.path, name):
+            write_json(folder / name, without_code(read_json(source.path, name)))
+    write_tensors(folder / "model.safetensors", {source.keys[name]: t for name, t in source.tensors.items()})
+
+
+def without_code(values: Mapping) -> dict:
+    """The entries that no program would take for code."""
+    return {key: value for key, value in values.items() if key not in CODE}
+
+
+# ---------------------------------------------------------------------------------------------- verification
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether type, shape and every bit agree."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))
+
+
+def check_tensors(source: Source, folder: Path) -> int:
+    """How many of the source's tensors stand in the folder, bit for bit; an error unless all do."""
+    written = {canonical_name(key): tensor for key, tensor in load_file(folder / "model.safetensors").items()}
+    wrong = [n for n, tensor in source.tensors.items() if n not in written or not same_bits(tensor, written[n])]
+    encoder = load_encoder(folder).state_dict()
+    wrong += [
+        n for n, t in encoder.items() if n in source.tensors and not torch.equal(t, source.tensors[n].to(t.dtype))
+    ]
+    if wrong:
+        raise ModelFolderError(f"{source.path}: the folder holds other numbers in {summary(wrong)}")
+    return len(written)
+
+
+def encoder_tensors(source: Source) -> dict[str, Tensor]:
+    """Those of the encoder, by our names, in float32."""
+    others = HEAD_PARTS + PRETRAINING_PARTS
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in source.tensors.items()
+        if not name.startswith(others)
+    }
+
+
+@torch.no_grad()
+def layers_of_transformers(source: Source, config: Wav2Vec2Config, waveform: Tensor) -> tuple[str, list[Tensor]]:
+    """The layers that its model computes with the source's tensors; ImportError where it is not installed."""
+    import transformers
+
+    # From the values that stand there and not from our reading of them: defaults are then its own.
+    known = {f.name for f in fields(Wav2Vec2Config)} | NEUTRAL_VALUES.keys()
+    values = {key: value for key, value in source.values.items() if key in known} | {
+        "model_type": config.model_type
+    }
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**values)).float().eval()
+    found = model.load_state_dict(encoder_tensors(source), strict=False)
+    problems = set(found.missing_keys + found.unexpected_keys) - {"masked_spec_embed"}
+    if problems:
+        raise ModelFolderError(f"{source.path}: transformers has other tensors: {summary(sorted(problems))}")
+    output = model(waveform, output_hidden_states=True)
+    # Its last hidden state has a pre-norm encoder's final norm, as ours; the last of its layers has not.
+    return f"transformers {transformers.__version__}", [*output.hidden_states[:-1], output.last_hidden_state]
+
+
+@torch.no_grad()
+def layers_of_torchaudio(source: Source, config: Wav2Vec2Config, waveform: Tensor) -> tuple[str, list[Tensor]]:
+    """The layers that its model computes with the source's tensors under its own keys; ImportError without it."""
+    import torchaudio
+    from torchaudio.models import wav2vec2_model, wavlm_model
+
+    options: dict[str, Any] = {
+        "extractor_mode": f"{config.feat_extract_norm}_norm",
+        "extractor_conv_layer_config": list(
+            zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
+        ),
+        "extractor_conv_bias": config.conv_bias,
+        "encoder_embed_dim": config.hidden_size,
+        "encoder_projection_dropout": 0.0,
+        "encoder_pos_conv_kernel": config.num_conv_pos_embeddings,
+        "encoder_pos_conv_groups": config.num_conv_pos_embedding_groups,
+        "encoder_num_layers": config.num_hidden_layers,
+        "encoder_num_heads": config.num_attention_heads,
+        "encoder_attention_dropout": 0.0,
+        "encoder_ff_interm_features": config.intermediate_size,
+        "encoder_ff_interm_dropout": 0.0,
+        "encoder_dropout": 0.0,
+        "encoder_layer_norm_first": config.do_stable_layer_norm,
+        "encoder_layer_drop": 0.0,
+        "aux_num_out": None,
+    }
+    if config.model_type == "wavlm":
+        options |= {"encoder_num_buckets": config.num_buckets, "encoder_max_distance": config.max_bucket_distance}
+        model = wavlm_model(**options)
+    else:
+        model = wav2vec2_model(**options)
+    own = {
+        key: t.float() for key, t in source.original.items() if key.startswith(("encoder.", "feature_extractor."))
+    }
+    model.eval().load_state_dict(own)
+    hidden, _ = model(waveform)
+    # The input of the first layer is not to be had from it, nor is the last layer with its norm but as the result.
+    layers, _ = model.extract_features(waveform)
+    return f"torchaudio {torchaudio.__version__}", [*layers[:-1], hidden]
+
+
+@torch.no_grad()
+def compare(source: Source, folder: Path) -> dict:
+    """Each layer of the folder's encoder against the reference that holds the source's tensors.
+
+    Raises ModelFolderError where one differs by more than `TOLERANCE`.
+    """
+    encoder = load_encoder(folder)
+    config = encoder.config
+    samples = max(SAMPLES, 2 * config.min_samples)
+    if samples > MAX_SAMPLES:
+        raise ModelFolderError(f"{source.path}: its first frame needs {config.min_samples:,} samples")
+    waveform = torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
+    ours, _ = encoder.layers(waveform)
+    reference = layers_of_torchaudio if source.kind == "torchaudio" else layers_of_transformers
+    try:
+        name, theirs = reference(source, config, waveform)
+    except (ImportError, OSError):
+        return {"reference": "none installed", "samples": samples, "layers": [], "largest": None}
+    except ModelFolderError:
+        raise
+    except Exception as error:  # of a foreign library, which may refuse what it likes
+        raise ModelFolderError(
+            f"{source.path}: the reference, {reference.__name__.rpartition('_')[2]}, does not take this model: "
+            f"{shorten(str(error))}"
+        ) from None
+    ours = ours[-len(theirs) :]
+    differences = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]
+    if not all(difference <= TOLERANCE for difference in differences):  # so that NaN is too much
+        raise ModelFolderError(
+            f"{source.path}: the converted encoder differs from {name}, by layer: "
+            f"{', '.join(f'{d:.1e}' for d in differences)}; at most {TOLERANCE:g} is rounding. Does the "
+            "configuration belong to these weights? (--config)"
+        )
+    return {"reference": name, "samples": samples, "layers": differences, "largest": max(differences)}
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- the whole
+
+
+def check_paths(source: Path, target: Path, *, overwrite: bool) -> None:
+    """Refuse a target that would destroy something."""
+    if not source.exists():
+        raise ModelFolderError(f"{source}: there is no such file or folder")
+    if not source.is_dir() and not source.is_file():
+        raise ModelFolderError(f"{source}: is not a regular file")
+    here, there = source.resolve(), target.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ModelFolderError(f"{target}: lies in {source} or around it; choose a folder beside it")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise ModelFolderError(f"{target}: exists; choose another folder, or --overwrite")
+    ours = target.is_dir() and read_json(check_folder(target), "config.json").get("model_type") in MODEL_TYPES
+    if not ours:
+        raise ModelFolderError(f"{target}: exists and is not a model folder; it is not replaced")
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    vocabulary: Vocabulary | None = None,
+    labels: Sequence[str] | None = None,
+    speakers: Sequence[str] | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict:
+    """Write the model folder ``target`` from a checkpoint of another library, after comparing the two.
+
+    Args:
+        source: a folder of `transformers`, or a file that fairseq, torchaudio or speechbrain saved.
+        target: the folder to write; complete or not at all.
+        config: values of config.json that the source lacks or has wrong.
+        vocabulary: of the CTC head; default: the source's own, else the 32 symbols of LibriSpeech.
+        labels: of the emotion head; default: those of the paper, e0..e3: neutral, happy, angry, sad.
+        speakers: of the speaker head; default: s0, s1, ...
+        overwrite: replace a model folder that stands there.
+        say: called with a line on each step.
+
+    Returns:
+        the certificate, which also stands in the folder as certificate.json. ``assumed`` in it is what the source
+        does not say and no comparison proves: names, and of state dicts alone heads, strides and the like.
+
+    Raises:
+        ModelFolderError: the source cannot be read, names something else than tensors and settings, does not fit
+            its configuration, or the result differs from it by more than `TOLERANCE`.
+    """
+    import ser
+
+    path, target = Path(source), Path(target)
+    check_paths(path, target, overwrite=overwrite)
+    found = read_source(path, config or {})
+    say(f"{path}: {found.kind}, {found.count} tensors")
+    # A folder that says all that there is to say stays as it is; the others get what they lack.
+    recognizer = None
+    if found.keys and not found.paper:
+        if labels or speakers or vocabulary:
+            raise ModelFolderError(
+                f"{path}: --labels, --speakers and --vocab are for the paper's folders, and for heads of fairseq "
+                "and torchaudio; the heads of this one keep the names that they have"
+            )
+        report = check_encoder(found)
+        report.new = []  # nothing is added
+    else:
+        recognizer, report = built_recognizer(found, chosen_labels(found, labels, speakers, vocabulary))
+    for name, value in found.assumed.items():
+        say(f"assumed {name}: {value}")
+    certificate: dict[str, Any] = {}
+
+    def write(folder: Path) -> None:
+        if recognizer is not None:
+            recognizer.write_files(folder)
+        else:
+            write_hugging_face(found, folder)
+        written = check_tensors(found, folder)
+        say(f"{written} tensors written, {len(found.tensors)} of them the source's, bit for bit")
+        comparison = compare(found, folder)
+        say(f"compared with: {comparison['reference']}; largest difference {comparison['largest']}")
+        certificate.update(
+            source={"name": path.name, "kind": found.kind, "sha256": {f.name: sha256(f) for f in found.files}},
+            model={"type": encoder_config(found).model_type, "sha256": sha256(folder / "model.safetensors")},
+            tensors={"read": found.count, "written": written, "unused": found.unused, "new": report.new},
+            assumed=found.assumed,
+            comparison=comparison,
+            versions={"ser": ser.__version__, "torch": str(torch.__version__)},
+        )
+        write_json(folder / "certificate.json", certificate)
+
+    write_folder_atomically(target, write)
+    say(f"{target}: written, with certificate.json")
+    return certificate

@@ -1,0 +1,247 @@
+"""What other libraries call the encoder's tensors and settings, and what shapes tell of a configuration.
+
+The key maps are tables; nothing here reads a file.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ser.errors import ConfigError, ModelFolderError
+from ser.models.pickles import Namespace
+from ser.models.pretrained import shorten, summary
+
+# ---------------------------------------------------------------------------------------------- renaming
+
+# Module (or parameter) of a fairseq checkpoint -> ours. "*" is the number of a layer.
+FAIRSEQ = {
+    "mask_emb": "masked_spec_embed",
+    "feature_extractor.conv_layers.*.0": "feature_extractor.conv_layers.*.conv",
+    "feature_extractor.conv_layers.*.2": "feature_extractor.conv_layers.*.layer_norm",  # the group norm
+    "feature_extractor.conv_layers.*.2.1": "feature_extractor.conv_layers.*.layer_norm",  # between transpositions
+    "layer_norm": "feature_projection.layer_norm",
+    "post_extract_proj": "feature_projection.projection",
+    "encoder.pos_conv.0": "encoder.pos_conv_embed.conv",
+    "encoder.layer_norm": "encoder.layer_norm",
+    "encoder.layers.*.self_attn.q_proj": "encoder.layers.*.attention.q_proj",
+    "encoder.layers.*.self_attn.k_proj": "encoder.layers.*.attention.k_proj",
+    "encoder.layers.*.self_attn.v_proj": "encoder.layers.*.attention.v_proj",
+    "encoder.layers.*.self_attn.out_proj": "encoder.layers.*.attention.out_proj",
+    "encoder.layers.*.self_attn_layer_norm": "encoder.layers.*.layer_norm",
+    "encoder.layers.*.fc1": "encoder.layers.*.feed_forward.intermediate_dense",
+    "encoder.layers.*.fc2": "encoder.layers.*.feed_forward.output_dense",
+    "encoder.layers.*.final_layer_norm": "encoder.layers.*.final_layer_norm",
+    "proj": "lm_head",
+}
+FAIRSEQ_PRETRAINING = ("quantizer.", "project_q.", "final_proj.", "target_glu.", "label_embs_concat")
+
+# Beginnings of torchaudio's keys -> ours; what follows is the same.
+TORCHAUDIO = {
+    "feature_extractor.": "feature_extractor.",
+    "encoder.feature_projection.": "feature_projection.",
+    "encoder.transformer.": "encoder.",
+    "aux.": "lm_head.",
+}
+
+# A key that one kind alone has, after whatever prefix. In this order, for the last is also part of torchaudio's.
+MARKS = {
+    "fairseq": "feature_extractor.conv_layers.0.0.weight",
+    "torchaudio": "encoder.feature_projection.projection.weight",
+    "hugging-face": "feature_projection.projection.weight",
+}
+
+
+def recognised(path: Path, keys: Iterable[str]) -> tuple[str, str]:
+    """The kind of a state dict, and the prefix of its encoder's keys."""
+    keys = list(keys)
+    for kind, mark in MARKS.items():
+        prefixes = sorted({key.removesuffix(mark) for key in keys if key.endswith(mark)}, key=len)
+        if prefixes:
+            if len(prefixes) > 1:
+                raise ModelFolderError(f"{path}: holds {len(prefixes)} encoders, under {summary(prefixes)}")
+            return kind, prefixes[0]
+    raise ModelFolderError(
+        f"{path}: is no state dict of wav2vec 2.0, HuBERT, WavLM or data2vec that fairseq, torchaudio, "
+        f"speechbrain or transformers would save; it holds {shorten(summary(keys))}"
+    )
+
+
+def renamed_fairseq(key: str) -> str | None:
+    """Our name for a key of a fairseq model without its prefix; None where there is none."""
+    numbers = re.findall(r"(?<=layers\.)\d+", key)
+    pattern = re.sub(r"(?<=layers\.)\d+", "*", key)
+    module, _, parameter = pattern.rpartition(".")
+    name = FAIRSEQ.get(pattern) or (f"{FAIRSEQ[module]}.{parameter}" if module in FAIRSEQ else None)
+    return name.replace("*", numbers[0]) if name and numbers else name
+
+
+def renamed_torchaudio(key: str) -> str | None:
+    """Our name for a key of a torchaudio model; None where there is none."""
+    for theirs, ours in TORCHAUDIO.items():
+        if key.startswith(theirs):  # its WavLM wraps the attention of torch
+            return (ours + key.removeprefix(theirs)).replace(".attention.attention.", ".attention.")
+    return None
+
+
+def with_split_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """torchaudio's WavLM has query, key and value in one ``in_proj``: three tensors in its place."""
+    split = {}
+    for name, tensor in tensors.items():
+        module, joined, kind = name.partition(".in_proj_")
+        if joined:
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                split[f"{module}.{part}_proj.{kind}"] = rows.clone()
+        else:
+            split[name] = tensor
+    return split
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+def settings_of(value: Any) -> dict:
+    """A Namespace's or a mapping's entries, else none."""
+    if type(value) is Namespace:
+        return vars(value)
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def conv_layers(text: str) -> list[tuple[int, int, int]]:
+    """``"[(512, 10, 5)] + [(512, 3, 2)] * 4"`` -> channels, kernel and stride of each, without running it."""
+
+    def value(node: ast.AST) -> Any:
+        if isinstance(node, ast.Expression):
+            return value(node.body)
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.List | ast.Tuple):
+            return [value(element) for element in node.elts]
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
+            left, right = value(node.left), value(node.right)
+            if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+                return left + right
+            if isinstance(left, int):
+                left, right = right, left
+            repeated = isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int)
+            if repeated and len(left) * right <= 64:
+                return left * right
+        raise ValueError
+
+    try:
+        if len(text) > 2000:
+            raise ValueError
+        layers = value(ast.parse(text.strip(), mode="eval"))
+        if not isinstance(layers, list) or not all(
+            isinstance(layer, list) and len(layer) == 3 and all(type(n) is int for n in layer) for layer in layers
+        ):
+            raise ValueError
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise ConfigError(
+            f"conv_feature_layers is {shorten(repr(text), 200)}; expected lists of (channels, kernel, stride), "
+            "joined by + and repeated by *"
+        ) from None
+    return [(channels, kernel, stride) for channels, kernel, stride in layers]
+
+
+def fairseq_values(path: Path, checkpoint: Mapping) -> tuple[dict, bool | None]:
+    """What a fairseq checkpoint's ``cfg`` or ``args`` says: settings by our names, and do_normalize."""
+    top = settings_of(checkpoint.get("cfg"))
+    outer = settings_of(top.get("model")) or settings_of(checkpoint.get("args"))
+    task = settings_of(top.get("task")) or outer
+    # Of a fine-tuned model the architecture stands one level below, in a whole cfg or alone.
+    inner = settings_of(outer.get("w2v_args"))
+    inner = settings_of(inner.get("model")) or inner or outer
+    if not inner:
+        return {}, None
+    for key, supported in (("activation_fn", "gelu"), ("layer_type", "transformer"), ("pos_conv_depth", 1)):
+        if inner.get(key, supported) != supported:
+            raise ModelFolderError(
+                f"{path}: {key} is {shorten(repr(inner[key]), 80)}; supported in fairseq's models: {supported}"
+            )
+    ours = {
+        "extractor_mode": "feat_extract_norm",
+        "conv_bias": "conv_bias",
+        "encoder_embed_dim": "hidden_size",
+        "encoder_layers": "num_hidden_layers",
+        "encoder_attention_heads": "num_attention_heads",
+        "encoder_ffn_embed_dim": "intermediate_size",
+        "layer_norm_first": "do_stable_layer_norm",
+        "conv_pos": "num_conv_pos_embeddings",
+        "conv_pos_groups": "num_conv_pos_embedding_groups",
+        # Fine-tuning has its own.
+        "dropout_input": "feat_proj_dropout",
+        "dropout": "hidden_dropout",
+        "attention_dropout": "attention_dropout",
+        "activation_dropout": "activation_dropout",
+        "final_dropout": "final_dropout",
+        "encoder_layerdrop": "layerdrop",
+        "layerdrop": "layerdrop",
+    }
+    # mask_prob is not taken: 0.65 of the frames is for pre-training.
+    both = inner | {key: value for key, value in outer.items() if "drop" in key}
+    values = {name: both[key] for key, name in ours.items() if both.get(key) is not None}
+    if "feat_extract_norm" in values:
+        modes = {"default": "group", "layer_norm": "layer"}
+        values["feat_extract_norm"] = modes.get(values["feat_extract_norm"], values["feat_extract_norm"])
+    if isinstance(inner.get("conv_feature_layers"), str):
+        layers = conv_layers(inner["conv_feature_layers"])
+        for i, name in enumerate(("conv_dim", "conv_kernel", "conv_stride")):
+            values[name] = [layer[i] for layer in layers]
+    if str(inner.get("_name", inner.get("arch", ""))).startswith("hubert"):
+        values["model_type"] = "hubert"
+    normalize = task.get("normalize")
+    return values, normalize if isinstance(normalize, bool) else None
+
+
+# Hidden size -> heads, of every published model.
+PUBLISHED_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}
+
+
+def derived_values(tensors: Mapping[str, Tensor]) -> tuple[dict, dict]:
+    """What the shapes of an encoder's tensors tell of its configuration, and what published models then have.
+
+    Strides, heads and the place of the norms have no shape. In all of torchaudio's bundles seven convolutions have
+    the strides 5,2,2,2,2,2,2, and layer norms in the feature encoder come with a pre-norm transformer.
+    """
+
+    def count(pattern: str) -> int:
+        return len({found[1] for name in tensors if (found := re.match(pattern, name))})
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    convolutions = [
+        shapes.get(f"feature_extractor.conv_layers.{i}.conv.weight", ())
+        for i in range(count(r"feature_extractor\.conv_layers\.(\d+)\."))
+    ]
+    projection = shapes.get("feature_projection.projection.weight", ())
+    position = shapes.get("encoder.pos_conv_embed.conv.parametrizations.weight.original1", ())
+    first = shapes.get("encoder.layers.0.feed_forward.intermediate_dense.weight", ())
+    if not all(len(s) == 3 for s in (*convolutions, position)) or len(projection) != 2 or len(first) != 2:
+        return {}, {}  # what is missing is told when the model is filled
+    layer_norm = "feature_extractor.conv_layers.1.layer_norm.weight" in shapes
+    told: dict[str, Any] = {
+        "conv_dim": [shape[0] for shape in convolutions],
+        "conv_kernel": [shape[2] for shape in convolutions],
+        "conv_bias": "feature_extractor.conv_layers.0.conv.bias" in shapes,
+        "feat_extract_norm": "layer" if layer_norm else "group",
+        "hidden_size": projection[0],
+        "num_hidden_layers": count(r"encoder\.layers\.(\d+)\."),
+        "intermediate_size": first[0],
+        "num_conv_pos_embeddings": position[2],
+        "num_conv_pos_embedding_groups": position[0] // position[1] if position[1] else 0,
+    }
+    assumed: dict[str, Any] = {"do_stable_layer_norm": layer_norm}
+    if len(convolutions) == 7:
+        assumed["conv_stride"] = [5, 2, 2, 2, 2, 2, 2]
+    table = shapes.get("encoder.layers.0.attention.rel_attn_embed.weight", ())
+    if len(table) == 2:
+        told |= {"model_type": "wavlm", "num_buckets": table[0], "num_attention_heads": table[1]}
+        assumed["max_bucket_distance"] = 800
+    elif projection[0] in PUBLISHED_HEADS:
+        assumed["num_attention_heads"] = PUBLISHED_HEADS[projection[0]]
+    return told, assumed

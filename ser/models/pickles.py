@@ -1,0 +1,177 @@
+"""Tensors and settings out of a file of ``torch.save``: the one place that reads a pickle.
+
+A pickle is a program. Three locks stand before it, and no way around them:
+
+1. It is read as a list of instructions first, without running one. What it names must be in `GLOBALS`; anything
+   else is refused by name.
+2. Then ``torch.load(weights_only=True)`` runs it, which has a list of its own, as long as the classes that fairseq
+   puts into its checkpoints are known to it: here they are empty ones, `Namespace` and `Dictionary`.
+3. Sizes are bounded: of the file, of the pickle in it, and of each tensor by the bytes that the file holds for it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ser.errors import ModelFolderError
+
+MAX_FILE_BYTES = 20 * 2**30  # the largest public checkpoints of this family, of 2 billion parameters, have 8 GB
+MAX_PICKLE_BYTES = 64 * 2**20  # of the instructions alone; the tensors stand beside them
+
+# Stand in for classes of fairseq's checkpoints. They hold what was saved, and have no methods that could run.
+Namespace = type("Namespace", (), {"__module__": "argparse", "__doc__": "Settings, as attributes."})
+Dictionary = type(
+    "Dictionary", (), {"__module__": "fairseq.data.dictionary", "__doc__": "Symbols, as a list of that name."}
+)
+
+# All that a file may name: "module name", as in the pickle.
+GLOBALS = frozenset(
+    {
+        "argparse Namespace",
+        "fairseq.data.dictionary Dictionary",
+        "collections OrderedDict",
+        "torch Size",
+        "torch device",
+        "torch._utils _rebuild_tensor_v2",
+        "torch._utils _rebuild_parameter",
+        *(
+            f"torch {kind}Storage"
+            for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Bool", "Byte")
+        ),
+        *(f"torch {dtype}" for dtype in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")),
+    }
+)
+
+ADVICE = (
+    "such files can run code, and only tensors and plain settings are read. Where the file is trusted, load it "
+    "with the library that wrote it, and save its state dict (of fairseq also args, or cfg as a plain dict, which "
+    "OmegaConf.to_container makes) with torch.save"
+)
+
+
+def read_pickle(path: Path) -> Any:
+    """What ``torch.save`` put into ``path``, zip or legacy; tensors are on the CPU, and may be views of the file.
+
+    Raises ModelFolderError: no such file, too large, not of torch.save, or it names something else than `GLOBALS`.
+    """
+    if torch.__version__ < "2.6":  # CVE-2025-32434: there weights_only=True could be made to run code
+        raise ModelFolderError(f"{path}: pickles are read with torch 2.6 or newer; this is {torch.__version__}")
+    if not path.is_file():
+        raise ModelFolderError(f"{path}: there is no such file")
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ModelFolderError(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as torch.load decides
+    found = globals_of_zip(path) if zipped else globals_of_legacy(path)
+    refused = sorted(name.replace(" ", ".") for name in found - GLOBALS)
+    if refused:
+        listed = ", ".join(refused[:8]) + (f" and {len(refused) - 8} more" if len(refused) > 8 else "")
+        raise ModelFolderError(f"{path}: names {listed[:500]}; {ADVICE}")
+    try:
+        with torch.serialization.safe_globals([Namespace, Dictionary]):
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # torch raises what the damage happens to cause: KeyError, AssertionError, ...
+        raise ModelFolderError(f"{path}: cannot be read: {brief(error)}") from None
+
+
+def globals_of_zip(path: Path) -> set[str]:
+    """Names in ``data.pkl`` of the archive that torch.save writes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could swell
+                raise ModelFolderError(f"{path}: has compressed entries, which torch.save never writes")
+            pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
+            if len(pickles) != 1:
+                raise ModelFolderError(
+                    f"{path}: is a zip with {len(pickles)} data.pkl; expected a torch.save file"
+                )
+            if pickles[0].file_size > MAX_PICKLE_BYTES:
+                raise ModelFolderError(
+                    f"{path}: its pickle has {pickles[0].file_size:,} bytes; at most {MAX_PICKLE_BYTES:,} are read"
+                )
+            content = archive.read(pickles[0])
+            # Of a file with two directories torch might read the other one.
+            if torch._C.PyTorchFileReader(str(path)).get_record("data.pkl") != content:
+                raise ModelFolderError(f"{path}: is two archives in one, which torch.save never writes")
+            return globals_of_pickle(io.BytesIO(content))
+    except (zipfile.BadZipFile, ValueError, OSError, RuntimeError, NotImplementedError) as error:
+        raise ModelFolderError(f"{path}: is not a sound file of torch.save: {brief(error)}") from None
+
+
+def globals_of_legacy(path: Path) -> set[str]:
+    """Names in the five pickles with which a file of torch.save before 1.6 begins.
+
+    They are a magic number, a version, the system, the object, and the keys of the storages that follow.
+    """
+    found: set[str] = set()
+    with path.open("rb") as file:
+        try:
+            for _ in range(5):
+                found |= globals_of_pickle(file)
+        except ValueError as error:
+            if found - GLOBALS:  # worth more than that it is damaged
+                return found
+            raise ModelFolderError(f"{path}: is not a file of torch.save: {brief(error)}") from None
+    return found
+
+
+def globals_of_pickle(file: IO[bytes]) -> set[str]:
+    """Names of all globals in one pickle, as "module name", without running it; ValueError if it is malformed."""
+    found, strings = set(), ["", ""]
+    try:
+        for opcode, argument, position in pickletools.genops(file):
+            if (position or 0) > MAX_PICKLE_BYTES:
+                raise ValueError(f"more than {MAX_PICKLE_BYTES:,} bytes of instructions")
+            if opcode.name in ("GLOBAL", "INST"):
+                found.add(str(argument))
+            elif opcode.name == "STACK_GLOBAL":  # of a protocol that torch.load does not read either
+                found.add(" ".join(strings))
+            elif opcode.name.startswith("EXT"):
+                found.add(f"copyreg {argument}")
+            elif isinstance(argument, str):
+                strings = [strings[1], argument]
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+        # A part of the names is enough to refuse by name.
+        if found - GLOBALS:
+            return found
+        raise ValueError(f"malformed pickle: {brief(error)}") from None
+    return found
+
+
+def copied_tensors(path: Path, state: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict that `read_pickle` returned, in memory of their own.
+
+    Raises ModelFolderError for anything that is not a plain tensor on the CPU, and for tensors with more elements
+    than the file holds for them: a view may show one number a billion times.
+    """
+    if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) for key in state):
+        raise ModelFolderError(f"{path}: holds no state dict: a {type(state).__name__}, not tensors by name")
+    most, total = path.stat().st_size, 0
+    for key, tensor in state.items():
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            raise ModelFolderError(f"{path}: {key} is a {type(tensor).__name__}; expected a tensor")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ModelFolderError(f"{path}: {key} is {tensor.layout} on {tensor.device}; expected a plain tensor")
+        shown, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        total += shown
+        if shown > held or held > most or total > 2 * most:  # twice: tied weights stand there under two names
+            raise ModelFolderError(
+                f"{path}: {key} has shape {tuple(tensor.shape)}, more than the file's {most:,} bytes hold"
+            )
+    return {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+
+
+def brief(error: Exception) -> str:
+    """An error's first lines: torch adds advice to load without its locks, which is none."""
+    text = str(error).split("Weights only load failed.")[-1].strip() or error.__class__.__name__
+    return " ".join(text.split())[:300]
