@@ -32,6 +32,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from references import reference_layers
+
 import ser
 from ser.convert import convert
 from ser.data.text import Vocabulary
@@ -75,6 +77,7 @@ def main() -> None:
         labels=arguments.labels,
         speakers=arguments.speakers,
         overwrite=arguments.overwrite,
+        reference=reference_layers,
         say=print,
     )
 

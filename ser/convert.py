@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from ser.data.manifest import PAPER_EMOTIONS
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError, ModelFolderError
-from ser.models.config import MODEL_TYPES, NEUTRAL_VALUES, Wav2Vec2Config
+from ser.models.config import MODEL_TYPES, Wav2Vec2Config
 from ser.models.foreign import (
     FAIRSEQ_PRETRAINING,
     derived_values,
@@ -64,6 +64,10 @@ from ser.models.pretrained import (
 )
 from ser.models.wav2vec2 import Wav2Vec2
 from ser.recognizer import Recognizer
+
+# What another library computes with a source's tensors: (source, our configuration, waveform (1, S)) -> its name
+# and version, and the last of its layers' outputs, (1, T, D) each. ImportError where it is not installed.
+Reference = Callable[["Source", Wav2Vec2Config, Tensor], tuple[str, list[Tensor]]]
 
 TOLERANCE = 1e-5  # of each layer: norm of the difference, relative to the reference's norm
 SAMPLES = 16_000  # of the waveform that both compute: one second
@@ -375,68 +379,7 @@ def encoder_tensors(source: Source) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def layers_of_transformers(source: Source, config: Wav2Vec2Config, waveform: Tensor) -> tuple[str, list[Tensor]]:
-    """The layers that its model computes with the source's tensors; ImportError where it is not installed."""
-    import transformers
-
-    # From the values that stand there and not from our reading of them: defaults are then its own.
-    known = {f.name for f in fields(Wav2Vec2Config)} | NEUTRAL_VALUES.keys()
-    values = {key: value for key, value in source.values.items() if key in known} | {
-        "model_type": config.model_type
-    }
-    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**values)).float().eval()
-    found = model.load_state_dict(encoder_tensors(source), strict=False)
-    problems = set(found.missing_keys + found.unexpected_keys) - {"masked_spec_embed"}
-    if problems:
-        raise ModelFolderError(f"{source.path}: transformers has other tensors: {summary(sorted(problems))}")
-    output = model(waveform, output_hidden_states=True)
-    # Its last hidden state has a pre-norm encoder's final norm, as ours; the last of its layers has not.
-    return f"transformers {transformers.__version__}", [*output.hidden_states[:-1], output.last_hidden_state]
-
-
-@torch.no_grad()
-def layers_of_torchaudio(source: Source, config: Wav2Vec2Config, waveform: Tensor) -> tuple[str, list[Tensor]]:
-    """The layers that its model computes with the source's tensors under its own keys; ImportError without it."""
-    import torchaudio
-    from torchaudio.models import wav2vec2_model, wavlm_model
-
-    options: dict[str, Any] = {
-        "extractor_mode": f"{config.feat_extract_norm}_norm",
-        "extractor_conv_layer_config": list(
-            zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
-        ),
-        "extractor_conv_bias": config.conv_bias,
-        "encoder_embed_dim": config.hidden_size,
-        "encoder_projection_dropout": 0.0,
-        "encoder_pos_conv_kernel": config.num_conv_pos_embeddings,
-        "encoder_pos_conv_groups": config.num_conv_pos_embedding_groups,
-        "encoder_num_layers": config.num_hidden_layers,
-        "encoder_num_heads": config.num_attention_heads,
-        "encoder_attention_dropout": 0.0,
-        "encoder_ff_interm_features": config.intermediate_size,
-        "encoder_ff_interm_dropout": 0.0,
-        "encoder_dropout": 0.0,
-        "encoder_layer_norm_first": config.do_stable_layer_norm,
-        "encoder_layer_drop": 0.0,
-        "aux_num_out": None,
-    }
-    if config.model_type == "wavlm":
-        options |= {"encoder_num_buckets": config.num_buckets, "encoder_max_distance": config.max_bucket_distance}
-        model = wavlm_model(**options)
-    else:
-        model = wav2vec2_model(**options)
-    own = {
-        key: t.float() for key, t in source.original.items() if key.startswith(("encoder.", "feature_extractor."))
-    }
-    model.eval().load_state_dict(own)
-    hidden, _ = model(waveform)
-    # The input of the first layer is not to be had from it, nor is the last layer with its norm but as the result.
-    layers, _ = model.extract_features(waveform)
-    return f"torchaudio {torchaudio.__version__}", [*layers[:-1], hidden]
-
-
-@torch.no_grad()
-def compare(source: Source, folder: Path) -> dict:
+def compare(source: Source, folder: Path, reference: Reference | None) -> dict:
     """Each layer of the folder's encoder against the reference that holds the source's tensors.
 
     Raises ModelFolderError where one differs by more than `TOLERANCE`.
@@ -448,8 +391,9 @@ def compare(source: Source, folder: Path) -> dict:
         raise ModelFolderError(f"{source.path}: its first frame needs {config.min_samples:,} samples")
     waveform = torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
     ours, _ = encoder.layers(waveform)
-    reference = layers_of_torchaudio if source.kind == "torchaudio" else layers_of_transformers
     try:
+        if reference is None:
+            raise ImportError("no reference")
         name, theirs = reference(source, config, waveform)
     except (ImportError, OSError):
         return {"reference": "none installed", "samples": samples, "layers": [], "largest": None}
@@ -457,8 +401,7 @@ def compare(source: Source, folder: Path) -> dict:
         raise
     except Exception as error:  # of a foreign library, which may refuse what it likes
         raise ModelFolderError(
-            f"{source.path}: the reference, {reference.__name__.rpartition('_')[2]}, does not take this model: "
-            f"{shorten(str(error))}"
+            f"{source.path}: the reference does not take this model: {shorten(str(error))}"
         ) from None
     ours = ours[-len(theirs) :]
     differences = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]
@@ -507,6 +450,7 @@ def convert(
     labels: Sequence[str] | None = None,
     speakers: Sequence[str] | None = None,
     overwrite: bool = False,
+    reference: Reference | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Write the model folder ``target`` from a checkpoint of another library, after comparing the two.
@@ -519,6 +463,8 @@ def convert(
         labels: of the emotion head; default: those of the paper, e0..e3: neutral, happy, angry, sad.
         speakers: of the speaker head; default: s0, s1, ...
         overwrite: replace a model folder that stands there.
+        reference: what computes the layers to compare with, such as that of examples/references.py; None: the
+            tensors are compared, and no layers.
         say: called with a line on each step.
 
     Returns:
@@ -558,7 +504,7 @@ def convert(
             write_hugging_face(found, folder)
         written = check_tensors(found, folder)
         say(f"{written} tensors written, {len(found.tensors)} of them the source's, bit for bit")
-        comparison = compare(found, folder)
+        comparison = compare(found, folder, reference)
         say(f"compared with: {comparison['reference']}; largest difference {comparison['largest']}")
         certificate.update(
             source={"name": path.name, "kind": found.kind, "sha256": {f.name: sha256(f) for f in found.files}},

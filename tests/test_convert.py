@@ -19,13 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import references
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 import ser
 from ser import convert as converting
-from ser.convert import convert
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError, ModelFolderError
 from ser.models import pickles
@@ -37,6 +37,11 @@ from ser.models.wav2vec2 import Wav2Vec2
 from ser.recognizer import Recognizer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "convert.py"
+
+
+def convert(source, target, **options) -> dict:
+    """As examples/convert.py does: compared with the reference where it is installed."""
+    return converting.convert(source, target, reference=references.reference_layers, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -546,14 +551,13 @@ def test_published_sizes_need_no_configuration(preset):
 def test_a_wrong_configuration_is_found_by_the_comparison_and_nothing_is_left(styles, randomise, tmp_path):
     theirs = randomise(torchaudio_model(styles["base-style"]))
     torch.save(theirs.state_dict(), tmp_path / "a.pth")
-    layers = converting.layers_of_torchaudio
+    layers = references.layers_of_torchaudio
 
     def right(source, config, waveform):  # the reference knows the number of heads
         return layers(source, replace(config, num_attention_heads=4), waveform)
 
     with pytest.MonkeyPatch.context() as patch:
-        right.__name__ = layers.__name__
-        patch.setattr(converting, "layers_of_torchaudio", right)
+        patch.setattr(references, "layers_of_torchaudio", right)
         with pytest.raises(ModelFolderError, match=r"differs from torchaudio.*--config"):
             convert(tmp_path / "a.pth", tmp_path / "new", config={"num_attention_heads": 2})
     assert left_in(tmp_path) == ["a.pth"]

@@ -196,13 +196,8 @@ MAY_IMPORT = {
     "ser.train": {"ser.recognizer", "ser.models", "ser.data", "ser.audio", "ser.errors"},
 }
 CORE = {"torch", "numpy", "safetensors", "tqdm", *sys.stdlib_module_names}
-ONLY_IN = {  # the one file that opens sound, and the one that compares with references
-    "soundfile": {"ser.audio"},
-    "torchaudio": {"ser.audio", "ser.convert"},
-    "transformers": {"ser.convert"},
-}
-# `import ser` works without them
-INSIDE_FUNCTIONS = {"soundfile", "torchaudio", "matplotlib", "huggingface_hub", "transformers"}
+ONLY_IN = {"soundfile": {"ser.audio"}, "torchaudio": {"ser.audio"}}  # the one file that opens sound
+INSIDE_FUNCTIONS = {"soundfile", "torchaudio", "matplotlib", "huggingface_hub"}  # `import ser` works without them
 
 
 def layer(module: str) -> str:

@@ -148,6 +148,41 @@ def paper_row(values: dict[str, Any]) -> dict[str, float]:
         return {"forward": max(difference(a, b) for a, b in pairs if a is not None)}
 
 
+def format_row(kind: str) -> dict[str, float]:
+    """What `examples/convert.py` measures on a checkpoint of this kind: the largest difference of a layer."""
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "examples")]
+    from references import reference_layers
+    from test_convert import fairseq_settings, fairseq_state, torchaudio_model
+
+    from ser.convert import convert
+
+    values = {"model_type": "wav2vec2", "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1024}
+    config = Wav2Vec2Config.from_dict(values | {"num_hidden_layers": 3, "mask_time_prob": 0.05})
+    settings: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        if kind == "pytorch_model.bin":
+            model = randomise(reference_class("wav2vec2")(transformers.Wav2Vec2Config(**config.to_dict())))
+            model.save_pretrained(source)
+            (source / "model.safetensors").unlink()
+            torch.save(model.state_dict(), source / "pytorch_model.bin")
+        elif kind == "fairseq":
+            encoder = randomise(Wav2Vec2(config))
+            assert isinstance(encoder, Wav2Vec2)
+            torch.save(
+                {"args": None, "cfg": {"model": fairseq_settings(config)}, "model": fairseq_state(encoder)}, source
+            )
+        elif kind == "torchaudio":
+            torch.save(randomise(torchaudio_model(config)).state_dict(), source)
+            settings = {"num_attention_heads": 6}
+        else:
+            state = randomise(Wav2Vec2(config)).state_dict()
+            torch.save({f"model.{name}": tensor for name, tensor in state.items()}, source)
+            settings = config.to_dict()
+        certificate = convert(source, Path(folder) / "target", config=settings, reference=reference_layers)
+        return {"forward": certificate["comparison"]["largest"]}
+
+
 def rows() -> list[tuple[str, str, Callable[[], dict[str, float]]]]:
     """(group, name, function that measures it)."""
     found = [
@@ -168,6 +203,8 @@ def rows() -> list[tuple[str, str, Callable[[], dict[str, float]]]]:
     base = {"model_type": "wav2vec2"} | width
     found.append(("Heads", "audEERING's dimensional model", partial(dimensional_row, base | pre_norm)))
     found.append(("Heads", "the paper's model, with a speaker head", partial(paper_row, base)))
+    for kind in ("pytorch_model.bin", "fairseq", "torchaudio", "speechbrain"):
+        found.append(("Source formats", kind, partial(format_row, kind)))
     return found
 
 

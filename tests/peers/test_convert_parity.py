@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import ser
 from ser import convert as converting
-from ser.convert import convert
 from ser.data.text import Vocabulary
 from ser.errors import ModelFolderError
 from ser.models.multitask import HeadsConfig, MultiTaskModel
@@ -20,7 +19,7 @@ from ser.models.wav2vec2 import Wav2Vec2
 from ser.recognizer import ARCHITECTURES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_convert import fairseq_settings, fairseq_state, torchaudio_model
+from test_convert import convert, fairseq_settings, fairseq_state, torchaudio_model
 
 
 @pytest.fixture

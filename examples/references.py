@@ -1,0 +1,85 @@
+"""What the libraries that a checkpoint comes from compute with its tensors: the other side of convert.py's proof.
+
+`ser` itself never imports them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ser.convert import Source, encoder_tensors
+from ser.errors import ModelFolderError
+from ser.models.config import NEUTRAL_VALUES, Wav2Vec2Config
+from ser.models.pretrained import summary
+
+
+@torch.no_grad()
+def layers_of_transformers(source: Source, config: Wav2Vec2Config, waveform: Tensor) -> tuple[str, list[Tensor]]:
+    """The layers that its model computes with the source's tensors; ImportError where it is not installed."""
+    import transformers
+
+    # From the values that stand there and not from our reading of them: defaults are then its own.
+    known = {f.name for f in fields(Wav2Vec2Config)} | NEUTRAL_VALUES.keys()
+    values = {key: value for key, value in source.values.items() if key in known} | {
+        "model_type": config.model_type
+    }
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**values)).float().eval()
+    found = model.load_state_dict(encoder_tensors(source), strict=False)
+    problems = set(found.missing_keys + found.unexpected_keys) - {"masked_spec_embed"}
+    if problems:
+        raise ModelFolderError(f"{source.path}: transformers has other tensors: {summary(sorted(problems))}")
+    output = model(waveform, output_hidden_states=True)
+    # Its last hidden state has a pre-norm encoder's final norm, as ours; the last of its layers has not.
+    return f"transformers {transformers.__version__}", [*output.hidden_states[:-1], output.last_hidden_state]
+
+
+@torch.no_grad()
+def layers_of_torchaudio(source: Source, config: Wav2Vec2Config, waveform: Tensor) -> tuple[str, list[Tensor]]:
+    """The layers that its model computes with the source's tensors under its own keys; ImportError without it."""
+    import torchaudio
+    from torchaudio.models import wav2vec2_model, wavlm_model
+
+    options: dict[str, Any] = {
+        "extractor_mode": f"{config.feat_extract_norm}_norm",
+        "extractor_conv_layer_config": list(
+            zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
+        ),
+        "extractor_conv_bias": config.conv_bias,
+        "encoder_embed_dim": config.hidden_size,
+        "encoder_projection_dropout": 0.0,
+        "encoder_pos_conv_kernel": config.num_conv_pos_embeddings,
+        "encoder_pos_conv_groups": config.num_conv_pos_embedding_groups,
+        "encoder_num_layers": config.num_hidden_layers,
+        "encoder_num_heads": config.num_attention_heads,
+        "encoder_attention_dropout": 0.0,
+        "encoder_ff_interm_features": config.intermediate_size,
+        "encoder_ff_interm_dropout": 0.0,
+        "encoder_dropout": 0.0,
+        "encoder_layer_norm_first": config.do_stable_layer_norm,
+        "encoder_layer_drop": 0.0,
+        "aux_num_out": None,
+    }
+    if config.model_type == "wavlm":
+        options |= {"encoder_num_buckets": config.num_buckets, "encoder_max_distance": config.max_bucket_distance}
+        model = wavlm_model(**options)
+    else:
+        model = wav2vec2_model(**options)
+    own = {
+        key: t.float() for key, t in source.original.items() if key.startswith(("encoder.", "feature_extractor."))
+    }
+    model.eval().load_state_dict(own)
+    hidden, _ = model(waveform)
+    # The input of the first layer is not to be had from it, nor is the last layer with its norm but as the result.
+    layers, _ = model.extract_features(waveform)
+    return f"torchaudio {torchaudio.__version__}", [*layers[:-1], hidden]
+
+
+def reference_layers(source: Source, config: Wav2Vec2Config, waveform: Tensor) -> tuple[str, list[Tensor]]:
+    """The reference's name and version, and its layers, for any kind of source."""
+    return (layers_of_torchaudio if source.kind == "torchaudio" else layers_of_transformers)(
+        source, config, waveform
+    )
