@@ -5,8 +5,8 @@
     python examples/prepare_iemocap.py EMODB/wav --corpus emodb --out data/emodb
 
 In --out: iemocap4.csv (the four-class protocol) and iemocap_all.csv (every label), or one manifest with the name
-of the corpus; folds/PROTOCOL.json (lists of ids); report.json (all that was dropped and why) and data_sheet.md. The
-manifests name files relative to the release: read them with --root RELEASE.
+of the corpus; folds/PROTOCOL.json (lists of ids); report.json (all that was dropped and why) and data_sheet.md.
+The manifests name files relative to the release: read them with --root RELEASE.
 """
 
 from __future__ import annotations
