@@ -114,7 +114,7 @@ def test_every_difference_from_the_known_counts_is_listed_and_partial_copies_are
 
 @needs_iemocap
 def test_a_turn_without_its_recording_is_dropped_and_then_the_counts_differ(tmp_path):
-    root = write_tree(tmp_path / "release", share=0.05)
+    root = write_tree(tmp_path / "release", every=20)
     folder = root / "Session1/sentences/wav/Ses01F_impro02"
     count = len(list(folder.iterdir()))
     folder.rename(tmp_path / "elsewhere")
@@ -417,7 +417,7 @@ def test_the_script_makes_manifests_folds_and_a_report_of_the_whole_release(rele
 
 @needs_iemocap
 def test_the_script_refuses_a_part_of_the_release_in_one_message_unless_told_otherwise(tmp_path):
-    root = write_tree(tmp_path / "release", share=0.05)
+    root = write_tree(tmp_path / "release", every=20)
     done = prepare(root, "--out", "out", cwd=tmp_path)
     assert done.returncode == 1 and not (tmp_path / "out").exists()
     assert (
