@@ -89,6 +89,12 @@ def test_every_difference_from_the_known_counts_is_listed_and_partial_copies_are
     root = write_tree(tmp_path / "release", audio=False)
     labels = root / "Session4/dialog/EmoEvaluation/Ses04F_impro02.txt"
     text = labels.read_text()
+    turn = next(line.split("\t")[1] for line in text.splitlines() if "\tfru\t" in line)
+    labels.write_text(text.replace(f"\t{turn}\tfru", f"\t{turn[:-3]}997\tfru", 1))
+    with pytest.raises(
+        ManifestError, match=r"differences \(1\):\n  labelled turns: found 10038, expected 10039\n"
+    ):
+        read_iemocap(root, check_files=False)
     turn = next(line.split("\t")[1] for line in text.splitlines() if "\tsad\t" in line and "_M0" in line)
     labels.write_text(text.replace(f"{turn}\tsad", f"{turn}\thap", 1))
     with pytest.raises(ManifestError) as caught:
@@ -160,8 +166,9 @@ def test_a_turn_becomes_an_utterance_of_its_own_file(release, corpus):
         "dialogue": "Ses01F_script01_1", "session": "1", "side": "01F", "kind": "script",
     }  # fmt: skip
     assert float(u.extra["time_end"]) == float(u.extra["time_start"]) + 2
-    for u in corpus.utterances[::97]:
+    for u in corpus.utterances:
         assert u.text.replace("\u2019", "'") == said(u.id).strip()
+    assert sum("\u2019" in u.text for u in corpus.utterances) == 5, "as Windows wrote it"
     assert ": line 1 of M" in next(u.text for u in corpus.utterances if u.id == "Ses01F_script01_1_M001")
 
 
