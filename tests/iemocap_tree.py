@@ -82,8 +82,8 @@ def wav(number: int, samples: int = 40) -> bytes:
     return b"RIFF" + struct.pack("<I", 4 + len(form) + len(data)) + b"WAVE" + form + data
 
 
-def write_tree(root: Path, *, share: float = 1.0, audio: bool = True) -> Path:
-    """The release in `root`, with the first `share` of each dialogue's turns; returns `root`.
+def write_tree(root: Path, *, every: int = 1, audio: bool = True) -> Path:
+    """The release in `root`, with each dialogue's first turn and every `every`-th after it; returns `root`.
 
     Its recordings are 2.5 ms long; without `audio` there are none.
     """
@@ -94,7 +94,7 @@ def write_tree(root: Path, *, share: float = 1.0, audio: bool = True) -> Path:
         first_of_session = not session.exists()
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
-        turns = turns[: max(1, round(share * len(turns)))]
+        turns = turns[::every]
         labels, lines = ["% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]", ""], []
         for i, (turn, code) in enumerate(turns):
             labels += _label(turn, code, 2.5 * i)

@@ -1,7 +1,6 @@
 """Protocols: who is tested on what, and that what is shared is declared."""
 
 import json
-import random
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -133,7 +132,7 @@ def test_speaker_known_text_has_the_same_test_turns_and_none_of_their_transcript
     held_out = {by_id[i].text.upper() for i in fold.parts["test"]}
     removed = set(plain.parts["train"]) - set(fold.parts["train"])
     assert all(by_id[i].text.upper() in held_out for i in removed), "nothing else is removed"
-    with pytest.raises(ManifestError, match=r"train and test share .* transcripts"):
+    with pytest.raises(ManifestError, match=r"train and test share \d+ transcripts"):
         check_fold(plain, turns, PROTOCOLS["speaker-known-text"])
 
 
@@ -175,10 +174,8 @@ def test_folds_are_partitions_and_functions_of_manifest_and_seed_alone(protocol,
     shuffled = list(utterances)
     order.shuffle(shuffled)
     with mock.patch.object(protocols, "KNOWN_SPEAKER_TURNS", 2):
-        state = random.getstate()
         folds = protocol.folds(utterances, seed=seed)
         assert protocol.folds(shuffled, seed=seed) == folds
-        assert random.getstate() == state
     ids = sorted(u.id for u in utterances)
     tested = sorted(i for fold in folds for i in fold.parts["test"])
     assert len(set(tested)) == len(tested), "tested at most once"
@@ -321,7 +318,7 @@ def test_a_split_column_makes_one_fold_and_a_fold_column_leaves_one_out():
         (PROTOCOLS["session5"], {"session": "1"}, "two values of 'session' or more, found ['1']"),
         (PROTOCOLS["speaker10"], {}, "two speakers per session, found ['speaker of a'] in a"),
         (PROTOCOLS["speaker-known"], {}, "speaker of a has only 1"),
-        (by_column(), {}, "the column 'fold'"),
+        (by_column(), {}, "needs a column 'split' or 'fold', which the manifest lacks"),
         (by_column(), {"split": "learn"}, "holds ['learn'], expected train, valid and test"),
         (kfold("speaker", 6), {}, "6 folds, but the column 'speaker' has 5 values"),
         (kfold("speaker", 1), {}, "1 folds, but the column 'speaker' has 5 values"),

@@ -258,8 +258,10 @@ def by_column(*, shares: Iterable[str] = ()) -> Protocol:
     """
 
     def divide(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
+        if not any(name in u.extra for u in utterances for name in ("split", "fold")):
+            raise ManifestError("the protocol column needs a column 'split' or 'fold', which the manifest lacks")
         if not any("split" in u.extra for u in utterances):
-            return _leave_one_out(_by_value(utterances, "fold", "column (which has no 'split' either)"))
+            return _leave_one_out(_by_value(utterances, "fold", "column"))
         other_names = {"validation": "valid", "dev": "valid"}
         parts = defaultdict(list)
         for u, value in zip(utterances, _column(utterances, "split", "column"), strict=True):
