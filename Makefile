@@ -13,9 +13,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 demo: .venv/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py
 
-# Two workers, a file at a time: most tests use one core. What takes minutes comes last and has both.
+# Three workers, a file at a time: what takes minutes comes first, and keeps one of them busy to the end.
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

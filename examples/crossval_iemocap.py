@@ -30,6 +30,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--weights", choices=["auto", "last", "best"], default="auto",
                         help="that are judged; auto: the best on validation, but the last where there is no "
                         "validation or it is the test part")  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     parser.add_argument("--processes", type=int, default=1, help="of one training, under torchrun (default: 1)")
     parser.add_argument("--parallel", type=int, default=1, help="folds at once, each with a GPU of its own where "
                         "there are any (default: 1)")  # fmt: skip
@@ -81,16 +83,41 @@ def judged_weights(protocol: Protocol, parts: dict[str, list[str]], asked: str) 
     return "last" if chosen_on_test or "valid" not in parts else "best"
 
 
-def run_fold(arguments: argparse.Namespace, rest: list[str], fold: str, weights: str, slot: int) -> None:
+def check_same(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on with a fold that was begun with other settings."""
+    path = folder / "settings.json"
+    before = json.loads(path.read_text()) if path.is_file() else None
+    if before is not None and before != settings:
+        differing = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in settings.items() if before.get(k) != v]
+        listed = "\n  ".join(differing)
+        raise ConfigError(f"{folder}: was begun with other settings; choose another --out:\n  {listed}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def run_fold(
+    arguments: argparse.Namespace, rest: list[str], fold: str, weights: str, devices: Queue[list[str]]
+) -> None:
     """Train and judge one fold, unless that is done."""
     folder = arguments.out / fold
     if (folder / "report.json").is_file():
         print(f"{fold}: done already", flush=True)
         return
-    folder.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
-    if arguments.parallel > 1 and torch.cuda.device_count():
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+    own = devices.get()  # GPUs of its own, if there are any
+    if own:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    try:
+        train_and_judge(arguments, rest, fold, weights, environment)
+    finally:
+        devices.put(own)
+
+
+def train_and_judge(
+    arguments: argparse.Namespace, rest: list[str], fold: str, weights: str, environment: dict[str, str]
+) -> None:
+    """Both as commands of their own, with logs in the fold's folder."""
+    folder = arguments.out / fold
     same = ["--data", str(arguments.data), "--protocol", arguments.protocol, "--fold", fold]
     same += ["--protocol-seed", str(arguments.protocol_seed)]
     same += ["--root", str(arguments.root)] if arguments.root else []
@@ -102,9 +129,10 @@ def run_fold(arguments: argparse.Namespace, rest: list[str], fold: str, weights:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}"]
         environment.setdefault("OMP_NUM_THREADS", "1")
     run = folder / "run"
-    train = [*launcher, str(HERE / "train_iemocap.py"), *same, "--init", arguments.init, "--out", str(run), *rest]
+    train = [*launcher, str(HERE / "train_iemocap.py"), *same, "--init", arguments.init, "--out", str(run)]
+    train += ["--device", arguments.device, *rest]
     judge = [sys.executable, str(HERE / "evaluate.py"), *same, "--model", str(run / weights), "--out", str(folder)]
-    judge += ["--resamples", str(arguments.resamples)]
+    judge += ["--resamples", str(arguments.resamples), "--device", arguments.device]
     started = time.perf_counter()
     for step, command in (("train", train), ("judge", judge)):
         with (folder / f"{step}.log").open("a") as log:
@@ -200,15 +228,28 @@ def main() -> None:
     utterances = read_manifest(find_manifest(arguments.data), root=arguments.root, columns=columns)
     protocol = find_protocol(arguments.protocol, shares=arguments.shares)
     folds = {fold.name: fold for fold in protocol.folds(utterances, seed=arguments.protocol_seed)}
-    names = arguments.folds or list(folds)
+    names = list(dict.fromkeys(arguments.folds or folds))
     if unknown := sorted(set(names) - set(folds)):
         raise ConfigError(f"no fold is called {', '.join(unknown)}; {protocol.name} has {', '.join(folds)}")
     audits = to_table([check_fold(folds[name], utterances, protocol) for name in names])
     weights = judged_weights(protocol, folds[names[0]].parts, arguments.weights)
     print(f"{protocol.name}: {protocol.description}\n{audits}\nthe {weights} weights of each fold are judged")
+    settings = provenance(arguments, rest)
+    for name in ("command", "commit", "versions"):  # may differ
+        del settings[name]
+    settings |= {"protocol": protocol.name, "seed": arguments.protocol_seed, "shares": arguments.shares}
+    settings |= {"columns": columns, "weights": weights}
+    for name in names:
+        check_same(arguments.out / name, settings)
+    devices: Queue[list[str]] = Queue()
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    for slot in range(arguments.parallel):
+        share = gpus[slot * arguments.processes : (slot + 1) * arguments.processes]
+        if torch.cuda.device_count() and arguments.parallel > 1 and len(share) < arguments.processes:
+            raise ConfigError(f"{arguments.parallel} folds at once need {arguments.processes} GPUs each: {gpus}")
+        devices.put(share if arguments.parallel > 1 and torch.cuda.device_count() else [])
     with ThreadPoolExecutor(arguments.parallel) as pool:
-        jobs = [pool.submit(run_fold, arguments, rest, name, weights, slot) for slot, name in enumerate(names)]
-        for job in jobs:
+        for job in [pool.submit(run_fold, arguments, rest, name, weights, devices) for name in names]:
             job.result()
     found = pooled_report(arguments, rest, protocol, weights, names, audits)
     write_json(arguments.out / "report.json", found)

@@ -142,6 +142,10 @@ def main() -> None:
         found = report(outcomes, resamples=arguments.resamples, seed=arguments.seed)
         found |= {"model": str(arguments.model), **chosen}
         print(table(found))
+        if not found["figures"]:
+            print(
+                "no figure: no utterance has a label or text for a head of this model (dimensions: training's log)"
+            )
         known = found["judged"]["speaker"]
         if recognizer.speakers and known < len(outcomes):
             print(
@@ -157,5 +161,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ser.SerError as error:
+    except (ser.SerError, OSError) as error:
         sys.exit(f"error: {error}")

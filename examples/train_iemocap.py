@@ -29,7 +29,6 @@ dominance, valence. The files are relative to --root, else to the manifest's fol
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -43,8 +42,8 @@ from ser.data.manifest import DIMENSIONS, check_labels, check_overlap, parse_col
 from ser.data.protocols import PROTOCOLS, check_fold, find_fold, find_manifest, find_protocol, to_table
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
 from ser.errors import ConfigError
-from ser.models.config import PRESETS
-from ser.models.pretrained import find_folder
+from ser.models.config import PRESETS, Wav2Vec2Config
+from ser.models.pretrained import find_folder, read_encoder_config
 from ser.recognizer import Recognizer, inherited_labels, is_preset
 from ser.train.config import TrainConfig, add_arguments, from_arguments, paper_settings
 from ser.train.distributed import World, joined_world
@@ -54,7 +53,10 @@ from ser.train.loop import fit, say
 def parse_arguments() -> argparse.Namespace:
     description, _, usage = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
-        description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--train", type=Path, help="manifest to learn from")
     parser.add_argument("--valid", type=Path, help="manifest to choose the best model by")
@@ -97,26 +99,27 @@ def parse_arguments() -> argparse.Namespace:
                         "hypothesis in evaluation")  # fmt: skip
     add_arguments(parser)
     arguments = parser.parse_args()
+    init = (
+        arguments.init if is_preset(arguments.init) else find_folder(arguments.init, revision=arguments.revision)
+    )
     if arguments.paper or arguments.paper_script:  # they are defaults: what is given beside them counts
         given = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
         given.add_argument("--alpha", type=float)
         alpha = getattr(given.parse_known_args()[0], "alpha", None)
-        settings = paper_settings(alpha=alpha, large=is_large_960h(arguments.init), script=arguments.paper_script)
+        settings = paper_settings(alpha=alpha, large=is_large_960h(init), script=arguments.paper_script)
         parser.set_defaults(tags="keep-letters", **settings)
         arguments = parser.parse_args()
         arguments.alpha = settings["alpha"]
+    arguments.init = init
     if bool(arguments.train) == bool(arguments.data):
         raise ConfigError("give either --train (and --valid), or --data with --protocol and --fold")
     return arguments
 
 
-def is_large_960h(init: str) -> bool:
+def is_large_960h(init: str | Path) -> bool:
     """The paper's second model is large and yet group-norm and post-norm."""
-    if init in PRESETS:
-        return init == "large"
-    path = Path(init) / "config.json"
-    values = json.loads(path.read_text()) if path.is_file() else {}
-    return values.get("hidden_size") == 1024 and values.get("feat_extract_norm") == "group"
+    config = Wav2Vec2Config.named(init) if isinstance(init, str) else read_encoder_config(init)[0]
+    return config.hidden_size == 1024 and config.feat_extract_norm == "group"
 
 
 def read_parts(arguments: argparse.Namespace, columns: dict[str, str], world: World) -> tuple[list, list, dict]:
@@ -173,8 +176,6 @@ def main() -> None:
                 world,
                 f"{count} GPUs; to use all: torchrun --standalone --nproc-per-node={count} {shlex.join(sys.argv)}",
             )
-        if not is_preset(arguments.init):
-            arguments.init = find_folder(arguments.init, revision=arguments.revision)
         columns = parse_columns(arguments.columns)
         train, valid, chosen = read_parts(arguments, columns, world)
         heads = chosen_heads(config, train)

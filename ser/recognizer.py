@@ -170,7 +170,10 @@ class Recognizer:
 
         folder = find_folder(init)
         config, values = read_encoder_config(folder)
-        own, files = read_labels(folder, values), TensorFiles(folder)
+        files = TensorFiles(folder)
+        own = read_labels(folder, values)
+        if vocabulary is not None:
+            own["vocabulary"] = read_vocabulary(folder, own["orthography"])
         there = own["reads"] | {"projection": projection_size(files)}
         sizes = head_sizes(labels, there | reads)
         same_input = head_sizes(labels, there) == sizes
@@ -208,6 +211,14 @@ class Recognizer:
                 f"{folder}: holds an encoder without heads, which recognises nothing; "
                 f"ser.load_encoder reads it, or train heads on it with --init {folder}"
             )
+        if "ctc" in heads:  # others may leave any vocab.json behind
+            own["vocabulary"] = read_vocabulary(folder, own["orthography"])
+        _, key = files.names.get("cls_head.weight", (None, ""))
+        if key.endswith("classifier.weight") and "projector.weight" not in files.names:
+            raise ModelFolderError(
+                f"{folder}: has classifier.weight without projector.weight: no ForSequenceClassification, but a "
+                "model that judges each frame perhaps, which is not supported"
+            )
         labels: dict[str, Any] = {"emotions": [], "speakers": [], "dimensions": [], "vocabulary": None}
         for name in heads:
             kind = LABELS[name]
@@ -237,8 +248,8 @@ class Recognizer:
     def save(self, folder: str | Path) -> None:
         """Write a model folder: complete or not at all, replacing what stood there.
 
-        `transformers` loads the encoder from it with its Model class and the CTC head with ForCTC; with a
-        projector, mean pooling and an emotion head also as ForSequenceClassification.
+        `transformers` loads the encoder from it with its Model class and the CTC head with ForCTC; where
+        config.json names ForSequenceClassification, also as that.
         """
         folder = Path(folder)
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -254,7 +265,10 @@ class Recognizer:
         """Write the files of a model folder into an existing folder."""
         heads = self.model.heads_config
         architecture = "ForCTC" if self.vocabulary is not None else "Model"
-        if heads.projection and heads.pooling == "mean" and self.emotions:
+        # What that class computes: transformers 5 sums layers without a pre-norm encoder's final norm.
+        raw = not (heads.weighted_final_norm and self.model.config.do_stable_layer_norm)
+        theirs = heads.layers == "last" or (heads.layers == "weighted" and raw)
+        if heads.projection and heads.pooling == "mean" and self.emotions and theirs:
             architecture = "ForSequenceClassification"
         config: dict[str, Any] = {
             "architectures": [ARCHITECTURES[self.model.config.model_type] + architecture],
@@ -577,7 +591,10 @@ def projection_size(files: TensorFiles) -> int:
 
 
 def read_labels(folder: Path, values: dict) -> dict[str, Any]:
-    """What a folder says besides tensors: labels, vocabulary, preprocessing. ``values`` is its config.json."""
+    """What a folder says besides tensors: labels, preprocessing. ``values`` is its config.json.
+
+    The vocabulary is read by itself, where there is a CTC head (`read_vocabulary`).
+    """
     path = folder / "config.json"
     own = values.get("ser", {})
     if not isinstance(own, dict):
@@ -639,14 +656,10 @@ def read_labels(folder: Path, values: dict) -> dict[str, Any]:
             raise ModelFolderError(
                 f"{path}: do_normalize is {shorten(repr(do_normalize))}; expected true or false"
             )
-    vocabulary = None
-    if stands_in(folder, "vocab.json"):
-        delimiter = ORTHOGRAPHIES[choices["orthography"]].word_delimiter
-        vocabulary = Vocabulary.read(resolve_inside(folder, "vocab.json"), word_delimiter=delimiter)
     return {
         "emotions": emotions,
         **named,
-        "vocabulary": vocabulary,
+        "vocabulary": None,
         "reads": reads,
         **choices,
         "do_normalize": do_normalize,
@@ -665,6 +678,14 @@ def is_preset(init: str | Path) -> bool:
     except ConfigError as error:
         raise ConfigError(f"{init}: there is no such model folder, and {error}") from None
     return True
+
+
+def read_vocabulary(folder: Path, orthography: str) -> Vocabulary | None:
+    """The symbols in a folder's vocab.json; None without the file."""
+    if not stands_in(folder, "vocab.json"):
+        return None
+    delimiter = ORTHOGRAPHIES[orthography].word_delimiter
+    return Vocabulary.read(resolve_inside(folder, "vocab.json"), word_delimiter=delimiter)
 
 
 def inherited_labels(init: str | Path, kind: str, training: Iterable[str]) -> list[str]:

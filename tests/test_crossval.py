@@ -77,6 +77,14 @@ def test_the_same_command_trains_no_fold_again(crossed):
     assert "done already" not in first.stdout and second.stdout.count("done already") == 3
 
 
+def test_a_fold_that_was_begun_with_other_settings_is_refused_and_the_differences_are_listed(corpus, crossed):
+    folder, _ = crossed
+    options = ["--data", corpus / "train.csv", *FOLDS, "--init", corpus / "init", "--out", folder, *QUICK]
+    done = run("crossval_iemocap.py", *options, "--alpha", 0, cwd=folder)
+    assert done.returncode != 0 and "begun with other settings" in done.stderr and "--alpha" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_fold_s_report_says_its_protocol_and_what_it_shares_with_training(crossed):
     folder, _ = crossed
     found = json.loads((folder / "s1/report.json").read_text())

@@ -468,7 +468,7 @@ HOSTILE = {
     "num_hidden_layers": [10**9, 513],
     "num_attention_heads": [0, 10**9, 3],
     "conv_dim": [[10**9, 8], [], 8, "88", [8], [8] * 100, [8, None], {"0": 8}, [[8, 8]], [8] * 10**5],
-    "conv_stride": [[0, 8], [40, -8]],
+    "conv_stride": [[0, 8], [40, -8], [1, 1], [60_000, 60_000]],
     "layer_norm_eps": [float("nan"), float("inf"), 0, -1, 10**400, "1e-5", None],
     "hidden_dropout": [2, -0.1, float("nan"), "x" * 10**6],
     "feat_extract_norm": ["batch", None, 1, []],

@@ -69,6 +69,20 @@ def test_dimensions_alone_are_learnt_and_choose_the_best_model(tmp_path):
     assert list(prediction.dimensions) == ["arousal", "valence"] and prediction.emotion is None
 
 
+def test_a_dimension_that_does_not_vary_in_validation_is_left_out_of_the_mean_and_of_the_loss(tmp_path):
+    train, valid = toy_rows(tmp_path, 12), toy_rows(tmp_path, 8, seed=1, name="valid")
+    valid = [replace(row, valence=3.0) for row in valid]
+    recognizer = toy_recognizer(heads=["dimensions"])
+    result = fit(recognizer, train, valid, quick(epochs=1), tmp_path / "run")
+    found = result.evaluation.metrics()
+    assert math.isnan(found["ccc_valence"]) and found["ccc"] == found["ccc_arousal"] == result.progress.best
+    assert found["loss_dimensions"] == pytest.approx((1 - found["ccc_arousal"]) / 2)
+    assert (tmp_path / "run/best/model.safetensors").is_file()
+    constant = [replace(row, arousal=1.0) for row in valid]
+    with pytest.raises(ConfigError, match="no label for any head"):
+        fit(recognizer, train, constant, quick(epochs=1), tmp_path / "other")
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """A run with dropout, LayerDrop, masks and accumulation, a checkpoint after every update."""

@@ -298,6 +298,20 @@ def test_an_update_without_any_label_moves_nothing():
         assert any(not torch.equal(before[n], p) for n, p in model.named_parameters()) == moves
 
 
+def test_an_update_whose_concordance_is_undefined_moves_nothing():
+    """One labelled utterance, as in a last small update: no gradient is not a zero gradient."""
+    model = tiny_model(tiny_config())
+    optimizer = make_optimizer(model, rate=1e-2, head_rate=0.0, weight_decay=0.5, beta2=0.999)
+    set_rate(optimizer, 1.0)
+    objective = Objective(weights={"emotion": 0.0, "ctc": 0.0, "speaker": 0.0, "dimensions": 1.0})
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for pool, moves in [(examples(), True), (examples()[6:7], False)]:
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        result = run_update(model, model, optimizer, [collate(pool)], objective, World(), scaler=scaler)
+        assert any(not torch.equal(before[n], p) for n, p in model.named_parameters()) == moves
+    assert float(result.losses["dimensions"]) == 0.0
+
+
 def test_the_gradient_of_dimensions_is_that_of_the_concordance_of_the_whole_update():
     """Written out: one differentiable pass over all eight utterances, alone, and 1 - CCC by numpy's moments."""
     model = tiny_model(tiny_config())

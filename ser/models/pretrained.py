@@ -152,6 +152,8 @@ def read_json(folder: Path, name: str) -> dict:
         raise ModelFolderError(f"{folder / name}: {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelFolderError(f"{folder / name}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ModelFolderError(f"{folder / name}: is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -193,11 +195,14 @@ def find_folder(name: str | Path, *, revision: str | None = None) -> Path:
         )
 
     try:
-        folder = fetch(from_cache=True)
-        if any(stands_in(folder, file) for file in ("model.safetensors", "model.safetensors.index.json")):
-            return check_folder(folder)
+        cached = fetch(from_cache=True)
     except (OSError, ValueError):  # not in the cache
-        pass
+        cached = None
+    # Other programs leave a part of a folder in the cache, without what says how sound is prepared.
+    complete = cached is not None and stands_in(cached, "preprocessor_config.json")
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if cached is not None and complete and any(stands_in(cached, file) for file in weights):
+        return check_folder(cached)
     try:
         folder = fetch(from_cache=False)
     except Exception as error:  # the hub's client has kinds of its own, and those of its http library
@@ -226,7 +231,14 @@ def read_encoder_config(folder: Path) -> tuple[Wav2Vec2Config, dict]:
     """The encoder's configuration, and the whole of config.json."""
     values = read_json(folder, "config.json")
     try:
-        return Wav2Vec2Config.from_dict(values), values
+        config = Wav2Vec2Config.from_dict(values)
+        hop, first = math.prod(config.conv_stride), config.min_samples
+        if not 8 <= hop <= 16_000 or first > 160_000:  # no tensor's shape says it, and memory follows from it
+            raise ConfigError(
+                f"conv_stride is {config.conv_stride}: a frame per {hop:,} samples, the first after {first:,}; "
+                "8 to 16,000 and up to 160,000 are computed (published models: 320 and 400)"
+            )
+        return config, values
     except (ConfigError, OverflowError) as error:  # OverflowError: a whole number beyond any float
         raise ModelFolderError(f"{folder / 'config.json'}: {shorten(str(error))}") from None
 
@@ -301,8 +313,11 @@ class TensorFiles:
 
 def opened(path: Path):
     """``safe_open``, whose own errors do not name the file, and which parses a header of 100 MB."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise ModelFolderError(f"{path}: cannot be read: {error.strerror}") from None
     if MAX_HEADER_BYTES < size < path.stat().st_size:
         raise ModelFolderError(f"{path}: its header has {size:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
     try:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,13 @@ def run_update(
                 predictions = forward(model, number, batch).dimensions
                 assert predictions is not None
                 moments += ccc_moments(predictions, batch.dimensions, batch.weights)
-        moments = world.sum(moments.cpu()).to(world.device)
-        # Of the whole update: each rank's share of it, for what is shown is summed over ranks.
+        moments = world.sum(moments.cpu())
         ccc = concordance(moments)
-        losses["dimensions"] = torch.where(ccc.isnan(), 0.0, 1 - ccc).mean() / world.size
+        if bool(ccc.isnan().all()):  # too few labels, or equal ones: they give no gradient
+            count_of["dimensions"] = 0.0
+        # Of the whole update: each rank's share of it, for what is shown is summed over ranks.
+        losses["dimensions"] = (1 - ccc).nan_to_num().mean() / world.size
+        moments = moments.to(world.device)
     for number, batch in enumerate(batches):
         batch = batch.to(world.device)
         with world.no_sync(wrapped, last=number == len(batches) - 1):
@@ -247,7 +250,8 @@ class Evaluation:
             found["unweighted_accuracy"] = self.emotion.unweighted_accuracy
             found["macro_f1"] = self.emotion.macro_f1
         if self.ccc:
-            found["ccc"] = sum(self.ccc.values()) / len(self.ccc)
+            defined = [value for value in self.ccc.values() if math.isfinite(value)]
+            found["ccc"] = sum(defined) / len(defined) if defined else math.nan
             found |= {f"ccc_{name.lower()}": value for name, value in self.ccc.items()}
         if self.words is not None and self.characters is not None and self.words.length:
             if self.unwritten:
@@ -331,7 +335,8 @@ def evaluate(
                 characters = character_errors(reference, prediction.transcript)
                 edits += (words.edits, words.length, characters.edits, characters.length)
             if keep_rows:
-                rows[index] = prediction
+                seconds = dataset.lengths[index] / SAMPLE_RATE
+                rows[index] = replace(prediction, file=str(dataset.utterances[index].file), seconds=seconds)
     model.train(was_training)
 
     flat = np.concatenate([emotion.ravel(), speaker.ravel(), edits])
@@ -357,7 +362,7 @@ def evaluate(
     if moments[0].any():
         result.ccc = dict(zip(recognizer.dimensions, concordance(moments).tolist(), strict=True))
         if objective.weights.get("dimensions"):
-            result.losses["dimensions"] = float((1 - concordance(moments)).mean())
+            result.losses["dimensions"] = float((1 - concordance(moments)).nan_to_num().mean())  # as in an update
     if result.losses:
         result.loss = sum(objective.weights.get(name, 0.0) * value for name, value in result.losses.items())
     if keep_rows:
@@ -756,8 +761,9 @@ def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: Speec
     possible = []
     if any(label != NO_LABEL for label in validation.emotions):
         possible += ["unweighted_accuracy", "accuracy", "macro_f1"]
-    if any(math.isfinite(value) for row in validation.dimensions for value in row):
-        possible += ["ccc"]
+    for labels in zip(*validation.dimensions, strict=True):
+        if "ccc" not in possible and len({value for value in labels if math.isfinite(value)}) > 1:
+            possible += ["ccc"]  # which is not defined for equal labels
     if any(validation.references):
         possible += ["wer", "cer"]
     if any(label != NO_LABEL for label in validation.speakers):

@@ -106,7 +106,16 @@ class Outcomes:
 
     @classmethod
     def read(cls, path: Path) -> Outcomes:
-        """A predictions file."""
+        """A predictions file. Raises ConfigError where it is none."""
+        try:
+            return cls._read(path)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        except (ValueError, csv.Error) as error:
+            raise ConfigError(f"{path}: is no sound predictions file: {error}") from None
+
+    @classmethod
+    def _read(cls, path: Path) -> Outcomes:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             found = reader.fieldnames or []

@@ -95,6 +95,22 @@ def test_a_classifier_that_went_through_us_loads_in_its_class_with_the_same_answ
     assert_probabilities(ser.load(tmp_path / "ours").predict(waveform[0], 16000)[0], expected)
 
 
+def test_a_model_that_judges_frames_is_no_classifier_of_utterances(styles, randomise, tmp_path):
+    config = transformers.Wav2Vec2Config(**styles["base-style"].to_dict(), id2label=NAMES)
+    transformers.Wav2Vec2ForAudioFrameClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelFolderError, match=r"without projector\.weight"):
+        ser.load(tmp_path)
+
+
+def test_a_classifier_that_reads_another_layer_claims_no_class_that_would_read_the_last(superb, tmp_path):
+    folder, _ = superb
+    recognizer, _ = Recognizer.create(folder, emotions=list(NAMES.values()), layers="2")
+    recognizer.save(tmp_path / "ours")
+    found = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert found["architectures"] == ["WavLMModel"]
+    assert ser.load(tmp_path / "ours").model.heads_config.layers == "2"
+
+
 def test_a_ctc_model_of_each_architecture_gives_the_same_scores_and_text(config, randomise, tmp_path, waveform):
     peer = getattr(transformers, ARCHITECTURES[config.model_type] + "ForCTC")
     vocabulary = ser.recognizer.Vocabulary.librispeech()
@@ -119,7 +135,7 @@ def dimensional(config, randomise, folder, names=("arousal", "dominance", "valen
     model = randomise(EmotionModel(transformers.Wav2Vec2Config(**settings))).eval()
     model.save_pretrained(folder)
     preprocessor(folder)
-    (folder / "vocab.json").write_text('{"<pad>": 0, "|": 1}')  # left over, and without a head
+    (folder / "vocab.json").write_text("{}")  # left over, and without a head
     return model
 
 
