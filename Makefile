@@ -15,7 +15,7 @@ demo: .venv/.demo
 
 # Three workers, a file at a time: what takes minutes comes first, and keeps one of them busy to the end.
 test: .venv/.test
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from ser.data.manifest import parse_columns, read_manifest
 from ser.data.protocols import Audit, check_fold, find_fold, find_manifest, find_protocol
 from ser.data.text import clean
 from ser.errors import ConfigError
-from ser.train.distributed import joined_world
+from ser.train.distributed import cpu_threads, joined_world
 from ser.train.loop import say
 from ser.train.pictures import draw
 from ser.train.report import Outcomes, compare, judge, report, table, write_json, write_rows
@@ -117,8 +116,7 @@ def main() -> None:
         return
     if not arguments.model or bool(arguments.manifest) == bool(arguments.data):
         raise ConfigError("give --model and --manifest (or --data with --protocol and --fold), or --compare")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    torch.set_num_threads(cpu_threads())
     with joined_world(arguments.device) as world:
         utterances, training, chosen = read_parts(arguments)
         recognizer = ser.load(arguments.model, device=world.device)

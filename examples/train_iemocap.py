@@ -46,7 +46,7 @@ from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import find_folder, read_encoder_config
 from ser.recognizer import Recognizer, inherited_labels, is_preset
 from ser.train.config import TrainConfig, add_arguments, from_arguments, paper_settings
-from ser.train.distributed import World, joined_world
+from ser.train.distributed import World, cpu_threads, joined_world
 from ser.train.loop import fit, say
 
 
@@ -94,7 +94,8 @@ def parse_arguments() -> argparse.Namespace:
                         help="[..], {..}, <..> in text: letters stay in the paper (default: remove)")  # fmt: skip
     parser.add_argument("--allow-overlap", choices=["none", "speakers", "utterances"], default="none",
                         help="what --valid may share; a speaker head needs speakers (default: none)")  # fmt: skip
-    parser.add_argument("--threads", type=int, help="CPU threads per process (default: cores / processes)")
+    parser.add_argument("--threads", type=int, help="CPU threads per process (default: cores / processes; of one "
+                        "process OMP_NUM_THREADS)")  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="show changed transcripts, and reference beside "
                         "hypothesis in evaluation")  # fmt: skip
     add_arguments(parser)
@@ -166,8 +167,7 @@ def dimensions_of(train: list) -> list[str]:
 
 def main() -> None:
     arguments = parse_arguments()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(arguments.threads or max(1, len(os.sched_getaffinity(0)) // processes))
+    torch.set_num_threads(arguments.threads or cpu_threads())
     config = from_arguments(arguments)
     with joined_world(config.device) as world:
         if "WORLD_SIZE" not in os.environ and torch.cuda.device_count() > 1:

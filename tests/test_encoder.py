@@ -21,7 +21,7 @@ from ser.train.losses import classification_loss, ctc_loss
 NAN = float("nan")
 HEADS = HeadsConfig(num_emotions=4, vocab_size=9, num_speakers=3, pooling="mean+std")
 # Without shrinking: a failure here is a failure of every example, and shrinking it takes minutes.
-quick = settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+quick = settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
 
 def sound(samples, seed=1):

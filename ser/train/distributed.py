@@ -91,6 +91,17 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
+def cpu_threads() -> int:
+    """Threads for this process: its share of the cores, or OMP_NUM_THREADS where one process runs alone.
+
+    torchrun sets that to 1 for several processes whatever the cores, so there it tells nothing.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes == 1 and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
 @contextmanager
 def joined_world(device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun started, and leave them at the end. Without torchrun: a world of one."""
