@@ -10,11 +10,23 @@ EmoDB, leaving one speaker out:
     python examples/crossval_iemocap.py --data data/emodb/emodb.csv --root EMODB/wav --protocol kfold:speaker:10 \\
         --shares transcripts --out runs/emodb --init small --epochs 6
 
+The paper's ablation (its Table 4 and Figure 2), and which heads help, on speakers that are all known:
+
+    python examples/crossval_iemocap.py ... --protocol paper10 --paper --ablation alpha=0,0.001,0.01,0.1
+    python examples/crossval_iemocap.py ... --protocol speaker-known --beta 0.1 \\
+        --ablation heads=emotion,emotion+ctc,emotion+speaker,emotion+ctc+speaker
+
+Checkpoints that are there already, one folder per fold (DIR/01F .. DIR/05M), without training:
+
+    python examples/crossval_iemocap.py ... --protocol paper10 --evaluate-only DIR --out runs/reproduced
+
 Options that are not listed below go to train_iemocap.py as they are. The same command continues where it stopped:
 a fold that was judged is not trained again.
 
 Pooled figures count every utterance of all folds once (right over all folds / all utterances). In --out: FOLD/run
-(the training run), FOLD/predictions.csv and report.json; report.json, report.md and pictures of all folds.
+(the training run), FOLD/predictions.csv and report.json; report.json, report.md, curves.csv and pictures of all
+folds. An ablation has all of this in a folder per value, and ablation.json, ablation.md, curves.csv and curves.png
+beside them.
 """
 
 from __future__ import annotations
@@ -24,11 +36,11 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -36,16 +48,27 @@ from typing import Any
 import torch
 
 import ser
-from ser.data.manifest import parse_columns, read_manifest
-from ser.data.protocols import Protocol, check_fold, find_manifest, find_protocol, to_table
+from ser.data.protocols import Protocol, check_fold, to_table
+from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.errors import ConfigError
-from ser.train.pictures import draw
-from ser.train.report import Outcomes, report, table, write_json
+from ser.train.folds import (
+    SHORT,
+    ablation_markdown,
+    ablation_summary,
+    pooled_report,
+    show,
+    to_markdown,
+    write_curves,
+)
+from ser.train.pictures import draw, draw_curves
+from ser.train.report import Outcomes, table, write_json
 
 HERE = Path(__file__).parent
+PAPER_TABLE_3 = 0.7815  # WA of Cai et al. (2021), ten folds by recording side
+PAPER_UTTERANCES = 5531
 
 
-def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     description, _, usage = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description,
@@ -53,17 +76,14 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--data", type=Path, required=True, help="manifest to divide, or a folder with iemocap4.csv"
-    )
-    parser.add_argument("--root", type=Path, help="folder that the manifest's files are relative to")
-    parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
-    parser.add_argument("--protocol", required=True, help="as in train_iemocap.py")
-    parser.add_argument("--shares", nargs="*", default=[], help="what parts of column and kfold may share")
-    parser.add_argument("--protocol-seed", type=int, default=0, help="of protocols that draw (default: 0)")
+    add_arguments(parser)
     parser.add_argument("--folds", nargs="*", help="only these, such as 01F 01M (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything")
     parser.add_argument("--init", default="base", help="as in train_iemocap.py (default: base)")
+    parser.add_argument("--ablation", metavar="NAME=VALUES", help="alpha=0,0.01,0.1 or heads=emotion,emotion+ctc: "
+                        "the whole of this for each value, and a comparison")  # fmt: skip
+    parser.add_argument("--evaluate-only", type=Path, metavar="DIR", help="judge the model DIR/FOLD on each fold; "
+                        "trains nothing")  # fmt: skip
     parser.add_argument("--weights", choices=["auto", "last", "best"], default="auto",
                         help="that are judged; auto: the best on validation, but the last where there is no "
                         "validation or it is the test part")  # fmt: skip
@@ -72,7 +92,10 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--parallel", type=int, default=1, help="folds at once, each with a GPU of its own where "
                         "there are any (default: 1)")  # fmt: skip
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default: 1000)")
-    return parser.parse_known_args()
+    return parser.parse_known_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------- one fold
 
 
 def judged_weights(protocol: Protocol, parts: dict[str, list[str]], asked: str) -> str:
@@ -96,10 +119,15 @@ def check_same(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def run_fold(
-    arguments: argparse.Namespace, rest: list[str], fold: str, weights: str, devices: Queue[list[str]]
+    arguments: argparse.Namespace,
+    rest: list[str],
+    selection: Selection,
+    weights: str,
+    folder: Path,
+    devices: Queue[list[str]],
 ) -> None:
-    """Train and judge one fold, unless that is done."""
-    folder = arguments.out / fold
+    """Train and judge one fold in its folder, unless that is done."""
+    fold = str(selection.fold)
     if (folder / "report.json").is_file():
         print(f"{fold}: done already", flush=True)
         return
@@ -108,22 +136,24 @@ def run_fold(
     if own:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     try:
-        train_and_judge(arguments, rest, fold, weights, environment)
+        train_and_judge(arguments, rest, selection, weights, folder, environment)
     finally:
         devices.put(own)
 
 
 def train_and_judge(
-    arguments: argparse.Namespace, rest: list[str], fold: str, weights: str, environment: dict[str, str]
+    arguments: argparse.Namespace,
+    rest: list[str],
+    selection: Selection,
+    weights: str,
+    folder: Path,
+    environment: dict[str, str],
 ) -> None:
     """Both as commands of their own, with logs in the fold's folder."""
-    folder = arguments.out / fold
-    same = ["--data", str(arguments.data), "--protocol", arguments.protocol, "--fold", fold]
-    same += ["--protocol-seed", str(arguments.protocol_seed)]
-    same += ["--root", str(arguments.root)] if arguments.root else []
-    for name in ("columns", "shares"):
-        if values := getattr(arguments, name):
-            same += [f"--{name}", *values]
+    fold = str(selection.fold)
+    same = [*selection.to_options(), "--fold", fold]
+    if arguments.known_turns is not None:  # else as training finds best, and the model then says
+        same += ["--known-turns", str(arguments.known_turns)]
     launcher = [sys.executable]
     if arguments.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}"]
@@ -131,10 +161,14 @@ def train_and_judge(
     run = folder / "run"
     train = [*launcher, str(HERE / "train_iemocap.py"), *same, "--init", arguments.init, "--out", str(run)]
     train += ["--device", arguments.device, *rest]
-    judge = [sys.executable, str(HERE / "evaluate.py"), *same, "--model", str(run / weights), "--out", str(folder)]
-    judge += ["--resamples", str(arguments.resamples), "--device", arguments.device]
+    model = arguments.evaluate_only / fold if arguments.evaluate_only else run / weights
+    judge = [sys.executable, str(HERE / "evaluate.py"), *same, "--model", str(model), "--out", str(folder)]
+    judge += ["--resamples", str(arguments.resamples), "--device", arguments.device, "--no-pictures"]
+    judge += [] if arguments.evaluate_only else ["--card"]
     started = time.perf_counter()
     for step, command in (("train", train), ("judge", judge)):
+        if step == "train" and arguments.evaluate_only:
+            continue
         with (folder / f"{step}.log").open("a") as log:
             if subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode:
                 tail = "\n  ".join((folder / f"{step}.log").read_text().splitlines()[-15:])
@@ -144,103 +178,50 @@ def train_and_judge(
     print(f"{fold}: {shown}  {time.perf_counter() - started:.0f} s", flush=True)
 
 
-SHORT = {"WA": "accuracy", "UA": "unweighted_accuracy", "WER": "wer", "speaker": "speaker_accuracy"}
+# ---------------------------------------------------------------------------------------------- all folds
 
 
-def sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def provenance(arguments: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+def provenance(arguments: argparse.Namespace, rest: list[str], selection: Selection) -> dict[str, Any]:
     """What is needed to repeat the run."""
     commit = subprocess.run(
         ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
+    weights = Path(arguments.init) / "model.safetensors"
     return {
         "command": ["python", "examples/crossval_iemocap.py", *sys.argv[1:]],
         "training_options": rest,
         "versions": {"ser": ser.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "commit": commit or None,
-        "manifest_sha256": sha256(find_manifest(arguments.data)),
+        "data": selection.to_dict(),
         "init": arguments.init,
-        "init_sha256": sha256(Path(arguments.init) / "model.safetensors"),
+        "init_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
+        "models": str(arguments.evaluate_only) if arguments.evaluate_only else None,
     }
 
 
-def pooled_report(
-    arguments: argparse.Namespace, rest: list[str], protocol: Protocol, weights: str, folds: list[str], audits: str
+def cross_validate(
+    arguments: argparse.Namespace, rest: list[str], selection: Selection, out: Path
 ) -> dict[str, Any]:
-    """All folds as one."""
-    outcomes = Outcomes.joined([Outcomes.read(arguments.out / fold / "predictions.csv") for fold in folds])
-    found = report(outcomes, resamples=arguments.resamples)
-    by_fold = {}
-    for fold in folds:
-        judged = json.loads((arguments.out / fold / "report.json").read_text())
-        by_fold[fold] = {"utterances": judged["utterances"]} | {
-            k: v["value"] for k, v in judged["figures"].items()
-        }
-    over = {}
-    for name in found["figures"]:
-        values = [entry[name] for entry in by_fold.values() if entry.get(name) is not None]
-        if values:
-            spread = statistics.stdev(values) if len(values) > 1 else None
-            over[name] = {"mean": statistics.mean(values), "spread": spread, "folds": len(values)}
-    found |= {"protocol": protocol.name, "description": protocol.description, "weights": weights, "audit": audits}
-    return found | {"folds": by_fold, "over_folds": over, "repeat": provenance(arguments, rest)}
-
-
-def to_markdown(found: dict[str, Any]) -> str:
-    """The report for people."""
-    names = {short: name for short, name in SHORT.items() if name in found["figures"]}
-
-    def show(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4f}"
-
-    lines = [f"# {found['protocol']}: {found['utterances']} utterances, {len(found['folds'])} folds", ""]
-    lines += [found["description"], "", f"The {found['weights']} weights of each fold are judged.", ""]
-    lines += ["| fold | utterances | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    for fold, entry in found["folds"].items():
-        cells = " | ".join(show(entry.get(name)) for name in names.values())
-        lines.append(f"| {fold} | {entry['utterances']} | {cells} |")
-    over = found["over_folds"]
-    cells = " | ".join(f"{show(over[n]['mean'])} ± {show(over[n]['spread'])}" for n in names.values())
-    lines.append(f"| mean ± spread | | {cells} |")
-    pooled = " | ".join(f"**{show(found['figures'][n]['value'])}**" for n in names.values())
-    lines.append(f"| pooled | {found['utterances']} | {pooled} |")
-    lines += [
-        "",
-        "```",
-        table(found),
-        "```",
-        "",
-        "What the parts share:",
-        "",
-        "```",
-        found["audit"].rstrip(),
-        "```",
-    ]
-    return "\n".join([*lines, "", "To repeat:", "", "```", json.dumps(found["repeat"], indent=1), "```", ""])
-
-
-def main() -> None:
-    arguments, rest = parse_arguments()
-    columns = parse_columns(arguments.columns)
-    utterances = read_manifest(find_manifest(arguments.data), root=arguments.root, columns=columns)
-    protocol = find_protocol(arguments.protocol, shares=arguments.shares)
-    folds = {fold.name: fold for fold in protocol.folds(utterances, seed=arguments.protocol_seed)}
+    """Every fold, and the report of all, in ``out``."""
+    protocol, utterances = selection.find_protocol(), selection.read()
+    folds = {fold.name: fold for fold in protocol.folds(utterances, seed=selection.seed)}
     names = list(dict.fromkeys(arguments.folds or folds))
     if unknown := sorted(set(names) - set(folds)):
         raise ConfigError(f"no fold is called {', '.join(unknown)}; {protocol.name} has {', '.join(folds)}")
     audits = to_table([check_fold(folds[name], utterances, protocol) for name in names])
     weights = judged_weights(protocol, folds[names[0]].parts, arguments.weights)
+    if arguments.evaluate_only:
+        weights = "given"
+        if missing := [name for name in names if not (arguments.evaluate_only / name).is_dir()]:
+            raise ConfigError(
+                f"{arguments.evaluate_only}: has no folder {', '.join(missing)}; it needs one per fold"
+            )
     print(f"{protocol.name}: {protocol.description}\n{audits}\nthe {weights} weights of each fold are judged")
-    settings = provenance(arguments, rest)
+    settings = provenance(arguments, rest, selection)
     for name in ("command", "commit", "versions"):  # may differ
         del settings[name]
-    settings |= {"protocol": protocol.name, "seed": arguments.protocol_seed, "shares": arguments.shares}
-    settings |= {"columns": columns, "weights": weights}
     for name in names:
-        check_same(arguments.out / name, settings)
+        check_same(out / name, settings | {"weights": weights})
     devices: Queue[list[str]] = Queue()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     for slot in range(arguments.parallel):
@@ -249,13 +230,102 @@ def main() -> None:
             raise ConfigError(f"{arguments.parallel} folds at once need {arguments.processes} GPUs each: {gpus}")
         devices.put(share if arguments.parallel > 1 and torch.cuda.device_count() else [])
     with ThreadPoolExecutor(arguments.parallel) as pool:
-        for job in [pool.submit(run_fold, arguments, rest, name, weights, devices) for name in names]:
+        jobs = [
+            pool.submit(run_fold, arguments, rest, replace(selection, fold=name), weights, out / name, devices)
+            for name in names
+        ]
+        for job in jobs:
             job.result()
-    found = pooled_report(arguments, rest, protocol, weights, names, audits)
-    write_json(arguments.out / "report.json", found)
-    (arguments.out / "report.md").write_text(to_markdown(found), encoding="utf-8")
-    draw(found, arguments.out)
-    print(f"\n{table(found)}\n\n{arguments.out / 'report.md'}")
+    found = pooled_report(out, names, protocol, resamples=arguments.resamples)
+    found |= {"weights": weights, "audit": audits, "repeat": provenance(arguments, rest, selection)}
+    write_json(out / "report.json", found)
+    (out / "report.md").write_text(to_markdown(found), encoding="utf-8")
+    write_curves(out / "curves.csv", {"": found["curve"]})
+    draw(found, out)
+    print(f"\n{table(found)}\n\n{out / 'report.md'}")
+    if arguments.evaluate_only:
+        write_eval_files(out, names)
+    return found
+
+
+def write_eval_files(out: Path, folds: list[str]) -> None:
+    """FOLD.eval, as the paper's reproduce script leaves them, and the pooled line."""
+    right = total = 0
+    for fold in folds:
+        outcomes = Outcomes.read(out / fold / "predictions.csv")
+        labelled = outcomes.text["emotion"] != ""
+        correct = int((outcomes.text["emotion"] == outcomes.text["predicted"])[labelled].sum())
+        judged = table(json.loads((out / fold / "report.json").read_text()))
+        accuracy = correct / max(int(labelled.sum()), 1)
+        (out / f"{fold}.eval").write_text(
+            f"{judged}\ncorrect: {correct} , acc: {accuracy:.4f}\n", encoding="utf-8"
+        )
+        right, total = right + correct, total + int(labelled.sum())
+    print(f"pooled: correct: {right} of {total} , acc: {right / max(total, 1):.4f}")
+
+
+# ---------------------------------------------------------------------------------------------- ablations
+
+
+def variants(arguments: argparse.Namespace, rest: list[str]) -> dict[str, list[str]]:
+    """Value -> what it adds to the training options."""
+    name, _, values = arguments.ablation.partition("=")
+    listed = [value for value in values.split(",") if value]
+    if name not in ("alpha", "heads") or not listed or len(set(listed)) < len(listed):
+        raise ConfigError(
+            f"--ablation {arguments.ablation}: expected alpha=0,0.001,0.01,0.1 or heads=emotion,emotion+ctc, each "
+            "value once"
+        )
+    if name in [option.lstrip("-").partition("=")[0] for option in rest]:
+        raise ConfigError(f"give --ablation {name}=... or --{name}, not both")
+    if name == "heads" and any("speaker" in value for value in listed) and not any("--beta" in o for o in rest):
+        raise ConfigError("a speaker head needs a weight: add --beta, such as --beta 0.1")
+    return {value: [f"--{name}", value.replace("+", ",")] for value in listed}
+
+
+def run_ablation(arguments: argparse.Namespace, rest: list[str], selection: Selection) -> None:
+    """The protocol for each value, and a table of all."""
+    name = arguments.ablation.partition("=")[0]
+    found, predictions = {}, {}
+    for value, options in variants(arguments, rest).items():
+        print(f"\n{name} {value}")
+        out = arguments.out / f"{name}={value}"
+        found[value] = cross_validate(arguments, [*rest, *options], selection, out)
+        folds = [Outcomes.read(out / fold / "predictions.csv") for fold in found[value]["folds"]]
+        predictions[value] = Outcomes.joined(folds)
+    summary = ablation_summary(name, found, predictions, resamples=arguments.resamples)
+    curves = {value: one["curve"] for value, one in found.items()}
+    write_json(arguments.out / "ablation.json", summary)
+    text = ablation_markdown(summary, beside_table_3(summary) if name == "alpha" else ())
+    (arguments.out / "ablation.md").write_text(text, encoding="utf-8")
+    write_curves(arguments.out / "curves.csv", curves)
+    if summary["drawn"]:
+        draw_curves({f"{name} {value}": curve for value, curve in curves.items()}, arguments.out / "curves.png")
+    print(f"\n{text}\n{arguments.out / 'ablation.md'}")
+
+
+def beside_table_3(summary: dict[str, Any]) -> list[str]:
+    """The paper's own row of its Table 3 beside ours, and whether they may be compared."""
+    count = len(summary["folds"])
+    same = summary["protocol"] == "paper10" and count == 10 and summary["utterances"] == PAPER_UTTERANCES
+    lines = ["", "Beside Table 3 of Cai et al. (2021):", "", "| | folds | utterances | WA |", "|---|---|---|---|"]
+    lines += [f"| Cai et al., alpha 0.1 | 10, by recording side | {PAPER_UTTERANCES} | {PAPER_TABLE_3:.4f} |"]
+    for value, row in summary["values"].items():
+        cells = [f"alpha {value}", f"{count} of {summary['protocol']}", str(summary["utterances"])]
+        lines += [f"| {' | '.join(cells)} | {show((row['accuracy'] or {}).get('value'))} |"]
+    note = "The same folds and utterances: on IEMOCAP's own recordings the two may be compared."
+    return [*lines, "", note if same else "**Other folds or utterances than the paper's: not comparable.**"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments, rest = parse_arguments(argv)
+    selection = from_arguments(arguments)
+    if arguments.evaluate_only and (rest or arguments.ablation):
+        raise ConfigError(f"--evaluate-only trains nothing, so it takes no {' '.join(rest) or '--ablation'}")
+    if arguments.ablation:
+        run_ablation(arguments, rest, selection)
+    else:
+        cross_validate(arguments, rest, selection, arguments.out)
 
 
 if __name__ == "__main__":

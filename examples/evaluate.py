@@ -11,13 +11,16 @@ On two processes (each recording is recognised exactly once):
 
     torchrun --standalone --nproc-per-node=2 examples/evaluate.py --model FOLDER --manifest test.csv
 
-Compare two models by their predictions of the same recordings:
+Compute the figures on a model card again (--data, --root where the corpus has moved), and compare two models by
+their predictions of the same recordings:
 
+    python examples/evaluate.py --verify runs/01F/last
     python examples/evaluate.py --compare runs/a/predictions.csv runs/b/predictions.csv
 
 Written to --out: report.json, predictions.csv (one row per recording), confusion.png, reliability.png, length.png.
 Intervals are 95 % percentile bootstrap ones, over utterances and over speakers: the second say how few
-people were heard.
+people were heard. A model that training wrote says what it was trained on: what it shares with what is judged is
+reported.
 """
 
 from __future__ import annotations
@@ -25,42 +28,41 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import ser
-from ser.data.manifest import parse_columns, read_manifest
-from ser.data.protocols import Audit, check_fold, find_fold, find_manifest, find_protocol
+from ser.data.manifest import Utterance
+from ser.data.protocols import KNOWN, overlap
+from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.data.text import clean
-from ser.errors import ConfigError
-from ser.train.distributed import cpu_threads, joined_world
-from ser.train.loop import say
+from ser.errors import ConfigError, SerError
+from ser.recognizer import Recognizer
+from ser.train import card
+from ser.train.distributed import World, cpu_threads, joined_world
+from ser.train.loop import judge, say
 from ser.train.pictures import draw
-from ser.train.report import Outcomes, compare, judge, report, table, write_json, write_rows
+from ser.train.report import Outcomes, compare, report, table, write_json, write_rows
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     description, _, usage = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="model folder, or its OWNER/NAME on the Hugging Face hub")
     parser.add_argument("--manifest", type=Path, help="labelled recordings")
-    parser.add_argument(
-        "--data", type=Path, help="manifest that --protocol divides, or a folder with iemocap4.csv"
-    )
-    parser.add_argument("--protocol", help="as in train_iemocap.py")
-    parser.add_argument("--fold", help="name of the fold, such as 01F")
-    parser.add_argument("--part", default="test", choices=["test", "valid", "train"],
+    parser.add_argument("--fold", help="name of the protocol's fold, such as 01F")
+    parser.add_argument("--part", default="test", choices=["test", "valid", "train", KNOWN],
                         help="of the fold (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--shares", nargs="*", default=[], help="what parts of column and kfold may share")
-    parser.add_argument("--protocol-seed", type=int, default=0, help="of protocols that draw (default: 0)")
-    parser.add_argument("--train", type=Path, help="the training manifest: parts by seen and unseen transcript")
-    parser.add_argument("--root", type=Path, help="folder that the manifests' files are relative to")
-    parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
+    add_arguments(parser)
+    parser.add_argument("--train", type=Path, help="the training manifest, where the model does not name it: what "
+                        "is shared, and parts by seen and unseen transcript")  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder to write; shows the table alone without it")
+    parser.add_argument("--card", action="store_true", help="put the figures on the model's card")
     parser.add_argument("--no-pictures", action="store_true", help="do not draw (drawing needs matplotlib)")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
@@ -68,92 +70,206 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that decode audio (default: %(default)s)"
     )
+    parser.add_argument(
+        "--verify", type=Path, metavar="FOLDER", help="compute the figures on a model's card again"
+    )
+    parser.add_argument("--tolerance", type=float, default=1e-6, help="of --verify: on other hardware a few "
+                        "recordings may be judged otherwise (default: %(default)s)")  # fmt: skip
     parser.add_argument("--compare", type=Path, nargs=2, metavar="PREDICTIONS", help="two predictions files: does "
                         "the second differ from the first by more than chance?")  # fmt: skip
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def read_parts(arguments: argparse.Namespace) -> tuple[list, list | None, dict]:
-    """What is judged, what the model was trained on (None: not known), and what a report says about them."""
-    columns = parse_columns(arguments.columns)
+def training_utterances(named: Selection | None, judged: Selection, everything: list[Utterance]) -> list | None:
+    """What a model was trained on; None where nobody knows. ``everything`` is the manifest that is judged."""
+    if named is None:
+        return None
+    if named.sha256 == judged.sha256:  # the same manifest, wherever it lies now
+        return named.of(named.find_fold(everything)[0], everything) if named.protocol else everything
+    try:
+        return named.utterances()
+    except SerError:
+        return None
 
-    def read(path: Path, **options) -> list:
-        return read_manifest(path, root=arguments.root, columns=columns, **options)
 
+def read_data(arguments: argparse.Namespace, record: dict | None) -> tuple[Selection, list, list | None, dict]:
+    """What is judged, by name and as utterances; what the model was trained on; what a report says of both."""
+    named = None if record is None else card.trained_on(record)
     if arguments.manifest:
-        training = read(arguments.train, check_files=False) if arguments.train else None
-        return read(arguments.manifest), training, {"manifest": str(arguments.manifest)}
-    if not arguments.protocol:
-        raise ConfigError("--data needs --protocol, which says how it is divided")
-    everything = read(find_manifest(arguments.data))
-    protocol = find_protocol(arguments.protocol, shares=arguments.shares)
-    fold = find_fold(protocol, everything, arguments.fold, seed=arguments.protocol_seed)
-    audit = check_fold(fold, everything, protocol)
-    parts = fold.select(everything)
-    if arguments.part not in parts:
-        raise ConfigError(f"fold {fold.name} of {protocol.name} has no part {arguments.part}")
-    chosen: dict[str, Any] = {"data": str(arguments.data), "protocol": protocol.name}
-    chosen |= {
-        "description": protocol.description,
-        "fold": fold.name,
-        "part": arguments.part,
-        "shared_with_training": shares_of(audit, arguments.part),
-    }
-    return parts[arguments.part], parts["train"], chosen
+        chosen = from_arguments(arguments, arguments.manifest)
+        everything = judged = chosen.read()
+        about: dict[str, Any] = {"manifest": chosen.data}
+        if named is None and arguments.train:
+            named = from_arguments(arguments, arguments.train)
+    else:
+        chosen = replace(from_arguments(arguments), part=arguments.part)
+        if named is not None and same_fold(named, chosen) and arguments.known_turns is None:
+            chosen = replace(chosen, known_turns=named.known_turns)
+        everything = chosen.read()
+        protocol, (fold, _) = chosen.find_protocol(), chosen.find_fold(everything)
+        judged = chosen.of(fold, everything)
+        about = {"data": chosen.data, "protocol": protocol.name, "description": protocol.description}
+        about |= {"fold": fold.name, "part": arguments.part}
+        if named is None:  # as the protocol means it
+            named = replace(chosen, part="train")
+            about["training_is_assumed"] = True
+    training = training_utterances(named, chosen, everything)
+    if training is not None:
+        shared = overlap(training, judged)
+        about["shared_with_training"] = {k: None if s is None else s.fraction for k, s in shared.items()}
+    return chosen, judged, training, about
 
 
-def shares_of(audit: Audit, part: str) -> dict[str, float | None]:
-    """The share of the part's utterances whose speaker, transcript, ... training has too; None: not known."""
-    found = audit.shared.get(("train", part), {})
-    return {kind: None if shared is None else shared.fraction for kind, shared in found.items()}
+def same_fold(first: Selection, second: Selection) -> bool:
+    """Whether they are parts of the same fold of the same manifest."""
+    names = ("sha256", "protocol", "fold", "seed")
+    return all(getattr(first, name) == getattr(second, name) for name in names)
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def outcomes_of(
+    recognizer: Recognizer,
+    utterances: list[Utterance],
+    training: list | None,
+    arguments: argparse.Namespace,
+    world: World,
+    out: Path | None = None,
+) -> Outcomes | None:
+    """What became of each; None on ranks that only did their share of it."""
+    seen = None
+    if training is not None:
+        how: dict[str, Any] = {"orthography": recognizer.orthography, "tags": recognizer.tags}
+        seen = frozenset(clean(u.text or "", **how) for u in training) - {""}
+    rows = judge(
+        recognizer, utterances, world=world, seen_texts=seen, workers=arguments.workers,
+        progress=world.is_main and sys.stderr.isatty(),
+    )  # fmt: skip
+    if not world.is_main:
+        for _ in rows:
+            pass
+        return None
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        return write_rows(out / "predictions.csv", rows, recognizer.emotions)
+    return Outcomes.joined([Outcomes.of(recognizer.emotions, chunk) for chunk in rows])
+
+
+def evaluate_model(arguments: argparse.Namespace, world: World) -> None:
+    """--model: the table, and what --out and --card ask for."""
+    recognizer = ser.load(arguments.model, device=world.device)
+    record = card.read_record(arguments.model)
+    if arguments.card and record is None:
+        raise ConfigError(f"--card: {arguments.model} has no {card.RECORD}, as training writes it")
+    chosen, judged, training, about = read_data(arguments, record)
+    outcomes = outcomes_of(recognizer, judged, training, arguments, world, arguments.out)
+    entries = []
+    if outcomes is not None:
+        found = report(outcomes, resamples=arguments.resamples, seed=arguments.seed)
+        found |= {"model": str(arguments.model), "selection": chosen.to_dict(), **about}
+        entries.append((chosen, found))
+    # A speaker head is not scored on strangers, but on turns that were held out of the speakers in training.
+    known = replace(chosen, part=KNOWN) if chosen.known_turns and arguments.part != KNOWN else None
+    if recognizer.speakers and known is not None:
+        everything = chosen.read()
+        turns = known.of(known.find_fold(everything)[0], everything)
+        of_known = outcomes_of(recognizer, turns, training, arguments, world)
+        if of_known is not None and not found["judged"]["speaker"]:
+            on_known = report(of_known, resamples=arguments.resamples, seed=arguments.seed)
+            found["known_turns"] = {name: on_known[name] for name in ("utterances", "speakers", "judged")}
+            found["known_turns"]["figures"] = {"speaker_accuracy": on_known["figures"]["speaker_accuracy"]}
+            entries.append((known, on_known))
+    if not world.is_main:
+        return
+    print(table(found))
+    show_notes(found, recognizer)
+    if arguments.card:
+        assert record is not None
+        for selection, entry in entries:
+            record = card.with_evaluation(record, card.evaluation_entry(entry, selection.to_dict()))
+        card.write_card(Path(arguments.model), record)
+    if arguments.out:
+        write_json(arguments.out / "report.json", found)
+        if not arguments.no_pictures:
+            draw(found, arguments.out)
+        say(world, f"written to {arguments.out}")
+
+
+def show_notes(found: dict[str, Any], recognizer: Recognizer) -> None:
+    """What has to be known about the figures."""
+    if not found["figures"]:
+        print("no figure: no utterance has a label or text for a head of this model")
+    known, total = found["judged"]["speaker"], found["utterances"]
+    if recognizer.speakers and known < total:
+        print(f"speakers are judged on {known} of {total} utterances: the others' speakers are not known")
+    if "known_turns" in found:
+        on = found["known_turns"]
+        figure = on["figures"]["speaker_accuracy"]
+        low, high = figure["interval_utterances"]
+        turns = f"{on['utterances']} turns that were held out of the {on['speakers']} speakers in training"
+        print(f"speaker accuracy on {turns}: {figure['value']:.4f} ({low:.4f} to {high:.4f})")
+    shared = found.get("shared_with_training")
+    if shared is None:
+        print("what these recordings share with training is not known: the model does not name it (--train does)")
+        return
+    shown = ", ".join(f"{kind} {'unknown' if s is None else f'{100 * s:.1f} %'}" for kind, s in shared.items())
+    assumed = " (taken to be the fold's: the model does not say)" if found.get("training_is_assumed") else ""
+    print(f"known from training{assumed}: {shown}")
+    if max(shared.get(kind) or 0.0 for kind in ("recordings", "copies")) > 0:
+        print(
+            "WARNING: recordings that the model was trained on are judged; these figures say nothing about others"
+        )
+
+
+def verify(arguments: argparse.Namespace, world: World) -> bool:
+    """--verify: whether card and record agree, and every figure comes out again."""
+    folder = arguments.verify
+    record = card.read_record(folder)
+    if record is None:
+        raise ConfigError(f"{folder}: has no {card.RECORD}; only models that training wrote can be verified")
+    recognizer = ser.load(folder, device=world.device)
+    shown = (folder / card.CARD).read_text(encoding="utf-8") if (folder / card.CARD).is_file() else ""
+    good = shown == card.to_markdown(record)
+    if not good:
+        say(world, f"{folder / card.CARD}: is not what {card.RECORD} says: one of them was edited")
+    if not record["evaluations"]:
+        say(world, f"{folder}: the card has no figures")
+    for entry in record["evaluations"]:
+        if entry["selection"] is None:
+            raise ConfigError(
+                f"{folder}: the card does not name the data of its figures, so they cannot be computed"
+            )
+        selection = Selection.from_dict(entry["selection"])
+        moved = {"data": str(arguments.data) if arguments.data else None, "root": arguments.root}
+        selection = replace(selection, **{name: value for name, value in moved.items() if value})
+        outcomes = outcomes_of(recognizer, selection.utterances(), None, arguments, world)
+        if outcomes is None:
+            continue
+        print(f"{selection}: {len(outcomes)} utterances")
+        rows = card.differences(entry, report(outcomes, resamples=2), tolerance=arguments.tolerance)
+        for name, then, now, same in rows:
+            values = "  ".join("      -" if v is None else f"{v:7.4f}" for v in (then, now))
+            print(f"  {name:28} card {values} now  {'same' if same else 'DIFFERS'}")
+        good = good and all(same for *_, same in rows)
+    if world.is_main:
+        print("the card holds" if good else "the card does not hold")
+    return good
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     if arguments.compare:
         first, second = (Outcomes.read(path) for path in arguments.compare)
         print(json.dumps(compare(first, second, resamples=arguments.resamples, seed=arguments.seed), indent=2))
         return
-    if not arguments.model or bool(arguments.manifest) == bool(arguments.data):
-        raise ConfigError("give --model and --manifest (or --data with --protocol and --fold), or --compare")
+    if not arguments.verify and (not arguments.model or bool(arguments.manifest) == bool(arguments.data)):
+        raise ConfigError(
+            "give --model and --manifest (or --data with --protocol and --fold), or --verify, or --compare"
+        )
     torch.set_num_threads(cpu_threads())
     with joined_world(arguments.device) as world:
-        utterances, training, chosen = read_parts(arguments)
-        recognizer = ser.load(arguments.model, device=world.device)
-        seen = None
-        if training is not None:
-            how = {"orthography": recognizer.orthography, "tags": recognizer.tags}
-            seen = frozenset(clean(u.text or "", **how) for u in training) - {""}
-        rows = judge(
-            recognizer, utterances, world=world, seen_texts=seen, workers=arguments.workers,
-            progress=world.is_main and sys.stderr.isatty(),
-        )  # fmt: skip
-        if not world.is_main:
-            for _ in rows:  # its share of the work
-                pass
-            return
-        if arguments.out:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            outcomes = write_rows(arguments.out / "predictions.csv", rows, recognizer.emotions)
-        else:
-            outcomes = Outcomes.joined([Outcomes.of(recognizer.emotions, chunk) for chunk in rows])
-        found = report(outcomes, resamples=arguments.resamples, seed=arguments.seed)
-        found |= {"model": str(arguments.model), **chosen}
-        print(table(found))
-        if not found["figures"]:
-            print(
-                "no figure: no utterance has a label or text for a head of this model (dimensions: training's log)"
-            )
-        known = found["judged"]["speaker"]
-        if recognizer.speakers and known < len(outcomes):
-            print(
-                f"speakers are judged on {known} of {len(outcomes)} utterances: the others' speakers are not known"
-            )
-        if arguments.out:
-            write_json(arguments.out / "report.json", found)
-            if not arguments.no_pictures:
-                draw(found, arguments.out)
-            say(world, f"written to {arguments.out}")
+        if not arguments.verify:
+            evaluate_model(arguments, world)
+        elif not verify(arguments, world):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

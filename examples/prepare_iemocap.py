@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import ser
-from ser.data.corpora import Corpus, parse_crema_d, parse_emodb, parse_ravdess, read_named
+from ser.data.corpora import LICENCES, Corpus, parse_crema_d, parse_emodb, parse_ravdess, read_named
 from ser.data.datasheet import data_sheet, listen, to_markdown
 from ser.data.iemocap import four_classes, read_iemocap, read_paper_folds
 from ser.data.manifest import Utterance, write_manifest
@@ -39,7 +39,7 @@ def write_protocols(out: Path, protocols: list[Protocol], utterances: list[Utter
     """Print and write the folds of each protocol; returns why some were not."""
     refused = []
     for protocol in protocols:
-        path = out / "folds" / f"{protocol.name}.json"
+        path = out / "folds" / f"{protocol.name.replace(':', '-')}.json"
         path.unlink(missing_ok=True)
         try:
             folds = protocol.folds(utterances, seed=seed)
@@ -83,7 +83,14 @@ def main() -> None:
     with replace_file(arguments.out / "data_sheet.md") as file:
         file.write("\n".join(to_markdown(sheet, name) for name, sheet in sheets.items()))
     dropped = {why: [d.what for d in corpus.dropped if d.why == why] for why in corpus.reasons()}
-    report = {"root": str(corpus.root), "dropped": dropped, "warnings": warnings, "sheets": sheets}
+    licence = LICENCES[arguments.corpus.removesuffix("-csv")]
+    report = {
+        "root": str(corpus.root),
+        "licence": licence,
+        "dropped": dropped,
+        "warnings": warnings,
+        "sheets": sheets,
+    }
     with replace_file(arguments.out / "report.json") as file:
         json.dump(report, file, ensure_ascii=False, indent=1)
 

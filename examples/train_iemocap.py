@@ -29,28 +29,40 @@ dominance, valence. The files are relative to --root, else to the manifest's fol
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import ser
-from ser.data.manifest import DIMENSIONS, check_labels, check_overlap, parse_columns, read_manifest
-from ser.data.protocols import PROTOCOLS, check_fold, find_fold, find_manifest, find_protocol, to_table
+from ser.data.manifest import DIMENSIONS, check_labels, check_overlap
+from ser.data.protocols import to_table
+from ser.data.selection import add_arguments as add_data_arguments
+from ser.data.selection import from_arguments
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
 from ser.errors import ConfigError
 from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import find_folder, read_encoder_config
 from ser.recognizer import Recognizer, inherited_labels, is_preset
-from ser.train.config import TrainConfig, add_arguments, from_arguments, paper_settings
+from ser.train.config import TrainConfig, add_arguments, paper_settings
+from ser.train.config import from_arguments as training_settings
 from ser.train.distributed import World, cpu_threads, joined_world
-from ser.train.loop import fit, say
+from ser.train.loop import FitResult, fit, say
+
+# Held out of each training speaker where a speaker head could not be scored otherwise; at most a tenth of them.
+KNOWN_TURNS = 10
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     description, _, usage = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description,
@@ -60,22 +72,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--train", type=Path, help="manifest to learn from")
     parser.add_argument("--valid", type=Path, help="manifest to choose the best model by")
-    parser.add_argument(
-        "--data", type=Path, help="manifest that --protocol divides, or a folder with iemocap4.csv"
-    )
-    parser.add_argument("--protocol", help=f"{', '.join(PROTOCOLS)}, column, or kfold:COLUMN:COUNT")
-    parser.add_argument("--fold", help="name of the fold, such as 01F")
-    parser.add_argument(
-        "--shares", nargs="*", default=[], help="what the parts of column and kfold share knowingly"
-    )
-    parser.add_argument("--protocol-seed", type=int, default=0, help="of protocols that draw (default: 0)")
+    parser.add_argument("--fold", help="name of the protocol's fold, such as 01F")
+    add_data_arguments(parser)
     paper = parser.add_mutually_exclusive_group()
     paper.add_argument(
         "--paper", action="store_true", help="the settings of Cai et al. (2021) as their text has them"
     )
     paper.add_argument("--paper-script", action="store_true", help="as their training script acts")
-    parser.add_argument("--root", type=Path, help="folder that the manifests' files are relative to")
-    parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
     parser.add_argument(
         "--init",
         default="base",
@@ -94,22 +97,28 @@ def parse_arguments() -> argparse.Namespace:
                         help="[..], {..}, <..> in text: letters stay in the paper (default: remove)")  # fmt: skip
     parser.add_argument("--allow-overlap", choices=["none", "speakers", "utterances"], default="none",
                         help="what --valid may share; a speaker head needs speakers (default: none)")  # fmt: skip
+    parser.add_argument(
+        "--data-licence", help="of the corpus, for the model card (default: as preparing it wrote)"
+    )
+    parser.add_argument(
+        "--weights-licence", help="of --init, for the model card (default: as its own card has it)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads per process (default: cores / processes; of one "
                         "process OMP_NUM_THREADS)")  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="show changed transcripts, and reference beside "
                         "hypothesis in evaluation")  # fmt: skip
     add_arguments(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     init = (
         arguments.init if is_preset(arguments.init) else find_folder(arguments.init, revision=arguments.revision)
     )
     if arguments.paper or arguments.paper_script:  # they are defaults: what is given beside them counts
         given = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
         given.add_argument("--alpha", type=float)
-        alpha = getattr(given.parse_known_args()[0], "alpha", None)
+        alpha = getattr(given.parse_known_args(argv)[0], "alpha", None)
         settings = paper_settings(alpha=alpha, large=is_large_960h(init), script=arguments.paper_script)
         parser.set_defaults(tags="keep-letters", **settings)
-        arguments = parser.parse_args()
+        arguments = parser.parse_args(argv)
         arguments.alpha = settings["alpha"]
     arguments.init = init
     if bool(arguments.train) == bool(arguments.data):
@@ -123,23 +132,53 @@ def is_large_960h(init: str | Path) -> bool:
     return config.hidden_size == 1024 and config.feat_extract_norm == "group"
 
 
-def read_parts(arguments: argparse.Namespace, columns: dict[str, str], world: World) -> tuple[list, list, dict]:
-    """Training and validation utterances, and what a result has to say about them."""
+def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World) -> tuple[list, list, dict]:
+    """Training and validation utterances, and what settings and model card have to say about them."""
     if arguments.train:
-        train = read_manifest(arguments.train, root=arguments.root, columns=columns)
-        valid = read_manifest(arguments.valid, root=arguments.root, columns=columns) if arguments.valid else []
+        chosen = [from_arguments(arguments, path) for path in (arguments.train, arguments.valid) if path]
+        parts = [selection.read() for selection in chosen]
+        train, valid = parts[0], parts[1] if arguments.valid else []
         check_overlap(train, valid, allow=arguments.allow_overlap)
-        return train, valid, {"train": str(arguments.train), "valid": str(arguments.valid)}
-    if not arguments.protocol:
-        raise ConfigError("--data needs --protocol, which says how it is divided")
-    utterances = read_manifest(find_manifest(arguments.data), root=arguments.root, columns=columns)
-    protocol = find_protocol(arguments.protocol, shares=arguments.shares)
-    fold = find_fold(protocol, utterances, arguments.fold, seed=arguments.protocol_seed)
-    audit = check_fold(fold, utterances, protocol)
+        return train, valid, dict(zip(("train", "valid"), (s.to_dict() for s in chosen), strict=False))
+    selection = from_arguments(arguments)
+    protocol, utterances = selection.find_protocol(), selection.read()
+    fold, audit = selection.find_fold(utterances)
+    strangers = all(audit.fractions(part).get("speakers", 0.0) == 0.0 for part in ("valid", "test"))
+    trains_speakers = "speaker" in config.heads or (config.heads == "auto" and config.beta > 0)
+    turns = Counter(u.speaker for u in fold.select(utterances)["train"])
+    known_turns = min(KNOWN_TURNS, min(turns.values()) // 10)
+    if trains_speakers and strangers and arguments.known_turns is None and known_turns:
+        selection = replace(selection, known_turns=known_turns)
+        fold, audit = selection.find_fold(utterances)
+        held_out = f"{known_turns} turns of each training speaker are held out to score the speaker head on"
+        say(world, f"the protocol tests on strangers: {held_out} (--known-turns)")
     say(world, f"{protocol.name}: {protocol.description}\n{to_table([audit])}")
-    parts = fold.select(utterances)
-    chosen = {"data": str(arguments.data), "protocol": protocol.name, "fold": fold.name}
-    return parts["train"], parts.get("valid", []), chosen | {"protocol_seed": arguments.protocol_seed}
+    parts_of_fold = fold.select(utterances)
+    about: dict[str, Any] = {
+        part: replace(selection, part=part).to_dict() for part in ("train", "valid") if part in fold.parts
+    }
+    about |= {
+        "protocol_description": protocol.description,
+        "shared_with_training": {part: audit.fractions(part) for part in fold.parts if part != "train"},
+        "valid_is_test": audit.fractions("test", of="valid").get("recordings") == 1.0,
+    }
+    return parts_of_fold["train"], parts_of_fold.get("valid", []), about
+
+
+def licences(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """Of data and initial weights, as far as anybody said."""
+    data, weights = arguments.data_licence, arguments.weights_licence
+    prepared = Path(arguments.data or arguments.train)
+    report = (prepared if prepared.is_dir() else prepared.parent) / "report.json"
+    if data is None and report.is_file():  # what prepare_iemocap.py wrote beside its manifests
+        with suppress(OSError, ValueError, AttributeError):
+            data = json.loads(report.read_text(encoding="utf-8")).get("licence")
+    if weights is None and is_preset(arguments.init):
+        weights = "none, they were random"
+    elif weights is None and (card := Path(arguments.init) / "README.md").is_file():
+        named = re.search(r"^license: *(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        weights = named and named[1]
+    return {"data": data, "weights": weights}
 
 
 def chosen_heads(config: TrainConfig, train: list) -> list[str]:
@@ -165,10 +204,10 @@ def dimensions_of(train: list) -> list[str]:
     return [name for name in DIMENSIONS if any(getattr(u, name) is not None for u in train)]
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads or cpu_threads())
-    config = from_arguments(arguments)
+    config = training_settings(arguments)
     with joined_world(config.device) as world:
         if "WORLD_SIZE" not in os.environ and torch.cuda.device_count() > 1:
             count = torch.cuda.device_count()
@@ -176,8 +215,7 @@ def main() -> None:
                 world,
                 f"{count} GPUs; to use all: torchrun --standalone --nproc-per-node={count} {shlex.join(sys.argv)}",
             )
-        columns = parse_columns(arguments.columns)
-        train, valid, chosen = read_parts(arguments, columns, world)
+        train, valid, about = read_parts(arguments, config, world)
         heads = chosen_heads(config, train)
         texts = [clean(u.text or "", orthography=arguments.orthography, tags=arguments.tags) for u in train]
         if arguments.verbose:
@@ -205,9 +243,8 @@ def main() -> None:
             check_labels(valid, emotions=recognizer.emotions)
         settings = {
             "init": str(arguments.init),
-            **chosen,
-            "root": str(arguments.root),
-            "columns": columns,
+            **about,
+            "licences": licences(arguments),
             "labels": recognizer.emotions,
             "speakers": recognizer.speakers,
             "dimensions": recognizer.dimensions,
@@ -229,11 +266,24 @@ def main() -> None:
             overwrite=arguments.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0",
             verbose=arguments.verbose,
         )
-        best = "" if result.progress.best is None else f", {result.metric} {result.progress.best:.4f}"
-        say(
-            world,
-            f"done: {arguments.out / 'best'} (update {result.progress.best_step or result.progress.step}{best})",
-        )
+        say(world, closing_line(result, arguments.out, chosen_on_test=about.get("valid_is_test", False)))
+
+
+def closing_line(result: FitResult, out: Path, *, chosen_on_test: bool) -> str:
+    """Which weights to use, and how good they were on validation data."""
+    step, best = result.progress.step, result.progress.best
+    if best is None:
+        return f"done: {out / 'best'} (update {step})"
+    chosen = f"update {result.progress.best_step}, {result.metric} {best:.4f}"
+    if not chosen_on_test:
+        return f"done: {out / 'best'} ({chosen})"
+    last = (
+        "" if result.evaluation is None else f", {result.metric} {result.evaluation.metrics()[result.metric]:.4f}"
+    )
+    return (
+        f"done: {out / 'last'} (update {step}{last}); {out / 'best'} was chosen on the test part, so its figure "
+        f"is optimistic and no result ({chosen})"
+    )
 
 
 def chosen_vocabulary(arguments: argparse.Namespace, texts: list[str]) -> Vocabulary:

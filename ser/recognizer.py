@@ -10,7 +10,7 @@ folder that training wrote is all that inference needs, and nothing else decides
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -245,8 +245,10 @@ class Recognizer:
         model.eval().to(device)
         return recognizer
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, also: Callable[[Path], None] | None = None) -> None:
         """Write a model folder: complete or not at all, replacing what stood there.
+
+        ``also`` may write further files into the folder before it is put into its place.
 
         `transformers` loads the encoder from it with its Model class and the CTC head with ForCTC; where
         config.json names ForSequenceClassification, also as that.
@@ -259,7 +261,13 @@ class Recognizer:
                 ours = False
             if not ours:
                 raise ModelFolderError(f"{folder}: exists and is not a model folder; it is not replaced")
-        write_folder_atomically(folder, self.write_files)
+
+        def write(inside: Path) -> None:
+            self.write_files(inside)
+            if also is not None:
+                also(inside)
+
+        write_folder_atomically(folder, write)
 
     def write_files(self, folder: Path) -> None:
         """Write the files of a model folder into an existing folder."""
@@ -692,11 +700,12 @@ def inherited_labels(init: str | Path, kind: str, training: Iterable[str]) -> li
     """The labels to train with: those of the folder ``init`` if all of training's are there, else those sorted.
 
     ``kind`` is "emotions", "speakers" or "dimensions". With the folder's own set its head can be kept
-    (`Recognizer.create`).
+    (`Recognizer.create`). Speakers must be the very same: nobody is scored on a speaker whom this training lacks.
     """
     wanted = sorted(set(training))
     if is_preset(init):
         return wanted
     folder = find_folder(init)
     own = read_labels(folder, read_json(folder, "config.json"))[kind]
-    return own if wanted and set(wanted) <= set(own) else wanted
+    kept = set(wanted) == set(own) if kind == "speakers" else set(wanted) <= set(own)
+    return own if wanted and kept else wanted

@@ -1,124 +1,382 @@
-"""Folds in training, evaluation and cross-validation: what is trained on what, and what is pooled (N5)."""
+"""Protocols from the command line: prepare, train and judge every fold, pool, compare; model cards (N5).
 
+The scripts' `main` is called in this process where only an answer or an error is wanted.
+"""
+
+import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import crossval_iemocap
+import evaluate
 import pytest
+import train_iemocap
+from iemocap_tree import needs_iemocap, write_tree
 from toy import toy_recognizer, write_corpus
 
 from ser.data.manifest import read_manifest
+from ser.data.protocols import PROTOCOLS
+from ser.errors import ConfigError, ManifestError, SerError
+from ser.train.card import read_record, write_card
 from ser.train.config import TrainConfig, paper_settings
+from ser.train.folds import best_on_test, pooled_curve
 from ser.train.report import Outcomes
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FOLDS = ["--protocol", "kfold:speaker:3", "--shares", "transcripts"]
 QUICK = ["--epochs", "1", "--effective-batch", "4", "--rate", "1e-3"]
+SIDES = [f"0{session}{side}" for session in range(1, 6) for side in "FM"]
 
 
 def run(script: str, *arguments, cwd: Path):
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900, check=False)
+
+
+def call(module, *arguments) -> None:
+    """A script's `main` in this process."""
+    module.main([str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder, 13)
-    toy_recognizer().save(folder / "init")
+    write_corpus(folder, 24)
+    toy_recognizer(heads=("emotion", "ctc")).save(folder / "init")
     return folder
 
 
+# ------------------------------------------------------------------------------ the built tree, from end to end
+
+
 @pytest.fixture(scope="module")
-def crossed(corpus, tmp_path_factory):
-    """All three folds, and the same command once more."""
-    folder = tmp_path_factory.mktemp("crossed")
-    options = ["--data", corpus / "train.csv", *FOLDS, "--init", corpus / "init", "--out", "cv", "--resamples", 20]
-    runs = [run("crossval_iemocap.py", *options, *QUICK, cwd=folder) for _ in range(2)]
-    for done in runs:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "cv", runs
+def prepared(tmp_path_factory):
+    """One turn of each of the 151 dialogues, with recordings of 0.1 s, prepared: the folder of the manifests."""
+    folder = tmp_path_factory.mktemp("iemocap")
+    release = write_tree(folder / "release", every=1000, samples=1600)
+    done = run("prepare_iemocap.py", release, "--out", folder / "data", "--partial", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "data"
 
 
-def test_every_utterance_is_judged_once_by_a_model_that_was_not_trained_on_it(corpus, crossed):
-    folder, _ = crossed
-    rows = read_manifest(corpus / "train.csv")
-    speakers = {u.id: u.speaker for u in rows}
-    seen = []
-    for fold in ("s0", "s1", "s2"):
-        judged = Outcomes.read(folder / fold / "predictions.csv").text["id"]
-        assert {speakers[name] for name in judged} == {fold}
-        settings = json.loads((folder / fold / "run/config.json").read_text())
-        assert settings["protocol"] == "kfold-speaker-3" and settings["fold"] == fold
-        seen += list(judged)
-    assert sorted(seen) == sorted(speakers)
+def cross_options(prepared, protocol, *options):
+    data = ["--data", prepared, "--root", prepared.parent / "release", "--protocol", protocol]
+    return [*data, "--init", "small", "--epochs", "2", "--rate", "1e-3", "--resamples", "20", *options]
 
 
-def test_pooled_figures_are_right_over_all_folds_divided_by_all_utterances(crossed):
-    folder, _ = crossed
+@pytest.fixture(scope="module")
+def paper10(prepared):
+    """All ten folds with the small model."""
+    out = prepared.parent / "paper10"
+    done = run("crossval_iemocap.py", *cross_options(prepared, "paper10", "--out", out), cwd=prepared.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
+
+
+@pytest.fixture(scope="module")
+def session5(prepared):
+    """All five folds, with a speaker head."""
+    out = prepared.parent / "session5"
+    options = cross_options(prepared, "session5", "--out", out, "--beta", "0.1")
+    done = run("crossval_iemocap.py", *options, cwd=prepared.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@needs_iemocap
+def test_in_paper10_every_utterance_is_judged_once_by_a_model_that_was_not_trained_on_it(prepared, paper10):
+    folder, _ = paper10
+    utterances = read_manifest(prepared / "iemocap4.csv", root=prepared.parent / "release")
+    folds = {fold.name: fold.parts for fold in PROTOCOLS["paper10"].folds(utterances)}
+    assert list(folds) == SIDES
+    judged = []
+    for name, parts in folds.items():
+        ids = list(Outcomes.read(folder / name / "predictions.csv").text["id"])
+        assert ids == parts["test"] and not set(ids) & set(parts["train"])
+        settings = json.loads((folder / name / "run/config.json").read_text())
+        assert settings["train"]["fold"] == name and settings["train"]["part"] == "train"
+        record = read_record(folder / name / "run/last")
+        assert record["trained_on"]["utterances"] == len(parts["train"])
+        judged += ids
+    assert sorted(judged) == sorted(u.id for u in utterances) and len(judged) > 80
+
+
+@needs_iemocap
+def test_pooled_figures_are_right_over_all_folds_divided_by_all_utterances(paper10):
+    folder, shown = paper10
     found = json.loads((folder / "report.json").read_text())
     parts = [Outcomes.read(folder / fold / "predictions.csv") for fold in found["folds"]]
     right = sum((part.text["emotion"] == part.text["predicted"]).sum() for part in parts)
-    assert found["utterances"] == 13 and found["figures"]["accuracy"]["value"] == pytest.approx(right / 13)
+    total = sum(len(part) for part in parts)
+    assert found["utterances"] == total and found["figures"]["accuracy"]["value"] == pytest.approx(right / total)
     assert found["over_folds"]["accuracy"]["mean"] == pytest.approx(
-        sum((p.text["emotion"] == p.text["predicted"]).mean() for p in parts) / 3
+        sum((p.text["emotion"] == p.text["predicted"]).mean() for p in parts) / 10
     )
-    assert found["weights"] == "best", "chosen on the next speaker, who is not tested"
-    assert found["repeat"]["manifest_sha256"] and found["repeat"]["init_sha256"] and found["repeat"]["commit"]
+    assert found["weights"] == "last", "the best would be chosen on what is tested"
+    assert found["repeat"]["data"]["sha256"] and found["repeat"]["commit"]
     text = (folder / "report.md").read_text()
-    for piece in ("| s0 |", "| pooled | 13 |", "mean ± spread", "What the parts share", "To repeat"):
+    for piece in ("| 01F |", f"| pooled | {total} |", "mean ± spread", "What the parts share", "To repeat"):
         assert piece in text
     assert (folder / "confusion.png").is_file()
+    # Both speakers of a test side are in training, and the report says so.
+    for line in [line for line in shown.splitlines() if line[:3] in SIDES][:10]:
+        assert line.split()[4:6] == ["100.0", "%"], line
 
 
-def test_the_same_command_trains_no_fold_again(crossed):
-    _, (first, second) = crossed
-    assert "done already" not in first.stdout and second.stdout.count("done already") == 3
+@needs_iemocap
+def test_the_best_on_test_stands_beside_the_last_weights_and_is_marked(paper10):
+    folder, _ = paper10
+    found = json.loads((folder / "report.json").read_text())
+    runs = [folder / fold / "run" for fold in SIDES]
+    right = total = 0
+    for path in runs:
+        valid = [e for e in map(json.loads, (path / "metrics.jsonl").open()) if e["kind"] == "valid"]
+        assert [e["epoch"] for e in valid] == [0, 1]
+        right += round(max(e["accuracy"] for e in valid) * valid[0]["emotion_utterances"])
+        total += valid[0]["emotion_utterances"]
+    assert found["best_on_test"] == best_on_test(runs)
+    assert found["best_on_test"]["accuracy"] == pytest.approx(right / total)
+    assert found["best_on_test"]["accuracy"] >= found["figures"]["accuracy"]["value"]
+    assert "Best on test" in (folder / "report.md").read_text()
+    assert [row["epoch"] for row in found["curve"]] == [1, 2]
+    assert found["curve"][1]["accuracy"] == pytest.approx(found["figures"]["accuracy"]["value"]), "the test part's"
+    log = (folder / "01F/train.log").read_text()
+    assert "was chosen on the test part, so its figure is optimistic" in log
 
 
-def test_a_fold_that_was_begun_with_other_settings_is_refused_and_the_differences_are_listed(corpus, crossed):
-    folder, _ = crossed
-    options = ["--data", corpus / "train.csv", *FOLDS, "--init", corpus / "init", "--out", folder, *QUICK]
-    done = run("crossval_iemocap.py", *options, "--alpha", 0, cwd=folder)
-    assert done.returncode != 0 and "begun with other settings" in done.stderr and "--alpha" in done.stderr
-    assert "Traceback" not in done.stderr
+@needs_iemocap
+def test_the_same_command_trains_no_fold_again_and_other_settings_are_refused_with_the_differences(
+    prepared, paper10, capsys, monkeypatch
+):
+    folder, _ = paper10
+    options = cross_options(prepared, "paper10", "--out", folder)
+    call(crossval_iemocap, *options)
+    assert capsys.readouterr().out.count("done already") == 10
+    with pytest.raises(ConfigError, match=r"begun with other settings(.|\n)*--alpha"):
+        call(crossval_iemocap, *options, "--alpha", 0)
 
 
-def test_a_fold_s_report_says_its_protocol_and_what_it_shares_with_training(crossed):
-    folder, _ = crossed
-    found = json.loads((folder / "s1/report.json").read_text())
-    assert found["protocol"] == "kfold-speaker-3" and found["fold"] == "s1" and found["part"] == "test"
-    assert found["shared_with_training"]["speakers"] == 0.0 and found["shared_with_training"]["transcripts"] > 0
-    assert "seen text: seen" in found["parts"]
+@needs_iemocap
+def test_a_speaker_head_is_not_scored_on_strangers_but_on_turns_held_out_of_training(session5):
+    found = json.loads((session5 / "report.json").read_text())
+    assert "speaker_accuracy" not in found["figures"] and found["judged"]["speaker"] == 0
+    known = found["speaker_accuracy_on_known_turns"]
+    assert known["utterances"] == sum(
+        json.loads((session5 / fold / "report.json").read_text())["known_turns"]["judged"]["speaker"]
+        for fold in found["folds"]
+    )
+    assert known["utterances"] >= 40 and "scored on" in (session5 / "report.md").read_text()
+    record = read_record(session5 / "1/run/best")
+    assert record["speakers_known"] == 6, "three sessions train, one validates, one is tested"
+    assert {e["selection"]["part"] for e in record["evaluations"]} == {"valid", "test", "known"}
+    assert "held out to score the speaker head" in (session5 / "1/train.log").read_text()
+    assert found["weights"] == "best" and "best_on_test" not in found
+
+
+# ------------------------------------------------------------------------------------------------ model cards
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """A run on one fold, with a speaker head."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    options = ["--data", corpus / "train.csv", *FOLDS, "--fold", "s0", "--init", corpus / "init"]
+    call(train_iemocap, *options, "--out", out, *QUICK, "--data-licence", "CC0", "--weights-licence", "MIT")
+    return out
+
+
+def test_every_model_has_a_card_with_data_figures_labels_limits_and_licences(corpus, trained):
+    for name in ("best", "last"):
+        text, record = (trained / name / "README.md").read_text(), read_record(trained / name)
+        for piece in (
+            "angry, happy, neutral, sad", "kfold:speaker:3, fold s0", "8 utterances, 0.00 h, 1 speakers",
+            "| accuracy (WA) |", "word error rate", "95 %", "Use and limits", "Not for decisions", "- data: CC0",
+            "- initial weights: MIT", "evaluate.py --verify", "transcripts 100.0%",
+        ):  # fmt: skip
+            assert piece in text, (name, piece)
+        assert ("chosen by their figure on this very part" in text) == (name == "best")
+        assert text.startswith("---\n") and record["settings"]["train"]["data"] == str(corpus / "train.csv")
+
+
+def test_a_card_s_figures_come_out_again_and_an_edited_card_does_not_hold(trained, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(trained / "last", folder)
+    call(evaluate, "--verify", folder)
+    assert "the card holds" in capsys.readouterr().out
+    (folder / "README.md").write_text((folder / "README.md").read_text().replace("Not for decisions", "For"))
+    with pytest.raises(SystemExit):
+        call(evaluate, "--verify", folder)
+    assert "the card does not hold" in capsys.readouterr().out
+    record = read_record(folder)
+    record["evaluations"][0]["figures"]["accuracy"]["value"] = 0.7815
+    write_card(folder, record)
+    with pytest.raises(SystemExit):
+        call(evaluate, "--verify", folder)
+    shown = capsys.readouterr().out
+    assert re.search(r"accuracy +card +0\.7815 .* DIFFERS", shown) and shown.count("DIFFERS") == 1
+    (folder / "training.json").write_text("{}")
+    with pytest.raises(SerError, match="no sound record"):
+        call(evaluate, "--verify", folder)
+    (folder / "training.json").unlink()
+    with pytest.raises(SerError, match="only models that training wrote"):
+        call(evaluate, "--verify", folder)
+
+
+def test_a_model_on_another_fold_reports_what_it_was_trained_on(corpus, trained, tmp_path, capsys):
+    fold = ["--data", corpus / "train.csv", *FOLDS, "--resamples", 5]
+    call(evaluate, "--model", trained / "last", *fold, "--fold", "s2", "--out", tmp_path / "out", "--card")
+    shown = capsys.readouterr().out  # s2 is what the model of fold s0 was trained on
+    assert "recordings 100.0 %" in shown and "WARNING: recordings that the model was trained on" in shown
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["shared_with_training"]["recordings"] == 1.0 and report["fold"] == "s2"
+    tested = [e["selection"]["fold"] for e in read_record(trained / "last")["evaluations"]]
+    assert tested == ["s0", "s2"], "the card has the further figures"
+    call(evaluate, "--model", corpus / "init", *fold, "--fold", "s0")
+    assert "taken to be the fold's: the model does not say" in capsys.readouterr().out
+
+
+def test_given_checkpoints_are_judged_fold_by_fold_with_a_closing_line_each(corpus, trained, tmp_path, capsys):
+    for fold in ("s0", "s1"):
+        (tmp_path / "given").mkdir(exist_ok=True)
+        (tmp_path / "given" / fold).symlink_to(trained / "last")
+    options = [
+        "--data",
+        corpus / "train.csv",
+        *FOLDS,
+        "--evaluate-only",
+        tmp_path / "given",
+        "--out",
+        tmp_path / "out",
+    ]
+    with pytest.raises(ConfigError, match="has no folder s2; it needs one per fold"):
+        call(crossval_iemocap, *options)
+    with pytest.raises(ConfigError, match="trains nothing, so it takes no --alpha 0"):
+        call(crossval_iemocap, *options, "--alpha", 0)
+    call(crossval_iemocap, *options, "--folds", "s0", "s1", "--resamples", 5)
+    right = 0
+    for fold in ("s0", "s1"):
+        last = (tmp_path / f"out/{fold}.eval").read_text().splitlines()[-1]
+        correct, accuracy = re.fullmatch(r"correct: (\d+) , acc: ([\d.]+)", last).groups()
+        assert float(accuracy) == pytest.approx(int(correct) / 8, abs=1e-4)
+        right += int(correct)
+    assert f"pooled: correct: {right} of 16 , acc: {right / 16:.4f}" in capsys.readouterr().out
+    assert not (tmp_path / "out/s0/run").exists(), "nothing was trained"
+
+
+# -------------------------------------------------------------------------------------------------- ablations
+
+
+def test_an_ablation_of_alpha_gives_tables_and_curves_and_lowers_the_rate_at_alpha_0(corpus, tmp_path):
+    options = [
+        "--data",
+        corpus / "train.csv",
+        *FOLDS,
+        "--folds",
+        "s0",
+        "--init",
+        corpus / "init",
+        "--resamples",
+        5,
+    ]
+    done = run("crossval_iemocap.py", *options, "--paper", "--epochs", 1, "--ablation", "alpha=0,0.1", "--out", "a",
+               cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rates = [
+        json.loads((tmp_path / f"a/alpha={alpha}/s0/run/config.json").read_text())["rate"]
+        for alpha in ("0", "0.1")
+    ]
+    assert rates == [1e-5, 5e-5]
+    found = json.loads((tmp_path / "a/ablation.json").read_text())
+    assert found["folds"] == ["s0"] and list(found["values"]) == ["0", "0.1"]
+    for row in found["values"].values():
+        assert row["wer"]["value"] is not None and row["wer_over_folds"]["mean"] == row["wer"]["value"]
+    assert found["values"]["0.1"]["against 0"]["mcnemar_p"] <= 1
+    text = (tmp_path / "a/ablation.md").read_text()
+    for piece in ("WER, mean over folds", "0.7815", "1 of kfold:speaker:3", "not comparable", "curves.png"):
+        assert piece in text
+    with (tmp_path / "a/curves.csv").open() as file:
+        assert [(r["value"], r["epoch"]) for r in csv.DictReader(file)] == [("0", "1"), ("0.1", "1")]
+    assert (tmp_path / "a/curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_ablation_of_heads_trains_just_those_on_known_speakers(corpus, tmp_path):
+    options = [
+        "--data",
+        corpus / "train.csv",
+        "--protocol",
+        "speaker-known:2",
+        "--init",
+        corpus / "init",
+        "--beta",
+        1,
+    ]
+    done = run("crossval_iemocap.py", *options, *QUICK, "--ablation", "heads=emotion,emotion+speaker", "--out", "a",
+               "--resamples", 5, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for heads in ("emotion", "emotion+speaker"):
+        assert read_record(tmp_path / f"a/heads={heads}/all/run/last")["heads"] == heads.split("+")
+    found = json.loads((tmp_path / "a/ablation.json").read_text())["values"]
+    assert (
+        found["emotion"]["speaker_accuracy"] is None and found["emotion+speaker"]["speaker_accuracy"] is not None
+    )
+    assert found["emotion"]["wer"] is None
+    assert "None were measured" not in (tmp_path / "a/heads=emotion/all/run/last/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--ablation rate=1,2", "expected alpha="),
+        ("--ablation alpha=0,0", "each value once"),
+        ("--ablation alpha=0,1 --alpha 2", "not both"),
+        ("--ablation heads=emotion,emotion+speaker", "add --beta"),
+    ],
+)
+def test_an_ablation_that_makes_no_sense_is_refused_before_anything_runs(corpus, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        call(crossval_iemocap, "--data", corpus / "train.csv", *FOLDS, "--out", tmp_path / "a", *options.split())
+    assert not (tmp_path / "a").exists()
+
+
+def test_curves_pool_by_utterances_and_by_words_and_end_where_the_shortest_run_does(tmp_path):
+    for name, rows in {"a": [(0.5, 10, 1.0, 100), (1.0, 10, 0.5, 100)], "b": [(0.0, 30, 0.0, 300)]}.items():
+        (tmp_path / name).mkdir()
+        entries = [
+            {"kind": "valid", "epoch": i, "accuracy": a, "emotion_utterances": n, "wer": w, "words": m}
+            for i, (a, n, w, m) in enumerate(rows)
+        ]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    assert pooled_curve([tmp_path / "a", tmp_path / "b"]) == [{"epoch": 1, "accuracy": 0.125, "wer": 0.25}]
+    assert best_on_test([tmp_path / "a", tmp_path / "b"]) == {"accuracy": 0.25, "utterances": 40}
+    assert best_on_test([tmp_path]) is None
+
+
+# ------------------------------------------------------------------------------------------------ mistakes, paper
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--protocol kfold:speaker:3", "does not permit this"),
+        ("--protocol kfold:speaker:3 --fold s0", "does not permit this"),
         ("--protocol kfold:speaker:3 --shares transcripts --fold s9", "no fold is called 's9'"),
         ("--protocol kfold:speaker:3 --shares transcripts", "no fold is named"),
-        ("--protocol papre10", "did you mean 'paper10'"),
-        ("--protocol paper10 --shares speakers", "declares itself"),
+        ("--protocol papre10 --fold s0", "did you mean 'paper10'"),
+        ("--protocol paper10 --shares speakers --fold s0", "declares itself"),
         ("--protocol paper10 --fold 01F", "needs the column 'side'"),
+        ("--protocol speaker-known:99", "holds out 99 utterances of each speaker, but s0 has only 8"),
         ("--fold s0", "--data needs --protocol"),
     ],
 )
 def test_a_fold_that_cannot_be_trained_on_is_one_clear_error(corpus, tmp_path, arguments, message):
-    fold = [] if "--fold" in arguments or "named" in message else ["--fold", "s0"]
-    options = [
-        "--data",
-        corpus / "train.csv",
-        "--init",
-        corpus / "init",
-        "--out",
-        "run",
-        *arguments.split(),
-        *fold,
-    ]
-    done = run("train_iemocap.py", *options, cwd=tmp_path)
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    out = ["--init", corpus / "init", "--out", tmp_path / "run"]
+    with pytest.raises((ConfigError, ManifestError)) as caught:
+        call(train_iemocap, "--data", corpus / "train.csv", *arguments.split(), *out)
+    assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -138,9 +396,8 @@ def test_the_paper_s_settings_are_those_of_its_text_and_of_its_script():
 
 
 def test_paper_is_a_default_that_what_is_given_beside_it_overrides(corpus, tmp_path):
-    options = ["--train", corpus / "train.csv", "--init", corpus / "init", "--out", "run", "--paper"]
-    done = run("train_iemocap.py", *options, "--alpha", 0, "--epochs", 1, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    options = ["--train", corpus / "train.csv", "--init", corpus / "init", "--out", tmp_path / "run", "--paper"]
+    call(train_iemocap, *options, "--alpha", 0, "--epochs", 1)
     settings = json.loads((tmp_path / "run/config.json").read_text())
     assert (settings["alpha"], settings["rate"], settings["epochs"]) == (0.0, 1e-5, 1)
     assert settings["tags"] == "keep-letters" and settings["batching"] == "random"

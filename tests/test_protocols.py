@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -24,6 +23,7 @@ from ser.data.protocols import (
     audit,
     by_column,
     check_fold,
+    find_protocol,
     kfold,
     read_folds,
     to_table,
@@ -164,7 +164,11 @@ def manifests(draw) -> list[Utterance]:
     return utterances
 
 
-ALL = [*PROTOCOLS.values(), kfold("speaker", 3), kfold("session", 2), kfold("dialogue", 4)]
+ALL = [
+    *(protocol for name, protocol in PROTOCOLS.items() if not name.startswith("speaker-known")),
+    *(find_protocol(name) for name in ("speaker-known:2", "speaker-known-text:2")),
+    *(kfold(column, count) for column, count in (("speaker", 3), ("session", 2), ("dialogue", 4))),
+]
 
 
 @pytest.mark.parametrize("protocol", ALL, ids=lambda p: p.name)
@@ -173,9 +177,8 @@ ALL = [*PROTOCOLS.values(), kfold("speaker", 3), kfold("session", 2), kfold("dia
 def test_folds_are_partitions_and_functions_of_manifest_and_seed_alone(protocol, utterances, seed, order):
     shuffled = list(utterances)
     order.shuffle(shuffled)
-    with mock.patch.object(protocols, "KNOWN_SPEAKER_TURNS", 2):
-        folds = protocol.folds(utterances, seed=seed)
-        assert protocol.folds(shuffled, seed=seed) == folds
+    folds = protocol.folds(utterances, seed=seed)
+    assert protocol.folds(shuffled, seed=seed) == folds
     ids = sorted(u.id for u in utterances)
     tested = sorted(i for fold in folds for i in fold.parts["test"])
     assert len(set(tested)) == len(tested), "tested at most once"
@@ -190,8 +193,8 @@ def test_folds_are_partitions_and_functions_of_manifest_and_seed_alone(protocol,
         for first, second in combinations(parts.values(), 2):
             assert not set(first) & set(second)
         whole = sorted(i for part in parts.values() for i in part)
-        assert set(whole) <= set(ids) if protocol.name == "speaker-known-text" else whole == ids
-        if protocol.name in PROTOCOLS:
+        assert set(whole) <= set(ids) if "text" in protocol.name else whole == ids
+        if not protocol.name.startswith("kfold"):
             check_fold(fold, utterances, protocol)
 
 
@@ -355,7 +358,7 @@ def test_folds_read_as_they_were_written_with_what_they_declare_and_share(tmp_pa
     assert audits == [audit(fold, rows) for fold in folds]
     assert read_folds(tmp_path / "folds.json") == folds
     content = json.loads((tmp_path / "folds.json").read_text())
-    assert content["protocol"] == "kfold-speaker-5" and content["seed"] == 0
+    assert content["protocol"] == "kfold:speaker:5" and content["seed"] == 0
     assert content["declares"]["train/test"] == ["transcripts"]
     assert content["folds"][0]["shared"]["train/test"]["transcripts"] == {"values": 1, "utterances": 1, "known": 1}
 

@@ -17,6 +17,14 @@ from pathlib import Path
 from ser.data.manifest import MAX_LISTED, Utterance
 from ser.errors import ManifestError
 
+# What their publishers say; for data sheets and model cards.
+LICENCES = {
+    "iemocap": "IEMOCAP: on request from SAIL, University of Southern California, for research; no redistribution",
+    "emodb": "EmoDB: CC0 1.0 as audEERING publishes it; cite Burkhardt et al., Interspeech 2005",
+    "ravdess": "RAVDESS: CC BY-NC-SA 4.0; cite Livingstone and Russo, PLoS ONE 2018",
+    "crema-d": "CREMA-D: Open Database License 1.0; cite Cao et al., IEEE Trans. Affective Computing 2014",
+}
+
 
 @dataclass(frozen=True)
 class Dropped:

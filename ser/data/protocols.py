@@ -24,6 +24,7 @@ from ser.errors import ConfigError, ManifestError
 
 PARTS = ("train", "valid", "test")
 PAIRS = tuple(combinations(PARTS, 2))
+KNOWN = "known"  # a further part: turns by speakers of training, see `with_known_turns`
 KINDS = ("speakers", "dialogues", "sessions", "transcripts", "recordings", "copies")
 
 KNOWN_SPEAKER_TURNS = 50  # held out of each speaker
@@ -37,7 +38,8 @@ class Fold:
 
     Attributes:
         name: of what is tested, such as "01F".
-        parts: "train", "valid", "test" -> sorted ids. A protocol without validation has no "valid".
+        parts: "train", "valid", "test" -> sorted ids. A protocol without validation has no "valid"; "known" is
+            there after `with_known_turns`.
     """
 
     name: str
@@ -161,23 +163,30 @@ def _speaker10(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
     ]
 
 
-def _speaker_known(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
-    groups = _by_value(utterances, "speaker", "speaker-known")
+def _draw_turns(groups: Mapping[str, list[str]], count: int, seed: int, what: str) -> set[str]:
+    """`count` ids of each speaker."""
     random = np.random.default_rng(seed)
-    test: list[str] = []
+    drawn: set[str] = set()
     for speaker, ids in groups.items():
-        if len(ids) <= KNOWN_SPEAKER_TURNS:
+        if len(ids) <= count:
             raise ManifestError(
-                f"the protocol speaker-known holds out {KNOWN_SPEAKER_TURNS} utterances of each speaker, but "
-                f"{speaker} has only {len(ids)}"
+                f"{what} holds out {count} utterances of each speaker, but {speaker} has only {len(ids)}; "
+                "give a smaller number"
             )
-        test += (ids[i] for i in random.permutation(len(ids))[:KNOWN_SPEAKER_TURNS])
-    held_out = set(test)
-    return [Fold("all", {"train": [u.id for u in utterances if u.id not in held_out], "test": sorted(test)})]
+        drawn |= {ids[i] for i in random.permutation(len(ids))[:count]}
+    return drawn
 
 
-def _speaker_known_text(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
-    (fold,) = _speaker_known(utterances, seed)
+def _speaker_known(utterances: Sequence[Utterance], seed: int, count: int = KNOWN_SPEAKER_TURNS) -> list[Fold]:
+    groups = _by_value(utterances, "speaker", "speaker-known")
+    test = _draw_turns(groups, count, seed, "the protocol speaker-known")
+    return [Fold("all", {"train": [u.id for u in utterances if u.id not in test], "test": sorted(test)})]
+
+
+def _speaker_known_text(
+    utterances: Sequence[Utterance], seed: int, count: int = KNOWN_SPEAKER_TURNS
+) -> list[Fold]:
+    (fold,) = _speaker_known(utterances, seed, count)
     parts = fold.select(utterances)
     said = {text for u in parts["test"] if (text := _transcript(u))}
     train = [u for u in parts["train"] if _transcript(u) not in said]
@@ -192,6 +201,27 @@ def _speaker_known_text(utterances: Sequence[Utterance], seed: int) -> list[Fold
 
 _STRANGERS = frozenset({"transcripts"})
 _ACQUAINTED = frozenset({"speakers", "dialogues", "sessions"})
+
+
+def _known_speakers(count: int, *, disjoint_text: bool = False) -> Protocol:
+    """speaker-known, or speaker-known-text."""
+    suffix = "" if count == KNOWN_SPEAKER_TURNS else f":{count}"
+    if disjoint_text:
+        return Protocol(
+            f"speaker-known-text{suffix}",
+            f"The test turns of speaker-known{suffix}, and no turn in training that says what one of them says: "
+            "the difference between the two figures is what remembered words give.",
+            lambda utterances, seed: _speaker_known_text(utterances, seed, count),
+            {("train", "test"): _ACQUAINTED},
+        )
+    return Protocol(
+        f"speaker-known{suffix}",
+        f"Every speaker is in training; {count} turns of each, drawn by the seed, are held out. For telling "
+        "speakers apart. Nothing validates: evaluate the weights that training ends with.",
+        lambda utterances, seed: _speaker_known(utterances, seed, count),
+        {("train", "test"): _ACQUAINTED | {"transcripts"}},
+    )
+
 
 # IEMOCAP's.
 PROTOCOLS: dict[str, Protocol] = {
@@ -229,20 +259,8 @@ PROTOCOLS: dict[str, Protocol] = {
                 ("valid", "test"): frozenset({"dialogues", "sessions", "transcripts"}),
             },
         ),
-        Protocol(
-            "speaker-known",
-            f"Every speaker is in training; {KNOWN_SPEAKER_TURNS} turns of each, drawn by the seed, are held out. "
-            "For telling speakers apart. Nothing validates: evaluate the weights that training ends with.",
-            _speaker_known,
-            {("train", "test"): _ACQUAINTED | {"transcripts"}},
-        ),
-        Protocol(
-            "speaker-known-text",
-            "The test turns of speaker-known, and no turn in training that says what one of them says: the "
-            "difference between the two figures is what remembered words give.",
-            _speaker_known_text,
-            {("train", "test"): _ACQUAINTED},
-        ),
+        _known_speakers(KNOWN_SPEAKER_TURNS),
+        _known_speakers(KNOWN_SPEAKER_TURNS, disjoint_text=True),
     )
 }
 
@@ -283,7 +301,7 @@ def kfold(column: str, count: int, *, shares: Iterable[str] = ()) -> Protocol:
         count: of folds, from 2 to the number of values.
         shares: the kinds that all parts share knowingly, such as the "transcripts" of ten fixed sentences.
     """
-    name = f"kfold-{column}-{count}"
+    name = f"kfold:{column}:{count}"
 
     def divide(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
         groups = _by_value(utterances, column, name)
@@ -304,21 +322,25 @@ def kfold(column: str, count: int, *, shares: Iterable[str] = ()) -> Protocol:
 
 
 def find_protocol(name: str, *, shares: Iterable[str] = ()) -> Protocol:
-    """The protocol that a command line names: one of `PROTOCOLS`, "column", or "kfold:COLUMN:COUNT".
+    """The protocol of a name: of `PROTOCOLS`, "speaker-known:COUNT" (turns), "column", "kfold:COLUMN:COUNT".
 
     ``shares`` is for the last two: the kinds that all parts share knowingly. Raises ConfigError.
     """
-    if name in PROTOCOLS:
+    known_speakers, _, turns = name.partition(":")
+    own = PROTOCOLS.get(name)
+    if known_speakers in ("speaker-known", "speaker-known-text") and turns.isdecimal() and int(turns):
+        own = _known_speakers(int(turns), disjoint_text=known_speakers.endswith("text"))
+    if own is not None:
         if list(shares):
             raise ConfigError(f"the protocol {name} declares itself what its parts share")
-        return PROTOCOLS[name]
+        return own
     if name == "column":
         return by_column(shares=shares)
     kind, _, rest = name.partition(":")
     column, _, count = rest.rpartition(":")
     if kind == "kfold" and column and count.isdecimal():
         return kfold(column, int(count), shares=shares)
-    known = [*PROTOCOLS, "column", "kfold:COLUMN:COUNT"]
+    known = [*PROTOCOLS, "speaker-known:COUNT", "column", "kfold:COLUMN:COUNT"]
     raise ConfigError(f"no protocol is called {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
 
 
@@ -333,10 +355,22 @@ def find_fold(protocol: Protocol, utterances: Sequence[Utterance], name: str | N
     return folds[name]
 
 
-def find_manifest(data: str | os.PathLike[str]) -> Path:
-    """The manifest that ``data`` names: a file, or the folder that preparing IEMOCAP wrote."""
-    path = Path(data)
-    return path / "iemocap4.csv" if path.is_dir() else path
+def with_known_turns(fold: Fold, utterances: Iterable[Utterance], count: int, *, seed: int = 0) -> Fold:
+    """The fold with `count` turns of each training speaker moved from "train" to a part "known".
+
+    A speaker head is not scored on speakers that it has not seen: where a protocol tests on strangers, these
+    turns are what it can be scored on.
+
+    Raises:
+        ManifestError: a training speaker has no more turns than that, or a turn has no speaker.
+    """
+    train = fold.select(utterances)["train"]
+    groups = defaultdict(list)
+    for u, speaker in zip(train, _column(train, "speaker", "of known turns"), strict=True):
+        groups[speaker].append(u.id)
+    known = _draw_turns(dict(sorted(groups.items())), count, seed, f"fold {fold.name}")
+    parts = fold.parts | {"train": [i for i in fold.parts["train"] if i not in known], KNOWN: sorted(known)}
+    return Fold(fold.name, parts)
 
 
 def _shares(kinds: Iterable[str]) -> Leaks:
@@ -383,6 +417,11 @@ class Audit:
     classes: dict[str, dict[str, int]]
     shared: dict[tuple[str, str], dict[str, Shared | None]]
 
+    def fractions(self, part: str, *, of: str = "train") -> dict[str, float | None]:
+        """Kind -> the share of ``part`` whose speaker, text, ... the part ``of`` has too; None: not known."""
+        found = self.shared.get((of, part), {})
+        return {kind: None if shared is None else shared.fraction for kind, shared in found.items()}
+
 
 def _transcript(u: Utterance) -> str:
     return clean(u.text or "")
@@ -410,23 +449,29 @@ def audit(fold: Fold, utterances: Iterable[Utterance]) -> Audit:
         ManifestError: the fold has an id that is not among `utterances`.
     """
     parts = fold.select(utterances)
-    having = {
-        (part, kind): {u.id: value for u in rows if (value := _value(u, kind))}
-        for part, rows in parts.items()
-        for kind in KINDS
+    shared = {
+        (first, second): overlap(parts[first], parts[second])
+        for first, second in (*PAIRS, ("train", KNOWN))
+        if first in parts and second in parts
     }
-    shared: dict[tuple[str, str], dict[str, Shared | None]] = {}
-    for first, second in PAIRS:
-        if first in parts and second in parts:
-            shared[first, second] = {
-                kind: _shared(having[first, kind], having[second, kind], ids=kind in ("recordings", "copies"))
-                for kind in KINDS
-            }
     classes = {
         part: dict(sorted(Counter(u.emotion or "unlabelled" for u in rows).items()))
         for part, rows in parts.items()
     }
     return Audit(fold.name, classes, shared)
+
+
+def overlap(first: Iterable[Utterance], second: Iterable[Utterance]) -> dict[str, Shared | None]:
+    """Kind -> what the second has that the first has too; None where the manifest cannot tell."""
+    first, second = list(first), list(second)
+
+    def having(rows: list[Utterance], kind: str) -> dict[str, str]:
+        return {u.id: value for u in rows if (value := _value(u, kind))}
+
+    return {
+        kind: _shared(having(first, kind), having(second, kind), ids=kind in ("recordings", "copies"))
+        for kind in KINDS
+    }
 
 
 def _shared(first: Mapping[str, str], second: Mapping[str, str], *, ids: bool) -> Shared | None:
@@ -460,7 +505,10 @@ def check_fold(fold: Fold, utterances: Iterable[Utterance], protocol: Protocol) 
     found = audit(fold, utterances)
     for (first, second), kinds in found.shared.items():
         for kind, shared in kinds.items():
-            if shared is not None and shared.values and kind not in protocol.declares.get((first, second), ()):
+            declared = protocol.declares.get((first, second), ())
+            if second == KNOWN:  # turns of training speakers by definition
+                declared = _ACQUAINTED | {"transcripts"}
+            if shared is not None and shared.values and kind not in declared:
                 some = ", ".join(map(repr, shared.values[:5])) + (", ..." if len(shared.values) > 5 else "")
                 problems.append(
                     f"{first} and {second} share {len(shared.values)} {kind} ({some}): "

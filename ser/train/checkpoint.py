@@ -185,4 +185,5 @@ MAY_CHANGE = {
     "eval_seconds",
     "world_size",
     "versions",
+    "licences",
 }

@@ -32,11 +32,12 @@ from ser.audio import SAMPLE_RATE
 from ser.data.dataset import NO_LABEL, Batch, SpeechDataset, collate
 from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler, evaluation_batches
-from ser.data.text import minimum_frames
+from ser.data.text import clean, minimum_frames
 from ser.errors import ConfigError, RunFolderError, SerError
 from ser.models.masking import spec_augment
 from ser.models.multitask import HEADS, MultiTaskModel, Outputs
 from ser.recognizer import Prediction, Recognizer
+from ser.train.card import RECORD, evaluation_entry, training_record, with_evaluation, write_card
 from ser.train.checkpoint import Progress, load_checkpoint, open_run, save_checkpoint
 from ser.train.config import METRICS, TrainConfig, parse_interval
 from ser.train.distributed import World, choose_device
@@ -51,6 +52,7 @@ from ser.train.losses import (
 )
 from ser.train.metrics import ClassificationCounts, ErrorRateCounts, character_errors, word_errors
 from ser.train.optim import make_optimizer, rate_factor, set_rate
+from ser.train.report import CHUNK, Outcomes, as_row, report
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -371,6 +373,40 @@ def evaluate(
     return result
 
 
+def judge(
+    recognizer: Recognizer,
+    utterances: Sequence[Utterance],
+    *,
+    world: World | None = None,
+    seen_texts: frozenset[str] | None = None,
+    workers: int = 0,
+    progress: bool = False,
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of the predictions file, in the order of the utterances, a chunk at a time: memory is bounded.
+
+    Every rank calls this and gets every row; each utterance is recognised exactly once.
+
+    Args:
+        recognizer: the model.
+        utterances: rows of a manifest.
+        world: the ranks that share the work.
+        seen_texts: transcripts that training had, cleaned as the model cleans; None: not known.
+        workers: processes per rank that decode audio.
+        progress: show a bar per chunk.
+    """
+    for first in range(0, len(utterances), CHUNK):
+        chunk = utterances[first : first + CHUNK]
+        found = evaluate(recognizer, chunk, world=world, workers=workers, keep_rows=True, progress=progress)
+        rows = []
+        for utterance, reference, prediction in found.rows:
+            row = as_row(recognizer, utterance, reference, prediction)
+            if seen_texts is not None:
+                text = clean(utterance.text or "", orthography=recognizer.orthography, tags=recognizer.tags)
+                row["seen_text"] = "" if not text else "seen" if text in seen_texts else "unseen"
+            rows.append(row)
+        yield rows
+
+
 # ---------------------------------------------------------------------------------------- the run
 
 
@@ -612,6 +648,7 @@ def fit(
             scaler.load_state_dict(progress.scaler)
         say(world, f"resuming {run} at update {progress.step} of {total}")
     log = Log(run / "metrics.jsonl", world, progress.step)
+    about = training_record(recognizer, dataset.utterances, lengths, recorded)
     audio_hours = sum(lengths) / SAMPLE_RATE / 3600
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(
@@ -637,6 +674,19 @@ def fit(
             save_checkpoint(run, recognizer, optimizer, progress, keep=config.keep)
         world.barrier()
 
+    def save_model(name: str, judged: Evaluation | None) -> None:
+        """best/ or last/, with its card."""
+        if world.is_main:
+            record = about | {"step": progress.step, "epoch": progress.epoch}
+            if judged is not None:
+                records = [as_row(recognizer, *row) for row in judged.rows]
+                found = report(Outcomes.of(recognizer.emotions, records))
+                entry = evaluation_entry(found, recorded.get("valid"), chosen_on=name == "best")
+                record = with_evaluation(record, entry)
+            recognizer.save(run / name, also=lambda folder: write_card(folder, record))
+        world.barrier()
+
+    finished_before = progress.finished
     while progress.epoch < config.epochs and not progress.finished:
         sampler.set_position(epoch=progress.epoch, update=progress.update)
         plan = sampler.plan(epoch=progress.epoch)
@@ -695,16 +745,14 @@ def fit(
                     objective=objective,
                     batch_seconds=config.eval_seconds,
                     workers=config.workers,
-                    keep_rows=verbose,
+                    keep_rows=True,
                 )
                 note_evaluation(evaluation, metric, progress)
                 log.write("valid", evaluation.metrics() | {"best": progress.best}, progress, epoch=epoch)
                 if verbose:
                     show_rows(world, evaluation)
                 if progress.evaluations_since_best == 0:
-                    if world.is_main:
-                        recognizer.save(run / "best")
-                    world.barrier()
+                    save_model("best", evaluation)
                 if config.early_stop and progress.evaluations_since_best >= config.early_stop:
                     say(world, f"stopping early: {metric} has not improved in {config.early_stop} evaluations")
                     progress.finished = True
@@ -716,11 +764,15 @@ def fit(
                 break
     bar.close()
     model.eval()
-    if world.is_main:
-        recognizer.save(run / "last")
+    # A run that had ended before has them, unless it was stopped just there.
+    if not finished_before or world.gather(not (run / "last" / RECORD).is_file())[0]:
+        if valid and evaluation is None:
+            evaluation = evaluate(
+                recognizer, validation, world=world, batch_seconds=config.eval_seconds, keep_rows=True
+            )
+        save_model("last", evaluation)
         if not valid:
-            recognizer.save(run / "best")
-    world.barrier()
+            save_model("best", None)
     return FitResult(progress, metric, evaluation, resumed=checkpoint is not None)
 
 

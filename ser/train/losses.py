@@ -149,12 +149,15 @@ def ccc_moments(predictions: Tensor, labels: Tensor, utterance_weights: Tensor |
     n, and the sums of p, y, p^2, y^2 and p y over the labelled utterances, float64. ``utterance_weights`` (B,) are
     0 for an utterance that only keeps a rank busy.
     """
+    return ccc_summands(predictions, labels, utterance_weights).sum(1)
+
+
+def ccc_summands(predictions: Tensor, labels: Tensor, utterance_weights: Tensor | None = None) -> Tensor:
+    """What each utterance adds to `ccc_moments`: (6, B, K)."""
     known = labels.isfinite()
     weights = known.double() if utterance_weights is None else known * utterance_weights.to(labels)[:, None]
     p, y = predictions.detach().double(), labels.double().masked_fill(~known, 0.0)
-    return torch.stack([weights, weights * p, weights * y, weights * p * p, weights * y * y, weights * p * y]).sum(
-        1
-    )
+    return torch.stack([weights, weights * p, weights * y, weights * p * p, weights * y * y, weights * p * y])
 
 
 def concordance(moments: Tensor) -> Tensor:

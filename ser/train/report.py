@@ -10,30 +10,34 @@ import csv
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ser.data.manifest import Utterance
-from ser.data.text import clean, replace_file
+from ser.data.manifest import DIMENSIONS, Utterance
+from ser.data.text import replace_file
 from ser.errors import ConfigError
 from ser.recognizer import Prediction, Recognizer
-from ser.train.distributed import World
-from ser.train.loop import evaluate
-from ser.train.metrics import ClassificationCounts, character_errors, word_errors
+from ser.train.losses import ccc_summands, concordance
+from ser.train.metrics import character_errors, word_errors
 
 CHUNK = 8192  # utterances that are evaluated together: what is held at once
 CALIBRATION_BINS = 15  # as in Guo et al., 2017
 RESAMPLES = 1000
+MAX_COUNTS = 4_000_000  # of utterances in resamples that are held at once
 LENGTHS = (0.0, 2.0, 4.0, 8.0, math.inf)  # seconds: the parts by length
 
 # Columns of the predictions file beside p_<emotion> for each class; what is not known is empty.
 TEXT_COLUMNS = ("id", "file", "speaker", "kind", "seen_text", "emotion", "predicted", "reference", "transcript")
-NUMBER_COLUMNS = ("seconds", "confidence", "word_edits", "words", "character_edits", "characters", "speaker_right")
+NUMBER_COLUMNS = (
+    "seconds", "confidence", "word_edits", "words", "character_edits", "characters", "speaker_right",
+    *DIMENSIONS, *(f"{name}_predicted" for name in DIMENSIONS),
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- outcomes
@@ -132,41 +136,6 @@ class Outcomes:
             return cls.joined([*parts, cls.of(emotions, records)])
 
 
-def judge(
-    recognizer: Recognizer,
-    utterances: Sequence[Utterance],
-    *,
-    world: World | None = None,
-    seen_texts: frozenset[str] | None = None,
-    workers: int = 0,
-    progress: bool = False,
-) -> Iterator[list[dict[str, Any]]]:
-    """Rows of the predictions file, in the order of the utterances, a chunk at a time: memory is bounded.
-
-    Every rank calls this and gets every row; each utterance is recognised exactly once.
-
-    Args:
-        recognizer: the model.
-        utterances: rows of a manifest.
-        world: the ranks that share the work.
-        seen_texts: transcripts that training had, cleaned as the model cleans; None: not known.
-        workers: processes per rank that decode audio.
-        progress: show a bar per chunk.
-    """
-
-    for first in range(0, len(utterances), CHUNK):
-        chunk = utterances[first : first + CHUNK]
-        found = evaluate(recognizer, chunk, world=world, workers=workers, keep_rows=True, progress=progress)
-        rows = []
-        for utterance, reference, prediction in found.rows:
-            row = as_row(recognizer, utterance, reference, prediction)
-            if seen_texts is not None:
-                text = clean(utterance.text or "", orthography=recognizer.orthography, tags=recognizer.tags)
-                row["seen_text"] = "" if not text else "seen" if text in seen_texts else "unseen"
-            rows.append(row)
-        yield rows
-
-
 def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, prediction: Prediction) -> dict[str, Any]:
     """One row of the predictions file; None where there is nothing to say."""
     row: dict[str, Any] = dict.fromkeys((*TEXT_COLUMNS, *NUMBER_COLUMNS))
@@ -192,6 +161,9 @@ def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, predict
             )
             row |= {"reference": reference, "word_edits": words.edits, "words": words.length}
             row |= {"character_edits": characters.edits, "characters": characters.length}
+    for name, value in (prediction.dimensions or {}).items():
+        if name in DIMENSIONS:
+            row |= {name: getattr(utterance, name), f"{name}_predicted": value}
     if prediction.speaker is not None and utterance.speaker in recognizer.speakers:
         row["speaker_right"] = int(prediction.speaker == utterance.speaker)
     return row
@@ -200,126 +172,195 @@ def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, predict
 # -------------------------------------------------------------------------------------------------- figures
 
 
-def expected_calibration_error(
-    confidence: NDArray[np.float64], right: NDArray[np.bool_], weights: NDArray[np.int64] | None = None
-) -> float:
+def expected_calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
     """ECE, 0..1: the mean over equal bins of confidence of |accuracy - confidence|, weighted by their sizes.
 
     Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, eq. 3, with 15 bins. NaN without utterances.
     """
-    count, accuracy, mean = calibration(confidence, right, weights)
-    return float((np.abs(accuracy - mean) * count).sum() / count.sum()) if count.sum() else math.nan
+    return float(_calibration_error(_calibration_summands(confidence, right).sum(0, keepdims=True))[0])
 
 
-def calibration(
-    confidence: NDArray[np.float64], right: NDArray[np.bool_], weights: NDArray[np.int64] | None = None
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Per bin of confidence, (bins,) each: how many utterances, their accuracy, their mean confidence."""
-    counted = np.ones(len(confidence)) if weights is None else weights.astype(np.float64)
+def _calibration_summands(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(N,) each -> (N, 3 * bins): in the columns of an utterance's bin 1, whether it is right, its confidence."""
     place = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
+    inside = place[:, None] == np.arange(CALIBRATION_BINS)
+    return np.concatenate(
+        [inside, inside * right[:, None], inside * confidence[:, None]], axis=1, dtype=np.float64
+    )
 
-    def total(values: NDArray[Any]) -> NDArray[np.float64]:
-        return np.bincount(place, weights=counted * values, minlength=CALIBRATION_BINS).astype(np.float64)
 
-    count = total(np.ones(len(confidence)))
-    divisor = np.maximum(count, 1e-300)
-    return count, total(right) / divisor, total(confidence) / divisor
+def _calibration_error(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(R, 3 * bins) -> (R,)."""
+    count, right, confidence = np.split(totals, 3, axis=1)
+    return _ratio(np.abs(right - confidence).sum(1), count.sum(1))
+
+
+def _ratio(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0)
 
 
 class Figures:
-    """Every figure of some outcomes as a function of how often each utterance counts: what a bootstrap needs.
+    """Every figure of some outcomes, as a function of sums over utterances: what a bootstrap needs.
 
         figures = Figures(outcomes)
-        figures()                          # each utterance once
-        figures(rng.multinomial(...))      # a resample
+        figures()                                # each utterance once
+        figures(weights)                         # (N,): how often each counts
+        figures.of(figures.totals(weights))      # weights (R, N), R resamples at once -> name -> (R,)
 
-    What does not depend on the weights is computed once.
+    Accuracies, error rates, calibration and concordance all follow from such sums, so a thousand resamples are
+    one matrix product.
     """
 
     def __init__(self, outcomes: Outcomes) -> None:
-        self.emotions = outcomes.emotions
+        self.outcomes, self.emotions, self.size = outcomes, outcomes.emotions, len(outcomes)
         index = {name: i for i, name in enumerate(outcomes.emotions)}
         reference = np.array([index.get(name, -1) for name in outcomes.text["emotion"]], np.int64)
         predicted = np.array([index.get(name, -1) for name in outcomes.text["predicted"]], np.int64)
         self.judged = (reference >= 0) & (predicted >= 0)
-        self.cells = (reference * len(index) + predicted)[self.judged]
-        self.right = (reference == predicted)[self.judged]
-        self.confidence = outcomes.numbers["confidence"][self.judged]
-        self.errors = {
-            name: (np.nan_to_num(outcomes.numbers[edits]), np.nan_to_num(outcomes.numbers[length]))
-            for name, edits, length in (("wer", "word_edits", "words"), ("cer", "character_edits", "characters"))
+        self.right = self.judged & (reference == predicted)
+        self.cells = np.where(self.judged, reference * len(index) + predicted, -1)
+        numbers = outcomes.numbers
+        self.rates = {
+            name: (part, whole)
+            for name, part, whole in (
+                ("wer", numbers["word_edits"], numbers["words"]),
+                ("cer", numbers["character_edits"], numbers["characters"]),
+                ("speaker_accuracy", numbers["speaker_right"], np.isfinite(numbers["speaker_right"])),
+            )
+            if np.nan_to_num(whole).any()
         }
-        self.speaker = outcomes.numbers["speaker_right"]
-        self.size = len(outcomes)
+        self.dimensions = [
+            name
+            for name in DIMENSIONS
+            if (np.isfinite(numbers[name]) & np.isfinite(numbers[f"{name}_predicted"])).any()
+        ]
+        self._kept = self._summands(slice(None)) if self.size <= CHUNK else None
 
-    def confusion(self, weights: NDArray[np.int64]) -> ClassificationCounts:
-        """Over the utterances whose label is a class of the model."""
-        size = len(self.emotions)
-        cells = np.bincount(self.cells, weights=weights[self.judged], minlength=size * size)
-        return ClassificationCounts(cells.astype(np.int64).reshape(size, size))
+    def _summands(self, rows: slice) -> NDArray[np.float64]:
+        """(n, M): what each of these utterances adds to each sum."""
+        if (kept := getattr(self, "_kept", None)) is not None:
+            return kept
+        numbers, cells = self.outcomes.numbers, self.cells[rows]
+        confidence = np.nan_to_num(numbers["confidence"][rows])
+        blocks = [
+            cells[:, None] == np.arange(len(self.emotions) ** 2),
+            _calibration_summands(confidence, self.right[rows]) * self.judged[rows, None],
+        ]
+        blocks += [np.nan_to_num(np.stack([part[rows], whole[rows]], 1)) for part, whole in self.rates.values()]
+        for name in self.dimensions:
+            labels, predictions = (torch.from_numpy(numbers[n][rows, None]) for n in (name, f"{name}_predicted"))
+            labels = labels.masked_fill(~predictions.isfinite(), torch.nan)
+            blocks.append(ccc_summands(predictions.nan_to_num(), labels)[:, :, 0].T.numpy())
+        return np.concatenate(blocks, axis=1, dtype=np.float64)
 
-    def __call__(self, weights: NDArray[np.int64] | None = None) -> dict[str, float]:
-        """By name; only what there are labels for."""
-        weights = np.ones(self.size, np.int64) if weights is None else weights
-        found: dict[str, float] = {}
-        if self.judged.any():
-            counts, judged = self.confusion(weights), weights[self.judged]
-            found |= {
-                "accuracy": counts.accuracy,
-                "unweighted_accuracy": counts.unweighted_accuracy,
-                "macro_f1": counts.macro_f1,
-                "ece": expected_calibration_error(self.confidence, self.right, judged),
-            }
-            found |= {f"precision {n}": float(v) for n, v in zip(self.emotions, counts.precision, strict=True)}
-            found |= {f"recall {n}": float(v) for n, v in zip(self.emotions, counts.recall, strict=True)}
-        for name, (edits, length) in self.errors.items():
-            if length.any():
-                total = float(length @ weights)
-                found[name] = float(edits @ weights) / total if total else math.nan
-        known = np.isfinite(self.speaker)
-        if known.any():
-            total = int(weights[known].sum())
-            found["speaker_accuracy"] = float(self.speaker[known] @ weights[known]) / total if total else math.nan
+    def totals(self, weights: NDArray[Any]) -> NDArray[np.float64]:
+        """The sums with each utterance counted as often as its weight says: (R, N) -> (R, M)."""
+        found = weights[:, :CHUNK] @ self._summands(slice(0, CHUNK))
+        for first in range(CHUNK, self.size, CHUNK):
+            rows = slice(first, first + CHUNK)
+            found += weights[:, rows] @ self._summands(rows)
         return found
+
+    def totals_by(self, members: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+        """The sums of each of `count` groups, of which ``members`` (N,) names one for each utterance: (G, M)."""
+        found = np.zeros((count, self._summands(slice(0, 1)).shape[1]))
+        for first in range(0, self.size, CHUNK):
+            rows = slice(first, first + CHUNK)
+            np.add.at(found, members[rows], self._summands(rows))
+        return found
+
+    def of(self, totals: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        """(R, M) sums -> name -> (R,), NaN where it is undefined; only what there are labels for."""
+        found: dict[str, NDArray[np.float64]] = {}
+        size = len(self.emotions)
+        widths = [size * size, 3 * CALIBRATION_BINS, *[2] * len(self.rates), *[6] * len(self.dimensions)]
+        blocks = iter(np.split(totals, np.cumsum(widths)[:-1], axis=1))
+        confusion, binned = next(blocks).reshape(-1, size, size), next(blocks)
+        if self.judged.any():
+            diagonal, count = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum((1, 2))
+            recall, precision = (_ratio(diagonal, confusion.sum(axis)) for axis in (2, 1))
+            f1 = np.nan_to_num(_ratio(2 * diagonal, confusion.sum(1) + confusion.sum(2))).mean(1)
+            found |= {
+                "accuracy": _ratio(diagonal.sum(1), count),
+                # As `ClassificationCounts`: over the classes that occur, and over all.
+                "unweighted_accuracy": _ratio(np.nan_to_num(recall).sum(1), np.isfinite(recall).sum(1)),
+                "macro_f1": np.where(count > 0, f1, np.nan),
+                "ece": _calibration_error(binned),
+            }
+            found |= {f"precision {name}": precision[:, i] for i, name in enumerate(self.emotions)}
+            found |= {f"recall {name}": recall[:, i] for i, name in enumerate(self.emotions)}
+        for name in self.rates:
+            found[name] = _ratio(*next(blocks).T)
+        for name in self.dimensions:
+            found[f"ccc {name}"] = concordance(torch.from_numpy(next(blocks).T.copy())).numpy()
+        return found
+
+    def __call__(self, weights: NDArray[Any] | None = None) -> dict[str, float]:
+        """By name; only what there are labels for."""
+        weights = np.ones(self.size) if weights is None else weights
+        return {name: float(value[0]) for name, value in self.of(self.totals(weights[None])).items()}
 
 
 # ------------------------------------------------------------------------------------------------ intervals
 
 
+def resampled(
+    figures: Sequence[Figures],
+    groups: Sequence[str] | NDArray[np.object_] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[dict[str, NDArray[np.float64]]]:
+    """The figures of many resamples with replacement (Efron, 1979): name -> (resamples,) for each of `figures`.
+
+    Args:
+        figures: of the same N utterances; the resamples are the same for all of them.
+        groups: (N,) the speaker of each: whole speakers are drawn, as utterances of one are not independent. None:
+            utterances are drawn.
+        resamples: how many.
+        seed: of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    size = figures[0].size
+    if groups is None:
+        units = size
+        at_once = max(1, MAX_COUNTS // max(size, 1))
+    else:
+        names, members = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+        units, at_once = len(names), max(1, MAX_COUNTS // len(names))
+        by_group = [f.totals_by(members, units) for f in figures]
+    totals: list[list[NDArray[np.float64]]] = [[] for _ in figures]
+    for first in range(0, resamples, at_once):
+        counts = np.empty((min(at_once, resamples - first), units))
+        for row in counts:
+            row[:] = np.bincount(generator.integers(0, units, units), minlength=units)
+        for place, f in enumerate(figures):
+            totals[place].append(f.totals(counts) if groups is None else counts @ by_group[place])
+    return [f.of(np.concatenate(parts)) for f, parts in zip(figures, totals, strict=True)]
+
+
 def intervals(
-    figures: Callable[[NDArray[np.int64]], dict[str, float]],
-    size: int,
+    figures: Figures,
     groups: Sequence[str] | NDArray[np.object_] | None = None,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals by the bootstrap (Efron, 1979): the figures of many resamples with replacement.
+    """95 % percentile intervals by the bootstrap, as `resampled`: name -> (low, high).
 
-    Args:
-        figures: of weights (N,).
-        size: N, the number of utterances.
-        groups: (N,) the speaker of each: whole speakers are drawn, as utterances of one are not independent. None:
-            utterances are drawn.
-        resamples: how many.
-        seed: of the draws.
-
-    Returns:
-        name -> (low, high); a resample in which a figure is undefined is left out of it.
+    A resample in which a figure is undefined is left out of it.
     """
-    generator = np.random.default_rng(seed)
-    members = None
-    if groups is not None:
-        _, members = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    drawn: dict[str, list[float]] = {}
-    for _ in range(resamples):
-        units = size if members is None else int(members.max()) + 1
-        counts = np.bincount(generator.integers(0, units, units), minlength=units)
-        for name, value in figures(counts if members is None else counts[members]).items():
-            if math.isfinite(value):
-                drawn.setdefault(name, []).append(value)
-    return {name: (float(low), float(high)) for name, values in drawn.items()
-            for low, high in [np.percentile(values, [2.5, 97.5])]}  # fmt: skip
+    return percentiles(resampled([figures], groups, resamples=resamples, seed=seed)[0])
+
+
+def percentiles(drawn: Mapping[str, NDArray[np.float64]]) -> dict[str, tuple[float, float]]:
+    """name -> the 2.5 % and 97.5 % percentiles of the values that are defined; NaN without any."""
+    found = {}
+    for name, values in drawn.items():
+        defined = values[np.isfinite(values)]
+        low, high = np.percentile(defined, [2.5, 97.5]) if defined.size else (math.nan, math.nan)
+        found[name] = (float(low), float(high))
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- report
@@ -330,10 +371,10 @@ def report(outcomes: Outcomes, *, resamples: int = RESAMPLES, seed: int = 0) -> 
     figures = Figures(outcomes)
     found: dict[str, Any] = {"utterances": len(outcomes), "emotions": outcomes.emotions}
     values = figures()
-    by_utterance = intervals(figures, len(outcomes), resamples=resamples, seed=seed)
+    by_utterance = intervals(figures, resamples=resamples, seed=seed) if values else {}
     speakers = outcomes.text["speaker"]
     known = len(outcomes) > 0 and all(speakers) and len(set(speakers)) > 1
-    by_speaker = intervals(figures, len(outcomes), speakers, resamples=resamples, seed=seed) if known else {}
+    by_speaker = intervals(figures, speakers, resamples=resamples, seed=seed) if values and known else {}
     found["speakers"] = len(set(speakers) - {""})
     found["figures"] = {
         name: {
@@ -345,16 +386,17 @@ def report(outcomes: Outcomes, *, resamples: int = RESAMPLES, seed: int = 0) -> 
     }
     found["judged"] = {
         "emotion": int(figures.judged.sum()),
-        "words": int(figures.errors["wer"][1].sum()),
-        "speaker": int(np.isfinite(figures.speaker).sum()),
+        "words": int(np.nansum(outcomes.numbers["words"])),
+        "speaker": int(np.isfinite(outcomes.numbers["speaker_right"]).sum()),
     }
     if figures.judged.any():
-        found["confusion"] = figures.confusion(np.ones(len(outcomes), np.int64)).confusion.tolist()
-        count, accuracy, mean = calibration(figures.confidence, figures.right)
+        size = len(outcomes.emotions)
+        cells = np.bincount(figures.cells[figures.judged], minlength=size * size)
+        found["confusion"] = cells.reshape(size, size).tolist()
+        confidence, right = outcomes.numbers["confidence"][figures.judged], figures.right[figures.judged]
+        bins = _calibration_summands(confidence, right).sum(0).reshape(3, -1).T
         found["calibration"] = [
-            {"count": int(n), "accuracy": float(a), "confidence": float(c)}
-            for n, a, c in zip(count, accuracy, mean, strict=True)
-            if n
+            {"count": int(n), "accuracy": r / n, "confidence": c / n} for n, r, c in bins.tolist() if n
         ]
     found["parts"] = {
         name: {"utterances": int(rows.sum()), "figures": Figures(outcomes.part(rows))()}
@@ -394,6 +436,7 @@ TITLES = {
     "wer": "word error rate",
     "cer": "character error rate",
     "speaker_accuracy": "speaker accuracy",
+    **{f"ccc {name}": f"concordance (CCC), {name}" for name in DIMENSIONS},
 }
 
 
@@ -452,13 +495,10 @@ def compare(first: Outcomes, second: Outcomes, *, resamples: int = RESAMPLES, se
     labelled = first.text["emotion"] != ""
     right = [(o.text["emotion"] == o.text["predicted"])[labelled] for o in (first, ordered)]
     only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
-    a, b = Figures(first), Figures(ordered)
-
-    def differences(weights: NDArray[np.int64] | None = None) -> dict[str, float]:
-        x, y = a(weights), b(weights)
-        return {name: y[name] - x[name] for name in x if name in y}
-
-    spans = intervals(differences, len(first), resamples=resamples, seed=seed)
+    figures = [Figures(first), Figures(ordered)]
+    a, b = (f() for f in figures)
+    drawn_a, drawn_b = resampled(figures, resamples=resamples, seed=seed)
+    spans = percentiles({name: drawn_b[name] - drawn_a[name] for name in drawn_a if name in drawn_b})
     return finite(
         {
             "utterances": len(first),
@@ -466,8 +506,9 @@ def compare(first: Outcomes, second: Outcomes, *, resamples: int = RESAMPLES, se
             "only_second_right": only_second,
             "mcnemar_p": mcnemar(only_first, only_second),
             "differences": {
-                name: {"value": value, "interval": list(spans.get(name, (math.nan, math.nan)))}
-                for name, value in differences().items()
+                name: {"value": b[name] - value, "interval": list(spans[name])}
+                for name, value in a.items()
+                if name in b
             },
         }
     )

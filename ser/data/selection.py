@@ -1,0 +1,166 @@
+"""Utterances by name: what a command line, a run's settings and a model card call the data they mean.
+
+A `Selection` is a manifest, or one part of one fold of it, with all that is needed to find the same ones again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ser.data.manifest import Utterance, parse_columns, read_manifest
+from ser.data.protocols import (
+    KINDS,
+    PROTOCOLS,
+    Audit,
+    Fold,
+    Protocol,
+    check_fold,
+    find_fold,
+    find_protocol,
+    with_known_turns,
+)
+from ser.errors import ConfigError, ManifestError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A manifest (without a protocol), or a part of a fold of it.
+
+    Attributes:
+        data: the manifest, or the folder that preparing IEMOCAP wrote.
+        sha256: of the manifest; empty: any content will do.
+        root: folder that its files are relative to; None: its own.
+        columns: our column names -> its.
+        protocol: as `find_protocol` takes it.
+        shares: what the parts of column and kfold share knowingly.
+        seed: of protocols that draw.
+        fold: name; None: the only one.
+        known_turns: of each training speaker, held out as the part "known" (see `with_known_turns`).
+        part: train, valid, test or known.
+    """
+
+    data: str
+    sha256: str = ""
+    root: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    protocol: str | None = None
+    shares: list[str] = field(default_factory=list)
+    seed: int = 0
+    fold: str | None = None
+    known_turns: int = 0
+    part: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Selection:
+        """The inverse of `to_dict`. Raises ConfigError for what is none."""
+        if not isinstance(values, Mapping) or not values.keys() <= {f.name for f in fields(cls)}:
+            raise ConfigError(f"{values!r} does not name utterances")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+    @property
+    def manifest(self) -> Path:
+        """The file: ``data``, or the four-class manifest in that folder."""
+        path = Path(self.data)
+        return path / "iemocap4.csv" if path.is_dir() else path
+
+    def stamped(self) -> Selection:
+        """With the manifest's present sha256."""
+        try:
+            return replace(self, sha256=hashlib.sha256(self.manifest.read_bytes()).hexdigest())
+        except OSError as error:
+            raise ManifestError(f"{self.manifest}: cannot be read: {error.strerror}") from None
+
+    def read(self, *, check_files: bool = True) -> list[Utterance]:
+        """All utterances of the manifest.
+
+        Raises:
+            ManifestError: it cannot be used, or is another one than was meant.
+        """
+        if self.sha256 and self.stamped().sha256 != self.sha256:
+            raise ManifestError(f"{self.manifest}: has changed since; its sha256 was {self.sha256}")
+        return read_manifest(self.manifest, root=self.root, columns=self.columns, check_files=check_files)
+
+    def find_protocol(self) -> Protocol:
+        """The protocol. Raises ConfigError where none is named."""
+        if not self.protocol:
+            raise ConfigError("--data needs --protocol, which says how it is divided")
+        return find_protocol(self.protocol, shares=self.shares)
+
+    def find_fold(self, utterances: list[Utterance]) -> tuple[Fold, Audit]:
+        """The fold of these utterances of the manifest, checked."""
+        protocol = self.find_protocol()
+        fold = find_fold(protocol, utterances, self.fold, seed=self.seed)
+        if self.known_turns:
+            fold = with_known_turns(fold, utterances, self.known_turns, seed=self.seed)
+        return fold, check_fold(fold, utterances, protocol)
+
+    def utterances(self) -> list[Utterance]:
+        """The selected ones. Raises ConfigError where the fold lacks the part."""
+        everything = self.read()
+        if not self.protocol:
+            return everything
+        fold, _ = self.find_fold(everything)
+        return self.of(fold, everything)
+
+    def of(self, fold: Fold, utterances: Iterable[Utterance]) -> list[Utterance]:
+        """The part of the fold."""
+        if self.part not in fold.parts:
+            raise ConfigError(f"fold {fold.name} of {self.protocol} has no part {self.part}")
+        return fold.select(utterances)[self.part]
+
+    def __str__(self) -> str:
+        if not self.protocol:
+            return self.data
+        fold = f", fold {self.fold}" if self.fold else ""
+        return f"{self.part or 'all parts'} of {self.protocol}{fold} ({self.data})"
+
+    def to_options(self) -> list[str]:
+        """The flags of `add_arguments` that name this, but for --known-turns, as another command takes them."""
+        options = ["--data", self.data, "--protocol-seed", str(self.seed)]
+        options += ["--protocol", self.protocol] if self.protocol else []
+        options += ["--root", self.root] if self.root else []
+        columns = [f"{ours}={theirs}" for ours, theirs in self.columns.items()]
+        for name, values in (("columns", columns), ("shares", self.shares)):
+            options += [f"--{name}", *values] if values else []
+        return options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that name data and how it is divided; `from_arguments` reads them."""
+    add = parser.add_argument_group("a corpus, divided by a protocol").add_argument
+    add("--data", help="manifest to divide, or a folder with iemocap4.csv")
+    add("--protocol", help=f"{', '.join(PROTOCOLS)} (or speaker-known:TURNS), column, or kfold:COLUMN:COUNT")
+    add("--shares", nargs="*", default=[], metavar="KIND",
+        help=f"what the parts of column and kfold share knowingly: {', '.join(KINDS)}")  # fmt: skip
+    add("--protocol-seed", type=int, default=0, metavar="SEED", help="of protocols that draw (default: 0)")
+    add("--known-turns", type=int, metavar="COUNT", help="of each training speaker, held out to score a speaker "
+        "head on (default: up to 10 where one is trained and the protocol tests on strangers)")  # fmt: skip
+    add("--root", help="folder that the manifests' files are relative to (default: that of the manifest)")
+    add("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
+
+
+def from_arguments(arguments: argparse.Namespace, data: str | os.PathLike[str] | None = None) -> Selection:
+    """What the flags name: the divided corpus, or the plain manifest ``data``; with its present sha256."""
+    plain = Selection(
+        str(data or arguments.data), root=arguments.root, columns=parse_columns(arguments.columns)
+    ).stamped()
+    if data is not None:
+        return plain
+    return replace(
+        plain,
+        protocol=arguments.protocol,
+        shares=list(arguments.shares),
+        seed=arguments.protocol_seed,
+        fold=getattr(arguments, "fold", None),
+        known_turns=arguments.known_turns or 0,
+    )

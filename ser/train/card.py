@@ -1,0 +1,203 @@
+"""Model cards: what a model was trained on, what it reached, and what it is not for.
+
+Training writes two files into every model folder: training.json, the record, and README.md, the same for people.
+The card is a function of the record, so that it can be checked, and `examples/evaluate.py --verify FOLDER`
+computes its figures again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ser.audio import SAMPLE_RATE
+from ser.data.manifest import Utterance
+from ser.data.selection import Selection
+from ser.data.text import replace_file
+from ser.errors import ModelFolderError
+from ser.recognizer import Recognizer
+from ser.train.report import TITLES, write_json
+
+RECORD, CARD = "training.json", "README.md"
+
+
+def training_record(
+    recognizer: Recognizer,
+    utterances: Sequence[Utterance],
+    lengths: Sequence[int],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What is known of a model before it is trained.
+
+    Args:
+        recognizer: the model.
+        utterances: that it is trained on.
+        lengths: of each, in samples.
+        settings: of the run, as its config.json has them.
+    """
+    return {
+        "heads": list(recognizer.model.heads),
+        "emotions": recognizer.emotions,
+        "dimensions": recognizer.dimensions,
+        "speakers_known": len(recognizer.speakers),
+        "parameters": sum(p.numel() for p in recognizer.model.parameters()),
+        "trained_on": {
+            "utterances": len(utterances),
+            "hours": round(sum(lengths) / SAMPLE_RATE / 3600, 4),
+            "speakers": len({u.speaker for u in utterances if u.speaker}),
+            "per_emotion": dict(sorted(Counter(u.emotion for u in utterances if u.emotion).items())),
+        },
+        "settings": dict(settings),
+        "evaluations": [],
+    }
+
+
+def evaluation_entry(
+    found: Mapping[str, Any], selection: Mapping[str, Any] | None, *, chosen_on: bool = False
+) -> dict[str, Any]:
+    """A report (`ser.train.report.report`) as a card keeps it.
+
+    Args:
+        found: the report.
+        selection: of what was judged, as `Selection.to_dict`; None: not known, so that nobody can verify it.
+        chosen_on: whether these weights were chosen because of this very figure.
+    """
+    kept = {name: found[name] for name in ("utterances", "speakers", "judged", "figures")}
+    return kept | {"selection": selection, "chosen_on": chosen_on}
+
+
+def with_evaluation(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with a further evaluation, in place of an older one of the same data."""
+    others = [e for e in record["evaluations"] if e["selection"] != entry["selection"]]
+    return dict(record) | {"evaluations": [*others, dict(entry)]}
+
+
+def write_card(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write both files, each whole or not at all."""
+    write_json(folder / RECORD, record)
+    with replace_file(folder / CARD) as file:
+        file.write(to_markdown(record))
+
+
+def read_record(folder: str | Path) -> dict[str, Any] | None:
+    """The record of a model folder; None where there is none, as in folders of others.
+
+    Raises ModelFolderError for one that is damaged.
+    """
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        to_markdown(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFolderError(f"{path}: is no sound record of a training: {error!r}") from None
+    return record
+
+
+def trained_on(record: Mapping[str, Any]) -> Selection | None:
+    """What the model was trained on, by name; None where training was not told."""
+    named = record["settings"].get("train")
+    return Selection.from_dict(named) if named else None
+
+
+def to_markdown(record: Mapping[str, Any]) -> str:
+    """The card."""
+    settings, data = record["settings"], record["trained_on"]
+    licences = settings.get("licences", {})
+    # JSON is YAML, which is what model hubs read here.
+    head = {"library_name": "ser", "pipeline_tag": "audio-classification", "tags": ["speech-emotion-recognition"]}
+    lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", ""]
+    lines += ["# Speech emotion recognition model", ""]
+    tasks = {
+        "emotion": "emotion: " + ", ".join(record["emotions"]),
+        "dimensions": "dimensions: " + ", ".join(record["dimensions"]),
+        "ctc": "transcript (CTC, greedy)",
+        "speaker": f"speaker, out of the {record['speakers_known']} in training",
+    }
+    lines += ["It recognises, in recordings of one speaker's turn:", ""]
+    lines += [f"- {tasks[name]}" for name in record["heads"]]
+    lines += ["", f"{record['parameters'] / 1e6:.1f} M parameters, begun from `{settings.get('init', '?')}`.", ""]
+
+    lines += ["## Trained on", ""]
+    named = settings.get("train")
+    lines += [str(Selection.from_dict(named)) if named else "Data that training was not told the name of.", ""]
+    counts = ", ".join(f"{name} {count}" for name, count in data["per_emotion"].items())
+    lines += [
+        f"{data['utterances']} utterances, {data['hours']:.2f} h, {data['speakers']} speakers; {counts or '-'}."
+    ]
+    if description := settings.get("protocol_description"):
+        lines += ["", f"Protocol: {description}"]
+    if shared := settings.get("shared_with_training"):
+        lines += ["", "Of the utterances of each part, training has the same:", ""]
+        lines += [f"- {part}: {_shares(kinds)}" for part, kinds in shared.items()]
+
+    lines += ["", "## Figures", ""]
+    if not record["evaluations"]:
+        lines += ["None were measured: there was no validation part. `examples/evaluate.py --card` adds them."]
+    for entry in record["evaluations"]:
+        chosen = entry["selection"]
+        what = str(Selection.from_dict(chosen)) if chosen else "the validation utterances"
+        lines += [f"On {what}: {entry['utterances']} utterances, {entry['speakers']} speakers.", ""]
+        if entry["chosen_on"]:
+            lines += ["**These weights were chosen by their figure on this very part, so it is optimistic.**", ""]
+        if settings.get("valid_is_test") and chosen and chosen.get("part") == "valid":
+            lines += ["In this protocol that part is also the test part.", ""]
+        lines += ["| | value | 95 % over utterances | over speakers |", "|---|---|---|---|"]
+        for name, figure in entry["figures"].items():
+            spans = (figure["interval_utterances"], figure["interval_speakers"])
+            shown = " | ".join("-" if s is None else f"{_number(s[0])} to {_number(s[1])}" for s in spans)
+            lines += [f"| {TITLES.get(name, name)} | {_number(figure['value'])} | {shown} |"]
+        judged = entry["judged"]["speaker"]
+        if record["speakers_known"] and judged < entry["utterances"]:
+            lines += ["", f"Speakers are judged on the {judged} utterances by speakers that training knew."]
+        lines += [""]
+
+    lines += [
+        "## Use and limits",
+        "",
+        "For research on speech like that it was trained on: the same language, kind of recording and way of "
+        "showing emotion. Figures on other voices, rooms and languages are not known; on acted speech they say "
+        "little about spontaneous speech. Labels are what listeners perceived, not what a speaker felt. Not for "
+        "decisions about people, in work, education, policing, health or insurance.",
+        "",
+        "## Licences",
+        "",
+        f"- data: {licences.get('data') or 'not stated; ask where the corpus came from'}",
+        f"- initial weights: {licences.get('weights') or 'not stated; see where they came from'}",
+        "",
+        "## To repeat",
+        "",
+        f"Update {record.get('step', 0)}, epoch {record.get('epoch', 0)}. Settings are in training.json. To "
+        "compute these figures again:",
+        "",
+        "```sh",
+        "python examples/evaluate.py --verify FOLDER",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _shares(kinds: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{kind} {'unknown' if share is None else f'{share:.1%}'}" for kind, share in kinds.items())
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def differences(
+    entry: Mapping[str, Any], found: Mapping[str, Any], *, tolerance: float = 1e-6
+) -> list[tuple[str, float | None, float | None, bool]]:
+    """(figure, on the card, computed now, equal) of an evaluation and a new report of the same data."""
+    rows = []
+    for name in dict.fromkeys([*entry["figures"], *found["figures"]]):
+        then, now = (side["figures"].get(name, {}).get("value") for side in (entry, found))
+        same = then == now or (then is not None and now is not None and math.isclose(then, now, abs_tol=tolerance))
+        rows.append((name, then, now, same))
+    return rows
