@@ -283,7 +283,8 @@ def test_an_ablation_of_alpha_gives_tables_and_curves_and_lowers_the_rate_at_alp
         "--resamples",
         5,
     ]
-    done = run("crossval_iemocap.py", *options, "--paper", "--epochs", 1, "--ablation", "alpha=0,0.1", "--out", "a",
+    options += ["--paper", "--epochs", 1, "--out", "a"]
+    done = run("crossval_iemocap.py", *options, "--ablation", "alpha=0,0.1",
                cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rates = [
@@ -315,7 +316,8 @@ def test_an_ablation_of_heads_trains_just_those_on_known_speakers(corpus, tmp_pa
         "--beta",
         1,
     ]
-    done = run("crossval_iemocap.py", *options, *QUICK, "--ablation", "heads=emotion,emotion+speaker", "--out", "a",
+    options += [*QUICK, "--out", "a"]
+    done = run("crossval_iemocap.py", *options, "--ablation", "heads=emotion,emotion+speaker",
                "--resamples", 5, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for heads in ("emotion", "emotion+speaker"):

@@ -28,6 +28,7 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
             if points:
                 axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None, label=label)
         axes.set(xlabel="epoch", ylabel=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     canvas(figure)
