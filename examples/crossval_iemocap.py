@@ -39,8 +39,9 @@ import ser
 from ser.data.manifest import parse_columns, read_manifest
 from ser.data.protocols import Protocol, check_fold, find_manifest, find_protocol, to_table
 from ser.errors import ConfigError
+from ser.files import write_json
 from ser.train.pictures import draw
-from ser.train.report import Outcomes, report, table, write_json
+from ser.train.report import Outcomes, report, table
 
 HERE = Path(__file__).parent
 

@@ -35,10 +35,11 @@ from ser.data.manifest import parse_columns, read_manifest
 from ser.data.protocols import Audit, check_fold, find_fold, find_manifest, find_protocol
 from ser.data.text import clean
 from ser.errors import ConfigError
+from ser.files import write_json
 from ser.train.distributed import cpu_threads, joined_world
 from ser.train.loop import say
 from ser.train.pictures import draw
-from ser.train.report import Outcomes, compare, judge, report, table, write_json, write_rows
+from ser.train.report import Outcomes, compare, judge, report, table, write_rows
 
 
 def parse_arguments() -> argparse.Namespace:

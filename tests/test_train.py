@@ -392,7 +392,7 @@ def test_all_recordings_that_cannot_be_used_are_listed_before_training(tmp_path)
 def test_a_run_over_other_data_is_refused(tmp_path):
     rows = toy_rows(tmp_path, 6)
     fit(toy_recognizer(), rows, [], quick(epochs=1), tmp_path / "run")
-    with pytest.raises(RunFolderError, match="data: "):
+    with pytest.raises(RunFolderError, match=r"data\.train: "):
         fit(toy_recognizer(), [replace(rows[0], emotion="sad"), *rows[1:]], [], quick(epochs=1), tmp_path / "run")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ser.data.manifest import Utterance
-from ser.data.text import clean, replace_file
+from ser.data.text import clean
 from ser.errors import ConfigError
+from ser.files import replace_file
 from ser.recognizer import Prediction, Recognizer
 from ser.train.distributed import World
 from ser.train.loop import evaluate
@@ -498,11 +498,3 @@ def write_rows(path: Path, chunks: Iterable[list[dict[str, Any]]], emotions: Seq
             writer.writerows(rows)
             kept.append(Outcomes.of(emotions, rows))
     return Outcomes.joined(kept)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON that people can read, whole or not at all."""
-
-    with replace_file(path) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
