@@ -215,13 +215,13 @@ def test_a_flipped_bit_anywhere_is_found_named_and_the_checkpoint_before_is_used
         path.write_bytes(whole)
 
 
-def test_every_single_flipped_bit_of_a_manifest_is_found(saved, tmp_path):
+def test_a_flipped_bit_in_any_byte_of_a_manifest_is_found(saved, tmp_path):
     run = copy_of(saved, tmp_path / "run")
     path = run.path(2) / "manifest.json"
     whole = path.read_bytes()
-    for bit in range(8 * len(whole)):
+    for byte in range(len(whole)):
         damaged = bytearray(whole)
-        damaged[bit // 8] ^= 1 << bit % 8
+        damaged[byte] ^= 1 << byte % 8
         path.write_bytes(damaged)
         with pytest.raises(RunFolderError):
             checkpoint_module.own_manifest(run.path(2))
@@ -232,12 +232,10 @@ def test_a_named_checkpoint_that_is_damaged_is_an_error_with_its_reason(saved, t
     path = run.path(2) / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     for name in ("step-00000002", run.path(2)):
-        with pytest.raises(
-            RunFolderError, match=r"step-00000002/optimizer\.safetensors: has 100 bytes; .* written"
-        ):
+        with pytest.raises(RunFolderError, match=r"step-00000002/optimizer\.safetensors: has 100 bytes; "):
             open_run(run.folder, SETTINGS, resume_from=name)
     for name in ("step-00000007", "2", run.folder):
-        with pytest.raises(RunFolderError, match="is no checkpoint of .*, which has step-00000001, step-00000002"):
+        with pytest.raises(RunFolderError, match=r"is no checkpoint of .* has step-00000001, step-00000002"):
             open_run(run.folder, SETTINGS, resume_from=name)
     assert [p.name for p in checkpoints(run.folder)] == ["step-00000001", "step-00000002"]
 
@@ -339,7 +337,7 @@ def test_changes_are_allowed_when_asked_for_by_name_and_said(saved, tmp_path):
     run = copy_of(saved, tmp_path / "run")
     now = {"epochs": 5, "rate": 0.2}
     for allowed in ([], ["epochs"]):
-        with pytest.raises(RunFolderError, match="--allow-changes .*rate if that is meant") as caught:
+        with pytest.raises(RunFolderError, match=r"--allow-changes .*rate if that is meant") as caught:
             open_run(run.folder, now, allow_changes=allowed)
         assert ("epochs: 3 then, 5 now" in str(caught.value)) == (not allowed)
     opened = open_run(run.folder, now, allow_changes=["epochs", "rate"])
@@ -402,7 +400,7 @@ def train_on_a_full_disk(run: Path, rows, limit: int | None) -> None:
 
 
 @pytest.mark.parametrize("how", ["a file size limit", "a full file system"])
-def test_a_full_disk_ends_training_with_one_error_and_loses_nothing(trained, tmp_path, how, capfd):
+def test_a_full_disk_ends_training_with_one_error_and_loses_nothing(trained, tmp_path, how):
     whole, rows = trained
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -410,8 +408,7 @@ def test_a_full_disk_ends_training_with_one_error_and_loses_nothing(trained, tmp
     size = sum(p.stat().st_size for p in (whole / "checkpoints/step-00000003").iterdir())
     if how == "a file size limit":
         limit = 80_000  # the weights fit, the optimizer does not
-        partial = CONFIG
-        save_one_epoch(run, rows, partial)
+        save_one_epoch(run, rows)
     else:
         room = 2 * size - 60_000
         mount = ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)]
@@ -419,7 +416,7 @@ def test_a_full_disk_ends_training_with_one_error_and_loses_nothing(trained, tmp
             pytest.skip("file systems cannot be mounted here")
     try:
         if how == "a full file system":
-            save_one_epoch(run, rows, CONFIG)
+            save_one_epoch(run, rows)
         assert forked(train_on_a_full_disk, run, rows, limit) == 0
         message = (tmp_path / "error").read_text()
         cause = "File too large" if limit else "No space left on device"
@@ -442,7 +439,7 @@ def test_a_full_disk_ends_training_with_one_error_and_loses_nothing(trained, tmp
             subprocess.run(["umount", str(disk)], check=True)
 
 
-def save_one_epoch(run: Path, rows, config: TrainConfig) -> None:
+def save_one_epoch(run: Path, rows) -> None:
     """The folder of a run that was killed after its first epoch."""
 
     class Stopped(Exception):
@@ -457,7 +454,7 @@ def save_one_epoch(run: Path, rows, config: TrainConfig) -> None:
     Saver.checkpoint = then_stop
     try:
         with pytest.raises(Stopped):
-            fit(toy_recognizer(), rows, [], config, run)
+            fit(toy_recognizer(), rows, [], CONFIG, run)
     finally:
         Saver.checkpoint = first
     assert [p.name for p in checkpoints(run)] == ["step-00000001"]

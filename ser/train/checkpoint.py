@@ -515,12 +515,10 @@ class Saver:
 
     def wait(self) -> None:
         """Until everything is on the disk."""
-        started = time.perf_counter()
         pending, self._pending, self._weights = self._pending, [], None
-        try:
-            for write in pending:
-                write.result()
-        finally:
+        for write in pending:
+            started = time.perf_counter()
+            write.result()
             self.stopped += time.perf_counter() - started
 
     def seconds(self) -> dict[str, float]:

@@ -108,8 +108,6 @@ class Life:
             chosen = draw.choice(own)
             self.last = step_of(chosen)
             assert self.open(chosen.name) == chosen
-            if not self.run.path(self.progress.best_step).is_dir():  # removed when there was a better one
-                self.progress.best_step = 0
 
     def open(self, named: str | None) -> Path:
         if not self.last:  # nothing of its own yet: only the other's is there, which is refused
@@ -118,6 +116,8 @@ class Life:
         opened = open_run(self.folder, {"epochs": 1}, resume_from=named)
         assert opened.run.id == self.run.id and opened.checkpoint is not None
         self.progress = Progress(**json.loads((opened.checkpoint / "state.json").read_text()))
+        if not self.run.path(self.progress.best_step).is_dir():  # removed when there was a better one
+            self.progress.best_step = 0
         return opened.checkpoint
 
     def check(self) -> None:
