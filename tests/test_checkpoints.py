@@ -41,7 +41,7 @@ SETTINGS = {"epochs": 3, "rate": 0.1}
 
 @pytest.fixture(scope="module")
 def recognizer():
-    return toy_recognizer(num_hidden_layers=1)
+    return toy_recognizer(heads=("emotion",), num_hidden_layers=1)
 
 
 def save(run: Run, recognizer, step: int, *, keep: int = 100, best_step: int = 0) -> Path:

@@ -140,7 +140,7 @@ def live(folder: Path, seed: int) -> int:
     """One random life; returns the number of its events. AssertionError names the seed and the events."""
     draw = random.Random(seed)
     life = Life(folder, keep=draw.randint(1, 3))
-    for _ in range(draw.randint(3, 12)):
+    for _ in range(draw.randint(2, 9)):
         event = draw.choice(["save", "save", "save", "fail", "kill", "damage", "resume", "go_back"])
         life.events.append(event)
         try:
