@@ -864,9 +864,15 @@ class Log:
     def __init__(self, path: Path, world: World, step: int) -> None:
         self.path, self.world = path, world
         if world.is_main and path.exists():  # drop what an interrupted run wrote after its checkpoint
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if step_of(line) <= step]
-            with replace_file(path) as file:
-                file.write("".join(line + "\n" for line in kept))
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if step_of(line) <= step]
+            if kept == lines:
+                return
+            try:
+                with replace_file(path) as file:
+                    file.write("".join(line + "\n" for line in kept))
+            except OSError as error:
+                raise cannot_write(path, error) from error
 
     def write(self, kind: str, entry: dict[str, Any], progress: Progress, *, epoch: int) -> None:
         """One line to the file and one to the screen."""
