@@ -51,6 +51,7 @@ import ser
 from ser.data.protocols import Protocol, check_fold, to_table
 from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.errors import ConfigError
+from ser.files import write_json
 from ser.train.folds import (
     SHORT,
     ablation_markdown,
@@ -61,7 +62,7 @@ from ser.train.folds import (
     write_curves,
 )
 from ser.train.pictures import draw, draw_curves
-from ser.train.report import Outcomes, table, write_json
+from ser.train.report import Outcomes, table
 
 HERE = Path(__file__).parent
 PAPER_TABLE_3 = 0.7815  # WA of Cai et al. (2021), ten folds by recording side

@@ -40,12 +40,13 @@ from ser.data.protocols import KNOWN, overlap
 from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.data.text import clean
 from ser.errors import ConfigError, SerError
+from ser.files import write_json
 from ser.recognizer import Recognizer
 from ser.train import card
 from ser.train.distributed import World, cpu_threads, joined_world
 from ser.train.loop import judge, say
 from ser.train.pictures import draw
-from ser.train.report import Outcomes, compare, report, table, write_json, write_rows
+from ser.train.report import Outcomes, compare, report, table, write_rows
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

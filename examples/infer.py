@@ -39,8 +39,8 @@ import torch
 from tqdm import tqdm
 
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, parse_columns, read_manifest
-from ser.data.text import replace_file
 from ser.errors import ConfigError, SerError
+from ser.files import replace_file
 from ser.recognizer import MAX_SECONDS, Prediction, Recognizer
 
 RECORDINGS = (".wav", ".flac", ".ogg", ".mp3")

@@ -41,8 +41,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ser.data.manifest import Utterance, write_manifest
-from ser.data.text import replace_file
 from ser.errors import ConfigError, SerError
+from ser.files import write_json
 
 RECIPE = 1  # counts changes of the code below that the parameters in corpus.json do not show
 NOTICE = "SYNTHETIC: spoken by espeak-ng, emotions by rule. Not human speech; figures say nothing about people."
@@ -348,12 +348,6 @@ def claim(out: Path, wanted: dict[str, Any]) -> None:
     raise SerError(
         f"{out} is not empty and holds no demonstration corpus, so it is left alone: give another --out"
     )
-
-
-def write_json(path: Path, state: dict[str, Any]) -> None:
-    with replace_file(path) as file:
-        json.dump(state, file, indent=1)
-        file.write("\n")
 
 
 def write_wav(path: Path, samples: np.ndarray, sample_rate: int) -> None:

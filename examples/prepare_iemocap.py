@@ -12,7 +12,6 @@ The manifests name files relative to the release: read them with --root RELEASE.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ser.data.datasheet import data_sheet, listen, to_markdown
 from ser.data.iemocap import four_classes, read_iemocap, read_paper_folds
 from ser.data.manifest import Utterance, write_manifest
 from ser.data.protocols import PROTOCOLS, Protocol, kfold, to_table, write_folds
-from ser.data.text import replace_file
+from ser.files import replace_file, write_json
 
 BY_NAME = {"emodb": parse_emodb, "ravdess": parse_ravdess, "crema-d": parse_crema_d}
 
@@ -83,16 +82,14 @@ def main() -> None:
     with replace_file(arguments.out / "data_sheet.md") as file:
         file.write("\n".join(to_markdown(sheet, name) for name, sheet in sheets.items()))
     dropped = {why: [d.what for d in corpus.dropped if d.why == why] for why in corpus.reasons()}
-    licence = LICENCES[arguments.corpus.removesuffix("-csv")]
     report = {
         "root": str(corpus.root),
-        "licence": licence,
+        "licence": LICENCES[arguments.corpus.removesuffix("-csv")],
         "dropped": dropped,
         "warnings": warnings,
         "sheets": sheets,
     }
-    with replace_file(arguments.out / "report.json") as file:
-        json.dump(report, file, ensure_ascii=False, indent=1)
+    write_json(arguments.out / "report.json", report)
 
     print("\ndropped:" if dropped else "\nnothing was dropped")
     for why, what in dropped.items():

@@ -53,6 +53,7 @@ from ser.errors import ConfigError
 from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import find_folder, read_encoder_config
 from ser.recognizer import Recognizer, inherited_labels, is_preset
+from ser.train.checkpoint import CHANGEABLE
 from ser.train.config import TrainConfig, add_arguments, paper_settings
 from ser.train.config import from_arguments as training_settings
 from ser.train.distributed import World, cpu_threads, joined_world
@@ -88,6 +89,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit of --init on the hub")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; resumed if it has a checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds a run")
+    parser.add_argument("--resume-from", metavar="CHECKPOINT", help="go back to this one of --out, such as "
+                        "step-00000120; later ones are set aside (default: the newest that is sound)")  # fmt: skip
+    parser.add_argument("--allow-changes", nargs="+", default=[], metavar="NAME", help="settings that may differ "
+                        f"from the resumed run's: {', '.join(sorted(CHANGEABLE))}")  # fmt: skip
     symbols = parser.add_mutually_exclusive_group()
     symbols.add_argument("--vocab", type=Path, help="vocab.json (default: that of --init, else librispeech's)")
     symbols.add_argument("--build-vocab", action="store_true", help="make the vocabulary of the training text")
@@ -254,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
             "versions": {"ser": ser.__version__, "torch": torch.__version__},
             "world_size": world.size,
         }
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         result = fit(
             recognizer,
             train,
@@ -263,7 +269,9 @@ def main(argv: list[str] | None = None) -> None:
             world=world,
             settings=settings,
             # Not again when torchrun restarts the processes after a fault: then the run continues.
-            overwrite=arguments.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0",
+            overwrite=arguments.overwrite and not restarted,
+            resume_from=None if restarted else arguments.resume_from,
+            allow_changes=arguments.allow_changes,
             verbose=arguments.verbose,
         )
         say(world, closing_line(result, arguments.out, chosen_on_test=about.get("valid_is_test", False)))

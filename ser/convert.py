@@ -27,6 +27,7 @@ from torch import Tensor
 from ser.data.manifest import PAPER_EMOTIONS
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError, ModelFolderError
+from ser.files import write_folder_atomically, write_json, write_tensors
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
 from ser.models.foreign import (
     FAIRSEQ_PRETRAINING,
@@ -58,9 +59,6 @@ from ser.models.pretrained import (
     shorten,
     stands_in,
     summary,
-    write_folder_atomically,
-    write_json,
-    write_tensors,
 )
 from ser.models.wav2vec2 import Wav2Vec2
 from ser.recognizer import Recognizer

@@ -32,3 +32,7 @@ class ModelFolderError(SerError):
 
 class RunFolderError(SerError):
     """A training run's folder cannot be used: foreign files, another configuration, a bad checkpoint."""
+
+
+class FileError(SerError):
+    """A file or folder cannot be written: no room, no permission. The message has the bytes needed and free."""

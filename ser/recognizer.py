@@ -10,7 +10,7 @@ folder that training wrote is all that inference needs, and nothing else decides
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.sampler import evaluation_batches
 from ser.data.text import ORTHOGRAPHIES, Vocabulary
 from ser.errors import AudioError, ConfigError, ModelFolderError, SerError
+from ser.files import write_folder_atomically, write_json, write_tensors
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
 from ser.models.multitask import HEADS, HeadsConfig, MultiTaskModel, Outputs
 from ser.models.pretrained import (
@@ -43,9 +44,6 @@ from ser.models.pretrained import (
     resolve_inside,
     shorten,
     stands_in,
-    write_folder_atomically,
-    write_json,
-    write_tensors,
     written_names,
 )
 
@@ -245,10 +243,18 @@ class Recognizer:
         model.eval().to(device)
         return recognizer
 
-    def save(self, folder: str | Path, *, also: Callable[[Path], None] | None = None) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        also: Callable[[Path], None] | None = None,
+    ) -> None:
         """Write a model folder: complete or not at all, replacing what stood there.
 
-        ``also`` may write further files into the folder before it is put into its place.
+        ``tensors``, by the names of the model's, stand for its own: what they were at a moment (see `Saver`).
+        ``also`` may write further files into the folder before it is put into its place. Raises FileError where
+        the disk does not take it.
 
         `transformers` loads the encoder from it with its Model class and the CTC head with ForCTC; where
         config.json names ForSequenceClassification, also as that.
@@ -261,16 +267,18 @@ class Recognizer:
                 ours = False
             if not ours:
                 raise ModelFolderError(f"{folder}: exists and is not a model folder; it is not replaced")
+        tensors = self.model.state_dict() if tensors is None else tensors
+        size = sum(tensor.nbytes for tensor in tensors.values())
 
-        def write(inside: Path) -> None:
-            self.write_files(inside)
+        def write(new: Path) -> None:
+            self.write_files(new, tensors)
             if also is not None:
-                also(inside)
+                also(new)
 
-        write_folder_atomically(folder, write)
+        write_folder_atomically(folder, write, size=size)
 
-    def write_files(self, folder: Path) -> None:
-        """Write the files of a model folder into an existing folder."""
+    def write_files(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Write the files of a model folder into an existing folder; ``tensors`` as in `save`."""
         heads = self.model.heads_config
         architecture = "ForCTC" if self.vocabulary is not None else "Model"
         # What that class computes: transformers 5 sums layers without a pre-norm encoder's final norm.
@@ -317,8 +325,8 @@ class Recognizer:
             },
         )
         if self.vocabulary is not None:
-            self.vocabulary.write(folder / "vocab.json")
             tokens = self.vocabulary.tokens
+            write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
             special: dict[str, str | None] = {
                 "pad_token": tokens[self.vocabulary.blank],
                 "unk_token": None if self.vocabulary.unknown is None else tokens[self.vocabulary.unknown],
@@ -329,7 +337,7 @@ class Recognizer:
             tokenizer = {"tokenizer_class": "Wav2Vec2CTCTokenizer", "do_lower_case": False} | special | delimiter
             write_json(folder / "tokenizer_config.json", tokenizer)
             write_json(folder / "special_tokens_map.json", special)
-        tensors, keys = self.model.state_dict(), self.keys()
+        tensors, keys = self.model.state_dict() if tensors is None else tensors, self.keys()
         write_tensors(folder / "model.safetensors", {keys[name]: tensor for name, tensor in tensors.items()})
 
     def keys(self) -> dict[str, str]:

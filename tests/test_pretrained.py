@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import ser
 from ser.errors import ModelFolderError, SerError
+from ser.files import write_json, write_tensors
 from ser.models.config import Wav2Vec2Config
 from ser.models.pretrained import (
     MAX_JSON_BYTES,
@@ -27,11 +28,7 @@ from ser.models.pretrained import (
     load_encoder,
     materialise,
     read_json,
-    recover_folder,
     resolve_inside,
-    write_folder_atomically,
-    write_json,
-    write_tensors,
 )
 from ser.models.wav2vec2 import Wav2Vec2
 
@@ -612,88 +609,6 @@ def test_a_loaded_model_does_not_depend_on_its_file(folder, waveform):
     )
     done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
-
-
-# ------------------------------------------------------------------------------------------------- writing
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("error", [RuntimeError, Killed, KeyboardInterrupt, OSError])
-def test_a_failed_write_leaves_the_old_folder_and_nothing_else(tmp_path, error):
-    def good(folder: Path) -> None:
-        (folder / "a").write_text("old")
-
-    def bad(folder: Path) -> None:
-        (folder / "a").write_text("half")
-        raise error
-
-    target = tmp_path / "deep" / "model"
-    with pytest.raises(error):
-        write_folder_atomically(target, bad)
-    assert list(target.parent.iterdir()) == []
-    write_folder_atomically(target, good)
-    with pytest.raises(error):
-        write_folder_atomically(target, bad)
-    assert snapshot(target) == {"a": b"old"}
-    assert list(target.parent.iterdir()) == [target]
-
-
-@pytest.mark.parametrize("moment", [1, 2])
-def test_a_crash_between_the_two_renames_loses_neither_folder(tmp_path, monkeypatch, moment):
-    target = tmp_path / "model"
-    write_folder_atomically(target, lambda folder: (folder / "a").write_text("old"))
-    renames = 0
-    real = Path.rename
-
-    def crash(self, other):
-        nonlocal renames
-        renames += 1
-        if renames == moment:
-            os._exit(9)
-        return real(self, other)
-
-    child = os.fork()
-    if not child:
-        monkeypatch.setattr(Path, "rename", crash)
-        write_folder_atomically(target, lambda folder: (folder / "a").write_text("new"))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    recover_folder(target)
-    assert snapshot(target) == {"a": b"old"}
-    write_folder_atomically(target, lambda folder: (folder / "a").write_text("newer"))
-    assert snapshot(target) == {"a": b"newer"}
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_writing_through_a_link_keeps_the_link(tmp_path):
-    (tmp_path / "link").symlink_to("real")
-    for text in ("1", "2", "3"):
-        write_folder_atomically(tmp_path / "link", lambda folder, text=text: (folder / "a").write_text(text))
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "a").read_text() == "3"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
-
-
-@pytest.mark.parametrize(("umask", "file_mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_written_tensors_have_the_mode_of_other_files(tmp_path, umask, file_mode):
-    before = os.umask(umask)
-    try:
-        write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
-        write_json(tmp_path / "x.json", {})
-    finally:
-        os.umask(before)
-    assert {(tmp_path / n).stat().st_mode & 0o777 for n in ("x.safetensors", "x.json")} == {file_mode}
-
-
-def test_a_strided_tensor_is_written_as_its_values(tmp_path):
-    matrix = torch.arange(6.0).reshape(2, 3).t()
-    write_tensors(tmp_path / "x.safetensors", {"a": matrix})
-    assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], matrix)
 
 
 def test_check_folder_takes_strings(folder):

@@ -18,6 +18,7 @@ from ser.audio import audio_info
 from ser.data.manifest import read_manifest
 from ser.errors import ConfigError
 from ser.train import loop as module
+from ser.train import report as figures_module
 from ser.train.loop import judge
 from ser.train.pictures import draw
 from ser.train.report import (
@@ -165,6 +166,35 @@ def test_a_report_without_labels_text_or_speakers_says_what_there_is():
     found = report(Outcomes.of(EMOTIONS, rows), resamples=5)
     assert found["figures"] == {} and found["utterances"] == 9 and "confusion" not in found
     assert "9 utterances" in table(found)
+
+
+def test_dimensions_are_judged_by_concordance_where_there_are_labels_and_without_any_emotion():
+    generator = np.random.default_rng(3)
+    labels, heard = generator.normal(3, 1, (2, 50))
+    heard = 0.5 * labels + heard / 4
+    rows = [
+        {"id": f"u{i}", "speaker": f"s{i % 5}", "arousal": None if i % 7 == 0 else y, "arousal_predicted": p}
+        for i, (y, p) in enumerate(zip(labels, heard, strict=True))
+    ]
+    y, p = (np.delete(x, np.arange(0, 50, 7)) for x in (labels, heard))
+    expected = 2 * np.cov(p, y, bias=True)[0, 1] / (p.var() + y.var() + (p.mean() - y.mean()) ** 2)
+    found = report(Outcomes.of([], rows), resamples=50)
+    assert list(found["figures"]) == ["ccc arousal"]
+    assert found["figures"]["ccc arousal"]["value"] == pytest.approx(expected)
+    low, high = found["figures"]["ccc arousal"]["interval_utterances"]
+    assert low < expected < high and found["figures"]["ccc arousal"]["interval_speakers"] is not None
+    assert "concordance (CCC), arousal" in table(found)
+
+
+def test_chunks_of_utterances_give_the_figures_of_all(monkeypatch):
+    whole = report(outcomes(count=70), resamples=20)
+    monkeypatch.setattr(figures_module, "CHUNK", 16)
+    monkeypatch.setattr(figures_module, "MAX_COUNTS", 200)
+    cut = report(outcomes(count=70), resamples=20)
+    for name, entry in whole["figures"].items():
+        assert cut["figures"][name]["value"] == pytest.approx(entry["value"])
+        assert cut["figures"][name]["interval_utterances"] == pytest.approx(entry["interval_utterances"])
+        assert cut["figures"][name]["interval_speakers"] == pytest.approx(entry["interval_speakers"])
 
 
 def test_a_predictions_file_gives_its_figures_back(tmp_path):

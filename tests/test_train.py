@@ -18,6 +18,7 @@ from ser.data.text import Vocabulary
 from ser.errors import ConfigError, RunFolderError, SerError
 from ser.train.checkpoint import checkpoints
 from ser.train.config import TrainConfig
+from ser.train.distributed import World
 from ser.train.loop import evaluate, fit
 
 QUICK = TrainConfig(
@@ -92,13 +93,39 @@ def uninterrupted(tmp_path_factory):
     return folder, train, valid
 
 
-def resume_from(folder: Path, step: int, train, valid, run: Path, **changes):
-    """Continue a copy of the run as it was on disk after ``step`` updates."""
+# Updates overflow, so the scaler's state differs from a new one's; and the run stops early, in the middle of an
+# epoch, some evaluations after the best.
+SCALED = {"amp": "fp16", "eval_every": "1", "early_stop": 3, "epochs": 5, "metric": "loss", "rate": 0.1}
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory, uninterrupted):
+    """The same with a loss scale, evaluation after every update and an early end."""
+    folder = tmp_path_factory.mktemp("scaled")
+    _, train, valid = uninterrupted
+    result = fit(toy_recognizer(), train, valid, quick(**SCALED), folder / "run")
+    return folder, train, valid, result.progress
+
+
+def copy_run(folder: Path, step: int, run: Path) -> None:
+    """The run as it was on disk after ``step`` updates, but for a log that is longer."""
     (run / "checkpoints").mkdir(parents=True)
     shutil.copy(folder / "run/config.json", run)
     shutil.copy(folder / "run/metrics.jsonl", run)
     name = f"step-{step:08d}"
     shutil.copytree(folder / "run/checkpoints" / name, run / "checkpoints" / name)
+
+
+def assert_same_log(a: Path, b: Path) -> None:
+    """Every line once: no update, evaluation or epoch is missing or there twice."""
+    for kind in ("train", "valid"):
+        lines = [[(entry["step"], entry["epoch"]) for entry in log(run, kind)] for run in (a, b)]
+        assert lines[0] == lines[1], kind
+
+
+def resume_from(folder: Path, step: int, train, valid, run: Path, **changes):
+    """Continue a copy of the run as it was on disk after ``step`` updates."""
+    copy_run(folder, step, run)
     return fit(toy_recognizer(seed=99), train, valid, quick(**changes), run)
 
 
@@ -109,11 +136,26 @@ def test_a_run_resumed_after_any_update_ends_bit_identically(uninterrupted, tmp_
     result = resume_from(folder, step, train, valid, tmp_path / "run")
     assert result.resumed and result.progress.step == 9
     assert_identical(checkpoints(tmp_path / "run")[-1], checkpoints(folder / "run")[-1])
-    steps = [entry["step"] for entry in log(tmp_path / "run", "train")]
-    assert steps == [entry["step"] for entry in log(folder / "run", "train")], "the log has every line once"
+    assert_same_log(tmp_path / "run", folder / "run")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_with_a_loss_scale_and_an_early_end_resumed_after_any_update_ends_the_same(scaled, tmp_path):
+    folder, train, valid, progress = scaled
+    assert progress.finished and 1 < progress.best_step < progress.step < 15
+    assert progress.scaler["scale"] < 2.0**16, "nothing overflowed, so a new scaler would do as well"
+    for step in range(1, progress.step + 1):
+        run = tmp_path / f"run{step}"
+        result = resume_from(folder, step, train, valid, run, **SCALED)
+        assert result.progress == progress, step
+        assert_identical(checkpoints(run)[-1], checkpoints(folder / "run")[-1])
+        if step < progress.best_step:
+            best = "best/model.safetensors"
+            assert (run / best).read_bytes() == (folder / "run" / best).read_bytes()
+        assert_same_log(run, folder / "run")
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_loader_workers_do_not_change_the_run(uninterrupted, tmp_path, workers):
     folder, train, valid = uninterrupted
     fit(toy_recognizer(), train, valid, quick(workers=workers), tmp_path / "run")
@@ -125,7 +167,7 @@ def test_a_finished_run_says_so_and_does_nothing_more(uninterrupted, tmp_path, c
     before = state(checkpoints(folder / "run")[-1])
     result = resume_from(folder, 9, train, valid, tmp_path / "run")
     assert result.progress.finished and result.progress.step == 9
-    assert "at update 9 of 9" in capsys.readouterr().err
+    assert "is finished, nothing is left to do; it ended at update 9 of 9" in capsys.readouterr().err
     after = state(checkpoints(tmp_path / "run")[-1])
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -155,19 +197,59 @@ def test_overwrite_starts_a_run_anew(tmp_path):
     assert not result.resumed and result.progress.step == 2
 
 
-def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
-    train = toy_rows(tmp_path, 4)
-    fit(toy_recognizer(), train, [], quick(epochs=2), tmp_path / "run")
-    newest = checkpoints(tmp_path / "run")[-1]
+def test_a_damaged_checkpoint_is_named_and_the_run_continues_from_the_one_before(uninterrupted, tmp_path, capsys):
+    folder, train, valid = uninterrupted
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    newest = checkpoints(run)[-1]
     weights = newest / "optimizer.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(RunFolderError, match=newest.name):
-        fit(toy_recognizer(), train, [], quick(epochs=2), tmp_path / "run")
+    result = fit(toy_recognizer(seed=99), train, valid, QUICK, run)
+    said = capsys.readouterr().err
+    assert f"skipped a damaged checkpoint: {weights}: has 100 bytes" in said
+    assert result.progress.step == 9 and "is resumed at update 8 of 9, from step-00000008" in said
+    assert_identical(checkpoints(run)[-1], checkpoints(folder / "run")[-1])
+    assert_same_log(run, folder / "run")
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    fit(toy_recognizer(), toy_rows(tmp_path, 8), [], quick(epochs=3, keep=2), tmp_path / "run")
+def test_a_run_goes_back_to_the_checkpoint_that_is_named_and_ends_the_same(uninterrupted, tmp_path, capsys):
+    folder, train, valid = uninterrupted
+    shutil.copytree(folder / "run", tmp_path / "run")
+    result = fit(toy_recognizer(seed=9), train, valid, QUICK, tmp_path / "run", resume_from="step-00000004")
+    assert result.progress.step == 9 and "at update 4 of 9, from step-00000004" in capsys.readouterr().err
+    assert_identical(checkpoints(tmp_path / "run")[-1], checkpoints(folder / "run")[-1])
+    assert len(checkpoints(tmp_path / "run")) == 9
+    assert_same_log(tmp_path / "run", folder / "run")
+
+
+def test_a_finished_run_trains_more_epochs_when_that_is_asked_for(uninterrupted, tmp_path, capsys):
+    folder, train, valid = uninterrupted
+    with pytest.raises(RunFolderError, match=r"--allow-changes epochs if that is meant[^$]*epochs: 3 then, 4 now"):
+        resume_from(folder, 9, train, valid, tmp_path / "refused", epochs=4)
+    copy_run(folder, 9, tmp_path / "run")
+    result = fit(toy_recognizer(seed=9), train, valid, quick(epochs=4), tmp_path / "run", allow_changes=["epochs"])
+    assert result.progress.step == 12 and result.progress.finished
+    said = capsys.readouterr().err
+    assert "changed on purpose: epochs: 3 then, 4 now" in said and "is resumed at update 9 of 12" in said
+    assert [entry["step"] for entry in log(tmp_path / "run", "valid")] == [3, 6, 9, 12]
+    result = fit(toy_recognizer(seed=9), train, valid, quick(epochs=4), tmp_path / "run")
+    assert result.progress.step == 12, "what was changed is now the run's"
+
+
+def test_the_newest_checkpoints_and_that_of_the_best_evaluation_are_kept(uninterrupted, tmp_path):
+    _, train, valid = uninterrupted
+    fit(toy_recognizer(), train[:8], [], quick(epochs=3, keep=2), tmp_path / "run")
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000005", "step-00000006"]
+    config = quick(epochs=3, keep=1, rate=1e-9, metric="unweighted_accuracy")  # the first is never bettered
+    result = fit(toy_recognizer(), train[:8], valid, config, tmp_path / "still")
+    assert result.progress.best_step == 2
+    assert [p.name for p in checkpoints(tmp_path / "still")] == ["step-00000002", "step-00000006"]
+
+
+def test_saving_stands_in_the_progress_line(uninterrupted):
+    folder, *_ = uninterrupted
+    entries = log(folder / "run", "train")
+    assert all(entry["save_written_seconds"] > 0 < entry["save_stopped_seconds"] for entry in entries)
 
 
 def test_a_checkpoint_is_a_model_folder_and_no_leftovers_stand_beside_it(tmp_path):
@@ -265,12 +347,13 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(tmp_path, ranks):
                 assert found[name] == value, name
 
 
-def fit_on_ranks(world, folder, count):
+def fit_on_ranks(world, folder, count, run=None):
     rows = read_manifest(Path(folder) / "train.csv")[:count]
     recognizer = toy_recognizer(
         hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, final_dropout=0.0, layerdrop=0.0
     )
-    fit(recognizer, rows, rows, quick(epochs=2, save_every="2ep"), Path(folder) / f"run{count}", world=world)
+    run = run or Path(folder) / f"run{count}"
+    fit(recognizer, rows, rows, quick(epochs=2, save_every="2ep"), run, world=world)
     return {name: p.detach().clone() for name, p in recognizer.model.named_parameters()}
 
 
@@ -278,15 +361,82 @@ def several_fits(world, folder):
     return {count: fit_on_ranks(world, folder, count) for count in (1, 3, 4, 7)}
 
 
-def test_two_ranks_train_as_one_does_whatever_the_number_of_utterances(tmp_path):
-    write_corpus(tmp_path, 8)
-    first, second = run_ranks(several_fits, 2, tmp_path, str(tmp_path))
+def fit_with_an_untrained_head(world, folder):
+    rows = read_manifest(Path(folder) / "train.csv")[:8]
+    recognizer = toy_recognizer()
+    before = recognizer.model.lm_head.weight.clone()
+    fit(recognizer, rows, [], quick(epochs=2, alpha=0.0), Path(folder) / "head", world=world)
+    return torch.equal(before, recognizer.model.lm_head.weight), recognizer.model.cls_head.weight.detach()
+
+
+STEADY = quick(micro_batch=1, log_every=1)
+
+
+def resume_on_ranks(world, folder):
+    """A run on two ranks, resumed in the middle; and one that began on one rank."""
+    rows = read_manifest(Path(folder) / "train.csv")
+    two = Path(folder) / "two"
+    fit(toy_recognizer(), rows, rows, QUICK, two / "run", world=world)
+    if world.is_main:
+        copy_run(two, 4, Path(folder) / "again")
+    world.barrier()
+    fit(toy_recognizer(seed=9), rows, rows, QUICK, Path(folder) / "again", world=world)
+    steady = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0}
+    steady["final_dropout"] = 0.0
+    alone = World(size=1)
+    if world.is_main:
+        fit(toy_recognizer(**steady), rows, rows, STEADY, Path(folder) / "one/run", world=alone)
+        copy_run(Path(folder) / "one", 4, Path(folder) / "wider")
+    world.barrier()
+    fit(toy_recognizer(seed=9, **steady), rows, rows, STEADY, Path(folder) / "wider", world=world)
+
+
+def everything_on_two_ranks(world, folder):
+    """All that needs two processes, in one start of them."""
+    resume_on_ranks(world, folder)
+    return several_fits(world, folder), fit_with_an_untrained_head(world, folder)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """The folder, and what each rank returned."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write_corpus(folder, 10)
+    return folder, run_ranks(everything_on_two_ranks, 2, folder, str(folder))
+
+
+def test_two_ranks_train_as_one_does_whatever_the_number_of_utterances(on_two_ranks, tmp_path):
+    folder, ((first, _), (second, _)) = on_two_ranks
     for count, weights in first.items():
         assert all(torch.equal(weights[name], second[count][name]) for name in weights), f"{count}: ranks differ"
-        shutil.rmtree(tmp_path / f"run{count}")
-        alone = fit_on_ranks(None, tmp_path, count)
+        alone = fit_on_ranks(None, folder, count, run=tmp_path / f"run{count}")
         for name, value in alone.items():
             assert (value - weights[name]).norm() <= 2e-3 * value.norm() + 1e-4, (count, name)
+
+
+def test_two_ranks_train_with_a_head_at_weight_0(on_two_ranks):
+    _, ((_, first), (_, second)) = on_two_ranks
+    assert first[0] and second[0]
+    assert torch.equal(first[1], second[1])
+
+
+def test_two_ranks_that_resume_in_the_middle_end_bit_identically(on_two_ranks):
+    whole, again = on_two_ranks[0] / "two/run", on_two_ranks[0] / "again"
+    assert len(checkpoints(again)) == 6
+    assert_identical(checkpoints(again)[-1], checkpoints(whole)[-1])
+    assert_same_log(again, whole)
+
+
+def test_a_run_that_is_resumed_on_more_ranks_goes_on_with_the_same_utterances(on_two_ranks):
+    """Each update's loss is that of its utterances, and no two updates' are alike."""
+    whole, wider = (log(on_two_ranks[0] / name, "train") for name in ("one/run", "wider"))
+    assert [entry["step"] for entry in wider] == list(range(1, 10))
+    losses = [entry["loss_ctc"] for entry in whole]
+    assert [entry["loss_ctc"] for entry in wider] == pytest.approx(losses, rel=1e-4)
+    assert min(abs(a - b) for i, a in enumerate(losses) for b in losses[:i]) > 1e-3 * max(losses)
+    one, two = (state(checkpoints(on_two_ranks[0] / name)[-1]) for name in ("one/run", "wider"))
+    for name, value in one.items():
+        assert (value - two[name]).norm() <= 2e-3 * value.norm() + 1e-4, name
 
 
 @pytest.mark.parametrize(
@@ -354,21 +504,6 @@ def test_batches_by_padded_seconds_train_every_utterance(tmp_path):
     assert 8 <= result.progress.step <= 14
 
 
-def fit_with_an_untrained_head(world, folder):
-    rows = read_manifest(Path(folder) / "train.csv")
-    recognizer = toy_recognizer()
-    before = recognizer.model.lm_head.weight.clone()
-    fit(recognizer, rows, [], quick(epochs=2, alpha=0.0), Path(folder) / "run", world=world)
-    return torch.equal(before, recognizer.model.lm_head.weight), recognizer.model.cls_head.weight.detach()
-
-
-def test_two_ranks_train_with_a_head_at_weight_0(tmp_path):
-    write_corpus(tmp_path, 8)
-    first, second = run_ranks(fit_with_an_untrained_head, 2, tmp_path, str(tmp_path))
-    assert first[0] and second[0]
-    assert torch.equal(first[1], second[1])
-
-
 def test_validation_without_any_usable_label_is_refused(tmp_path):
     rows = toy_rows(tmp_path, 4)
     nothing = {"emotion": None, "text": "[LAUGHTER]", "speaker": "nobody", "arousal": None, "valence": None}
@@ -392,7 +527,7 @@ def test_all_recordings_that_cannot_be_used_are_listed_before_training(tmp_path)
 def test_a_run_over_other_data_is_refused(tmp_path):
     rows = toy_rows(tmp_path, 6)
     fit(toy_recognizer(), rows, [], quick(epochs=1), tmp_path / "run")
-    with pytest.raises(RunFolderError, match="data: "):
+    with pytest.raises(RunFolderError, match=r"data\.train: "):
         fit(toy_recognizer(), [replace(rows[0], emotion="sad"), *rows[1:]], [], quick(epochs=1), tmp_path / "run")
 
 

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import train_iemocap
 from safetensors.torch import load_file
 from toy import toy_recognizer, write_corpus
 
@@ -83,7 +84,9 @@ def test_torchrun_trains_on_two_processes_and_the_model_infers_without_any_outsi
     assert not (tmp_path / "connections").exists(), (tmp_path / "connections").read_text()
 
 
-def test_one_process_continues_a_run_where_it_was_and_matches_the_uninterrupted_one(corpus, tmp_path):
+def test_one_process_continues_a_run_where_it_was_and_matches_the_uninterrupted_one(
+    corpus, tmp_path, monkeypatch, capsys
+):
     arguments = f"--train {corpus}/train.csv --init {corpus}/init {QUICK} --save-every 1 --keep 9".split()
     assert run(*arguments, "--out", "whole", cwd=tmp_path).returncode == 0
     # As a kill after the second update leaves it.
@@ -98,6 +101,20 @@ def test_one_process_continues_a_run_where_it_was_and_matches_the_uninterrupted_
             for run_ in ("whole", "part")
         )
         assert all((first[key] == second[key]).all() for key in first)
+
+    # Once more, in this process: it ends as a success does, without an update.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_iemocap.py", *arguments, "--out", "part", "--threads", "1"])
+    train_iemocap.main()
+    assert "is finished, nothing is left to do; it ended at update 6 of 6" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--rate", "0.1", "--resume-from", "step-00000004"])
+    with pytest.raises(ser.SerError, match="--allow-changes rate if that is meant"):
+        train_iemocap.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--allow-changes", "rate"])
+    train_iemocap.main()
+    said = capsys.readouterr().err
+    assert "rate: 0.001 then, 0.1 now" in said and "is resumed at update 4 of 6, from step-00000004" in said
+    assert "step-00000006 is set aside as aside-step-00000006" in said
 
 
 def test_the_paper_s_three_columns_and_another_corpus_s_names_train(corpus, tmp_path):

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ser.data.text import did_you_mean, nfc, replace_file, unique_names
+from ser.data.text import did_you_mean, nfc, unique_names
 from ser.errors import ConfigError, ManifestError
+from ser.files import replace_file
 
 DIMENSIONS = ("arousal", "dominance", "valence")
 COLUMNS = ("file", "emotion", "text", "speaker", "id", "start", "end", *DIMENSIONS)

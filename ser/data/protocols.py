@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from ser.data.manifest import MAX_LISTED, Utterance
-from ser.data.text import clean, did_you_mean, replace_file, unique_names
+from ser.data.text import clean, did_you_mean, unique_names
 from ser.errors import ConfigError, ManifestError
+from ser.files import write_json
 
 PARTS = ("train", "valid", "test")
 PAIRS = tuple(combinations(PARTS, 2))
@@ -577,9 +578,7 @@ def write_folds(
         ],
     }
     try:
-        with replace_file(path) as file:
-            json.dump(content, file, ensure_ascii=False, indent=1)
-            file.write("\n")
+        write_json(path, content)
     except OSError as error:
         raise ManifestError(f"{path}: cannot write the folds: {error.strerror or error}") from error
     return audits

@@ -7,20 +7,19 @@ All text is Unicode NFC, so that an "é" typed as one code point and as two is o
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TextIO
 
 from ser.errors import ConfigError, TextError
+from ser.files import replace_file
 
 # A foreign vocabulary is read from a file that somebody else wrote. The largest that are of use (characters of
 # Chinese) have some 20,000 symbols; at 20 bytes each 65,536 symbols still fit.
@@ -54,25 +53,6 @@ def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
         raise ValueError(f"{twice!r} stands twice")
     return unique
-
-
-@contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 file to write into, which takes the place of `path` when the block ends, whole or not at all.
-
-    It stands in the same folder until then, and is removed when the block fails. Opened as any file is, so its
-    mode is the user's umask's and not the 0600 of `tempfile`.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 # ---------------------------------------------------------------------------------------------- orthographies

@@ -15,15 +15,13 @@ import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -454,77 +452,3 @@ def load_encoder(
     fill_encoder(encoder, files, loaded)
     encoder.eval().to(device)
     return (encoder, loaded) if report else encoder
-
-
-# ---------------------------------------------------------------------------------------------- writing
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_json(path: Path, value: Mapping) -> None:
-    """A JSON file that people can read, on the disk when this returns."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file with the mode that other new files have, on the disk when this returns."""
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
-    path.chmod(0o666 & ~current_umask())  # save_file makes it 0600
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the folder's own entries are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a new folder, then put it in the place of ``target`` at once.
-
-    A crash leaves the old folder or the new one. Between the two renames that replacing a folder takes, the
-    old one is at ``.<name>.old``; `recover_folder` puts it back.
-    """
-    target = target.resolve()  # a link to a folder stays one
-    target.parent.mkdir(parents=True, exist_ok=True)
-    recover_folder(target)
-    temporary, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        write(temporary)
-        sync_folder(temporary)
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        recover_folder(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(target: Path) -> None:
-    """Undo a replacement that was interrupted between its two renames."""
-    old = target.with_name(f".{target.name}.old")
-    if old.is_dir() and not target.exists():
-        old.rename(target)

@@ -17,10 +17,10 @@ from typing import Any
 from ser.audio import SAMPLE_RATE
 from ser.data.manifest import Utterance
 from ser.data.selection import Selection
-from ser.data.text import replace_file
 from ser.errors import ModelFolderError
+from ser.files import replace_file, write_json
 from ser.recognizer import Recognizer
-from ser.train.report import TITLES, write_json
+from ser.train.report import TITLES
 
 RECORD, CARD = "training.json", "README.md"
 

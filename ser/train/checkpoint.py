@@ -3,31 +3,86 @@
     runs/NAME/
       config.json              the resolved settings and data of the run
       metrics.jsonl            a line per log interval and evaluation
-      checkpoints/step-00000120/   a model folder, plus optimizer.safetensors and state.json
+      checkpoints/step-00000120/   a model folder, plus optimizer.safetensors, state.json (where the run stood),
+                               settings.json (of which run) and manifest.json (the others' sizes and sha256)
       best/                    a model folder: the best by the chosen metric on validation data
       last/                    a model folder: the end of training
 
-Each folder appears whole or not at all. Tensors are in safetensors and the rest in JSON, so resuming reads no
-pickle.
+Each folder appears whole or not at all, and a checkpoint is used only where every byte of it is as it was written.
+Tensors are in safetensors and the rest in JSON, so resuming reads no pickle.
+
+Read from the top: progress and optimizer as files, one checkpoint, all checkpoints of a run, the run's folder, and
+the thread that writes while training goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import secrets
 import shutil
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-from ser.errors import RunFolderError
-from ser.models.pretrained import recover_folder, write_folder_atomically, write_json, write_tensors
+from ser.data.text import did_you_mean
+from ser.errors import ConfigError, RunFolderError
+from ser.files import (
+    clear_remains,
+    remove_folder,
+    replace_file,
+    sync,
+    write_folder_atomically,
+    write_json,
+    write_tensors,
+)
+from ser.models.pretrained import shorten
 from ser.recognizer import Recognizer
 
 STATE = "state.json"
+SETTINGS = "settings.json"
+MANIFEST = "manifest.json"
+
+# Settings that do not change what is computed, beyond rounding.
+MAY_CHANGE = {
+    "activation_checkpointing",
+    "device",
+    "workers",
+    "keep",
+    "log_every",
+    "save_every",
+    "micro_batch",
+    "accumulate",
+    "eval_seconds",
+    "world_size",
+    "versions",
+    "licences",
+}
+
+# Settings that change what is computed, but not what a checkpoint means: `open_run` lets them pass when asked.
+CHANGEABLE = {
+    "epochs",
+    "rate",
+    "head_rate",
+    "warmup",
+    "weight_decay",
+    "adam_beta2",
+    "clip",
+    "alpha",
+    "beta",
+    "gamma",
+    "label_smoothing",
+    "eval_every",
+    "early_stop",
+}
 
 
 @dataclass
@@ -45,9 +100,9 @@ class Progress:
     finished: bool = False
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state under parameter names: "exp_avg/wav2vec2.encoder...."."""
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{key}/{names[parameter]}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
@@ -55,9 +110,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`."""
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
@@ -68,37 +121,119 @@ def restore_optimizer(
         optimizer.state[parameter][kind] = value.to(device, copy=True)  # a copy: the file is mapped
 
 
-def checkpoint_path(run: Path, step: int) -> Path:
-    """Zero-padded, so that names sort as numbers do."""
-    return run / "checkpoints" / f"step-{step:08d}"
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, which training does not change any more."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    folder = run / "checkpoints"
-    found = [p for p in folder.glob("step-*") if (p / STATE).is_file()] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+# ----------------------------------------------------------------------------------------- one checkpoint
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all checkpoints of a run have in common."""
+
+    folder: Path
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, step: int) -> Path:
+        """Zero-padded, so that names sort as numbers do."""
+        return self.folder / "checkpoints" / f"step-{step:08d}"
 
 
 def save_checkpoint(
-    run: Path, recognizer: Recognizer, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
+    run: Run,
+    recognizer: Recognizer,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    progress: Progress,
+    *,
+    keep: int,
 ) -> Path:
-    """Write a checkpoint, then remove all but the ``keep`` newest."""
-    target = checkpoint_path(run, progress.step)
+    """Write a checkpoint, whole or not at all, then remove what `rotate` says.
+
+    Args:
+        run: which run's.
+        recognizer: all of the model but its weights.
+        weights, optimizer: the state dict of the model, and `optimizer_tensors`.
+        progress: where the run stands.
+        keep: how many to keep.
+
+    Raises:
+        FileError: the disk does not take it. The checkpoints before are as they were.
+    """
 
     def write(folder: Path) -> None:
-        recognizer.write_files(folder)
-        write_tensors(folder / "optimizer.safetensors", optimizer_tensors(recognizer.model, optimizer))
+        recognizer.write_files(folder, weights)
+        write_tensors(folder / "optimizer.safetensors", optimizer)
         write_json(folder / STATE, asdict(progress))
+        write_json(folder / SETTINGS, run.settings)
 
-    write_folder_atomically(target, write)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    target = run.path(progress.step)
+    clear_remains(target.parent, "step-*")
+    size = sum(tensor.nbytes for part in (weights, optimizer) for tensor in part.values())
+    write_folder_atomically(target, write, seal=lambda folder: write_manifest(folder, run.id), size=size)
+    rotate(run, newest=target, best=run.path(progress.best_step), keep=keep)
     return target
 
 
+def write_manifest(folder: Path, run: str) -> None:
+    """Seal a checkpoint: the size and sha256 of every file, and the sha256 of that list itself."""
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(folder.iterdir())}
+    with replace_file(folder / MANIFEST) as file:
+        file.write(sealed({"run": run, "files": files}))
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """The text of a manifest. There is one for each content, so that no bit of it can change unseen."""
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": own}, indent=1, sort_keys=True) + "\n"
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def own_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, after a look at the manifest alone. Raises RunFolderError."""
+    path = folder / MANIFEST
+    try:
+        if not path.is_file():
+            raise RunFolderError(f"{path}: is missing, so this is no whole checkpoint")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        content.pop("sha256")
+        if sealed(content) != text:
+            raise RunFolderError(f"{path}: was changed after it was written: its own sha256 differs")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "it is not as it was written"
+        raise RunFolderError(f"{path}: cannot be read: {cause}") from None
+    return content
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint of which every byte is as it was written, else RunFolderError with the file."""
+    manifest = own_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise RunFolderError(f"{path}: is missing")
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                raise RunFolderError(f"{path}: has {size:,} bytes; {expected['bytes']:,} were written")
+            if digest(path) != expected["sha256"]:
+                raise RunFolderError(f"{path}: was changed after it was written: its sha256 differs")
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be read: {error.strerror}") from None
+    return manifest
+
+
 def load_checkpoint(folder: Path, recognizer: Recognizer, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put a checkpoint's weights and optimizer state into place; returns where it stood."""
+    """Put a verified checkpoint's weights and optimizer state into place; returns where it stood."""
     try:
         weights = load_file(folder / "model.safetensors")
         tensors = load_file(folder / "optimizer.safetensors")
@@ -113,77 +248,306 @@ def load_checkpoint(folder: Path, recognizer: Recognizer, optimizer: torch.optim
         raise RunFolderError(f"{folder}: cannot be resumed from: {error.__class__.__name__}: {error}") from error
 
 
-def open_run(run: Path, settings: dict[str, Any], *, overwrite: bool) -> Path | None:
-    """Make a run's folder, or find the checkpoint to continue from.
+# ------------------------------------------------------------------------------------ those of a run
 
-    Returns the newest checkpoint, or None for a new run. Raises RunFolderError for a folder that holds something
-    else, or a run with other settings; the differences are listed.
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints in a run's folder, oldest first; `verify` tells whether one is sound."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def newest_verified(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest sound checkpoint, and why each newer one is none."""
+    reasons: list[str] = []
+    for folder in reversed(checkpoints(run)):
+        try:
+            verify(folder)
+            return folder, reasons
+        except RunFolderError as error:
+            reasons.append(str(error))
+    return None, reasons
+
+
+def rotate(run: Run, *, newest: Path, best: Path, keep: int) -> None:
+    """Remove all checkpoints of this run but the ``keep`` newest, the one just written and the best evaluation's.
+
+    What is not known to be this run's (another's, or one whose manifest is damaged) is left alone.
     """
-    if run.exists() and not run.is_dir():
-        raise RunFolderError(f"{run}: is a file; a run needs a folder")
+
+    def ours(folder: Path) -> bool:
+        try:
+            return own_manifest(folder)["run"] == run.id
+        except (RunFolderError, KeyError):
+            return False
+
+    own = [folder for folder in checkpoints(run.folder) if ours(folder)]
+    for folder in own:
+        if folder not in (*own[-keep:], newest, best):
+            remove_folder(folder)
+
+
+def set_aside_after(run: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after a step, so that those to come have no rivals; returns what they were called."""
+    later = [folder for folder in checkpoints(run) if step_of(folder) > step]
+    for folder in later:
+        aside = folder.with_name(f"aside-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    return later
+
+
+# ------------------------------------------------------------------------------------ the run's folder
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run's folder that training may go on in."""
+
+    run: Run
+    checkpoint: Path | None = None  # verified; None: a new run
+    notes: tuple[str, ...] = ()  # what a person should know
+    changed: bool = False  # settings were changed on purpose
+
+
+def open_run(
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    resume_from: str | Path | None = None,
+    allow_changes: Sequence[str] = (),
+) -> Opened:
+    """Make a run's folder, or find the checkpoint to continue from: the newest sound one, or ``resume_from``.
+
+    Later checkpoints, be they damaged or what ``resume_from`` goes back behind, are renamed to aside-step-N.
+
+    Args:
+        folder: the run's.
+        settings: of the run, as JSON can hold them.
+        overwrite: remove the run that is there.
+        resume_from: the name or path of one of the folder's checkpoints.
+        allow_changes: names of settings in `CHANGEABLE` that may differ from the checkpoint's.
+
+    Raises:
+        RunFolderError: the folder holds something else, no sound checkpoint, or a run with other settings; the
+            differences are listed. ConfigError: ``allow_changes`` names something else.
+    """
+    allowed = {name.replace("-", "_") for name in allow_changes}
+    for name in sorted(allowed - CHANGEABLE):
+        raise ConfigError(
+            f"allow-changes names {name!r}{did_you_mean(name, CHANGEABLE)}; a run goes on with another "
+            f"{', '.join(sorted(CHANGEABLE))}"
+        )
+    if overwrite and resume_from is not None:
+        raise ConfigError("give --overwrite or --resume-from, not both")
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder}: is a file; a run needs a folder")
     settings = json.loads(json.dumps(settings))  # as it will be read again: lists for tuples
-    occupied = run.is_dir() and any(run.iterdir())
+    occupied = folder.is_dir() and any(folder.iterdir())
     if occupied and overwrite:
-        if not (run / "config.json").is_file() or not (run / "checkpoints").is_dir():
-            raise RunFolderError(f"{run}: is not a training run, so --overwrite does not remove it")
-        shutil.rmtree(run)
+        if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
+            raise RunFolderError(f"{folder}: is not a training run, so --overwrite does not remove it")
+        shutil.rmtree(folder)
         occupied = False
-    for name in ("best", "last"):
-        recover_folder(run / name)
-    found = checkpoints(run)
-    if occupied and not found and interrupted_early(run, settings):
-        return None
-    if occupied and not found:
+    if (folder / "checkpoints").is_dir():
+        for name in ("config.json", "metrics.jsonl", "best", "last", "checkpoints/step-*"):
+            clear_remains((folder / name).parent, Path(name).name)
+    found = checkpoints(folder)
+    if not found and resume_from is not None:
+        raise RunFolderError(f"{folder}: has no checkpoint, so none to resume from")
+    if not found and (not occupied or interrupted_early(folder, settings)):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", settings)
+        sync(folder)
+        return Opened(Run(folder, settings=settings))
+    if not found:
         raise RunFolderError(
-            f"{run}: is not empty and has no checkpoint to resume from; choose another folder, or --overwrite "
+            f"{folder}: is not empty and has no checkpoint to resume from; choose another folder, or --overwrite "
             "to start a run anew"
         )
-    if found:
-        differences = changed_settings(run, settings)
-        if differences:
-            listed = "\n  ".join(differences)
-            raise RunFolderError(
-                f"{run}: holds a run with other settings; resume it with the same, choose another folder, or "
-                f"--overwrite:\n  {listed}"
-            )
-        return found[-1]
-    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_json(run / "config.json", settings)
-    return None
+
+    checkpoint, reasons = newest_verified(folder) if resume_from is None else (named(folder, resume_from), [])
+    if checkpoint is None:
+        listed = "\n  ".join(reasons)
+        raise RunFolderError(
+            f"{folder}: none of its {len(found)} checkpoints is sound; restore one from a copy, or --overwrite to "
+            f"start anew:\n  {listed}"
+        )
+    notes = [f"skipped a damaged checkpoint: {reason}" for reason in reasons]
+    before = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
+    differences = changed_settings(before, settings)
+    refused = {key: text for key, text in differences.items() if key not in allowed}
+    if refused:
+        askable = sorted(refused.keys() & CHANGEABLE)
+        hint = f"--allow-changes {' '.join(askable)} if that is meant, " if askable else ""
+        listed = "\n  ".join(refused.values())
+        raise RunFolderError(
+            f"{checkpoint}: is of a run with other settings; resume it with the same, {hint}choose another "
+            f"folder, or --overwrite:\n  {listed}"
+        )
+    notes += [f"changed on purpose: {text}" for text in differences.values()]
+    later = set_aside_after(folder, step_of(checkpoint))
+    notes += [f"{path} is set aside as aside-{path.name}" for path in later]
+    write_json(folder / "config.json", settings)
+    run = Run(folder, own_manifest(checkpoint)["run"], settings)
+    return Opened(run, checkpoint, tuple(notes), changed=bool(differences))
 
 
-def changed_settings(run: Path, settings: dict[str, Any]) -> list[str]:
-    """What differs from the settings that the run began with, beyond what may."""
-    before = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    return [
-        f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now"
-        for key in sorted(set(before) | set(settings))
-        if before.get(key) != settings.get(key) and key not in MAY_CHANGE
-    ]
+def named(run: Path, checkpoint: str | Path) -> Path:
+    """The verified checkpoint of a run that a person named."""
+    found = checkpoints(run)
+    for folder in found:
+        if folder.name == str(checkpoint) or folder.resolve() == Path(checkpoint).resolve():
+            verify(folder)
+            return folder
+    raise RunFolderError(f"{checkpoint}: is no checkpoint of {run}, which has {', '.join(p.name for p in found)}")
 
 
-def interrupted_early(run: Path, settings: dict[str, Any]) -> bool:
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """What differs, beyond what may: "model.encoder.hidden_size" -> the two values in words."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return found
+
+    old, new = (flat({k: v for k, v in values.items() if k not in MAY_CHANGE}) for values in (before, now))
+    return {
+        key: f"{key}: {shorten(repr(old.get(key)), 200)} then, {shorten(repr(new.get(key)), 200)} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    }
+
+
+def describe(recognizer: Recognizer) -> dict[str, Any]:
+    """What weights need to mean the same: configuration, heads, labels, vocabulary, preprocessing."""
+    return {
+        "encoder": recognizer.model.config.to_dict(),
+        "heads": asdict(recognizer.model.heads_config),
+        "emotions": recognizer.emotions,
+        "speakers": recognizer.speakers,
+        "dimensions": recognizer.dimensions,
+        "symbols": recognizer.vocabulary.tokens if recognizer.vocabulary is not None else [],
+        "orthography": recognizer.orthography,
+        "tags": recognizer.tags,
+        "do_normalize": recognizer.do_normalize,
+    }
+
+
+def interrupted_early(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether the folder holds this very run, stopped before its first checkpoint: it simply starts again."""
-    own = {"config.json", "metrics.jsonl", "checkpoints", "best", ".best.new", ".best.old"}
+    there = {p.name for p in folder.iterdir()}
+    if there == {"checkpoints"}:  # stopped before config.json
+        return not any((folder / "checkpoints").iterdir())
     return (
-        {p.name for p in run.iterdir()} <= own
-        and (run / "config.json").is_file()
-        and not changed_settings(run, settings)
+        there <= {"config.json", "metrics.jsonl", "checkpoints", "best"}
+        and (folder / "config.json").is_file()
+        and not changed_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")), settings)
     )
 
 
-# Settings that do not change what is computed, beyond rounding.
-MAY_CHANGE = {
-    "activation_checkpointing",
-    "device",
-    "workers",
-    "keep",
-    "log_every",
-    "save_every",
-    "micro_batch",
-    "accumulate",
-    "eval_seconds",
-    "world_size",
-    "versions",
-    "licences",
-}
+# ------------------------------------------------------------------------------------ while training goes on
+
+
+class Saver:
+    """Writes models and checkpoints in a thread of its own, one after the other, while training goes on.
+
+        with Saver() as saver:      # waits at the end, whatever way it is left
+            saver.checkpoint(run, recognizer, optimizer, progress, keep=2)
+
+    Tensors are copied to the CPU before a call returns, so what is written is of one moment. All that is saved
+    after one update shares a copy of the weights; a later update's save waits for it. What went wrong in the
+    thread is raised by the next call.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._pending: list[Future[None]] = []
+        self._weights: tuple[int, dict[str, Tensor]] | None = None  # of a step
+        self._failed = False
+        self.stopped = self.written = 0.0  # seconds that training stood still, and that the thread took
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        try:
+            self.wait()
+        except Exception as second:
+            if error is None:
+                raise
+            error.add_note(f"and then: {second}")
+        finally:
+            self._thread.shutdown()
+
+    def model(
+        self, folder: Path, recognizer: Recognizer, *, step: int, also: Callable[[Path], None] | None = None
+    ) -> None:
+        """`Recognizer.save` of the weights as they are now, after ``step`` updates."""
+        weights = self._copy(recognizer, step)
+        self._start(lambda: recognizer.save(folder, weights, also=also))
+
+    def checkpoint(
+        self,
+        run: Run,
+        recognizer: Recognizer,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        *,
+        keep: int,
+    ) -> None:
+        """`save_checkpoint` of everything as it is now."""
+        weights = self._copy(recognizer, progress.step)
+        started = time.perf_counter()
+        state = copied(optimizer_tensors(recognizer.model, optimizer))
+        now = Progress(**asdict(progress))
+        self.stopped += time.perf_counter() - started
+        self._start(lambda: save_checkpoint(run, recognizer, weights, state, now, keep=keep))
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread, without waiting."""
+        if any(pending.done() and pending.exception() is not None for pending in self._pending):
+            self.wait()
+
+    def wait(self) -> None:
+        """Until everything is on the disk."""
+        pending, self._pending, self._weights = self._pending, [], None
+        for write in pending:
+            started = time.perf_counter()
+            write.result()
+            self.stopped += time.perf_counter() - started
+
+    def seconds(self) -> dict[str, float]:
+        """What saving took since the last call; nothing where it took none."""
+        found = {"save_stopped_seconds": self.stopped, "save_written_seconds": self.written}
+        self.stopped = self.written = 0.0
+        return found if any(found.values()) else {}
+
+    def _copy(self, recognizer: Recognizer, step: int) -> dict[str, Tensor]:
+        if self._weights is None or self._weights[0] != step:
+            self.wait()
+            started = time.perf_counter()
+            self._weights = step, copied(recognizer.model.state_dict())
+            self.stopped += time.perf_counter() - started
+        return self._weights[1]
+
+    def _start(self, write: Callable[[], Any]) -> None:
+        def timed() -> None:
+            if self._failed:  # a checkpoint must not speak of a best model that could not be written
+                return
+            started = time.perf_counter()
+            try:
+                write()
+            except BaseException:
+                self._failed = True
+                raise
+            self.written += time.perf_counter() - started
+
+        self._pending.append(self._thread.submit(timed))

@@ -82,7 +82,7 @@ class TrainConfig:
     # what is kept and shown
     eval_every: str = option("1ep", "evaluate every N epochs (Nep) or N updates (N)")
     save_every: str = option("1ep", "save a checkpoint every N epochs (Nep) or N updates (N)")
-    keep: int = option(2, "checkpoints to keep, the newest; the best model is kept beside them")
+    keep: int = option(2, "checkpoints to keep, the newest; that of the best evaluation stays too")
     log_every: int = option(10, "updates between progress lines")
     metric: str = option("auto", "what the best model is chosen by on validation data; auto: unweighted_accuracy,"
                                  " else wer", ("auto", *METRICS))  # fmt: skip

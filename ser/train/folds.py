@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ser.data.protocols import Protocol
-from ser.data.text import replace_file
+from ser.files import replace_file
 from ser.train.report import Outcomes, compare, report, table
 
 SHORT = {"WA": "accuracy", "UA": "unweighted_accuracy", "WER": "wer", "speaker": "speaker_accuracy"}

@@ -15,7 +15,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,11 +34,12 @@ from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler, evaluation_batches
 from ser.data.text import clean, minimum_frames
 from ser.errors import ConfigError, RunFolderError, SerError
+from ser.files import cannot_write, replace_file
 from ser.models.masking import spec_augment
 from ser.models.multitask import HEADS, MultiTaskModel, Outputs
 from ser.recognizer import Prediction, Recognizer
 from ser.train.card import RECORD, evaluation_entry, training_record, with_evaluation, write_card
-from ser.train.checkpoint import Progress, load_checkpoint, open_run, save_checkpoint
+from ser.train.checkpoint import Opened, Progress, Saver, describe, load_checkpoint, open_run
 from ser.train.config import METRICS, TrainConfig, parse_interval
 from ser.train.distributed import World, choose_device
 from ser.train.losses import (
@@ -544,6 +545,8 @@ def fit(
     world: World | None = None,
     settings: dict[str, Any] | None = None,
     overwrite: bool = False,
+    resume_from: str | Path | None = None,
+    allow_changes: Sequence[str] = (),
     verbose: bool = False,
 ) -> FitResult:
     """Train a recognizer; every rank calls this with the same arguments.
@@ -552,18 +555,41 @@ def fit(
         recognizer: the model to train, in place; see `Recognizer.create`.
         train, valid: rows of manifests. Without ``valid`` nothing is evaluated and the last model is the best.
         config: the settings.
-        run: folder for checkpoints, metrics.jsonl, best/ and last/. Resumed if it holds a checkpoint.
+        run: folder for checkpoints, metrics.jsonl, best/ and last/. Resumed if it holds a checkpoint: from the
+            newest that is sound.
         world: the processes; None: this one alone.
         settings: further entries for the run's config.json (such as where the data came from); a resumed run
             must have the same.
         overwrite: start anew in a folder that holds a run.
+        resume_from: the name or path of the checkpoint to go back to; later ones are set aside.
+        allow_changes: settings that may differ from the resumed run's; see `CHANGEABLE`.
         verbose: print reference beside hypothesis for a few utterances of each evaluation.
 
     Raises:
-        ConfigError, RunFolderError, AudioError: with what to do.
+        ConfigError, RunFolderError, FileError, AudioError: with what to do.
     """
     world = world or World(device=choose_device(config.device, 0))
-    run = Path(run)
+    open_ = partial(open_run, overwrite=overwrite, resume_from=resume_from, allow_changes=allow_changes)
+    with Saver() as saver:  # whatever way training ends, what is being written is finished
+        return train_run(
+            recognizer, train, valid, config, Path(run), world, settings or {}, open_, saver, verbose=verbose
+        )
+
+
+def train_run(
+    recognizer: Recognizer,
+    train: Sequence[Utterance],
+    valid: Sequence[Utterance],
+    config: TrainConfig,
+    run: Path,
+    world: World,
+    settings: dict[str, Any],
+    open_: Callable[[Path, dict[str, Any]], Opened],
+    saver: Saver,
+    *,
+    verbose: bool,
+) -> FitResult:
+    """`fit`, with what it holds while it runs."""
     model = recognizer.model
     effective_batch = config.resolved_effective_batch(world.size)
     trained = trained_heads(recognizer, config)
@@ -582,21 +608,24 @@ def fit(
 
     validation = make_dataset(recognizer, valid)
     metric = choose_metric(config, recognizer, validation)
-    recorded = config.to_dict() | {"effective_batch": effective_batch or 0, "metric": metric} | (settings or {})
+    recorded = config.to_dict() | {"effective_batch": effective_batch or 0, "metric": metric} | settings
+    recorded["model"] = describe(recognizer)
     recorded["data"] = {"train": fingerprint(dataset), "valid": fingerprint(validation)}
-    checkpoint: Path | None = None
     if world.is_main:
+        opened: Opened | None = None
         failure: SerError | None = None
         try:
-            checkpoint = open_run(run, recorded, overwrite=overwrite)
+            opened = open_(run, recorded)
         except SerError as error:
             failure = error
         except (OSError, ValueError) as error:
             failure = RunFolderError(f"{run}: cannot be used: {error.__class__.__name__}: {error}")
-    opened = world.gather((checkpoint, failure) if world.is_main else None)[0]
-    checkpoint, failure = opened
-    if failure is not None:
+    opened, failure = world.gather((opened, failure) if world.is_main else None)[0]
+    if opened is None:
+        assert failure is not None
         raise failure
+    for note in opened.notes:
+        say(world, note)
 
     model.to(world.device)
     model.wav2vec2.activation_checkpointing(config.activation_checkpointing)
@@ -642,11 +671,14 @@ def fit(
     per_epoch = per_epoch if batch_samples else per_epoch * config.epochs
     total = sum(per_epoch)
     progress = Progress()
-    if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, recognizer, optimizer)
+    if opened.checkpoint is not None:
+        progress = load_checkpoint(opened.checkpoint, recognizer, optimizer)
         if progress.scaler:
             scaler.load_state_dict(progress.scaler)
-        say(world, f"resuming {run} at update {progress.step} of {total}")
+        if opened.changed:  # of epochs, perhaps, or of when to stop early
+            progress.finished = progress.epoch >= config.epochs or stops_early(config, progress)
+        what = "is finished, nothing is left to do; it ended" if progress.finished else "is resumed"
+        say(world, f"{run} {what} at update {progress.step} of {total}, from {opened.checkpoint.name}")
     log = Log(run / "metrics.jsonl", world, progress.step)
     about = training_record(recognizer, dataset.utterances, lengths, recorded)
     audio_hours = sum(lengths) / SAMPLE_RATE / 3600
@@ -671,8 +703,7 @@ def fit(
     def save() -> None:
         progress.scaler = scaler.state_dict() if scaler.is_enabled() else None
         if world.is_main:
-            save_checkpoint(run, recognizer, optimizer, progress, keep=config.keep)
-        world.barrier()
+            saver.checkpoint(opened.run, recognizer, optimizer, progress, keep=config.keep)
 
     def save_model(name: str, judged: Evaluation | None) -> None:
         """best/ or last/, with its card."""
@@ -683,8 +714,7 @@ def fit(
                 found = report(Outcomes.of(recognizer.emotions, records))
                 entry = evaluation_entry(found, recorded.get("valid"), chosen_on=name == "best")
                 record = with_evaluation(record, entry)
-            recognizer.save(run / name, also=lambda folder: write_card(folder, record))
-        world.barrier()
+            saver.model(run / name, recognizer, step=progress.step, also=lambda folder: write_card(folder, record))
 
     finished_before = progress.finished
     while progress.epoch < config.epochs and not progress.finished:
@@ -710,6 +740,7 @@ def fit(
             progress.step += 1
             progress.update += 1
             meter.add(result, batches)
+            saver.check()
             bar.update()
             ended = progress.update == per_epoch[epoch]
             if ended:
@@ -734,6 +765,7 @@ def fit(
                 entry["rate"] = max(g["lr"] for g in optimizer.param_groups)
                 entry |= {"grad_norm": result.grad_norm, "padding": sampler.padding}
                 entry["memory_gib"] = memory_gib(world.device)
+                entry |= saver.seconds()
                 log.write("train", entry, progress, epoch=epoch)
                 meter = Meter(time.perf_counter())
             if valid and (due(eval_every, step=progress.step, epoch=progress.epoch, epoch_ended=ended) or last):
@@ -753,7 +785,7 @@ def fit(
                     show_rows(world, evaluation)
                 if progress.evaluations_since_best == 0:
                     save_model("best", evaluation)
-                if config.early_stop and progress.evaluations_since_best >= config.early_stop:
+                if stops_early(config, progress):
                     say(world, f"stopping early: {metric} has not improved in {config.early_stop} evaluations")
                     progress.finished = True
                 meter.started += time.perf_counter() - paused
@@ -763,6 +795,7 @@ def fit(
             if progress.finished:
                 break
     bar.close()
+    saver.wait()
     model.eval()
     # A run that had ended before has them, unless it was stopped just there.
     if not finished_before or world.gather(not (run / "last" / RECORD).is_file())[0]:
@@ -773,7 +806,9 @@ def fit(
         save_model("last", evaluation)
         if not valid:
             save_model("best", None)
-    return FitResult(progress, metric, evaluation, resumed=checkpoint is not None)
+    saver.wait()
+    world.barrier()
+    return FitResult(progress, metric, evaluation, resumed=opened.checkpoint is not None)
 
 
 def fetch_updates(
@@ -857,6 +892,11 @@ def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> 
         progress.evaluations_since_best += 1
 
 
+def stops_early(config: TrainConfig, progress: Progress) -> bool:
+    """Whether there were enough evaluations without improvement."""
+    return bool(config.early_stop) and progress.evaluations_since_best >= config.early_stop
+
+
 def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:
     """(K,) class weights proportional to 1 / frequency, 1 on average over the labelled utterances."""
     counts = torch.bincount(
@@ -879,19 +919,27 @@ class Log:
     def __init__(self, path: Path, world: World, step: int) -> None:
         self.path, self.world = path, world
         if world.is_main and path.exists():  # drop what an interrupted run wrote after its checkpoint
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if step_of(line) <= step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            temporary.replace(path)
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if step_of(line) <= step]
+            if kept == lines:
+                return
+            try:
+                with replace_file(path) as file:
+                    file.write("".join(line + "\n" for line in kept))
+            except OSError as error:
+                raise cannot_write(path, error) from error
 
     def write(self, kind: str, entry: dict[str, Any], progress: Progress, *, epoch: int) -> None:
         """One line to the file and one to the screen."""
         if not self.world.is_main:
             return
         record = {"kind": kind, "step": progress.step, "epoch": epoch, "time": round(time.time(), 3)} | entry
-        with self.path.open("a", encoding="utf-8") as file:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            file.write(json.dumps(finite) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
         shown = "  ".join(f"{key} {short(value)}" for key, value in entry.items() if value is not None)
         say(self.world, f"{kind} epoch {epoch + 1} update {progress.step}  {shown}")
 

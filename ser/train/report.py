@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from ser.data.manifest import DIMENSIONS, Utterance
-from ser.data.text import replace_file
 from ser.errors import ConfigError
+from ser.files import replace_file
 from ser.recognizer import Prediction, Recognizer
 from ser.train.losses import ccc_summands, concordance
 from ser.train.metrics import character_errors, word_errors
@@ -275,7 +274,7 @@ class Figures:
         size = len(self.emotions)
         widths = [size * size, 3 * CALIBRATION_BINS, *[2] * len(self.rates), *[6] * len(self.dimensions)]
         blocks = iter(np.split(totals, np.cumsum(widths)[:-1], axis=1))
-        confusion, binned = next(blocks).reshape(-1, size, size), next(blocks)
+        confusion, binned = next(blocks).reshape(len(totals), size, size), next(blocks)
         if self.judged.any():
             diagonal, count = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum((1, 2))
             recall, precision = (_ratio(diagonal, confusion.sum(axis)) for axis in (2, 1))
@@ -539,11 +538,3 @@ def write_rows(path: Path, chunks: Iterable[list[dict[str, Any]]], emotions: Seq
             writer.writerows(rows)
             kept.append(Outcomes.of(emotions, rows))
     return Outcomes.joined(kept)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON that people can read, whole or not at all."""
-
-    with replace_file(path) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
