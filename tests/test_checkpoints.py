@@ -18,7 +18,7 @@ from toy import toy_recognizer, toy_rows
 
 from ser import files
 from ser.data.text import Vocabulary
-from ser.errors import ConfigError, FileError, RunFolderError
+from ser.errors import ConfigError, FileError, ModelFolderError, RunFolderError
 from ser.train import checkpoint as checkpoint_module
 from ser.train.checkpoint import (
     Progress,
@@ -532,12 +532,14 @@ def test_a_pending_save_is_finished_on_the_way_out_of_an_error(tmp_path, slow_di
 
 def test_an_error_of_the_thread_ends_training_and_what_follows_it_is_not_written(tmp_path, monkeypatch):
     run, model, optimizer = a_run(tmp_path)
-    monkeypatch.setattr("ser.recognizer.write_tensors", lambda *_: files.sync(tmp_path / "nowhere"))
-    with pytest.raises(FileError, match="best: cannot be written: No such file"), Saver() as saver:
+    (run.folder / "best").write_text("a file is in the way")
+    with pytest.raises(ModelFolderError, match="best: exists and is not a model folder"), Saver() as saver:
         saver.model(run.folder / "best", model, step=1)
         saver.checkpoint(run, model, optimizer, Progress(step=1, best_step=1), keep=2)
     assert not checkpoints(run.folder), "a checkpoint that speaks of a best model that is not there"
+    (run.folder / "best").unlink()
 
+    monkeypatch.setattr("ser.recognizer.write_tensors", lambda *_: files.sync(tmp_path / "nowhere"))
     with Saver() as saver:
         saver.model(run.folder / "best", model, step=1)
         with pytest.raises(FileError):

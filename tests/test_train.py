@@ -179,6 +179,16 @@ def test_a_run_with_other_settings_is_refused_and_the_differences_are_listed(uni
     assert "rate: 0.003 then, 0.01 now" in str(caught.value) and "seed: 0 then, 7 now" in str(caught.value)
 
 
+def test_a_run_of_another_model_or_with_other_labels_is_refused_and_the_differences_are_listed(uninterrupted):
+    folder, train, valid = uninterrupted
+    with pytest.raises(RunFolderError, match=r"model\.encoder\.intermediate_size: 32 then, 24 now"):
+        fit(toy_recognizer(intermediate_size=24), train, valid, QUICK, folder / "run")
+    other = toy_recognizer()
+    other.emotions = other.emotions[::-1]
+    with pytest.raises(RunFolderError, match=r"model\.emotions: \['angry', "):
+        fit(other, train, valid, QUICK, folder / "run")
+
+
 def test_a_foreign_folder_is_refused_and_untouched_even_with_overwrite(tmp_path):
     train = toy_rows(tmp_path / "data", 4)
     foreign = tmp_path / "thesis"
