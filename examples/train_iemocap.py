@@ -33,6 +33,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -125,14 +126,16 @@ def is_large_960h(init: str | Path) -> bool:
 
 def read_parts(arguments: argparse.Namespace, columns: dict[str, str], world: World) -> tuple[list, list, dict]:
     """Training and validation utterances, and what a result has to say about them."""
+    check = arguments.on_bad_audio == "fail"  # else a file that is not there is skipped like any other
+    read = partial(read_manifest, root=arguments.root, columns=columns, check_files=check)
     if arguments.train:
-        train = read_manifest(arguments.train, root=arguments.root, columns=columns)
-        valid = read_manifest(arguments.valid, root=arguments.root, columns=columns) if arguments.valid else []
+        train = read(arguments.train)
+        valid = read(arguments.valid) if arguments.valid else []
         check_overlap(train, valid, allow=arguments.allow_overlap)
         return train, valid, {"train": str(arguments.train), "valid": str(arguments.valid)}
     if not arguments.protocol:
         raise ConfigError("--data needs --protocol, which says how it is divided")
-    utterances = read_manifest(find_manifest(arguments.data), root=arguments.root, columns=columns)
+    utterances = read(find_manifest(arguments.data))
     protocol = find_protocol(arguments.protocol, shares=arguments.shares)
     fold = find_fold(protocol, utterances, arguments.fold, seed=arguments.protocol_seed)
     audit = check_fold(fold, utterances, protocol)

@@ -14,6 +14,10 @@ class AudioError(SerError):
     """A recording cannot be read: missing, not a regular file, an unsupported format, damaged."""
 
 
+class MissingLibraryError(AudioError):
+    """What reads or resamples sound is not installed or does not load: no fault of the recording."""
+
+
 class ManifestError(SerError):
     """A manifest is unusable. The message lists every bad row, not only the first."""
 
@@ -32,3 +36,7 @@ class ModelFolderError(SerError):
 
 class RunFolderError(SerError):
     """A training run's folder cannot be used: foreign files, another configuration, a bad checkpoint."""
+
+
+class ResourceError(SerError):
+    """The machine gave out: memory ran short, or a process that decodes audio was killed."""

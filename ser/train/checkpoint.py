@@ -165,6 +165,7 @@ def changed_settings(run: Path, settings: dict[str, Any]) -> list[str]:
 def interrupted_early(run: Path, settings: dict[str, Any]) -> bool:
     """Whether the folder holds this very run, stopped before its first checkpoint: it simply starts again."""
     own = {"config.json", "metrics.jsonl", "checkpoints", "best", ".best.new", ".best.old"}
+    own |= {"lengths.json", "skipped.jsonl"}
     return (
         {p.name for p in run.iterdir()} <= own
         and (run / "config.json").is_file()
@@ -177,6 +178,8 @@ MAY_CHANGE = {
     "activation_checkpointing",
     "device",
     "workers",
+    "on_bad_audio",
+    "max_bad_audio",
     "keep",
     "log_every",
     "save_every",

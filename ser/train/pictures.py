@@ -14,13 +14,14 @@ from ser.errors import ConfigError
 def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw the confusion matrix, the reliability diagram and accuracy by part of a report, as PNG files.
 
-    Returns the files. Raises ConfigError where matplotlib is missing.
+    Returns the files. Raises ConfigError where matplotlib is missing or does not load.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(f"pictures need matplotlib: pip install 'ser[plots]' ({error})") from None
+    except Exception as error:  # one built for another numpy fails with other errors
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"pictures need matplotlib: pip install 'ser[plots]' ({found})") from None
     folder.mkdir(parents=True, exist_ok=True)
     written = []
 
