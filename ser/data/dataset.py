@@ -76,9 +76,9 @@ class SpeechDataset(Dataset[Example]):
     among them counts as unknown (`NO_LABEL`). ``dimensions`` are names as in a manifest. ``vocabulary`` None: no
     transcripts. An item is asked for by its number or by a (number, weight) pair as the samplers yield.
 
-    A recording that cannot be read is no exception here, which a loader worker would bury in its own traceback, but
-    an Example with `error`: silence of the planned length at weight 0, without labels, in the utterance's place.
-    What is to be done about it is decided where the batch arrives (`ser.train.bad_audio`), on all ranks alike.
+    A recording that cannot be read is no exception here, which a loader worker would bury in its own traceback,
+    but an Example with `error`: silence of the planned length at weight 0, without labels, in the utterance's
+    place. What is to be done about it is decided where the batch arrives (`ser.train.bad_audio`), on all ranks alike.
     """
 
     def __init__(

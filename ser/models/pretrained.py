@@ -184,8 +184,8 @@ def find_folder(name: str | Path, *, revision: str | None = None) -> Path:
         from huggingface_hub import snapshot_download
     except Exception as error:  # missing, or broken by one of its own requirements
         raise ModelFolderError(
-            f"{name}: there is no such folder; were it a name on the Hugging Face hub, the package huggingface_hub "
-            f"would be needed: pip install 'ser[hub]' ({type(error).__name__}: {error})"
+            f"{name}: there is no such folder; were it a name on the Hugging Face hub, the package "
+            f"huggingface_hub would be needed: pip install 'ser[hub]' ({type(error).__name__}: {error})"
         ) from None
 
     def fetch(*, from_cache: bool) -> Path:
