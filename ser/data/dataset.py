@@ -78,7 +78,8 @@ class SpeechDataset(Dataset[Example]):
 
     A recording that cannot be read is no exception here, which a loader worker would bury in its own traceback,
     but an Example with `error`: silence of the planned length at weight 0, without labels, in the utterance's
-    place. What is to be done about it is decided where the batch arrives (`ser.train.bad_audio`), on all ranks alike.
+    place. What is to be done about it is decided where the batch arrives (`ser.train.bad_audio`), on all
+    ranks alike.
     """
 
     def __init__(
