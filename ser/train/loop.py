@@ -151,6 +151,7 @@ class Objective:
         """
         total = torch.zeros(len(HEADS), dtype=torch.float64)
         for batch in batches:
+            check_classes(model, batch)
             known = (batch.emotions != NO_LABEL).double().cpu()
             if self.class_weights is not None:
                 known = known * self.class_weights.double()[batch.emotions.clamp(min=0).cpu()]
@@ -160,6 +161,23 @@ class Objective:
             rated = batch.dimensions.isfinite().double().sum(1).cpu()
             total += (torch.stack([known, fits, speaks, rated]) * batch.weights.double()).sum(1)
         return total
+
+
+def check_classes(model: MultiTaskModel, batch: Batch) -> None:
+    """Refuse a label that is no class (ConfigError): a kernel would end the process, far from here."""
+    heads = model.heads_config
+    for kind, labels, classes in (
+        ("emotion", batch.emotions, heads.num_emotions),
+        ("speaker", batch.speakers, heads.num_speakers),
+    ):
+        wrong = (labels != NO_LABEL) & ((labels < 0) | (labels >= classes))
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            index = batch.indices[row] if batch.indices else row
+            raise ConfigError(
+                f"utterance {index} has {kind} {int(labels[row])}; the model's {classes} are 0 to {classes - 1}, "
+                f"{NO_LABEL} is unknown"
+            )
 
 
 @dataclass
