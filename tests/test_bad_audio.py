@@ -244,7 +244,7 @@ def on_each_rank(world, folder: str):
     folder = Path(folder)
     pool = examples()
     pool[3] = unread(folder / f"rank{world.rank}", 3)
-    found = {"gradients": {m: gradients(world, ALL, m, pool=pool)[0] for m in (1, 4)}}
+    found = {"gradients": {m: gradients(world, ALL, m, pool=pool)[0] for m in (1,)}}
     train, valid = (read_manifest(folder / f"{name}.csv") for name in ("train", "valid"))
 
     def run(name, rows=train, others=(), **changes):
@@ -342,8 +342,8 @@ def test_a_killed_loader_worker_ends_all_ranks_with_a_clear_error(tmp_path):
         table.writerows([rows[i % 8]["file"], rows[i % 8]["emotion"], f"{i * 1e-5:.5f}"] for i in range(3000))
     toy_recognizer(heads=["emotion"]).save(tmp_path / "init")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
-    command += [*"--train long.csv --init init --out run --workers 1 --epochs 100 --log-every 1".split()]
-    command += [*"--on-bad-audio skip --max-bad-audio 0.001 --effective-batch 8".split()]
+    options = "--train long.csv --init init --out run --workers 1 --epochs 100 --log-every 1 --on-bad-audio skip"
+    command += [*options.split(), "--max-bad-audio", "0.001", "--effective-batch", "8"]
     with (tmp_path / "said").open("w") as said:
         agent = subprocess.Popen(
             command, cwd=tmp_path, stderr=said, stdout=said, env=os.environ | {"OMP_NUM_THREADS": "1"}

@@ -20,8 +20,8 @@ def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except Exception as error:  # one built for another numpy fails with other errors
-        found = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"pictures need matplotlib: pip install 'ser[plots]' ({found})") from None
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"pictures need matplotlib: pip install 'ser[plots]' ({why})") from None
     folder.mkdir(parents=True, exist_ok=True)
     written = []
 
