@@ -243,8 +243,10 @@ def open_espeak(seed: int) -> Iterator[Espeak]:
         import espeakng_loader
 
         source, data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
-    except (ImportError, RuntimeError) as error:
-        raise SerError(f"the demonstration corpus needs espeak-ng: pip install 'ser[demo]' ({error})") from error
+    except Exception as error:  # missing, or a library for another system: OSError
+        raise SerError(
+            f"the demonstration corpus needs espeak-ng: pip install 'ser[demo]' ({type(error).__name__}: {error})"
+        ) from error
     with tempfile.TemporaryDirectory(prefix="ser-", ignore_cleanup_errors=True) as folder:
         if len(os.fsencode(folder)) > 100:
             raise SerError(f"espeak-ng needs a short temporary folder, not {folder}: set TMPDIR to a shorter one")

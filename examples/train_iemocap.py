@@ -139,14 +139,15 @@ def is_large_960h(init: str | Path) -> bool:
 
 def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World) -> tuple[list, list, dict]:
     """Training and validation utterances, and what settings and model card have to say about them."""
+    check_files = config.on_bad_audio == "fail"  # else a file that is not there is skipped like any other
     if arguments.train:
         chosen = [from_arguments(arguments, path) for path in (arguments.train, arguments.valid) if path]
-        parts = [selection.read() for selection in chosen]
+        parts = [selection.read(check_files=check_files) for selection in chosen]
         train, valid = parts[0], parts[1] if arguments.valid else []
         check_overlap(train, valid, allow=arguments.allow_overlap)
         return train, valid, dict(zip(("train", "valid"), (s.to_dict() for s in chosen), strict=False))
     selection = from_arguments(arguments)
-    protocol, utterances = selection.find_protocol(), selection.read()
+    protocol, utterances = selection.find_protocol(), selection.read(check_files=check_files)
     fold, audit = selection.find_fold(utterances)
     strangers = all(audit.fractions(part).get("speakers", 0.0) == 0.0 for part in ("valid", "test"))
     trains_speakers = "speaker" in config.heads or (config.heads == "auto" and config.beta > 0)

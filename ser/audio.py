@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ser.errors import AudioError
+from ser.errors import AudioError, MissingLibraryError
 
 SAMPLE_RATE = 16_000  # Hz: what every wav2vec 2.0 checkpoint was trained on
 MIN_RATE, MAX_RATE = 4_000, 192_000  # Hz: telephone speech is 8 kHz, studio recordings end at 192 kHz
@@ -170,7 +170,7 @@ def _resampler(new: int, old: int) -> Callable[[Tensor], Tensor]:
             found = f"torchaudio {importlib.metadata.version('torchaudio')}"
         except importlib.metadata.PackageNotFoundError:
             found = "no torchaudio"
-        raise AudioError(
+        raise MissingLibraryError(
             f"resampling to {SAMPLE_RATE} Hz needs torchaudio, which cannot be imported "
             f"({type(error).__name__}: {error}); found {found} beside torch {torch.__version__}: "
             "install the torchaudio build that matches this torch, or give 16 kHz audio"
@@ -235,7 +235,7 @@ def resample(waveform: Tensor, sample_rate: int) -> Tensor:
         itself, and torchaudio is not imported.
 
     Raises:
-        AudioError: rate or shape out of range; torchaudio is missing or does not match torch.
+        AudioError: rate or shape out of range; MissingLibraryError: torchaudio is missing or does not match torch.
     """
     rate = _checked_rate("resample", sample_rate)
     if waveform.ndim != 1 or waveform.shape[0] == 0 or not waveform.is_floating_point():
@@ -511,8 +511,21 @@ def _mp3_frames(file: BinaryIO, position: int, size: int, name: str) -> int | No
     file.seek(position)
     first = file.read(64)  # the tag stands after at most 4 + 2 + 32 bytes of headers
     tag = max(first.find(b"Xing"), first.find(b"Info"))
-    if 0 < tag <= 38 and first[tag + 7] & 1:
-        return None
+    if 0 < tag <= 38:
+        if len(first) < tag + 16:
+            raise AudioError(f"{name}: truncated: it ends inside its first MPEG frame; copy it again")
+        flags, *counts = struct.unpack_from(">III", first, tag + 4)
+        if flags & 1:
+            # Where both are there, bytes follow frames. A percent is left to encoders that count otherwise: the
+            # decoder finds a smaller cut by the frames.
+            declared, held = counts[1] if flags & 2 else 0, size - position
+            if held < 0.99 * declared:
+                raise AudioError(
+                    f"{name}: truncated: its header declares {declared} bytes of sound, the file holds {held} "
+                    f"({100 * held / declared:.1f} %); copy it again, or keep what is there: "
+                    "ffmpeg -i INPUT OUTPUT.wav"
+                )
+            return None
     frames = 0
     while position < size:
         file.seek(position)
@@ -578,7 +591,7 @@ def _soundfile() -> Any:
     try:
         import soundfile
     except Exception as error:  # OSError where the package is there but libsndfile is not
-        raise AudioError(
+        raise MissingLibraryError(
             f"reading sound needs the soundfile package and libsndfile, which cannot be imported "
             f"({type(error).__name__}: {error}); install them: pip install soundfile, or apt install libsndfile1"
         ) from error
@@ -708,7 +721,7 @@ def audio_info(
 
     Raises:
         AudioError: not a regular file; another format; truncated, where the header tells (WAV, RF64,
-            OGG); outside 4-192 kHz or 32 channels; empty; an excerpt that is not there or too long.
+            OGG, MP3); outside 4-192 kHz or 32 channels; empty; an excerpt that is not there or too long.
     """
     with _opened(path, start, end, max_seconds) as (info, _, _):
         return info

@@ -14,6 +14,10 @@ class AudioError(SerError):
     """A recording cannot be read: missing, not a regular file, an unsupported format, damaged."""
 
 
+class MissingLibraryError(AudioError):
+    """What reads or resamples sound is not installed or does not load: no fault of the recording."""
+
+
 class ManifestError(SerError):
     """A manifest is unusable. The message lists every bad row, not only the first."""
 
@@ -36,3 +40,7 @@ class RunFolderError(SerError):
 
 class FileError(SerError):
     """A file or folder cannot be written: no room, no permission. The message has the bytes needed and free."""
+
+
+class ResourceError(SerError):
+    """The machine gave out: memory ran short, or a process that decodes audio was killed."""

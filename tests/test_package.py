@@ -127,9 +127,25 @@ def test_import_and_recognition_work_without_optional_libraries_and_reading_says
         ser.load_audio("a.wav")
     except ser.SerError as error:
         print(error)
+
+    import pathlib
+    from make_demo_corpus import open_espeak
+    from ser.models.pretrained import find_folder
+    from ser.train.pictures import draw
+
+    for extra in (lambda: draw({}, pathlib.Path("pictures")), lambda: find_folder("owner/name"),
+                  lambda: open_espeak(0).__enter__()):
+        try:
+            extra()
+        except ser.SerError as error:
+            print(error)
     """
-    blocked = "torchaudio,soundfile,matplotlib,transformers,sklearn,jiwer,espeakng_loader"
-    works, file, array, loaded = python(BLOCKED + code, error, blocked, cwd=tmp_path)
+    blocked = "torchaudio,soundfile,matplotlib,transformers,sklearn,jiwer,espeakng_loader,huggingface_hub"
+    path = f"    import sys; sys.path.insert(0, {str(ROOT / 'examples')!r})\n"
+    said = python(path + BLOCKED + code, error, blocked, cwd=tmp_path)
+    works, file, array, loaded, *extras = said
+    for found, name in zip(extras, ("plots", "hub", "demo"), strict=True):
+        assert f"pip install 'ser[{name}]'" in found and f"{error}: " in found
     assert works == "True"
     assert "soundfile is broken" in file and "pip install soundfile" in file
     assert loaded == file

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 
 from ser.data.dataset import NO_LABEL, Example, collate
 from ser.data.sampler import cut_update
+from ser.errors import ConfigError
 from ser.models.config import Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.train.distributed import World
@@ -353,6 +354,19 @@ def test_the_pass_without_gradient_sees_the_same_random_draws():
     first, second, again_first, again_second = seen
     assert torch.equal(first, again_first) and torch.equal(second, again_second)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("kind", "label"), [("emotion", 4), ("emotion", -1), ("speaker", 3), ("speaker", -99)])
+def test_a_label_that_is_no_class_is_refused_before_any_forward_pass(kind, label):
+    """F2: a GPU would end the process with an assertion of its own, far from here."""
+    model = tiny_model(tiny_config())
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
+    optimizer = make_optimizer(model, rate=0.0, head_rate=0.0, weight_decay=0.0, beta2=0.999)
+    pool = examples()
+    pool[5] = Example(**vars(pool[5]) | {kind: label})
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(ConfigError, match=rf"utterance 5 .*{kind} {label}\b"):
+        run_update(model, model, optimizer, [collate(pool)], OBJECTIVE, World(), scaler=scaler)
 
 
 def test_with_alpha_0_the_text_adds_exactly_nothing():

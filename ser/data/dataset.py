@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from ser.audio import audio_info, load_audio, normalise
 from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.sampler import Item
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
-from ser.errors import AudioError
+from ser.errors import AudioError, MissingLibraryError
 
 NO_LABEL = -100  # what torch's cross entropy ignores
 
@@ -31,8 +31,9 @@ class Batch:
     dimensions: Tensor  # (B, K) float64 of arousal, dominance, valence as the model has them, NaN where unknown
     targets: Tensor  # (B, max(L, 1)) int64, 0 past target_lengths
     target_lengths: Tensor  # (B,) int64, 0 where there is no transcript
-    weights: Tensor  # (B,) float32, 0 for an utterance that only keeps a rank busy
+    weights: Tensor  # (B,) float32, 0 for an utterance that only keeps a rank busy, or could not be read
     indices: list[int] = field(default_factory=list)  # positions in the dataset
+    errors: dict[int, str] = field(default_factory=dict)  # position -> why its recording could not be read
 
     def pin_memory(self) -> Batch:
         """Page-locked copies of what goes to a GPU; called by the DataLoader."""
@@ -65,6 +66,7 @@ class Example:
     speaker: int
     dimensions: list[float]
     target: list[int]
+    error: str = ""  # why the recording could not be read; then all the rest is a stand-in that counts for nothing
 
 
 class SpeechDataset(Dataset[Example]):
@@ -73,6 +75,11 @@ class SpeechDataset(Dataset[Example]):
     ``emotions`` and ``speakers`` are label names in the order of the model's classes; a label that is not
     among them counts as unknown (`NO_LABEL`). ``dimensions`` are names as in a manifest. ``vocabulary`` None: no
     transcripts. An item is asked for by its number or by a (number, weight) pair as the samplers yield.
+
+    A recording that cannot be read is no exception here, which a loader worker would bury in its own traceback,
+    but an Example with `error`: silence of the planned length at weight 0, without labels, in the utterance's
+    place. What is to be done about it is decided where the batch arrives (`ser.train.bad_audio`), on all
+    ranks alike.
     """
 
     def __init__(
@@ -114,7 +121,13 @@ class SpeechDataset(Dataset[Example]):
     def __getitem__(self, item: int | Item) -> Example:
         index, weight = item if isinstance(item, tuple) else (item, 1.0)
         utterance = self.utterances[index]
-        waveform = load_audio(utterance.file, start=utterance.start, end=utterance.end)
+        try:
+            waveform = load_audio(utterance.file, start=utterance.start, end=utterance.end)
+        except MissingLibraryError:
+            raise  # nothing is wrong with the recording
+        except AudioError as error:
+            silence, unknown = torch.zeros(self.lengths[index]), [math.nan] * len(self.dimensions[index])
+            return Example(index, 0.0, silence, NO_LABEL, NO_LABEL, unknown, [], str(error))
         return Example(
             index,
             weight,
@@ -125,23 +138,35 @@ class SpeechDataset(Dataset[Example]):
             self.targets[index],
         )
 
+    def read_headers(self, indices: Iterable[int]) -> tuple[dict[int, int], dict[int, str]]:
+        """From file headers alone: samples at 16 kHz of these utterances, and why others cannot be used."""
+        found, bad = {}, {}
+        for i in indices:
+            u = self.utterances[i]
+            try:
+                found[i] = audio_info(u.file, start=u.start, end=u.end).num_samples
+            except MissingLibraryError:
+                raise
+            except AudioError as error:
+                bad[i] = str(error)
+        return found, bad
+
     @cached_property
     def lengths(self) -> list[int]:
-        """Samples at 16 kHz of each utterance, from the file headers alone.
+        """Samples at 16 kHz of each utterance, from the file headers alone. May be set by who knows them already.
 
         Raises AudioError that lists every recording whose header cannot be used.
         """
-        found, bad = [], []
-        for u in self.utterances:
-            try:
-                found.append(audio_info(u.file, start=u.start, end=u.end).num_samples)
-            except AudioError as error:
-                bad.append(str(error))
+        found, bad = self.read_headers(range(len(self)))
         if bad:
-            more = f"\n  and {len(bad) - 50} more" if len(bad) > 50 else ""
-            listed = "\n  ".join(bad[:50])
-            raise AudioError(f"{len(bad)} of {len(self)} recordings cannot be used:\n  {listed}{more}")
-        return found
+            raise AudioError(f"{len(bad)} of {len(self)} recordings cannot be used:\n  {listed(bad.values())}")
+        return list(found.values())
+
+
+def listed(messages: Iterable[str], most: int = 50) -> str:
+    """One message per line, and how many more there are."""
+    lines = list(messages)
+    return "\n  ".join(lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else []))
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -156,6 +181,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         target_lengths=torch.tensor([len(e.target) for e in examples]),
         weights=torch.tensor([e.weight for e in examples]),
         indices=[e.index for e in examples],
+        errors={e.index: e.error for e in examples if e.error},
     )
 
 

@@ -180,10 +180,10 @@ def find_folder(name: str | Path, *, revision: str | None = None) -> Path:
         return check_folder(path)
     try:
         from huggingface_hub import snapshot_download
-    except ImportError as error:
+    except Exception as error:  # missing, or broken by one of its own requirements
         raise ModelFolderError(
-            f"{name}: there is no such folder; were it a name on the Hugging Face hub, "
-            f"the package huggingface_hub would be needed: pip install 'ser[hub]' ({error})"
+            f"{name}: there is no such folder; were it a name on the Hugging Face hub, the package "
+            f"huggingface_hub would be needed: pip install 'ser[hub]' ({type(error).__name__}: {error})"
         ) from None
 
     def fetch(*, from_cache: bool) -> Path:

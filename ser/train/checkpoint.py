@@ -56,6 +56,8 @@ MAY_CHANGE = {
     "activation_checkpointing",
     "device",
     "workers",
+    "on_bad_audio",
+    "max_bad_audio",
     "keep",
     "log_every",
     "save_every",
@@ -447,7 +449,7 @@ def interrupted_early(folder: Path, settings: dict[str, Any]) -> bool:
     if there == {"checkpoints"}:  # stopped before config.json
         return not any((folder / "checkpoints").iterdir())
     return (
-        there <= {"config.json", "metrics.jsonl", "checkpoints", "best"}
+        there <= {"config.json", "metrics.jsonl", "lengths.json", "skipped.jsonl", "checkpoints", "best"}
         and (folder / "config.json").is_file()
         and not changed_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")), settings)
     )

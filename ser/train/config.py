@@ -78,6 +78,10 @@ class TrainConfig:
     amp: str = option("off", "automatic mixed precision", ("off", "bf16", "fp16"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is a GPU per process where there is one")
     workers: int = option(0, "processes per rank that decode audio; 0: the training process decodes")
+    on_bad_audio: str = option("fail", "what becomes of recordings that cannot be read: end the run, or leave "
+                                       "them out, named in skipped.jsonl", ("fail", "skip"))  # fmt: skip
+    max_bad_audio: float = option(0.01, "largest share of the training set, and of the validation set, that skip "
+                                        "may leave out, 0 to 1; beyond it the run ends")  # fmt: skip
     seed: int = option(0, "of new weights, order, dropout and masks")
     # what is kept and shown
     eval_every: str = option("1ep", "evaluate every N epochs (Nep) or N updates (N)")
@@ -99,7 +103,7 @@ class TrainConfig:
                 raise ConfigError(f"{f.name} is {value!r}; expected {' or '.join(f.metadata['choices'])}{hint}")
             if isinstance(value, int | float) and not (value >= 0 and value < float("inf")):
                 raise ConfigError(f"{f.name} is {value}; expected a number from 0")
-        for name in ("label_smoothing", "warmup", "adam_beta2"):
+        for name in ("label_smoothing", "warmup", "adam_beta2", "max_bad_audio"):
             if getattr(self, name) > 1 or self.adam_beta2 == 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
         for name in ("epochs", "micro_batch", "log_every", "keep", "rate", "eval_seconds"):

@@ -15,8 +15,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,11 +33,12 @@ from ser.data.dataset import NO_LABEL, Batch, SpeechDataset, collate
 from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler, evaluation_batches
 from ser.data.text import clean, minimum_frames
-from ser.errors import ConfigError, RunFolderError, SerError
+from ser.errors import ConfigError, ResourceError, RunFolderError, SerError
 from ser.files import cannot_write, replace_file
 from ser.models.masking import spec_augment
 from ser.models.multitask import HEADS, MultiTaskModel, Outputs
 from ser.recognizer import Prediction, Recognizer
+from ser.train.bad_audio import BadAudio, errors_of
 from ser.train.card import RECORD, evaluation_entry, training_record, with_evaluation, write_card
 from ser.train.checkpoint import Opened, Progress, Saver, describe, load_checkpoint, open_run
 from ser.train.config import METRICS, TrainConfig, parse_interval
@@ -56,6 +57,50 @@ from ser.train.optim import make_optimizer, rate_factor, set_rate
 from ser.train.report import CHUNK, Outcomes, as_row, report
 
 MAX_SKIPPED_IN_A_ROW = 10
+SMALLER_UPDATES = (
+    "Try --micro-batch 1 (the effective batch stays), --max-seconds to drop the longest training utterances, "
+    "--activation-checkpointing, --amp bf16; a run that has a checkpoint continues from it"
+)
+
+# ------------------------------------------------------------------- what the machine may do to a run
+
+
+@contextmanager
+def memory_explained(batch: Batch, names: Sequence[str], advice: str) -> Iterator[None]:
+    """Out of memory in here is a ResourceError that names the utterances at work and what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not any(sign in str(error) for sign in signs):
+            raise
+        seconds = [n / SAMPLE_RATE for n in batch.num_samples.tolist()]
+        held = ", ".join(
+            f"{names[i] if names else f'utterance {i}'} ({s:.1f} s)"
+            for i, s in zip(batch.indices, seconds, strict=True)
+        )
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ResourceError(
+            f"out of memory with {len(seconds)} utterance{'s' if len(seconds) > 1 else ''} padded to "
+            f"{max(seconds):.1f} s: {held}. {advice}. ({reason})"
+        ) from error
+
+
+@contextmanager
+def worker_death_explained() -> Iterator[None]:
+    """A loader worker that is killed is a ResourceError. torch raises it wherever this process happens to be."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).splitlines()[0].strip().rstrip(".")
+        raise ResourceError(
+            f"a process that decodes audio died: {reason}. If the system killed it for lack of memory, lower "
+            "--workers (0: the training process decodes); then give the same command again to continue"
+        ) from error
+
 
 # ---------------------------------------------------------------------------------------- one update
 
@@ -109,6 +154,7 @@ class Objective:
         """
         total = torch.zeros(len(HEADS), dtype=torch.float64)
         for batch in batches:
+            check_classes(model, batch)
             known = (batch.emotions != NO_LABEL).double().cpu()
             if self.class_weights is not None:
                 known = known * self.class_weights.double()[batch.emotions.clamp(min=0).cpu()]
@@ -118,6 +164,23 @@ class Objective:
             rated = batch.dimensions.isfinite().double().sum(1).cpu()
             total += (torch.stack([known, fits, speaks, rated]) * batch.weights.double()).sum(1)
         return total
+
+
+def check_classes(model: MultiTaskModel, batch: Batch) -> None:
+    """Refuse a label that is no class (ConfigError): a kernel would end the process, far from here."""
+    heads = model.heads_config
+    for kind, labels, classes in (
+        ("emotion", batch.emotions, heads.num_emotions),
+        ("speaker", batch.speakers, heads.num_speakers),
+    ):
+        wrong = (labels != NO_LABEL) & ((labels < 0) | (labels >= classes))
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            index = batch.indices[row] if batch.indices else row
+            raise ConfigError(
+                f"utterance {index} has {kind} {int(labels[row])}; the model's {classes} are 0 to {classes - 1}, "
+                f"{NO_LABEL} is unknown"
+            )
 
 
 @dataclass
@@ -143,12 +206,13 @@ def run_update(
     seed: int = 0,
     epoch: int = 0,
     step: int = 0,
+    names: Sequence[str] = (),
 ) -> UpdateResult:
     """Forward and backward over this rank's micro-batches of one update, then one optimizer step.
 
     ``wrapped`` is ``model`` under DistributedDataParallel, or ``model``. The batches are on the CPU or the device.
     Where dimensions are trained, a first pass without gradient finds what their loss needs to know of the whole
-    update.
+    update. Out of memory is a ResourceError; ``names`` are those of the dataset's utterances, for its message.
     """
     optimizer.zero_grad(set_to_none=True)
     counts = world.sum(objective.counts(model, batches)).tolist()
@@ -167,8 +231,9 @@ def run_update(
     if objective.weights.get("dimensions") and count_of["dimensions"]:
         with torch.no_grad():
             for number, batch in enumerate(batches):
-                batch = batch.to(world.device)
-                predictions = forward(model, number, batch).dimensions
+                with memory_explained(batch, names, SMALLER_UPDATES):
+                    batch = batch.to(world.device)
+                    predictions = forward(model, number, batch).dimensions
                 assert predictions is not None
                 moments += ccc_moments(predictions, batch.dimensions, batch.weights)
         moments = world.sum(moments.cpu())
@@ -179,8 +244,9 @@ def run_update(
         losses["dimensions"] = (1 - ccc).nan_to_num().mean() / world.size
         moments = moments.to(world.device)
     for number, batch in enumerate(batches):
-        batch = batch.to(world.device)
-        with world.no_sync(wrapped, last=number == len(batches) - 1):
+        last = number == len(batches) - 1
+        with world.no_sync(wrapped, last=last), memory_explained(batch, names, SMALLER_UPDATES):
+            batch = batch.to(world.device)
             outputs = forward(wrapped, number, batch)
             loss = torch.zeros((), device=world.device)
             for name, (total, _) in objective.sums(outputs, batch).items():
@@ -233,6 +299,7 @@ class Evaluation:
     """Counts over a set of utterances, each counted exactly once on any number of ranks."""
 
     utterances: int = 0
+    unread: int = 0  # utterances that were left out, as their recordings cannot be read
     unwritten: int = 0  # characters of the references that the vocabulary lacks, left out of WER and CER
     emotion: ClassificationCounts | None = None
     speaker: ClassificationCounts | None = None
@@ -246,6 +313,7 @@ class Evaluation:
     def metrics(self) -> dict[str, Any]:
         """By name; only what the model has heads for and the data labels for."""
         found: dict[str, Any] = {"utterances": self.utterances, "loss": self.loss}
+        found |= {"bad_audio": self.unread} if self.unread else {}
         found |= {f"loss_{name}": value for name, value in self.losses.items()}
         if self.emotion is not None and self.emotion.count:
             found["emotion_utterances"] = self.emotion.count
@@ -267,6 +335,7 @@ class Evaluation:
 
 
 @torch.no_grad()
+@worker_death_explained()
 def evaluate(
     recognizer: Recognizer,
     utterances: Sequence[Utterance] | SpeechDataset,
@@ -277,6 +346,7 @@ def evaluate(
     workers: int = 0,
     keep_rows: bool = False,
     progress: bool = False,
+    bad_audio: BadAudio | None = None,
 ) -> Evaluation:
     """Score a model on utterances. Every rank calls this and gets the same result.
 
@@ -290,12 +360,16 @@ def evaluate(
         workers: processes per rank that decode audio.
         keep_rows: also return the prediction for every utterance, on every rank, in their order.
         progress: show a progress bar.
+        bad_audio: what becomes of recordings that cannot be read; None: the first is an AudioError, on all ranks.
     """
     world = world or World(device=recognizer.device)
+    bad_audio = bad_audio or BadAudio(world)
     model = recognizer.model
     vocabulary = recognizer.vocabulary
     objective = objective or Objective(dict.fromkeys(HEADS, 1.0), blank=vocabulary.blank if vocabulary else 0)
     dataset = utterances if isinstance(utterances, SpeechDataset) else make_dataset(recognizer, utterances)
+    if "lengths" not in vars(dataset):
+        bad_audio.read_lengths("valid", dataset, least=model.config.min_samples)
     batches = evaluation_batches(
         dataset.lengths,
         batch_samples=int(batch_seconds * SAMPLE_RATE),
@@ -316,11 +390,17 @@ def evaluate(
     sums = torch.zeros(2 * len(HEADS), dtype=torch.float64)
     moments = torch.zeros(6, len(recognizer.dimensions), dtype=torch.float64)
     rows: dict[int, Prediction] = {}
+    errors: dict[int, str] = {}
+    names = [u.id for u in dataset.utterances]
     was_training = model.training
     model.eval()
     for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=not progress):
-        batch = batch.to(world.device)
-        outputs = model(batch.waveforms, batch.num_samples)
+        errors |= batch.errors
+        if errors and bad_audio.policy == "fail":
+            break  # to where the ranks meet
+        with memory_explained(batch, names, "Try a lower --eval-seconds"):
+            batch = batch.to(world.device)
+            outputs = model(batch.waveforms, batch.num_samples)
         for name, (total, count) in objective.sums(outputs, batch).items():
             place = list(HEADS).index(name)
             sums[place] += total.double().cpu()
@@ -328,6 +408,8 @@ def evaluate(
         if outputs.dimensions is not None:
             moments += ccc_moments(outputs.dimensions, batch.dimensions, batch.weights).cpu()
         for index, prediction in zip(batch.indices, recognizer.decode(outputs), strict=True):
+            if index in errors:
+                continue
             if prediction.emotion is not None and dataset.emotions[index] != NO_LABEL:
                 emotion[dataset.emotions[index], recognizer.emotions.index(prediction.emotion)] += 1
             if prediction.speaker is not None and dataset.speakers[index] != NO_LABEL:
@@ -341,6 +423,7 @@ def evaluate(
                 seconds = dataset.lengths[index] / SAMPLE_RATE
                 rows[index] = replace(prediction, file=str(dataset.utterances[index].file), seconds=seconds)
     model.train(was_training)
+    unread = bad_audio.agree("valid", dataset, errors)
 
     flat = np.concatenate([emotion.ravel(), speaker.ravel(), edits])
     flat = world.sum(torch.from_numpy(flat)).numpy()
@@ -349,9 +432,10 @@ def evaluate(
     edits = flat[-4:]
     world.sum(sums)
     world.sum(moments)
-    result.utterances = len(dataset)
+    result.utterances, result.unread = len(dataset) - len(unread), len(unread)
     if vocabulary is not None:
-        result.unwritten = vocabulary.unknown_characters(dataset.texts).total()
+        texts = [text for i, text in enumerate(dataset.texts) if i not in unread]
+        result.unwritten = vocabulary.unknown_characters(texts).total()
     if recognizer.emotions:
         result.emotion = ClassificationCounts(emotion)
     if recognizer.speakers:
@@ -370,7 +454,8 @@ def evaluate(
         result.loss = sum(objective.weights.get(name, 0.0) * value for name, value in result.losses.items())
     if keep_rows:
         merged = {i: p for part in world.gather(rows) for i, p in part.items()}
-        result.rows = [(u, dataset.references[i], merged[i]) for i, u in enumerate(dataset.utterances)]
+        found = [(i, u) for i, u in enumerate(dataset.utterances) if i not in unread]
+        result.rows = [(u, dataset.references[i], merged[i]) for i, u in found]
     return result
 
 
@@ -481,7 +566,9 @@ def say(world: World, text: str) -> None:
         sys.stderr.flush()
 
 
-def check_training_data(recognizer: Recognizer, dataset: SpeechDataset, lengths: Sequence[int]) -> list[str]:
+def check_training_data(
+    recognizer: Recognizer, dataset: SpeechDataset, lengths: Sequence[int], unread: Collection[str] = ()
+) -> list[str]:
     """Refuse utterances without a frame; say what else is odd, such as transcripts that cannot fit."""
     minimum = recognizer.model.config.min_samples
     short = [(u, n) for u, n in zip(dataset.utterances, lengths, strict=True) if n < minimum]
@@ -509,7 +596,7 @@ def check_training_data(recognizer: Recognizer, dataset: SpeechDataset, lengths:
         frames = recognizer.model.config.num_frames(torch.tensor(lengths))
         misfits = []
         for utterance, target, there in zip(dataset.utterances, dataset.targets, frames.tolist(), strict=True):
-            if (needed := minimum_frames(target)) > there:
+            if (needed := minimum_frames(target)) > there and utterance.id not in unread:
                 misfits.append(f"{utterance.id}: {needed} frames needed, {there} there")
         if misfits:
             shown = "\n  ".join(misfits[:20] + ([f"and {len(misfits) - 20} more"] if len(misfits) > 20 else []))
@@ -535,6 +622,7 @@ class FitResult:
     resumed: bool
 
 
+@worker_death_explained()
 def fit(
     recognizer: Recognizer,
     train: Sequence[Utterance],
@@ -566,14 +654,15 @@ def fit(
         verbose: print reference beside hypothesis for a few utterances of each evaluation.
 
     Raises:
-        ConfigError, RunFolderError, FileError, AudioError: with what to do.
+        ConfigError, RunFolderError, FileError, AudioError, ResourceError: with what to do.
     """
     world = world or World(device=choose_device(config.device, 0))
     open_ = partial(open_run, overwrite=overwrite, resume_from=resume_from, allow_changes=allow_changes)
     with Saver() as saver:  # whatever way training ends, what is being written is finished
         return train_run(
-            recognizer, train, valid, config, Path(run), world, settings or {}, open_, saver, verbose=verbose
-        )
+            recognizer, train, valid, config, Path(run), world, settings or {}, open_, saver,
+            anew=overwrite, verbose=verbose,
+        )  # fmt: skip
 
 
 def train_run(
@@ -587,6 +676,7 @@ def train_run(
     open_: Callable[[Path, dict[str, Any]], Opened],
     saver: Saver,
     *,
+    anew: bool,
     verbose: bool,
 ) -> FitResult:
     """`fit`, with what it holds while it runs."""
@@ -594,8 +684,12 @@ def train_run(
     effective_batch = config.resolved_effective_batch(world.size)
     trained = trained_heads(recognizer, config)
 
-    dataset = make_dataset(recognizer, train)
+    dataset, validation = make_dataset(recognizer, train), make_dataset(recognizer, valid)
+    bad_audio = BadAudio(world, policy=config.on_bad_audio, limit=config.max_bad_audio, run=run)
+    for name, part in {"train": dataset, "valid": validation}.items():
+        bad_audio.read_lengths(name, part, least=model.config.min_samples, anew=anew)
     lengths = dataset.lengths
+    recorded_lengths = {"train": lengths, "valid": validation.lengths}
     if config.max_seconds:
         kept = [i for i, n in enumerate(lengths) if n <= config.max_seconds * SAMPLE_RATE]
         dropped = [dataset.utterances[i].id for i in sorted(set(range(len(lengths))) - set(kept))]
@@ -603,10 +697,10 @@ def train_run(
             listed = ", ".join(dropped[:20]) + (" ..." if len(dropped) > 20 else "")
             say(world, f"dropped {len(dropped)} training utterances over {config.max_seconds:g} s: {listed}")
         dataset, lengths = make_dataset(recognizer, [train[i] for i in kept]), [lengths[i] for i in kept]
-    for note in check_training_data(recognizer, dataset, lengths):
+        dataset.lengths = lengths
+    for note in check_training_data(recognizer, dataset, lengths, bad_audio.skipped["train"]):
         say(world, note)
 
-    validation = make_dataset(recognizer, valid)
     metric = choose_metric(config, recognizer, validation)
     recorded = config.to_dict() | {"effective_batch": effective_batch or 0, "metric": metric} | settings
     recorded["model"] = describe(recognizer)
@@ -624,6 +718,7 @@ def train_run(
     if opened is None:
         assert failure is not None
         raise failure
+    bad_audio.begin(recorded_lengths, {"train": dataset, "valid": validation})
     for note in opened.notes:
         say(world, note)
 
@@ -695,6 +790,7 @@ def train_run(
     eval_every = parse_interval(config.eval_every, "eval_every")
     save_every = parse_interval(config.save_every, "save_every")
     skipped_in_a_row = 0
+    names = [u.id for u in dataset.utterances]
     bar = tqdm(
         total=total, initial=progress.step, unit="update", disable=not (world.is_main and sys.stderr.isatty())
     )
@@ -721,6 +817,7 @@ def train_run(
         sampler.set_position(epoch=progress.epoch, update=progress.update)
         plan = sampler.plan(epoch=progress.epoch)
         for batches in fetch_updates(dataset, sampler, config, world):
+            bad_audio.agree("train", dataset, errors_of(batches))
             set_rate(optimizer, rate_factor(progress.step, total=total, warmup=config.warmup))
             result = run_update(
                 wrapped,
@@ -735,6 +832,7 @@ def train_run(
                 seed=config.seed,
                 epoch=progress.epoch,
                 step=progress.step,
+                names=names,
             )
             epoch, place = progress.epoch, progress.update
             progress.step += 1
@@ -766,6 +864,7 @@ def train_run(
                 entry |= {"grad_norm": result.grad_norm, "padding": sampler.padding}
                 entry["memory_gib"] = memory_gib(world.device)
                 entry |= saver.seconds()
+                entry |= {"bad_audio": n} if (n := len(bad_audio.skipped["train"])) else {}
                 log.write("train", entry, progress, epoch=epoch)
                 meter = Meter(time.perf_counter())
             if valid and (due(eval_every, step=progress.step, epoch=progress.epoch, epoch_ended=ended) or last):
@@ -778,6 +877,7 @@ def train_run(
                     batch_seconds=config.eval_seconds,
                     workers=config.workers,
                     keep_rows=True,
+                    bad_audio=bad_audio,
                 )
                 note_evaluation(evaluation, metric, progress)
                 log.write("valid", evaluation.metrics() | {"best": progress.best}, progress, epoch=epoch)
@@ -801,8 +901,9 @@ def train_run(
     if not finished_before or world.gather(not (run / "last" / RECORD).is_file())[0]:
         if valid and evaluation is None:
             evaluation = evaluate(
-                recognizer, validation, world=world, batch_seconds=config.eval_seconds, keep_rows=True
-            )
+                recognizer, validation, world=world, batch_seconds=config.eval_seconds, keep_rows=True,
+                bad_audio=bad_audio,
+            )  # fmt: skip
         save_model("last", evaluation)
         if not valid:
             save_model("best", None)
@@ -884,7 +985,7 @@ def fingerprint(dataset: SpeechDataset) -> str:
 
 def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> None:
     """Keep count of the best value of the metric."""
-    value = float(evaluation.metrics()[metric])
+    value = float(evaluation.metrics().get(metric, math.nan))
     better = progress.best is None or (value > progress.best if METRICS[metric] else value < progress.best)
     if better and math.isfinite(value):
         progress.best, progress.best_step, progress.evaluations_since_best = value, progress.step, 0

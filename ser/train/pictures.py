@@ -41,15 +41,16 @@ def _matplotlib() -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(f"pictures need matplotlib: pip install 'ser[plots]' ({error})") from None
+    except Exception as error:  # one built for another numpy fails with other errors
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"pictures need matplotlib: pip install 'ser[plots]' ({why})") from None
     return FigureCanvasAgg, Figure
 
 
 def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw the confusion matrix, the reliability diagram and accuracy by part of a report, as PNG files.
 
-    Returns the files. Raises ConfigError where matplotlib is missing.
+    Returns the files. Raises ConfigError where matplotlib is missing or does not load.
     """
     canvas, figure_of = _matplotlib()
     folder.mkdir(parents=True, exist_ok=True)

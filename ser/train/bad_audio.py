@@ -1,0 +1,155 @@
+"""Recordings that cannot be read: what becomes of them is decided here, on all ranks alike.
+
+Such a recording arrives from the loader as an utterance of weight 0 without labels, in its place in the plan
+(`ser.data.dataset`). So the plan stays a function of lengths, seed, epoch and effective batch, and the gradient is
+that of the update without the utterance, as counts are summed over ranks before the first backward pass. What
+ranks tell one another, once per update, is whether there was one: then all know all, and all go on or all stop,
+with one message.
+
+Of a recording whose very header is bad no length is known, and the plan needs one: the length that the run began
+with (``lengths.json``), so that a file which is damaged while a run stands still does not change its order; else
+that of one frame. A recording that was skipped is tried again in the next epoch.
+
+    runs/NAME/lengths.json    samples at 16 kHz of every recording, as the run began
+    runs/NAME/skipped.jsonl   a line per recording that was left out: its set, id, file and why
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ser.data.dataset import Batch, SpeechDataset, listed
+from ser.data.text import replace_file
+from ser.errors import AudioError
+from ser.train.distributed import World
+
+
+class BadAudio:
+    """The recordings of each set ("train", "valid") that could not be read, the same on all ranks.
+
+    Args:
+        world: the ranks that have to agree.
+        policy: "fail" (the first one ends the run) or "skip".
+        limit: the largest share of a set, 0 to 1, that may be skipped.
+        run: the run's folder; None: nothing is written.
+    """
+
+    def __init__(
+        self, world: World, *, policy: str = "fail", limit: float = 0.0, run: str | Path | None = None
+    ) -> None:
+        self.world, self.policy, self.limit = world, policy, limit
+        self.run = None if run is None else Path(run)
+        self.skipped: dict[str, dict[str, str]] = {"train": {}, "valid": {}}  # set -> id -> why
+        self.rows: list[dict[str, Any]] = []  # of skipped.jsonl; of the main rank alone
+        self.begun = False
+
+    def agree(self, name: str, dataset: SpeechDataset, errors: dict[int, str]) -> dict[int, str]:
+        """What any rank could not read (position in the dataset -> why), on every rank; all ranks call this.
+
+        Raises AudioError on all ranks where it ends the run.
+        """
+        if not int(self.world.sum(torch.tensor([len(errors)]))):
+            return {}
+        found = {i: why for part in self.world.gather(errors) for i, why in part.items()}
+        advice = " or leave them out with --on-bad-audio skip" if self.run is not None else ""
+        if self.policy == "fail":
+            raise AudioError(
+                f"{len(found)} of {len(dataset)} recordings cannot be used; mend or remove them{advice}:\n  "
+                f"{listed(found.values())}"
+            )
+        skipped = self.skipped[name]
+        new = [i for i in sorted(found) if dataset.utterances[i].id not in skipped]
+        for i in new:
+            utterance = dataset.utterances[i]
+            skipped[utterance.id] = found[i]
+            row = {"set": name, "id": utterance.id, "file": str(utterance.file), "why": found[i]}
+            self.rows.append(row)
+            if self.world.is_main:
+                tqdm.write(f"skipped ({name}, {len(skipped)} of {len(dataset)}): {found[i]}", file=sys.stderr)
+        if new and self.begun and self.world.is_main and self.run is not None:
+            with (self.run / "skipped.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(to_line(self.rows[k]) for k in range(-len(new), 0))
+        if len(skipped) > self.limit * len(dataset) or len(skipped) == len(dataset):
+            raise AudioError(
+                f"{len(skipped)} of {len(dataset)} recordings of {name} cannot be used; "
+                f"--max-bad-audio {self.limit:g} allows {100 * self.limit:g} %:\n  {listed(skipped.values())}"
+            )
+        return found
+
+    def read_lengths(self, name: str, dataset: SpeechDataset, *, least: int, anew: bool = False) -> None:
+        """Set the dataset's lengths from the headers, which are read once: each rank reads its share.
+
+        ``least`` is the length in samples of what has no header that can be read and had none when the run began,
+        ``anew`` that none began in this folder.
+        """
+        found, errors = dataset.read_headers(range(self.world.rank, len(dataset), self.world.size))
+        lengths = {i: n for part in self.world.gather(found) for i, n in part.items()}
+        if len(lengths) < len(dataset):
+            before = self.world.gather([] if anew else self.recorded_lengths(name, len(dataset)))[0]
+            lengths = {i: before[i] for i in range(len(dataset)) if before} | lengths
+        dataset.lengths = [lengths.get(i, least) for i in range(len(dataset))]
+        self.agree(name, dataset, errors)
+
+    def recorded_lengths(self, name: str, count: int) -> list[int]:
+        """Those that the run in this folder began with; empty where there are none of ``count`` recordings."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if self.run is not None:
+                text = (self.run / "lengths.json").read_text(encoding="utf-8")
+                lengths = json.loads(text)[name]
+                if len(lengths) == count and all(type(n) is int and n > 0 for n in lengths):
+                    return lengths
+        return []
+
+    def begin(self, lengths: dict[str, list[int]], datasets: dict[str, SpeechDataset]) -> None:
+        """Once the run's folder is ours: note the lengths of a new run, and try again what the last start skipped.
+
+        What it skipped and can be read now, having been mended, is on the list no more.
+        """
+        assert self.run is not None
+        path = self.run / "skipped.jsonl"
+        rows = read_rows(path) if self.world.is_main else []
+        before = {(row.get("set"), row.get("id")) for row in self.world.gather(rows)[0]}
+        for name, dataset in datasets.items():
+            known = self.skipped[name]
+            again = [i for i, u in enumerate(dataset.utterances) if (name, u.id) in before and u.id not in known]
+            tried = ((i, dataset[i].error) for i in again[self.world.rank :: self.world.size])
+            self.agree(name, dataset, {i: why for i, why in tried if why})
+        self.begun = True
+        if not self.world.is_main:
+            return
+        if not (self.run / "lengths.json").exists():
+            with replace_file(self.run / "lengths.json") as file:
+                file.write(json.dumps(lengths))
+        if self.rows or path.exists():
+            with replace_file(path) as file:
+                file.writelines(map(to_line, self.rows))
+
+
+def errors_of(batches: Iterable[Batch]) -> dict[int, str]:
+    """Position in the dataset -> why its recording could not be read."""
+    return {i: why for batch in batches for i, why in batch.errors.items()}
+
+
+def to_line(row: dict[str, Any]) -> str:
+    """As a JSON lines file holds it."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file; none where it is not there, without lines that a kill cut short."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    rows.append(row)
+    return rows

@@ -1,0 +1,369 @@
+"""Recordings that cannot be read, memory that runs short, loader workers that die (E3, A9; N3, N4, N7)."""
+
+import csv
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from test_update import ALL, assert_same_gradients, examples, gradients, run_ranks, tiny_config
+from toy import toy_recognizer, toy_rows, write_corpus
+
+import ser.errors
+from ser.data.dataset import SpeechDataset
+from ser.data.manifest import Utterance, read_manifest
+from ser.errors import AudioError, ResourceError, SerError
+from ser.train.checkpoint import checkpoints
+from ser.train.config import TrainConfig
+from ser.train.distributed import World
+from ser.train.loop import evaluate, fit
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_iemocap.py"
+LARGE_STYLE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+
+
+def quick(**changes) -> TrainConfig:
+    settings = {"epochs": 2, "effective_batch": 4, "micro_batch": 2, "rate": 3e-3, "beta": 0.1, "log_every": 1}
+    return TrainConfig(**settings | {"keep": 100, "save_every": "1", "max_bad_audio": 0.2} | changes)
+
+
+def cut_behind_its_header(file: Path) -> None:
+    """The recording as a FLAC of which the last 40 % are gone: its header is whole, and only decoding tells."""
+    samples, rate = soundfile.read(file)
+    soundfile.write(file, samples, rate, format="FLAC")
+    data = file.read_bytes()
+    file.write_bytes(data[: int(0.6 * len(data))])
+
+
+def corpus(folder: Path, *, train=(4,), valid=(1,)):
+    """Twelve rows to train on and five to validate on; those numbered are corrupt."""
+    rows, others = toy_rows(folder, 12), toy_rows(folder, 5, seed=1, name="valid")
+    for row in (*(rows[i] for i in train), *(others[i] for i in valid)):
+        cut_behind_its_header(row.file)
+    return rows, others
+
+
+def entries(run: Path, kind: str) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in found if entry["kind"] == kind]
+
+
+def listed(run: Path) -> list[tuple[str, str]]:
+    rows = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    return [(row["set"], row["id"]) for row in rows]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    for name in ("model", "optimizer"):
+        first, second = (load_file(folder / f"{name}.safetensors") for folder in (a, b))
+        assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+# ---------------------------------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_recording_ends_the_run_with_its_path_and_cause(tmp_path, workers):
+    train, valid = corpus(tmp_path)
+    with pytest.raises(AudioError) as caught:
+        fit(toy_recognizer(), train, [], quick(workers=workers), tmp_path / "run")
+    message = str(caught.value)
+    assert str(train[4].file) in message and "truncated or damaged" in message
+    assert "--on-bad-audio skip" in message and "Traceback" not in message
+    with pytest.raises(AudioError, match=r"valid1\.wav: truncated or damaged"):
+        fit(toy_recognizer(), train[:4], valid, quick(workers=workers), tmp_path / "other")
+
+
+@pytest.fixture(scope="module")
+def skipping(tmp_path_factory):
+    """A run that skipped a training and a validation recording, and what it said."""
+    folder = tmp_path_factory.mktemp("skipping")
+    train, valid = corpus(folder)
+    stream, sys.stderr = sys.stderr, (folder / "said").open("w")
+    try:
+        result = fit(toy_recognizer(), train, valid, quick(on_bad_audio="skip"), folder / "run")
+    finally:
+        sys.stderr.close()
+        sys.stderr = stream
+    return folder, train, valid, result
+
+
+def test_what_is_skipped_is_named_once_with_its_cause_listed_and_counted_in_the_progress_line(skipping):
+    folder, train, valid, result = skipping
+    assert result.progress.step == 6, "every update of the plan was made"
+    assert listed(folder / "run") == [("train", "train4.wav"), ("valid", "valid1.wav")]
+    said = (folder / "said").read_text()
+    for file in (train[4].file, valid[1].file):
+        assert said.count(f"{file}: truncated or damaged") == 1
+    shown = [entry.get("bad_audio") for entry in entries(folder / "run", "train")]
+    assert shown[-1] == 1 and set(shown) <= {None, 1} and "bad_audio 1" in said
+
+
+def test_a_skipped_validation_recording_is_not_counted(skipping):
+    folder, _, valid, result = skipping
+    (entry, *_) = entries(folder / "run", "valid")
+    assert entry["utterances"] == 4 and entry["bad_audio"] == 1
+    rest = [row for row in valid if row.id != "valid1.wav"]
+    expected = evaluate(ser.load(folder / "run/last"), rest).metrics()
+    found = result.evaluation.metrics()
+    assert {name: found[name] for name in ("utterances", "emotion_utterances", "words")} == {
+        name: expected[name] for name in ("utterances", "emotion_utterances", "words")
+    }
+    assert found["accuracy"] == expected["accuracy"] and found["wer"] == expected["wer"]
+    assert found["loss_emotion"] == pytest.approx(expected["loss_emotion"], rel=1e-5)
+    with pytest.raises(AudioError, match=r"valid1\.wav: truncated or damaged"):
+        evaluate(ser.load(folder / "run/last"), valid)
+
+
+def test_loader_workers_skip_the_same(skipping, tmp_path):
+    folder, train, valid, _ = skipping
+    fit(toy_recognizer(), train, valid, quick(on_bad_audio="skip", workers=2), tmp_path / "run")
+    assert listed(tmp_path / "run") == listed(folder / "run")
+    assert_same_weights(checkpoints(tmp_path / "run")[-1], checkpoints(folder / "run")[-1])
+
+
+def test_a_run_that_a_corrupt_recording_ended_continues_with_skip_as_if_it_had_skipped(skipping, tmp_path):
+    _, train, _, _ = skipping
+    fit(toy_recognizer(), train, [], quick(on_bad_audio="skip"), tmp_path / "whole")
+    with pytest.raises(AudioError):
+        fit(toy_recognizer(), train, [], quick(), tmp_path / "run")
+    assert len(checkpoints(tmp_path / "run")) < 6
+    fit(toy_recognizer(seed=9), train, [], quick(on_bad_audio="skip"), tmp_path / "run")
+    assert_same_weights(checkpoints(tmp_path / "run")[-1], checkpoints(tmp_path / "whole")[-1])
+
+
+def test_a_header_damaged_while_the_run_stood_still_does_not_change_its_order(tmp_path, capsys):
+    train, _ = corpus(tmp_path)
+    fit(toy_recognizer(), train, [], quick(on_bad_audio="skip"), tmp_path / "whole")
+    run = tmp_path / "run"
+    shutil.copytree(tmp_path / "whole", run)
+    for folder in checkpoints(run)[2:]:
+        shutil.rmtree(folder)
+    train[4].file.write_bytes(b"not audio at all")
+    capsys.readouterr()
+    result = fit(toy_recognizer(seed=9), train, [], quick(on_bad_audio="skip"), run)
+    assert result.resumed and "unknown format" in capsys.readouterr().err
+    assert listed(run) == [("train", "train4.wav")], "still once"
+    assert_same_weights(checkpoints(run)[-1], checkpoints(tmp_path / "whole")[-1])
+
+
+def test_a_mended_recording_is_taken_off_the_list_on_resuming(tmp_path):
+    train, _ = corpus(tmp_path)
+    settings = quick(on_bad_audio="skip", epochs=1)
+    fit(toy_recognizer(), train, [], settings, tmp_path / "run")
+    assert listed(tmp_path / "run") == [("train", "train4.wav")]
+    fit(toy_recognizer(), train, [], settings, tmp_path / "run")
+    assert listed(tmp_path / "run") == [("train", "train4.wav")], "tried again, and still bad"
+    soundfile.write(
+        train[4].file, np.random.default_rng(0).normal(size=soundfile.info(train[4].file).frames), 16_000
+    )
+    fit(toy_recognizer(), train, [], settings, tmp_path / "run")
+    assert listed(tmp_path / "run") == []
+
+
+def test_headers_that_cannot_be_read_are_skipped_before_training_up_to_the_limit(tmp_path, capsys):
+    train, _ = corpus(tmp_path, train=())
+    train[3].file.write_bytes(b"not audio")
+    train[7].file.unlink()
+    result = fit(toy_recognizer(), train, [], quick(on_bad_audio="skip"), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert result.progress.step == 6
+    assert "unknown format" in said and "no such file" in said and "do not fit" not in said
+    with pytest.raises(AudioError) as caught:
+        fit(toy_recognizer(), train, [], quick(on_bad_audio="skip", max_bad_audio=0.1), tmp_path / "less")
+    assert "2 of 12 recordings of train" in str(caught.value) and "--max-bad-audio 0.1" in str(caught.value)
+    assert str(train[3].file) in str(caught.value) and str(train[7].file) in str(caught.value)
+    assert not (tmp_path / "less").exists()
+
+
+def test_beyond_the_limit_a_run_stops_and_lists_what_it_skipped(tmp_path):
+    train, _ = corpus(tmp_path, train=(0, 5, 9))
+    with pytest.raises(AudioError) as caught:
+        fit(toy_recognizer(), train, [], quick(on_bad_audio="skip"), tmp_path / "run")
+    assert "3 of 12 recordings of train" in str(caught.value) and "allows 20 %" in str(caught.value)
+    assert all(str(train[i].file) in str(caught.value) for i in (0, 5, 9))
+    assert sorted(id for _, id in listed(tmp_path / "run")) == ["train0.wav", "train5.wav", "train9.wav"]
+
+
+def unread(folder: Path, index: int):
+    """What the loader makes of a corrupt recording, at the place of utterance ``index`` of `examples`."""
+    file = folder / "corrupt.wav"
+    if not file.exists():
+        soundfile.write(file, np.random.default_rng(0).normal(size=len(examples()[index].waveform)) / 9, 16_000)
+        cut_behind_its_header(file)
+    row = Utterance("corrupt", file, emotion="a", speaker="s", text="AB", arousal=1.0)
+    found = SpeechDataset([row], emotions="abcd", speakers="stu", dimensions=["arousal", "b", "c"])[0]
+    assert found.error and len(found.waveform) == len(examples()[index].waveform)
+    return replace(found, index=index, waveform=found.waveform.double())
+
+
+REST = [i for i in ALL if i != 3]
+
+
+@pytest.mark.parametrize(("style", "micro_batch"), [({}, 1), ({}, 8), (LARGE_STYLE, 3)], ids=["1", "8", "3-large"])
+def test_the_gradient_is_that_of_the_update_without_the_skipped_utterance(tmp_path, style, micro_batch):
+    config, pool = tiny_config(**style), examples()
+    expected, losses = gradients(World(), REST, 8, config=config)
+    pool[3] = unread(tmp_path, 3)
+    found, same = gradients(World(), ALL, micro_batch, config=config, pool=pool)
+    assert_same_gradients(found, expected)
+    torch.testing.assert_close(same, losses, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("kind", SerError.__subclasses__() + AudioError.__subclasses__())
+def test_every_error_of_ours_crosses_processes_with_its_text(kind):
+    error = pickle.loads(pickle.dumps(kind("a.wav: truncated")))
+    assert type(error) is kind and str(error) == "a.wav: truncated"
+
+
+# ---------------------------------------------------------------------------------------- two processes
+
+
+def message_of(work) -> str:
+    try:
+        work()
+    except SerError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def on_each_rank(world, folder: str):
+    """Everything that needs two processes, in one start of them."""
+    folder = Path(folder)
+    pool = examples()
+    pool[3] = unread(folder / f"rank{world.rank}", 3)
+    found = {"gradients": {m: gradients(world, ALL, m, pool=pool)[0] for m in (1,)}}
+    train, valid = (read_manifest(folder / f"{name}.csv") for name in ("train", "valid"))
+
+    def run(name, rows=train, others=(), **changes):
+        recognizer = toy_recognizer()
+        fit(recognizer, rows, others, quick(**changes), folder / name, world=world)
+        return [p.detach().clone() for p in recognizer.model.parameters()]
+
+    found["skipped"] = run("skip", others=valid, on_bad_audio="skip")
+    found["fail"] = message_of(lambda: run("fail", workers=1))
+    found["limit"] = message_of(lambda: run("limit", on_bad_audio="skip", max_bad_audio=0.05))
+    found["valid"] = message_of(lambda: run("valid", rows=train[:4], others=valid))
+    found["memory"] = out_of_memory(folder) if world.rank == 0 else ""
+    return found
+
+
+def out_of_memory(folder: Path) -> str:
+    """What a run says whose longest utterance takes more memory than the system lets the process have."""
+    soundfile.write(folder / "long.wav", np.random.default_rng(0).normal(size=120 * 16_000) / 9, 16_000)
+    rows = [replace(row, file=folder / "long.wav", id="long") for row in read_manifest(folder / "train.csv")[:1]]
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (held + 300 * 2**20, before[1]))
+    try:
+        return message_of(lambda: fit(toy_recognizer(), rows, [], quick(), folder / "memory"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    for rank in (0, 1):
+        (folder / f"rank{rank}").mkdir()
+    corpus(folder)
+    return folder, run_ranks(on_each_rank, 2, folder, str(folder))
+
+
+def test_the_gradient_is_that_without_the_skipped_utterance_on_two_ranks_too(two_ranks):
+    expected, _ = gradients(World(), REST, 8)
+    for found in two_ranks[1]:
+        for gradient in found["gradients"].values():
+            assert_same_gradients(gradient, expected)
+
+
+def test_two_ranks_skip_alike_and_one_speaks(two_ranks):
+    folder, (first, second) = two_ranks
+    assert all(torch.equal(a, b) for a, b in zip(first["skipped"], second["skipped"], strict=True))
+    assert listed(folder / "skip") == [("train", "train4.wav"), ("valid", "valid1.wav")]
+    assert entries(folder / "skip", "train")[-1]["bad_audio"] == 1
+    assert entries(folder / "skip", "valid")[-1]["utterances"] == 4
+
+
+@pytest.mark.parametrize(
+    ("case", "file"), [("fail", "train4.wav"), ("limit", "train4.wav"), ("valid", "valid1.wav")]
+)
+def test_two_ranks_end_with_the_same_message_though_one_of_them_read_the_file(two_ranks, case, file):
+    first, second = (found[case] for found in two_ranks[1])
+    assert first == second and first.startswith("AudioError: 1 of")
+    assert file in first and "truncated or damaged" in first
+
+
+def test_out_of_memory_names_the_utterance_its_seconds_and_what_to_change(two_ranks):
+    message = two_ranks[1][0]["memory"]
+    assert message.startswith(f"{ResourceError.__name__}: out of memory")
+    for words in ("long (120.0 s)", "--micro-batch 1", "--max-seconds", "--activation-checkpointing", "--amp"):
+        assert words in message
+
+
+# ---------------------------------------------------------------------------------------- torchrun
+
+
+def children(pid: int) -> list[int]:
+    """Of a process, by Linux's /proc."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                    found.append(int(folder.name))
+            except OSError:
+                continue  # it has ended
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through Linux's /proc")
+def test_a_killed_loader_worker_ends_all_ranks_with_a_clear_error(tmp_path):
+    """And --on-bad-audio skip reads past a file that is not there."""
+    write_corpus(tmp_path, 8)
+    with (tmp_path / "train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    with (tmp_path / "long.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "emotion", "start"])
+        table.writerow(["gone.wav", "sad", ""])
+        table.writerows([rows[i % 8]["file"], rows[i % 8]["emotion"], f"{i * 1e-5:.5f}"] for i in range(3000))
+    toy_recognizer(heads=["emotion"]).save(tmp_path / "init")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
+    options = "--train long.csv --init init --out run --workers 1 --epochs 100 --log-every 1 --on-bad-audio skip"
+    command += [*options.split(), "--max-bad-audio", "0.001", "--effective-batch", "8"]
+    with (tmp_path / "said").open("w") as said:
+        agent = subprocess.Popen(
+            command, cwd=tmp_path, stderr=said, stdout=said, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        try:
+            log = tmp_path / "run/metrics.jsonl"
+            end = time.monotonic() + 120
+            while not (log.exists() and log.read_text()) and agent.poll() is None and time.monotonic() < end:
+                time.sleep(0.2)
+            workers = [worker for rank in children(agent.pid) for worker in children(rank)]
+            assert workers, (tmp_path / "said").read_text()
+            os.kill(workers[-1], signal.SIGKILL)
+            killed = time.monotonic()
+            assert agent.wait(timeout=60) != 0
+            seconds = time.monotonic() - killed
+        finally:
+            agent.kill() if agent.poll() is None else None
+    text = (tmp_path / "said").read_text()
+    assert seconds < 15
+    assert "gone.wav: no such file" in text
+    assert "error: a process that decodes audio died" in text and "--workers" in text
+    first = text.index("error: a process that decodes audio died")
+    assert "Traceback" not in text[:first] and "Connection" not in text[:first]
