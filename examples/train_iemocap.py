@@ -20,7 +20,7 @@ One fold of the paper's protocol with the paper's settings, from the folder that
         --paper --init wav2vec2-base --out runs/01F
 
 One process: python examples/train_iemocap.py ... . A run that was interrupted continues when the same command is
-given again.
+given again. SIGTERM, SIGUSR1 and Ctrl-C let it finish its update, save, and end with status 75.
 
 A manifest is a CSV with a header (or JSONL): file, and any of emotion, text, speaker, id, start, end, arousal,
 dominance, valence. The files are relative to --root, else to the manifest's folder.
@@ -48,6 +48,7 @@ from ser.recognizer import Recognizer, inherited_labels, is_preset
 from ser.train.config import TrainConfig, add_arguments, from_arguments, paper_settings
 from ser.train.distributed import World, cpu_threads, joined_world
 from ser.train.loop import fit, say
+from ser.train.processes import PREEMPTED, one_voice
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -169,7 +170,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads or cpu_threads())
     config = from_arguments(arguments)
-    with joined_world(config.device) as world:
+    with joined_world(config.device, timeout=config.timeout) as world:
         if "WORLD_SIZE" not in os.environ and torch.cuda.device_count() > 1:
             count = torch.cuda.device_count()
             say(
@@ -230,10 +231,11 @@ def main() -> None:
             verbose=arguments.verbose,
         )
         best = "" if result.progress.best is None else f", {result.metric} {result.progress.best:.4f}"
-        say(
-            world,
-            f"done: {arguments.out / 'best'} (update {result.progress.best_step or result.progress.step}{best})",
-        )
+        if not result.stopped:
+            step = result.progress.best_step or result.progress.step
+            say(world, f"done: {arguments.out / 'best'} (update {step}{best})")
+    if result.stopped:
+        sys.exit(PREEMPTED)
 
 
 def chosen_vocabulary(arguments: argparse.Namespace, texts: list[str]) -> Vocabulary:
@@ -250,7 +252,5 @@ def chosen_vocabulary(arguments: argparse.Namespace, texts: list[str]) -> Vocabu
 
 
 if __name__ == "__main__":
-    try:
+    with one_voice():
         main()
-    except ser.SerError as error:
-        sys.exit(f"error: {error}")

@@ -1,6 +1,7 @@
 """Run folders: what is saved while training, and how it is found again.
 
     runs/NAME/
+      owner.json               who trains in the folder, or did last; see `ser.train.processes.own_run`
       config.json              the resolved settings and data of the run
       metrics.jsonl            a line per log interval and evaluation
       checkpoints/step-00000120/   a model folder, plus optimizer.safetensors and state.json
@@ -26,6 +27,7 @@ from torch import nn
 from ser.errors import RunFolderError
 from ser.models.pretrained import recover_folder, write_folder_atomically, write_json, write_tensors
 from ser.recognizer import Recognizer
+from ser.train.processes import OWNER
 
 STATE = "state.json"
 
@@ -41,6 +43,7 @@ class Progress:
     best: float | None = None  # of the chosen metric
     best_step: int = 0
     evaluations_since_best: int = 0
+    evaluation_due: bool = False  # a signal came before it: it is the first thing to do
     scaler: dict[str, Any] | None = None
     finished: bool = False
 
@@ -122,11 +125,13 @@ def open_run(run: Path, settings: dict[str, Any], *, overwrite: bool) -> Path | 
     if run.exists() and not run.is_dir():
         raise RunFolderError(f"{run}: is a file; a run needs a folder")
     settings = json.loads(json.dumps(settings))  # as it will be read again: lists for tuples
-    occupied = run.is_dir() and any(run.iterdir())
+    occupied = run.is_dir() and any(path.name != OWNER for path in run.iterdir())
     if occupied and overwrite:
         if not (run / "config.json").is_file() or not (run / "checkpoints").is_dir():
             raise RunFolderError(f"{run}: is not a training run, so --overwrite does not remove it")
-        shutil.rmtree(run)
+        for path in run.iterdir():
+            if path.name != OWNER:  # which is locked
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         occupied = False
     for name in ("best", "last"):
         recover_folder(run / name)
@@ -164,7 +169,7 @@ def changed_settings(run: Path, settings: dict[str, Any]) -> list[str]:
 
 def interrupted_early(run: Path, settings: dict[str, Any]) -> bool:
     """Whether the folder holds this very run, stopped before its first checkpoint: it simply starts again."""
-    own = {"config.json", "metrics.jsonl", "checkpoints", "best", ".best.new", ".best.old"}
+    own = {OWNER, "config.json", "metrics.jsonl", "checkpoints", "best", ".best.new", ".best.old"}
     return (
         {p.name for p in run.iterdir()} <= own
         and (run / "config.json").is_file()
@@ -183,6 +188,8 @@ MAY_CHANGE = {
     "micro_batch",
     "accumulate",
     "eval_seconds",
+    "timeout",
+    "max_skipped",
     "world_size",
     "versions",
 }
