@@ -2,13 +2,14 @@
 # make test    all tests
 # make lint    ruff and mypy
 # make parity  how far each architecture, head and format is from its reference, into docs/parity.md (minutes)
+# make soak    hundreds of kills and thousands of damaged files, into docs/reliability.md (hours at most)
 # Each makes .venv first, with Python 3.11 or newer (PYTHON=... chooses one).
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint parity clean
+.PHONY: demo test lint parity soak clean
 
 demo: .venv/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py
@@ -24,6 +25,9 @@ lint: .venv/.lint
 
 parity: .venv/.test
 	$(BIN)/python tests/peers/parity.py --write docs/parity.md
+
+soak: .venv/.test
+	$(BIN)/python tests/soak/run.py
 
 # A stamp per extra: what is installed already is not asked for again.
 .venv/.demo .venv/.test .venv/.lint: .venv/.%: .venv/.made setup.cfg pyproject.toml

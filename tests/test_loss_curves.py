@@ -42,7 +42,9 @@ def test_fifty_updates_give_the_recorded_losses(tmp_path):
     exact = recorded["recorded_with"] == here()
     for name, values in recorded["curves"].items():
         assert len(values) == len(found[name]) == 50
-        assert found[name] == (values if exact else pytest.approx(values, rel=1e-4, abs=1e-4)), name
+        assert found[name] == (values if exact else pytest.approx(values, rel=1e-4, abs=1e-4)), (
+            f"{name}: see {__file__}"
+        )
     assert sum(found["loss_emotion"][-5:]) < sum(found["loss_emotion"][:5]), "and it learns"
 
 

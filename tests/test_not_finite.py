@@ -34,8 +34,8 @@ def poison(value: float, bad: set[int]):
     return read, item
 
 
-def three_runs(world, folder):
-    """On this rank: the weights with NaN, with infinity, and with that utterance's updates left out by hand."""
+def two_runs(world, folder):
+    """On this rank: the weights with an utterance that holds a NaN, and with its updates left out by hand."""
     rows = read_manifest(Path(folder) / "train.csv")
     found, touched = [], []
 
@@ -46,7 +46,7 @@ def three_runs(world, folder):
         touched.append(mine)
         return UpdateResult({}, 0.0) if anywhere else UPDATE(*arguments, **options)
 
-    for number, value in enumerate([float("nan"), float("inf"), None]):
+    for number, value in enumerate([float("nan"), None]):
         recognizer = toy_recognizer()
         read, item = poison(value or 0.0, {BAD} if value is not None else set())
         SpeechDataset.__getitem__ = item
@@ -61,18 +61,18 @@ def three_runs(world, folder):
 
 def test_a_sample_that_is_not_finite_on_one_rank_leaves_its_update_out_on_all_and_nothing_else(tmp_path, capfd):
     write_corpus(tmp_path, 8)
-    ranks = run_ranks(three_runs, 2, tmp_path, str(tmp_path))
+    ranks = run_ranks(two_runs, 2, tmp_path, str(tmp_path))
     said = capfd.readouterr().err
     (_, first_has_it), (_, second_has_it) = ranks
     assert [a + b for a, b in zip(first_has_it, second_has_it, strict=True)].count(1) == 3, "on one rank, thrice"
     for found, _ in ranks:
-        (nan, *counts), (infinite, *again), (expected, *_) = found
-        assert counts == again == [3, 6], "once an epoch, and each keeps its place"
+        (nan, *counts), (expected, *_) = found
+        assert counts == [3, 6], "once an epoch, and each keeps its place"
         for name, value in expected.items():
-            assert torch.equal(nan[name], value) and torch.equal(infinite[name], value), name
-            assert torch.equal(value, ranks[0][0][2][0][name]), f"ranks differ in {name}"
+            assert torch.equal(nan[name], value), name
+            assert torch.equal(value, ranks[0][0][1][0][name]), f"ranks differ in {name}"
     lines = [line for line in said.splitlines() if "left out: loss or gradient not finite" in line]
-    assert len(lines) == 6, said
+    assert len(lines) == 3, said
     for line in lines:
         names = line.partition("it held ")[2].split(", ")
         assert f"train{BAD}.wav" in " ".join(names) and len(names) == 4, "those of both ranks"

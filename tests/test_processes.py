@@ -134,13 +134,11 @@ def same_utterances(run: Run, whole: Run) -> bool:
     )
 
 
-def kill_at_random(run: Run, kills: int, generator: random.Random, *, most: int = 4) -> None:
-    """kill -9 of a random rank, up to ``most`` updates into each attempt and up to 0.2 s later."""
-    for attempt in range(kills):
-        rank = generator.randrange(2)
-        pid = run.await_update(rank, attempt=attempt, after=generator.randrange(most))
-        time.sleep(0.2 * generator.random())
-        os.kill(pid, signal.SIGKILL)
+def kill_at_random(run: Run, generator: random.Random, *, attempt: int) -> None:
+    """kill -9 of a random rank, one to four updates into an attempt and up to 0.2 s later."""
+    pid = run.await_update(generator.randrange(2), attempt=attempt, after=generator.randrange(4))
+    time.sleep(0.2 * generator.random())
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_six_kills_cost_six_restarts_and_end_in_the_same_weights_after_the_same_utterances(
@@ -148,7 +146,9 @@ def test_six_kills_cost_six_restarts_and_end_in_the_same_weights_after_the_same_
 ):
     # Two ranks: the sum of two numbers does not depend on their order, so regrouped buckets change no bit.
     with Run(corpus, tmp_path / "run", "--save-every", "2", restarts=6) as run:
-        kill_at_random(run, 6, random.Random(1))
+        generator = random.Random(1)
+        for attempt in range(6):
+            kill_at_random(run, generator, attempt=attempt)
         assert run.end() == 0, run.said()
         attempts = [line["attempt"] for line in run.lines(0)]
         assert sorted(set(attempts)) == list(range(7)), "one restart per kill"
