@@ -145,7 +145,7 @@ def test_six_kills_cost_six_restarts_and_end_in_the_same_weights_after_the_same_
     corpus, whole, tmp_path
 ):
     # Two ranks: the sum of two numbers does not depend on their order, so regrouped buckets change no bit.
-    with Run(corpus, tmp_path / "run", "--save-every", "2", restarts=6) as run:
+    with Run(corpus, tmp_path / "run", "--save-every", "2", restarts=6, PACE="0.1") as run:
         generator = random.Random(1)
         for attempt in range(6):
             kill_at_random(run, generator, attempt=attempt)

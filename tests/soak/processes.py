@@ -32,14 +32,16 @@ def soak(folder: Path, kills: int, seconds: float, seed: int) -> dict[str, objec
     """Figures of one run with kills, and whether it equals the one without."""
     write_corpus(folder, 16)
     toy_recognizer().save(folder / "init")
-    epochs = max(6, kills)  # of four updates; a kill comes within four, and two are repeated at most
-    settings = ["--epochs", str(epochs), "--log-every", "50"]
+    epochs = 6 + kills * 3 // 2  # of four updates; a kill comes within four and 0.2 s
+    settings = ["--epochs", str(epochs), "--log-every", "50", "--keep", "2"]
     started = time.monotonic()
     with Run(folder, folder / "whole", *settings, "--save-every", f"{epochs}ep") as whole:
-        if whole.process.wait(seconds):
+        if whole.process.wait(seconds + 600):
             raise RuntimeError(whole.said())
     generator, made, slowest = random.Random(seed), 0, 0.0
-    with Run(folder, folder / "run", *settings, "--save-every", "2", torchrun=True, restarts=kills) as run:
+    with Run(
+        folder, folder / "run", *settings, "--save-every", "2", torchrun=True, restarts=kills, PACE="0.1"
+    ) as run:
         while made < kills and time.monotonic() - started < seconds:
             kill_at_random(run, generator, attempt=made)
             killed, made = time.monotonic(), made + 1

@@ -28,9 +28,7 @@ def run(script: Path, seconds: float | None) -> tuple[list[dict], str]:
     command = [sys.executable, str(script), *(["--seconds", str(seconds)] if seconds else [])]
     environment = {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     environment |= {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     figures = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode:
         sys.stderr.write(done.stderr[-4000:])
