@@ -163,7 +163,7 @@ def test_six_kills_cost_six_restarts_and_end_in_the_same_weights_after_the_same_
 
 
 def test_workers_of_a_killed_launcher_save_and_end_within_five_seconds(corpus, whole, tmp_path):
-    with Run(corpus, tmp_path / "run", "--save-every", "99", PACE="0.1") as run:
+    with Run(corpus, tmp_path / "run", "--save-every", "99", PACE="0.3") as run:
         pids = [run.await_update(rank, after=1) for rank in (0, 1)]
         run.process.kill()
         assert seconds_until(lambda: not any(map(alive, pids)), 10) < 5
@@ -172,13 +172,11 @@ def test_workers_of_a_killed_launcher_save_and_end_within_five_seconds(corpus, w
 
 
 def test_a_second_run_in_a_folder_is_refused_once_by_name_of_the_holder_until_that_is_killed(corpus, tmp_path):
-    with Run(corpus, tmp_path / "run", processes=1, PACE="0.5") as run:
+    with Run(corpus, tmp_path / "run", processes=1, FAULT="0:1:hang") as run:
         pid = run.await_update(0)
         name = json.loads((run.out / OWNER).read_text())
         config = (run.out / "config.json").read_bytes()
-        with Run(
-            corpus, tmp_path / "run", "--overwrite", PACE="0.5"
-        ) as second:  # on two ranks: one of them speaks
+        with Run(corpus, tmp_path / "run", "--overwrite") as second:  # on two ranks: one of them speaks
             assert second.end() == 1
             (told,) = errors(second.said().partition("torch/")[0])
         assert f"{run.out}: process {pid} on {name['host']} (since {name['since']}) trains in this folder" in told
@@ -203,7 +201,7 @@ def test_signals_once_and_twice_save_on_all_ranks_and_the_same_command_continues
         assert state["step"] <= stopped_before + 3, "two updates after the signal at the latest"
         return state["step"]
 
-    with Run(*arguments, restarts=1, PACE="0.1") as run:
+    with Run(*arguments, restarts=1, PACE="0.3") as run:
         second = run.await_update(1, after=2)
         os.kill(
             second, signal.SIGUSR1
@@ -218,7 +216,7 @@ def test_signals_once_and_twice_save_on_all_ranks_and_the_same_command_continues
         assert run.end() != 0
         assert "stopped by SIGTERM" in run.said() and not errors(run.said().partition("stopped by SIGTERM")[0])
     stopped = newest_is_as_if_nothing_had_happened(stopped)
-    with Run(*arguments, PACE="0.1") as run:
+    with Run(*arguments, PACE="0.3") as run:
         run.await_update(0, after=len(run.lines(0)) + 1)
         now = run.lines(0)[-1]["step"]
         pids = run.workers()[-2:]
@@ -234,7 +232,7 @@ def test_signals_once_and_twice_save_on_all_ranks_and_the_same_command_continues
 def test_one_process_with_loader_workers_answers_sigterm_to_all_of_them_with_a_checkpoint_and_status_75(
     corpus, tmp_path
 ):
-    with Run(corpus, tmp_path / "run", "--save-every", "99", "--workers", "2", processes=1, PACE="0.1") as run:
+    with Run(corpus, tmp_path / "run", "--save-every", "99", "--workers", "2", processes=1, PACE="0.3") as run:
         run.await_update(0, after=1)
         done = len(run.lines(0))
         os.killpg(run.process.pid, signal.SIGTERM)
