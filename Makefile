@@ -3,13 +3,14 @@
 # make lint    ruff and mypy
 # make parity  how far each architecture, head and format is from its reference, into docs/parity.md (minutes)
 # make protocols  all folds of paper10 and session5 on a made-up IEMOCAP of the real size (half an hour)
+# make soak    hundreds of kills and thousands of damaged files, into docs/reliability.md (hours at most)
 # Each makes .venv first, with Python 3.11 or newer (PYTHON=... chooses one).
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint parity protocols clean
+.PHONY: demo test lint parity protocols soak clean
 
 demo: .venv/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py
@@ -35,6 +36,9 @@ protocols: .venv/.test
 	$(BIN)/python examples/prepare_iemocap.py $(TREE)/release --out $(TREE)/data
 	OMP_NUM_THREADS=1 $(CROSS) --protocol paper10 --out $(TREE)/paper10
 	OMP_NUM_THREADS=1 $(CROSS) --protocol session5 --beta 0.1 --out $(TREE)/session5
+
+soak: .venv/.test
+	$(BIN)/python tests/soak/run.py
 
 # A stamp per extra: what is installed already is not asked for again.
 .venv/.demo .venv/.test .venv/.lint: .venv/.%: .venv/.made setup.cfg pyproject.toml

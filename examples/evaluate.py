@@ -46,6 +46,7 @@ from ser.train import card
 from ser.train.distributed import World, cpu_threads, joined_world
 from ser.train.loop import judge, say
 from ser.train.pictures import draw
+from ser.train.processes import one_voice
 from ser.train.report import Outcomes, compare, report, table, write_rows
 
 
@@ -274,7 +275,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_voice():
         main()
-    except (ser.SerError, OSError) as error:
-        sys.exit(f"error: {error}")

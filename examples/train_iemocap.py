@@ -20,7 +20,7 @@ One fold of the paper's protocol with the paper's settings, from the folder that
         --paper --init wav2vec2-base --out runs/01F
 
 One process: python examples/train_iemocap.py ... . A run that was interrupted continues when the same command is
-given again.
+given again. SIGTERM, SIGUSR1 and Ctrl-C let it finish its update, save, and end with status 75.
 
 A manifest is a CSV with a header (or JSONL): file, and any of emotion, text, speaker, id, start, end, arousal,
 dominance, valence. The files are relative to --root, else to the manifest's folder.
@@ -58,6 +58,7 @@ from ser.train.config import TrainConfig, add_arguments, paper_settings
 from ser.train.config import from_arguments as training_settings
 from ser.train.distributed import World, cpu_threads, joined_world
 from ser.train.loop import FitResult, fit, say
+from ser.train.processes import PREEMPTED, one_voice
 
 # Held out of each training speaker where a speaker head could not be scored otherwise; at most a tenth of them.
 KNOWN_TURNS = 10
@@ -214,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads or cpu_threads())
     config = training_settings(arguments)
-    with joined_world(config.device) as world:
+    with joined_world(config.device, timeout=config.timeout) as world:
         if "WORLD_SIZE" not in os.environ and torch.cuda.device_count() > 1:
             count = torch.cuda.device_count()
             say(
@@ -275,7 +276,10 @@ def main(argv: list[str] | None = None) -> None:
             allow_changes=arguments.allow_changes,
             verbose=arguments.verbose,
         )
-        say(world, closing_line(result, arguments.out, chosen_on_test=about.get("valid_is_test", False)))
+        if not result.stopped:
+            say(world, closing_line(result, arguments.out, chosen_on_test=about.get("valid_is_test", False)))
+    if result.stopped:
+        sys.exit(PREEMPTED)
 
 
 def closing_line(result: FitResult, out: Path, *, chosen_on_test: bool) -> str:
@@ -309,7 +313,5 @@ def chosen_vocabulary(arguments: argparse.Namespace, texts: list[str]) -> Vocabu
 
 
 if __name__ == "__main__":
-    try:
+    with one_voice():
         main()
-    except ser.SerError as error:
-        sys.exit(f"error: {error}")

@@ -1,6 +1,7 @@
 """Run folders: what is saved while training, and how it is found again.
 
     runs/NAME/
+      owner.json               who trains in the folder, or did last; see `ser.train.processes.own_run`
       config.json              the resolved settings and data of the run
       metrics.jsonl            a line per log interval and evaluation
       checkpoints/step-00000120/   a model folder, plus optimizer.safetensors, state.json (where the run stood),
@@ -46,6 +47,7 @@ from ser.files import (
 )
 from ser.models.pretrained import shorten
 from ser.recognizer import Recognizer
+from ser.train.processes import OWNER
 
 STATE = "state.json"
 SETTINGS = "settings.json"
@@ -64,6 +66,8 @@ MAY_CHANGE = {
     "micro_batch",
     "accumulate",
     "eval_seconds",
+    "timeout",
+    "max_skipped",
     "world_size",
     "versions",
     "licences",
@@ -98,6 +102,7 @@ class Progress:
     best: float | None = None  # of the chosen metric
     best_step: int = 0
     evaluations_since_best: int = 0
+    evaluation_due: bool = False  # a signal came before it: it is the first thing to do
     scaler: dict[str, Any] | None = None
     finished: bool = False
 
@@ -351,11 +356,13 @@ def open_run(
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder}: is a file; a run needs a folder")
     settings = json.loads(json.dumps(settings))  # as it will be read again: lists for tuples
-    occupied = folder.is_dir() and any(folder.iterdir())
+    occupied = folder.is_dir() and any(path.name != OWNER for path in folder.iterdir())
     if occupied and overwrite:
         if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
             raise RunFolderError(f"{folder}: is not a training run, so --overwrite does not remove it")
-        shutil.rmtree(folder)
+        for path in folder.iterdir():
+            if path.name != OWNER:  # which is locked
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         occupied = False
     if (folder / "checkpoints").is_dir():
         for name in ("config.json", "metrics.jsonl", "best", "last", "checkpoints/step-*"):
@@ -445,7 +452,7 @@ def describe(recognizer: Recognizer) -> dict[str, Any]:
 
 def interrupted_early(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether the folder holds this very run, stopped before its first checkpoint: it simply starts again."""
-    there = {p.name for p in folder.iterdir()}
+    there = {p.name for p in folder.iterdir()} - {OWNER}
     if there == {"checkpoints"}:  # stopped before config.json
         return not any((folder / "checkpoints").iterdir())
     return (

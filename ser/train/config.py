@@ -83,6 +83,9 @@ class TrainConfig:
     max_bad_audio: float = option(0.01, "largest share of the training set, and of the validation set, that skip "
                                         "may leave out, 0 to 1; beyond it the run ends")  # fmt: skip
     seed: int = option(0, "of new weights, order, dropout and masks")
+    timeout: float = option(600.0, "seconds that a process waits for another, or for a loader worker, before the "
+                                   "run ends with an error")  # fmt: skip
+    max_skipped: int = option(10, "updates in a row without a finite loss and gradient that end the run")
     # what is kept and shown
     eval_every: str = option("1ep", "evaluate every N epochs (Nep) or N updates (N)")
     save_every: str = option("1ep", "save a checkpoint every N epochs (Nep) or N updates (N)")
@@ -106,7 +109,16 @@ class TrainConfig:
         for name in ("label_smoothing", "warmup", "adam_beta2", "max_bad_audio"):
             if getattr(self, name) > 1 or self.adam_beta2 == 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
-        for name in ("epochs", "micro_batch", "log_every", "keep", "rate", "eval_seconds"):
+        for name in (
+            "epochs",
+            "micro_batch",
+            "log_every",
+            "keep",
+            "rate",
+            "eval_seconds",
+            "timeout",
+            "max_skipped",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0")
         if self.batch_seconds and self.effective_batch:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ser.errors import ConfigError
-
-TIMEOUT = timedelta(minutes=10)  # the longest that a rank waits for another
+from ser.train.processes import attempt, end_with_launcher
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,12 @@ def cpu_threads() -> int:
 
 
 @contextmanager
-def joined_world(device: str = "auto") -> Iterator[World]:
-    """Join the processes that torchrun started, and leave them at the end. Without torchrun: a world of one."""
+def joined_world(device: str = "auto", *, timeout: float = 600.0) -> Iterator[World]:
+    """Join the processes that torchrun started, and leave them at the end. Without torchrun: a world of one.
+
+    ``timeout`` is the longest that one waits for another, in seconds; then a RuntimeError ends it.
+    """
+    end_with_launcher()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
@@ -114,7 +117,13 @@ def joined_world(device: str = "auto") -> Iterator[World]:
         return
     # Control values (counts, metrics) travel on the CPU through gloo, gradients of GPUs through nccl.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    yield World(rank=dist.get_rank(), size=size, device=chosen)
+    limit = timedelta(seconds=timeout)
+    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # torchrun keeps its store over restarts, with the addresses of processes that have ended. On several nodes
+        # the restarts are counted differently by each; see docs/reliability.md for what to do there.
+        store = dist.PrefixStore(f"attempt-{attempt()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    yield World(rank=rank, size=size, device=chosen)
     # Not after an error: taking the group down may wait for ranks that wait for this one.
     dist.destroy_process_group()

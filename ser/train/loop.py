@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -54,9 +54,9 @@ from ser.train.losses import (
 )
 from ser.train.metrics import ClassificationCounts, ErrorRateCounts, character_errors, word_errors
 from ser.train.optim import make_optimizer, rate_factor, set_rate
+from ser.train.processes import StopRequest, outlive_signals, own_run, stop_on_signals
 from ser.train.report import CHUNK, Outcomes, as_row, report
 
-MAX_SKIPPED_IN_A_ROW = 10
 SMALLER_UPDATES = (
     "Try --micro-batch 1 (the effective batch stays), --max-seconds to drop the longest training utterances, "
     "--activation-checkpointing, --amp bf16; a run that has a checkpoint continues from it"
@@ -189,7 +189,9 @@ class UpdateResult:
 
     losses: dict[str, Tensor]  # sum over this rank's utterances, divided by the count of the whole update
     grad_norm: float
-    skipped: bool = False
+    skipped: bool = False  # the gradient was not finite on some rank, so no rank made the step
+    overflow: bool = False  # and all losses were finite: float16 overflowed, and the scale was halved
+    stop: bool = False  # some rank was asked to stop
 
 
 def run_update(
@@ -207,15 +209,18 @@ def run_update(
     epoch: int = 0,
     step: int = 0,
     names: Sequence[str] = (),
+    stop: bool = False,
 ) -> UpdateResult:
     """Forward and backward over this rank's micro-batches of one update, then one optimizer step.
 
     ``wrapped`` is ``model`` under DistributedDataParallel, or ``model``. The batches are on the CPU or the device.
     Where dimensions are trained, a first pass without gradient finds what their loss needs to know of the whole
     update. Out of memory is a ResourceError; ``names`` are those of the dataset's utterances, for its message.
+    ``stop``: this rank was asked to; it travels with the counts, so all ranks learn of it in one update.
     """
     optimizer.zero_grad(set_to_none=True)
-    counts = world.sum(objective.counts(model, batches)).tolist()
+    asked = torch.tensor([float(stop)], dtype=torch.float64)
+    *counts, asked_to_stop = world.sum(torch.cat([objective.counts(model, batches), asked])).tolist()
     count_of = dict(zip(HEADS, counts, strict=True))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
@@ -262,15 +267,20 @@ def run_update(
         parameter.grad = None  # a zero gradient is not no gradient to AdamW
     trained = [p for p in model.parameters() if p.grad is not None]
     if not trained:  # no label of any task in the whole update
-        return UpdateResult(losses, 0.0)
+        return UpdateResult(losses, 0.0, stop=asked_to_stop > 0)
     scaler.unscale_(optimizer)
     # The norm is the same on every rank, so all skip the same updates. Reading it is the one wait per update.
     norm = float(torch.nn.utils.clip_grad_norm_(trained, clip or math.inf))
-    finite = math.isfinite(norm)
-    if finite or scaler.is_enabled():  # the scaler leaves the step out by itself, and halves its scale
+    skipped, overflow = not math.isfinite(norm), False
+    if skipped:  # rare and known to all ranks, so a further exchange costs nothing
+        broken = not all(bool(loss.isfinite()) for loss in losses.values())
+        overflow = scaler.is_enabled() and not world.sum(torch.tensor(float(broken)))
+    if skipped and not overflow:
+        scaler.update(scaler.get_scale())  # as it was: the scale is not to blame
+    else:  # after an overflow the scaler leaves the step out by itself, and halves its scale
         scaler.step(optimizer)
         scaler.update()
-    return UpdateResult(losses, norm, skipped=not finite)
+    return UpdateResult(losses, norm, skipped, overflow, stop=asked_to_stop > 0)
 
 
 def draw_masks(model: MultiTaskModel, batch: Batch, *, seed: int, epoch: int) -> dict[str, Tensor | None]:
@@ -309,6 +319,7 @@ class Evaluation:
     loss: float = math.nan
     losses: dict[str, float] = field(default_factory=dict)
     rows: list[tuple[Utterance, str, Prediction]] = field(default_factory=list)  # with the reference text
+    interrupted: bool = False  # a rank was asked to stop before the end: there are no figures
 
     def metrics(self) -> dict[str, Any]:
         """By name; only what the model has heads for and the data labels for."""
@@ -347,6 +358,7 @@ def evaluate(
     keep_rows: bool = False,
     progress: bool = False,
     bad_audio: BadAudio | None = None,
+    stop: StopRequest | None = None,
 ) -> Evaluation:
     """Score a model on utterances. Every rank calls this and gets the same result.
 
@@ -361,6 +373,7 @@ def evaluate(
         keep_rows: also return the prediction for every utterance, on every rank, in their order.
         progress: show a progress bar.
         bad_audio: what becomes of recordings that cannot be read; None: the first is an AudioError, on all ranks.
+        stop: may become true on any rank meanwhile; then the result, on all ranks, is ``interrupted``.
     """
     world = world or World(device=recognizer.device)
     bad_audio = bad_audio or BadAudio(world)
@@ -382,6 +395,7 @@ def evaluate(
         collate_fn=partial(collate_at_least, min_samples=model.config.min_samples),
         num_workers=min(workers, len(batches)),
         pin_memory=world.device.type == "cuda",
+        worker_init_fn=outlive_signals,
     )
     result = Evaluation()
     emotion = np.zeros((len(recognizer.emotions),) * 2, dtype=np.int64)
@@ -396,7 +410,7 @@ def evaluate(
     model.eval()
     for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=not progress):
         errors |= batch.errors
-        if errors and bad_audio.policy == "fail":
+        if stop or (errors and bad_audio.policy == "fail"):
             break  # to where the ranks meet
         with memory_explained(batch, names, "Try a lower --eval-seconds"):
             batch = batch.to(world.device)
@@ -425,10 +439,12 @@ def evaluate(
     model.train(was_training)
     unread = bad_audio.agree("valid", dataset, errors)
 
-    flat = np.concatenate([emotion.ravel(), speaker.ravel(), edits])
+    flat = np.concatenate([emotion.ravel(), speaker.ravel(), [bool(stop)], edits])
     flat = world.sum(torch.from_numpy(flat)).numpy()
+    if flat[-5]:
+        return Evaluation(interrupted=True)
     emotion = flat[: emotion.size].reshape(emotion.shape)
-    speaker = flat[emotion.size : emotion.size + speaker.size].reshape(speaker.shape)
+    speaker = flat[emotion.size : -5].reshape(speaker.shape)
     edits = flat[-4:]
     world.sum(sums)
     world.sum(moments)
@@ -620,6 +636,7 @@ class FitResult:
     metric: str
     evaluation: Evaluation | None  # the last one in this process
     resumed: bool
+    stopped: bool = False  # asked to stop, by a signal to any rank, it saved its state before the end
 
 
 @worker_death_explained()
@@ -653,19 +670,22 @@ def fit(
         allow_changes: settings that may differ from the resumed run's; see `CHANGEABLE`.
         verbose: print reference beside hypothesis for a few utterances of each evaluation.
 
+    Asked to stop, by SIGTERM, SIGUSR1 or Ctrl-C to any rank, all finish the same update and save; the result is
+    ``stopped``, and the same call continues.
+
     Raises:
         ConfigError, RunFolderError, FileError, AudioError, ResourceError: with what to do.
     """
     world = world or World(device=choose_device(config.device, 0))
     open_ = partial(open_run, overwrite=overwrite, resume_from=resume_from, allow_changes=allow_changes)
-    with Saver() as saver:  # whatever way training ends, what is being written is finished
-        return train_run(
-            recognizer, train, valid, config, Path(run), world, settings or {}, open_, saver,
+    with ExitStack() as held:
+        return _fit(
+            recognizer, train, valid, config, Path(run), world, settings or {}, open_, held,
             anew=overwrite, verbose=verbose,
         )  # fmt: skip
 
 
-def train_run(
+def _fit(
     recognizer: Recognizer,
     train: Sequence[Utterance],
     valid: Sequence[Utterance],
@@ -674,12 +694,12 @@ def train_run(
     world: World,
     settings: dict[str, Any],
     open_: Callable[[Path, dict[str, Any]], Opened],
-    saver: Saver,
+    held: ExitStack,
     *,
     anew: bool,
     verbose: bool,
 ) -> FitResult:
-    """`fit`, with what it holds while it runs."""
+    """`fit`, which gives back what is ``held`` at its end: the folder, the saver, the signals."""
     model = recognizer.model
     effective_batch = config.resolved_effective_batch(world.size)
     trained = trained_heads(recognizer, config)
@@ -709,6 +729,7 @@ def train_run(
         opened: Opened | None = None
         failure: SerError | None = None
         try:
+            held.enter_context(own_run(run))
             opened = open_(run, recorded)
         except SerError as error:
             failure = error
@@ -718,6 +739,7 @@ def train_run(
     if opened is None:
         assert failure is not None
         raise failure
+    saver = held.enter_context(Saver())  # whatever way training ends, what is being written is finished
     bad_audio.begin(recorded_lengths, {"train": dataset, "valid": validation})
     for note in opened.notes:
         say(world, note)
@@ -774,7 +796,8 @@ def train_run(
             progress.finished = progress.epoch >= config.epochs or stops_early(config, progress)
         what = "is finished, nothing is left to do; it ended" if progress.finished else "is resumed"
         say(world, f"{run} {what} at update {progress.step} of {total}, from {opened.checkpoint.name}")
-    log = Log(run / "metrics.jsonl", world, progress.step)
+    finished_before = progress.finished
+    log = Log(run / "metrics.jsonl", world, progress)
     about = training_record(recognizer, dataset.utterances, lengths, recorded)
     audio_hours = sum(lengths) / SAMPLE_RATE / 3600
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -795,11 +818,7 @@ def train_run(
         total=total, initial=progress.step, unit="update", disable=not (world.is_main and sys.stderr.isatty())
     )
     meter = Meter(time.perf_counter())
-
-    def save() -> None:
-        progress.scaler = scaler.state_dict() if scaler.is_enabled() else None
-        if world.is_main:
-            saver.checkpoint(opened.run, recognizer, optimizer, progress, keep=config.keep)
+    stop = held.enter_context(stop_on_signals())
 
     def save_model(name: str, judged: Evaluation | None) -> None:
         """best/ or last/, with its card."""
@@ -812,8 +831,48 @@ def train_run(
                 record = with_evaluation(record, entry)
             saver.model(run / name, recognizer, step=progress.step, also=lambda folder: write_card(folder, record))
 
-    finished_before = progress.finished
-    while progress.epoch < config.epochs and not progress.finished:
+    def judge() -> bool:
+        """Evaluate and keep the best model; False if a signal came before the end: it is still due then."""
+        nonlocal evaluation
+        paused = time.perf_counter()
+        found = evaluate(
+            recognizer,
+            validation,
+            world=world,
+            objective=objective,
+            batch_seconds=config.eval_seconds,
+            workers=config.workers,
+            keep_rows=True,
+            bad_audio=bad_audio,
+            stop=stop,
+        )
+        if found.interrupted:
+            return False
+        evaluation = found
+        note_evaluation(evaluation, metric, progress)
+        epoch = progress.epoch - (progress.update == 0)  # that of the update before
+        log.write("valid", evaluation.metrics() | {"best": progress.best}, progress, epoch=epoch)
+        if verbose:
+            show_rows(world, evaluation)
+        if progress.evaluations_since_best == 0:
+            save_model("best", evaluation)
+        if stops_early(config, progress):
+            say(world, f"stopping early: {metric} has not improved in {config.early_stop} evaluations")
+            progress.finished = True
+        progress.evaluation_due = False
+        meter.started += time.perf_counter() - paused
+        return True
+
+    def save() -> None:
+        progress.scaler = scaler.state_dict() if scaler.is_enabled() else None
+        if world.is_main:
+            saver.checkpoint(opened.run, recognizer, optimizer, progress, keep=config.keep)
+
+    stopped = progress.evaluation_due and not judge()
+    if not stopped and progress.step == total and not progress.finished:
+        progress.finished = True
+        save()
+    while progress.epoch < config.epochs and not progress.finished and not stopped:
         sampler.set_position(epoch=progress.epoch, update=progress.update)
         plan = sampler.plan(epoch=progress.epoch)
         for batches in fetch_updates(dataset, sampler, config, world):
@@ -833,6 +892,7 @@ def train_run(
                 epoch=progress.epoch,
                 step=progress.step,
                 names=names,
+                stop=bool(stop),
             )
             epoch, place = progress.epoch, progress.update
             progress.step += 1
@@ -843,20 +903,16 @@ def train_run(
             ended = progress.update == per_epoch[epoch]
             if ended:
                 progress.epoch, progress.update = epoch + 1, 0
-            if result.skipped:
-                skipped_in_a_row += 1
-                # fp16 overflows now and then while its scale settles: expected, and not counted.
-                if not scaler.is_enabled():
-                    progress.skipped += 1
-                    held = ", ".join(dataset.utterances[i].id for i in plan[place])
-                    say(world, f"update {progress.step} left out: its gradient is not finite; it held {held}")
-                if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW * (3 if scaler.is_enabled() else 1):
-                    raise RunFolderError(
-                        f"{run}: {skipped_in_a_row} updates in a row had gradients that are not finite; lower "
-                        "--rate, or look at the utterances of these updates"
-                    )
-            else:
-                skipped_in_a_row = 0
+            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+            if result.skipped and not result.overflow:  # float16 overflows while its scale settles: expected
+                progress.skipped += 1
+                utterances = ", ".join(dataset.utterances[i].id for i in plan[place])
+                say(world, f"update {progress.step} left out: loss or gradient not finite; it held {utterances}")
+            if skipped_in_a_row >= config.max_skipped * (3 if result.overflow else 1):
+                raise RunFolderError(
+                    f"{run}: {skipped_in_a_row} updates in a row had gradients that are not finite; lower --rate, "
+                    "or look at the utterances of these updates"
+                )
             last = progress.step == total
             if progress.step % config.log_every == 0 or last:
                 entry = meter.totals(world)
@@ -867,35 +923,24 @@ def train_run(
                 entry |= {"bad_audio": n} if (n := len(bad_audio.skipped["train"])) else {}
                 log.write("train", entry, progress, epoch=epoch)
                 meter = Meter(time.perf_counter())
-            if valid and (due(eval_every, step=progress.step, epoch=progress.epoch, epoch_ended=ended) or last):
-                paused = time.perf_counter()
-                evaluation = evaluate(
-                    recognizer,
-                    validation,
-                    world=world,
-                    objective=objective,
-                    batch_seconds=config.eval_seconds,
-                    workers=config.workers,
-                    keep_rows=True,
-                    bad_audio=bad_audio,
-                )
-                note_evaluation(evaluation, metric, progress)
-                log.write("valid", evaluation.metrics() | {"best": progress.best}, progress, epoch=epoch)
-                if verbose:
-                    show_rows(world, evaluation)
-                if progress.evaluations_since_best == 0:
-                    save_model("best", evaluation)
-                if stops_early(config, progress):
-                    say(world, f"stopping early: {metric} has not improved in {config.early_stop} evaluations")
-                    progress.finished = True
-                meter.started += time.perf_counter() - paused
-            progress.finished = progress.finished or last
-            if due(save_every, step=progress.step, epoch=progress.epoch, epoch_ended=ended) or progress.finished:
+            stopped = result.stop
+            progress.evaluation_due = bool(valid) and (
+                due(eval_every, step=progress.step, epoch=progress.epoch, epoch_ended=ended) or last
+            )
+            if progress.evaluation_due and not stopped:
+                stopped = not judge()
+            progress.finished = progress.finished or (last and not progress.evaluation_due)
+            saving = due(save_every, step=progress.step, epoch=progress.epoch, epoch_ended=ended)
+            if saving or progress.finished or stopped:
                 save()
-            if progress.finished:
+            if progress.finished or stopped:
                 break
     bar.close()
     saver.wait()
+    if stopped and not progress.finished:
+        by = stop.signal or "a signal to another process"
+        say(world, f"stopped by {by} after update {progress.step} of {total}; the same command continues")
+        return FitResult(progress, metric, evaluation, resumed=opened.checkpoint is not None, stopped=True)
     model.eval()
     # A run that had ended before has them, unless it was stopped just there.
     if not finished_before or world.gather(not (run / "last" / RECORD).is_file())[0]:
@@ -923,6 +968,8 @@ def fetch_updates(
             collate_fn=collate,
             num_workers=config.workers,
             pin_memory=world.device.type == "cuda",
+            worker_init_fn=outlive_signals,
+            timeout=config.timeout if config.workers else 0,
         )
     )
     for update in sampler.updates:
@@ -1017,11 +1064,13 @@ def show_rows(world: World, evaluation: Evaluation, most: int = 5) -> None:
 class Log:
     """metrics.jsonl and the progress line, written by one rank."""
 
-    def __init__(self, path: Path, world: World, step: int) -> None:
+    def __init__(self, path: Path, world: World, progress: Progress) -> None:
         self.path, self.world = path, world
         if world.is_main and path.exists():  # drop what an interrupted run wrote after its checkpoint
             lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if step_of(line) <= step]
+            kept = [line for line in lines if step_of(line) <= progress.step]
+            if progress.evaluation_due:
+                kept = [s for s in kept if step_of(s) < progress.step or json.loads(s)["kind"] != "valid"]
             if kept == lines:
                 return
             try:

@@ -1,0 +1,237 @@
+"""What reaches a run from outside its own arithmetic: signals, the end of its launcher, a second run in its
+folder, and errors of one process among several.
+
+    SIGTERM, SIGUSR1, Ctrl-C -> the update is finished on all ranks, a checkpoint saved, status 75
+    the launcher is killed   -> the same, within seconds
+    a second run             -> refused, with the name of the process that trains in the folder
+    an error on one rank     -> told once, with its cause, by the process that met it
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ser.errors import RunFolderError, SerError
+
+OWNER = "owner.json"
+PREEMPTED = 75  # the exit status of a run that was asked to stop: EX_TEMPFAIL, "try again"
+LAUNCHER_POLL = 0.25  # seconds
+ORPHAN_GRACE = 3.5  # seconds in which a process without a launcher may finish its update and save
+
+# ---------------------------------------------------------------------------------------- being asked to stop
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and by what."""
+
+    def __init__(self) -> None:
+        self.signal = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.signal)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """SIGTERM, SIGUSR1 and Ctrl-C become a request that the training loop reads once per update.
+
+    Again, they change nothing, but for Ctrl-C: a second one interrupts at once. Outside the context, and so before
+    training begins, they do what they did before: there is nothing to save. In a thread that is not the main one
+    signals cannot be handled, and nothing is changed.
+    """
+    request = StopRequest()
+
+    def note(number: int, _: Any) -> None:
+        if number == signal.SIGINT and request.signal == "SIGINT":
+            raise KeyboardInterrupt
+        request.signal = signal.Signals(number).name
+
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def outlive_signals(_: int = 0) -> None:
+    """For a data-loader worker: signals to the whole job are the training process's to answer.
+
+    torchrun signals the process group, a scheduler every process of the job. A worker that ended would end the
+    update that is being finished. SIGTERM still ends it where its own parent sends it.
+    """
+    parent = os.getppid()
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def end_with_launcher() -> None:
+    """Under torchrun: a thread that ends this process soon after its launcher has gone.
+
+    Killed, torchrun leaves its workers behind, and they would hold the GPUs and the run. They get the same signal
+    as in a pre-emption, and `ORPHAN_GRACE` to answer it.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(LAUNCHER_POLL)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_GRACE)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+# ---------------------------------------------------------------------------------------- one run per folder
+
+
+@contextmanager
+def own_run(run: Path) -> Iterator[None]:
+    """Be the one process that trains in a folder.
+
+    A lock of the operating system on `OWNER`, which tells who holds it: any end of the process frees it, SIGKILL
+    included. Nothing is locked where the folder is not a run's, or the file system has no locks.
+
+    Raises:
+        RunFolderError: another process holds it; with its host, process and time.
+    """
+    if run.exists() and not is_run(run):
+        yield  # somebody's thesis: it will be refused, and nothing is left in it
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / OWNER).open("a+", encoding="utf-8") as file:
+        try:
+            # Not flock: data-loader workers would inherit that lock, and outlive a killed process by seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                who = holder(file.read())
+                raise RunFolderError(
+                    f"{run}: {who} trains in this folder; wait for its end, stop it, or choose another folder"
+                ) from None
+            note = f"{run}: no lock ({error.strerror}): nothing but you keeps a second run out of this folder"
+            print(note, file=sys.stderr, flush=True)
+        file.truncate(0)
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, file)
+        file.flush()
+        yield
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or empty."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
+    return not names or not names.isdisjoint({OWNER, "config.json"})
+
+
+def holder(text: str) -> str:
+    """Who wrote an `OWNER` file."""
+    try:
+        found = json.loads(text)
+        return f"process {found['pid']} on {found['host']} (since {found['since']})"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+# ---------------------------------------------------------------------------------------- one voice
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Around a script's main: an error ends the process with status 1 and is told once over all ranks.
+
+    A `SerError` is its message alone, anything else a traceback. Processes that end because another one did stay
+    silent after that one has told why.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell("interrupted")
+        sys.exit(130)
+    except SerError as error:
+        tell(f"error: {error}")
+        sys.exit(1)
+    except Exception as error:
+        if lost_peer(error):
+            tell(
+                "error: another process of this run was lost: it was killed, its machine ended, or it did not "
+                "answer within --timeout seconds. What it said stands above. The same command continues from the "
+                f"last checkpoint. ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
+                consequence=True,
+            )
+        else:
+            tell(traceback.format_exc().rstrip())
+        sys.exit(1)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says no more than that another process went away."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def tell(text: str, *, consequence: bool = False) -> None:
+    """Print an error, unless another rank has printed the same, or for a consequence any."""
+    store = error_store()
+    first = before = 0
+    if store is not None:
+        try:
+            first = store.add("consequences" if consequence else hashlib.sha256(text.encode()).hexdigest(), 1)
+            before = store.add("errors", int(not consequence))
+        except RuntimeError:
+            first = before = 0  # the launcher is gone, and the store with it: better twice than never
+    if first <= 1 and not (consequence and before):
+        print(text, file=sys.stderr, flush=True)
+    if consequence:
+        time.sleep(1.1)  # torchrun counts in seconds what failed first, and shows that one
+    elif name := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": text.removeprefix("error: "), "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(name).write_text(json.dumps({"message": message}))
+
+
+def error_store() -> dist.Store | None:
+    """A connection of its own to torchrun's key-value store; None without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_PORT" not in os.environ:
+        return None
+    try:
+        limit = timedelta(seconds=5)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.PrefixStore(f"ser-errors-{attempt()}", dist.TCPStore(address, port, timeout=limit))
+    except (RuntimeError, ValueError):
+        return None
+
+
+def attempt() -> str:
+    """How often torchrun has restarted the processes."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -1,0 +1,315 @@
+"""Kills, signals, lost launchers, second runs, errors of one rank, on real processes (FAULTS A1, A4, A5, A7, H4).
+
+Most runs here have torchrun's own agent with workers that fork (`forking_agent.py`), which saves a restart seconds
+of imports; one has the command itself, and so have all in `tests/soak/processes.py`.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import assert_identical, log, quick
+from toy import toy_recognizer, toy_rows, write_corpus
+
+from ser.recognizer import Recognizer
+from ser.train import loop
+from ser.train.checkpoint import checkpoint_path, checkpoints
+from ser.train.loop import fit
+from ser.train.processes import OWNER, PREEMPTED, own_run
+
+HERE = Path(__file__).parent
+SETTINGS = ["--epochs", "6", "--effective-batch", "4", "--micro-batch", "1", "--rate", "1e-3", "--beta", "0.1"]
+SETTINGS += ["--log-every", "1", "--keep", "99"]
+UPDATES = 24
+LIMIT = 120  # seconds for what takes a few on an idle machine
+
+
+class Run:
+    """A training run on several processes in a group of their own, which ends with the ``with`` block."""
+
+    def __init__(
+        self, corpus: Path, out: Path, *arguments: str, torchrun=False, restarts=0, processes=2, **settings
+    ):
+        self.out, self.record = out, out.with_suffix(".record")
+        self.record.mkdir(exist_ok=True)
+        training = ["--train", f"{corpus}/train.csv", "--init", f"{corpus}/init", "--out", str(out), *SETTINGS]
+        launcher = [HERE / "forking_agent.py", processes, restarts]
+        if torchrun:
+            launcher = f"-m torch.distributed.run --standalone --nproc-per-node={processes}".split()
+            launcher += [f"--max-restarts={restarts}", HERE / "training_process.py"]
+        elif processes == 1:
+            launcher = [HERE / "training_process.py"]
+        self.errors = out.parent / f"stderr{len(list(out.parent.glob('stderr*')))}"
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, launcher), *training, *arguments],
+            env=os.environ | {"RECORD": str(self.record), "OMP_NUM_THREADS": "1"} | settings,
+            stderr=self.errors.open("w"),
+            start_new_session=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for pid in (*self.workers(), self.process.pid):
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(LIMIT)
+
+    def workers(self) -> list[int]:
+        """Process ids that have recorded an update."""
+        return sorted({line["pid"] for rank in (0, 1) for line in self.lines(rank)})
+
+    def lines(self, rank: int) -> list[dict]:
+        """What a rank has recorded, of all attempts."""
+        file = self.record / f"rank{rank}.jsonl"
+        return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+    def await_update(self, rank: int, *, attempt: int = 0, after: int = 0) -> int:
+        """Wait until a rank has done ``after`` updates in an attempt; returns its process id."""
+        deadline = time.monotonic() + LIMIT
+        while time.monotonic() < deadline:
+            found = [line for line in self.lines(rank) if line["attempt"] == attempt]
+            if len(found) > after:
+                return found[-1]["pid"]
+            assert self.process.poll() is None, self.said()
+            time.sleep(0.01)
+        raise AssertionError(f"no update {after} of attempt {attempt} in {LIMIT} s:\n{self.said()}")
+
+    def said(self) -> str:
+        return self.errors.read_text()
+
+    def end(self) -> int:
+        return self.process.wait(LIMIT)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def seconds_until(condition, limit: float) -> float:
+    started = time.monotonic()
+    while not condition() and time.monotonic() - started < limit:
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def errors(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith(("error: ", "Traceback"))]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, 16)
+    toy_recognizer().save(folder / "init")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run on two processes that nothing happened to, with a checkpoint after every update."""
+    with Run(corpus, tmp_path_factory.mktemp("whole") / "run", "--save-every", "1") as run:
+        assert run.end() == 0, run.said()
+        assert len(run.lines(0)) == len(run.lines(1)) == UPDATES
+    return run
+
+
+def same_utterances(run: Run, whole: Run) -> bool:
+    """Whether each update held, on each rank and in each attempt, what it holds without faults."""
+    return all(
+        line["items"] == whole.lines(rank)[line["step"]]["items"] for rank in (0, 1) for line in run.lines(rank)
+    )
+
+
+def kill_at_random(run: Run, generator: random.Random, *, attempt: int) -> None:
+    """kill -9 of a random rank, one to four updates into an attempt and up to 0.2 s later."""
+    pid = run.await_update(generator.randrange(2), attempt=attempt, after=generator.randrange(4))
+    time.sleep(0.2 * generator.random())
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_six_kills_cost_six_restarts_and_end_in_the_same_weights_after_the_same_utterances(
+    corpus, whole, tmp_path
+):
+    # Two ranks: the sum of two numbers does not depend on their order, so regrouped buckets change no bit.
+    with Run(corpus, tmp_path / "run", "--save-every", "2", restarts=6, PACE="0.1") as run:
+        generator = random.Random(1)
+        for attempt in range(6):
+            kill_at_random(run, generator, attempt=attempt)
+        assert run.end() == 0, run.said()
+        attempts = [line["attempt"] for line in run.lines(0)]
+        assert sorted(set(attempts)) == list(range(7)), "one restart per kill"
+        assert same_utterances(run, whole)
+        for attempt in range(1, 7):
+            before = [line["step"] for line in run.lines(0) if line["attempt"] < attempt][-1] + 1  # updates done
+            steps = [line["step"] for line in run.lines(0) if line["attempt"] == attempt]
+            assert before - 2 <= steps[0] <= before, "from the last checkpoint"
+            assert steps == list(range(steps[0], steps[-1] + 1))
+    assert_identical(checkpoint_path(run.out, UPDATES), checkpoint_path(whole.out, UPDATES))
+    assert [e["step"] for e in log(run.out, "train")] == list(range(1, UPDATES + 1))
+
+
+def test_workers_of_a_killed_launcher_save_and_end_within_five_seconds(corpus, whole, tmp_path):
+    with Run(corpus, tmp_path / "run", "--save-every", "99", PACE="0.3") as run:
+        pids = [run.await_update(rank, after=1) for rank in (0, 1)]
+        run.process.kill()
+        assert seconds_until(lambda: not any(map(alive, pids)), 10) < 5
+        (saved,) = checkpoints(run.out)
+        assert_identical(saved, whole.out / "checkpoints" / saved.name)
+
+
+def test_a_second_run_in_a_folder_is_refused_once_by_name_of_the_holder_until_that_is_killed(corpus, tmp_path):
+    with Run(corpus, tmp_path / "run", processes=1, FAULT="0:1:hang") as run:
+        pid = run.await_update(0)
+        name = json.loads((run.out / OWNER).read_text())
+        config = (run.out / "config.json").read_bytes()
+        with Run(corpus, tmp_path / "run", "--overwrite") as second:  # on two ranks: one of them speaks
+            assert second.end() == 1
+            (told,) = errors(second.said().partition("torch/")[0])
+        assert f"{run.out}: process {pid} on {name['host']} (since {name['since']}) trains in this folder" in told
+        assert run.process.poll() is None and (run.out / "config.json").read_bytes() == config
+        os.kill(pid, signal.SIGKILL)
+        run.end()
+        with own_run(run.out):
+            assert json.loads((run.out / OWNER).read_text())["pid"] == os.getpid()
+
+
+def test_signals_once_and_twice_save_on_all_ranks_and_the_same_command_continues(corpus, whole, tmp_path):
+    arguments = (corpus, tmp_path / "run", "--save-every", "99")
+
+    def newest_is_as_if_nothing_had_happened(stopped_before: int) -> int:
+        saved = checkpoints(tmp_path / "run")
+        assert_identical(saved[-1], whole.out / "checkpoints" / saved[-1].name)
+        state, expected = (
+            json.loads((folder / saved[-1].name / "state.json").read_text())
+            for folder in (tmp_path / "run/checkpoints", whole.out / "checkpoints")
+        )
+        assert state == expected
+        assert state["step"] <= stopped_before + 3, "two updates after the signal at the latest"
+        return state["step"]
+
+    with Run(*arguments, restarts=1, PACE="0.3") as run:
+        second = run.await_update(1, after=2)
+        os.kill(
+            second, signal.SIGUSR1
+        )  # to one rank alone, which is no scheduler's way: all stop, and are restarted
+        os.kill(second, signal.SIGUSR1)
+        run.await_update(0, attempt=1, after=2)
+        done = [line["step"] for line in run.lines(0) if line["attempt"] == 0]
+        assert run.lines(0)[len(done)]["step"] == done[-1] + 1, "nothing is repeated"
+        assert f"stopped by a signal to another process after update {done[-1] + 1}" in run.said()
+        stopped = run.lines(0)[-1]["step"]
+        os.kill(run.process.pid, signal.SIGTERM)  # as a scheduler does
+        assert run.end() != 0
+        assert "stopped by SIGTERM" in run.said() and not errors(run.said().partition("stopped by SIGTERM")[0])
+    stopped = newest_is_as_if_nothing_had_happened(stopped)
+    with Run(*arguments, PACE="0.3") as run:
+        run.await_update(0, after=len(run.lines(0)) + 1)
+        now = run.lines(0)[-1]["step"]
+        pids = run.workers()[-2:]
+        os.kill(run.process.pid, signal.SIGTERM)
+        time.sleep(0.05)
+        os.kill(run.process.pid, signal.SIGTERM)  # an impatient one: the launcher leaves its workers alone
+        assert run.end() != 0
+        assert seconds_until(lambda: not any(map(alive, pids)), 10) < 5
+        assert same_utterances(run, whole)
+    assert newest_is_as_if_nothing_had_happened(now) > stopped
+
+
+def test_one_process_with_loader_workers_answers_sigterm_to_all_of_them_with_a_checkpoint_and_status_75(
+    corpus, tmp_path
+):
+    with Run(corpus, tmp_path / "run", "--save-every", "99", "--workers", "2", processes=1, PACE="0.3") as run:
+        run.await_update(0, after=1)
+        done = len(run.lines(0))
+        os.killpg(run.process.pid, signal.SIGTERM)
+        assert run.end() == PREEMPTED == 75
+        (saved,) = checkpoints(run.out)
+        assert done <= int(saved.name.removeprefix("step-")) <= done + 2
+        assert "stopped by SIGTERM" in run.said() and not errors(run.said()), run.said()
+        assert not (run.out / "last").exists()
+
+
+def send_on_call(monkeypatch, owner, name: str, call: int, number: int) -> None:
+    """A real signal to this process on the n-th call of a function."""
+    original, calls = getattr(owner, name), []
+
+    def wrapper(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A run in this process with three evaluations."""
+    folder = tmp_path_factory.mktemp("judged")
+    rows, valid = toy_rows(folder, 8), toy_rows(folder, 6, seed=1, name="valid")
+    fit(toy_recognizer(), rows, valid, quick(save_every="99"), folder / "run")
+    return folder / "run", rows, valid
+
+
+@pytest.mark.parametrize("call", [1, 2, 5, 6])  # two batches in each evaluation; the last follows the last update
+def test_a_signal_during_an_evaluation_ends_it_and_the_continued_run_makes_it_up(
+    judged, tmp_path, monkeypatch, call
+):
+    whole, rows, valid = judged
+    settings = quick(save_every="99", eval_seconds=1.0)
+    send_on_call(monkeypatch, Recognizer, "decode", call, signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
+    stopped = fit(toy_recognizer(), rows, valid, settings, tmp_path / "run")
+    assert stopped.stopped and stopped.progress.evaluation_due and not (tmp_path / "run/last").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+    result = fit(toy_recognizer(), rows, valid, settings, tmp_path / "run")
+    assert result.resumed and result.progress.finished
+    assert_identical(checkpoints(tmp_path / "run")[-1], checkpoints(whole)[-1])
+    best = [load_file(folder / "best/model.safetensors") for folder in (whole, tmp_path / "run")]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+    assert [e["step"] for e in log(tmp_path / "run", "valid")] == [e["step"] for e in log(whole, "valid")]
+
+
+def test_a_second_ctrl_c_interrupts_at_once(judged, tmp_path, monkeypatch):
+    _, rows, _ = judged
+    send_on_call(monkeypatch, loop, "draw_masks", 1, signal.SIGINT)
+    send_on_call(monkeypatch, loop, "draw_masks", 3, signal.SIGINT)  # of the same update: two micro-batches, twice
+    with pytest.raises(KeyboardInterrupt):
+        fit(toy_recognizer(), rows, [], quick(), tmp_path / "run")
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_an_error_on_one_rank_ends_torchrun_within_fifteen_seconds_and_is_told_first_and_once(corpus, tmp_path):
+    with Run(corpus, tmp_path / "run", torchrun=True, FAULT="1:3:error") as run:
+        run.await_update(1, after=2)
+        started = time.monotonic()
+        assert run.end() == 1
+        assert time.monotonic() - started < 15
+        said = run.said()
+        assert not any(map(alive, run.workers()))
+    own, _, summary = said.partition("torch/distributed/elastic")
+    assert errors(own) == ["error: broken.wav: cannot be decoded"], said
+    assert "lost" not in said, "the other rank has nothing to add"
+    assert "broken.wav: cannot be decoded" in summary, "torchrun's closing lines have it too"
+    assert "\r" not in said and "%|" not in said
+
+
+def test_a_rank_that_hangs_is_given_up_after_the_timeout_that_was_set(corpus, tmp_path):
+    with Run(corpus, tmp_path / "run", "--timeout", "3", FAULT="1:2:hang") as run:
+        run.await_update(1, after=1)
+        assert seconds_until(lambda: "--timeout" in run.said(), 60) < 30, run.said()
+        assert len(errors(run.said())) == 1, run.said()
