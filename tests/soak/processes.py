@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_processes import Run, kill_at_random, same_utterances
 from toy import toy_recognizer, write_corpus
 
-from ser.train.checkpoint import checkpoint_path
+from ser.train.checkpoint import checkpoints
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -49,7 +49,7 @@ def soak(folder: Path, kills: int, seconds: float, seed: int) -> dict[str, objec
             slowest = max(slowest, time.monotonic() - killed)
         status = run.end()
         restarts = len({line["attempt"] for line in run.lines(0)}) - 1
-        last = [checkpoint_path(path, 4 * epochs) for path in (whole.out, run.out)]
+        last = [checkpoints(path)[-1] for path in (whole.out, run.out)]
         first, second = map(tensors, last) if status == 0 else ({}, {"no": torch.zeros(0)})
         return {
             "part": "kill -9 of a random worker under torchrun --max-restarts",
