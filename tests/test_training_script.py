@@ -41,6 +41,12 @@ def run(*arguments: str, cwd: Path, environment=None, script: Path = SCRIPT, tor
     return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=240, check=False)
 
 
+def call(arguments: str, folder: Path, monkeypatch) -> None:
+    """The script's `main` in this process and that folder, where no process of its own is needed."""
+    monkeypatch.chdir(folder)
+    train_iemocap.main(arguments.split())
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A corpus, and a tiny model folder to start from."""
@@ -117,7 +123,7 @@ def test_one_process_continues_a_run_where_it_was_and_matches_the_uninterrupted_
     assert "step-00000006 is set aside as aside-step-00000006" in said
 
 
-def test_the_paper_s_three_columns_and_another_corpus_s_names_train(corpus, tmp_path):
+def test_the_paper_s_three_columns_and_another_corpus_s_names_train(corpus, tmp_path, monkeypatch):
     with (corpus / "train.csv").open() as file:
         rows = list(csv.DictReader(file))
     codes = {"neutral": "e0", "happy": "e1", "angry": "e2", "sad": "e3"}
@@ -125,24 +131,19 @@ def test_the_paper_s_three_columns_and_another_corpus_s_names_train(corpus, tmp_
         table = csv.writer(file)
         table.writerow(["file", "emotion", "transcript"])
         table.writerows([row["file"], codes[row["emotion"]], row["text"]] for row in rows)
-    done = run(
-        *f"--train paper.csv --root {corpus} --init small --out run --epochs 1 --build-vocab".split(),
-        *["--columns", "text=transcript", "--verbose"],
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    options = "--epochs 1 --build-vocab --columns text=transcript --verbose"
+    call(f"--train paper.csv --root {corpus} --init small --out run {options}", tmp_path, monkeypatch)
     assert ser.load(tmp_path / "run/best").emotions == ["angry", "happy", "neutral", "sad"]
     assert ser.load(tmp_path / "run/best").vocabulary.tokens[-2:] == ("A", "B")
 
 
-def test_the_label_set_is_that_of_init_where_it_has_every_training_label(corpus, tmp_path):
+def test_the_label_set_is_that_of_init_where_it_has_every_training_label(corpus, tmp_path, capsys, monkeypatch):
     write_corpus(tmp_path, 6)
     manifest = tmp_path / "train.csv"
     manifest.write_text("".join(line for line in manifest.open() if ",sad," not in line))
-    done = run(*f"--train {manifest} --init {corpus}/init {QUICK} --out run".split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    call(f"--train {manifest} --init {corpus}/init {QUICK} --out run", tmp_path, monkeypatch)
     assert ser.load(tmp_path / "run/best").emotions == ["angry", "happy", "neutral", "sad"]
-    assert "newly initialised" not in done.stderr, "the head was kept"
+    assert "newly initialised" not in capsys.readouterr().err, "the head was kept"
 
 
 def test_dimensions_a_weighted_layer_sum_and_attentive_pooling_train_on_two_processes_and_are_shown(
@@ -169,8 +170,10 @@ def test_dimensions_a_weighted_layer_sum_and_attentive_pooling_train_on_two_proc
     assert all(abs(float(row[name])) < 100 for name in dimensions)
 
 
-def test_help_explains_every_setting_with_its_default():
-    shown = " ".join(run("--help", cwd=SCRIPT.parent).stdout.split())
+def test_help_explains_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train_iemocap.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
     for field in fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in shown
         if field.type != "bool":
@@ -194,8 +197,14 @@ def test_help_explains_every_setting_with_its_default():
         ("--train {corpus}/train.csv --columns text=words --init {corpus}/init", "words"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_clear_line(corpus, tmp_path, arguments, message):
-    done = run(*arguments.format(corpus=corpus).split(), "--out", "run", cwd=tmp_path)
-    assert done.returncode != 0
-    assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
+def test_a_mistake_on_the_command_line_is_one_clear_line(corpus, tmp_path, monkeypatch, arguments, message):
+    with pytest.raises(ser.SerError) as caught:
+        call(f"{arguments.format(corpus=corpus)} --out run", tmp_path, monkeypatch)
+    assert message in str(caught.value)
     assert not (tmp_path / "run/config.json").exists(), "nothing was started"
+
+
+def test_the_script_ends_with_one_line_and_no_traceback(tmp_path):
+    done = run("--train", "missing.csv", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")], done.stderr
