@@ -66,7 +66,8 @@ def prepared(tmp_path_factory):
 
 def cross_options(prepared, protocol, *options):
     data = ["--data", prepared, "--root", prepared.parent / "release", "--protocol", protocol]
-    return [*data, "--init", "small", "--epochs", "2", "--rate", "1e-3", "--resamples", "20", *options]
+    settings = ["--init", "small", "--epochs", "2", "--rate", "1e-3", "--micro-batch", "8", "--resamples", "20"]
+    return [*data, *settings, *options]
 
 
 @pytest.fixture(scope="module")
