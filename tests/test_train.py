@@ -14,12 +14,13 @@ from toy import toy_recognizer, toy_rows, write_corpus
 
 import ser
 from ser.data.manifest import read_manifest
+from ser.data.sampler import LengthBucketBatchSampler
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError, RunFolderError, SerError
 from ser.train.checkpoint import checkpoints
 from ser.train.config import TrainConfig
 from ser.train.distributed import World
-from ser.train.loop import evaluate, fit
+from ser.train.loop import Objective, evaluate, fetch_updates, fit, make_dataset, run_update
 
 QUICK = TrainConfig(
     epochs=3, effective_batch=4, micro_batch=2, rate=3e-3, beta=0.1, log_every=2, keep=100, save_every="1"
@@ -401,10 +402,34 @@ def resume_on_ranks(world, folder):
     fit(toy_recognizer(seed=9, **steady), rows, rows, STEADY, Path(folder) / "wider", world=world)
 
 
+def every_number(world, folder):
+    """An epoch of updates and an evaluation of 1, 2, ... 40 utterances: (updates, evaluated) of each."""
+    rows = read_manifest(write_corpus(Path(folder) / f"forty{world.rank}", 40))
+    recognizer = toy_recognizer(heads=("emotion", "ctc", "speaker"))
+    model = recognizer.model.train()
+    wrapped, optimizer = world.wrap(model), torch.optim.SGD(model.parameters(), lr=0.0)
+    objective = Objective({"emotion": 1.0, "ctc": 0.1, "speaker": 0.1})
+    found = []
+    for count in range(1, 41):
+        dataset = make_dataset(recognizer, rows[:count])
+        sampler = LengthBucketBatchSampler(
+            dataset.lengths, seed=0, effective_batch=4, micro_batch=2, rank=world.rank, world_size=world.size
+        )
+        sampler.set_position(epoch=0, update=0)
+        updates = 0
+        for batches in fetch_updates(dataset, sampler, QUICK, world):
+            scaler = torch.amp.GradScaler("cpu", enabled=False)
+            result = run_update(wrapped, model, optimizer, batches, objective, world, scaler=scaler, step=updates)
+            assert math.isfinite(result.grad_norm)
+            updates += 1
+        found.append((updates, evaluate(recognizer, dataset, world=world, batch_seconds=2.0).utterances))
+    return found
+
+
 def everything_on_two_ranks(world, folder):
     """All that needs two processes, in one start of them."""
     resume_on_ranks(world, folder)
-    return several_fits(world, folder), fit_with_an_untrained_head(world, folder)
+    return several_fits(world, folder), fit_with_an_untrained_head(world, folder), every_number(world, folder)
 
 
 @pytest.fixture(scope="module")
@@ -416,7 +441,7 @@ def on_two_ranks(tmp_path_factory):
 
 
 def test_two_ranks_train_as_one_does_whatever_the_number_of_utterances(on_two_ranks, tmp_path):
-    folder, ((first, _), (second, _)) = on_two_ranks
+    folder, ((first, *_), (second, *_)) = on_two_ranks
     for count, weights in first.items():
         assert all(torch.equal(weights[name], second[count][name]) for name in weights), f"{count}: ranks differ"
         alone = fit_on_ranks(None, folder, count, run=tmp_path / f"run{count}")
@@ -424,8 +449,13 @@ def test_two_ranks_train_as_one_does_whatever_the_number_of_utterances(on_two_ra
             assert (value - weights[name]).norm() <= 2e-3 * value.norm() + 1e-4, (count, name)
 
 
+def test_two_ranks_train_and_evaluate_any_number_of_utterances_from_1_to_40(on_two_ranks):
+    _, (first, second) = on_two_ranks
+    assert first[2] == second[2] == [(math.ceil(count / 4), count) for count in range(1, 41)]
+
+
 def test_two_ranks_train_with_a_head_at_weight_0(on_two_ranks):
-    _, ((_, first), (_, second)) = on_two_ranks
+    _, ((_, first, _), (_, second, _)) = on_two_ranks
     assert first[0] and second[0]
     assert torch.equal(first[1], second[1])
 
