@@ -40,6 +40,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
@@ -48,23 +49,29 @@ from typing import Any
 import torch
 
 import ser
-from ser.data.protocols import Protocol, check_fold, to_table
+from ser.data.protocols import Protocol, check_fold, to_table, usual_known_turns
 from ser.data.selection import Selection, add_arguments, from_arguments
-from ser.errors import ConfigError
+from ser.errors import ConfigError, FileError
 from ser.files import write_json
+from ser.models.pretrained import find_folder
+from ser.recognizer import is_preset
 from ser.train.folds import (
     SHORT,
     ablation_markdown,
     ablation_summary,
     pooled_report,
+    shared_line,
     show,
     to_markdown,
+    trained_on_some,
     write_curves,
 )
-from ser.train.pictures import draw, draw_curves
+from ser.train.pictures import draw, draw_curves, needs_matplotlib
 from ser.train.report import Outcomes, table
 
 HERE = Path(__file__).parent
+# What each fold is given; it must not come a second time.
+SETTLED = {"--fold", "--train", "--valid", "--overwrite", "--resume-from", "--allow-overlap", "--model", "--card"}
 PAPER_TABLE_3 = 0.7815  # WA of Cai et al. (2021), ten folds by recording side
 PAPER_UTTERANCES = 5531
 
@@ -174,9 +181,12 @@ def train_and_judge(
             if subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode:
                 tail = "\n  ".join((folder / f"{step}.log").read_text().splitlines()[-15:])
                 raise ConfigError(f"fold {fold}: {step} failed; {folder / step}.log ends with\n  {tail}")
-    figures = json.loads((folder / "report.json").read_text())["figures"]
+    judged = json.loads((folder / "report.json").read_text())
+    figures = judged["figures"]
     shown = "  ".join(f"{k} {figures[n]['value']:.4f}" for k, n in SHORT.items() if n in figures)
     print(f"{fold}: {shown}  {time.perf_counter() - started:.0f} s", flush=True)
+    if arguments.evaluate_only or trained_on_some(judged):
+        print(f"    {shared_line(judged)}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- all folds
@@ -184,10 +194,10 @@ def train_and_judge(
 
 def provenance(arguments: argparse.Namespace, rest: list[str], selection: Selection) -> dict[str, Any]:
     """What is needed to repeat the run."""
-    commit = subprocess.run(
-        ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    weights = Path(arguments.init) / "model.safetensors"
+    commit = ""
+    with suppress(OSError):  # no git
+        asked = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+        commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": ["python", "examples/crossval_iemocap.py", *sys.argv[1:]],
         "training_options": rest,
@@ -195,9 +205,21 @@ def provenance(arguments: argparse.Namespace, rest: list[str], selection: Select
         "commit": commit or None,
         "data": selection.to_dict(),
         "init": arguments.init,
-        "init_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
+        "init_sha256": None if is_preset(arguments.init) else weights_sha256(find_folder(arguments.init)),
         "models": str(arguments.evaluate_only) if arguments.evaluate_only else None,
+        "processes": arguments.processes,
+        "known_turns": arguments.known_turns,
     }
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of all safetensors files of a model folder, by their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def cross_validate(
@@ -222,7 +244,8 @@ def cross_validate(
     for name in ("command", "commit", "versions"):  # may differ
         del settings[name]
     for name in names:
-        check_same(out / name, settings | {"weights": weights})
+        model = {"model_sha256": weights_sha256(arguments.evaluate_only / name)} if arguments.evaluate_only else {}
+        check_same(out / name, settings | {"weights": weights} | model)
     devices: Queue[list[str]] = Queue()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     for slot in range(arguments.parallel):
@@ -235,8 +258,12 @@ def cross_validate(
             pool.submit(run_fold, arguments, rest, replace(selection, fold=name), weights, out / name, devices)
             for name in names
         ]
-        for job in jobs:
-            job.result()
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # else the other folds are trained before anybody hears of it
+            raise
     found = pooled_report(out, names, protocol, resamples=arguments.resamples)
     found |= {"weights": weights, "audit": audits, "repeat": provenance(arguments, rest, selection)}
     write_json(out / "report.json", found)
@@ -256,11 +283,10 @@ def write_eval_files(out: Path, folds: list[str]) -> None:
         outcomes = Outcomes.read(out / fold / "predictions.csv")
         labelled = outcomes.text["emotion"] != ""
         correct = int((outcomes.text["emotion"] == outcomes.text["predicted"])[labelled].sum())
-        judged = table(json.loads((out / fold / "report.json").read_text()))
+        judged = json.loads((out / fold / "report.json").read_text())
         accuracy = correct / max(int(labelled.sum()), 1)
-        (out / f"{fold}.eval").write_text(
-            f"{judged}\ncorrect: {correct} , acc: {accuracy:.4f}\n", encoding="utf-8"
-        )
+        lines = [table(judged), shared_line(judged), f"correct: {correct} , acc: {accuracy:.4f}"]
+        (out / f"{fold}.eval").write_text("\n".join(lines) + "\n", encoding="utf-8")
         right, total = right + correct, total + int(labelled.sum())
     print(f"pooled: correct: {right} of {total} , acc: {right / max(total, 1):.4f}")
 
@@ -287,13 +313,23 @@ def variants(arguments: argparse.Namespace, rest: list[str]) -> dict[str, list[s
 def run_ablation(arguments: argparse.Namespace, rest: list[str], selection: Selection) -> None:
     """The protocol for each value, and a table of all."""
     name = arguments.ablation.partition("=")[0]
+    if name == "heads" and "speaker" in arguments.ablation and arguments.known_turns is None:
+        # Where a speaker head needs turns held out, all variants train without them: only heads are to differ.
+        utterances = selection.read()
+        folds = selection.find_protocol().folds(utterances, seed=selection.seed)
+        strangers = all(
+            check_fold(fold, utterances, selection.find_protocol()).fractions("test").get("speakers") == 0.0
+            for fold in folds
+        )
+        turns = min(usual_known_turns(fold, utterances) for fold in folds) if strangers else 0
+        arguments.known_turns, selection = turns, replace(selection, known_turns=turns)
     found, predictions = {}, {}
     for value, options in variants(arguments, rest).items():
         print(f"\n{name} {value}")
         out = arguments.out / f"{name}={value}"
         found[value] = cross_validate(arguments, [*rest, *options], selection, out)
-        folds = [Outcomes.read(out / fold / "predictions.csv") for fold in found[value]["folds"]]
-        predictions[value] = Outcomes.joined(folds)
+        judged = [Outcomes.read(out / fold / "predictions.csv") for fold in found[value]["folds"]]
+        predictions[value] = Outcomes.joined(judged)
     summary = ablation_summary(name, found, predictions, resamples=arguments.resamples)
     curves = {value: one["curve"] for value, one in found.items()}
     write_json(arguments.out / "ablation.json", summary)
@@ -309,24 +345,39 @@ def beside_table_3(summary: dict[str, Any]) -> list[str]:
     """The paper's own row of its Table 3 beside ours, and whether they may be compared."""
     count = len(summary["folds"])
     same = summary["protocol"] == "paper10" and count == 10 and summary["utterances"] == PAPER_UTTERANCES
+    same = same and summary["weights"] == "last"
     lines = ["", "Beside Table 3 of Cai et al. (2021):", "", "| | folds | utterances | WA |", "|---|---|---|---|"]
     lines += [f"| Cai et al., alpha 0.1 | 10, by recording side | {PAPER_UTTERANCES} | {PAPER_TABLE_3:.4f} |"]
     for value, row in summary["values"].items():
         cells = [f"alpha {value}", f"{count} of {summary['protocol']}", str(summary["utterances"])]
         lines += [f"| {' | '.join(cells)} | {show((row['accuracy'] or {}).get('value'))} |"]
     note = "The same folds and utterances: on IEMOCAP's own recordings the two may be compared."
-    return [*lines, "", note if same else "**Other folds or utterances than the paper's: not comparable.**"]
+    return [
+        *lines,
+        "",
+        note if same else "**Other folds, utterances or weights than the paper's: not comparable.**",
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments, rest = parse_arguments(argv)
+    if not arguments.data or not arguments.protocol:
+        raise ConfigError("give --data, a manifest, and --protocol, which says how it is divided")
+    if min(arguments.processes, arguments.parallel, arguments.resamples) < 1:
+        raise ConfigError("--processes, --parallel and --resamples are 1 or more")
+    if own := sorted({option.partition("=")[0] for option in rest} & SETTLED):
+        raise ConfigError(f"{', '.join(own)}: cross-validation settles that itself (--folds chooses some folds)")
+    needs_matplotlib()
     selection = from_arguments(arguments)
     if arguments.evaluate_only and (rest or arguments.ablation):
         raise ConfigError(f"--evaluate-only trains nothing, so it takes no {' '.join(rest) or '--ablation'}")
-    if arguments.ablation:
-        run_ablation(arguments, rest, selection)
-    else:
-        cross_validate(arguments, rest, selection, arguments.out)
+    try:
+        if arguments.ablation:
+            run_ablation(arguments, rest, selection)
+        else:
+            cross_validate(arguments, rest, selection, arguments.out)
+    except OSError as error:
+        raise FileError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ from ser.data.manifest import Utterance
 from ser.data.protocols import KNOWN, overlap
 from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.data.text import clean
-from ser.errors import ConfigError, SerError
+from ser.errors import ConfigError, FileError, SerError
 from ser.files import write_json
+from ser.models.pretrained import find_folder
 from ser.recognizer import Recognizer
 from ser.train import card
 from ser.train.distributed import World, cpu_threads, joined_world
@@ -82,10 +83,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def training_utterances(named: Selection | None, judged: Selection, everything: list[Utterance]) -> list | None:
-    """What a model was trained on; None where nobody knows. ``everything`` is the manifest that is judged."""
+def training_utterances(
+    named: Selection | None, judged: Selection, everything: list[Utterance], *, told: bool = False
+) -> list | None:
+    """What a model was trained on; None where nobody knows.
+
+    ``everything`` is the manifest that is judged; ``told``: by the user, who wants to hear if it cannot be read.
+    """
     if named is None:
         return None
+    if told:
+        return named.read(check_files=False)
     if named.sha256 == judged.sha256:  # the same manifest, wherever it lies now
         return named.of(named.find_fold(everything)[0], everything) if named.protocol else everything
     try:
@@ -97,13 +105,16 @@ def training_utterances(named: Selection | None, judged: Selection, everything: 
 def read_data(arguments: argparse.Namespace, record: dict | None) -> tuple[Selection, list, list | None, dict]:
     """What is judged, by name and as utterances; what the model was trained on; what a report says of both."""
     named = None if record is None else card.trained_on(record)
-    if arguments.manifest:
+    if arguments.train:
+        named = from_arguments(arguments, arguments.train)
+    if arguments.manifest and not arguments.protocol:
+        if arguments.fold or arguments.known_turns:
+            raise ConfigError("--fold and --known-turns need --protocol, which says how the manifest is divided")
         chosen = from_arguments(arguments, arguments.manifest)
         everything = judged = chosen.read()
         about: dict[str, Any] = {"manifest": chosen.data}
-        if named is None and arguments.train:
-            named = from_arguments(arguments, arguments.train)
     else:
+        arguments.data = arguments.data or arguments.manifest
         chosen = replace(from_arguments(arguments), part=arguments.part)
         if named is not None and same_fold(named, chosen) and arguments.known_turns is None:
             chosen = replace(chosen, known_turns=named.known_turns)
@@ -115,7 +126,7 @@ def read_data(arguments: argparse.Namespace, record: dict | None) -> tuple[Selec
         if named is None:  # as the protocol means it
             named = replace(chosen, part="train")
             about["training_is_assumed"] = True
-    training = training_utterances(named, chosen, everything)
+    training = training_utterances(named, chosen, everything, told=bool(arguments.train))
     if training is not None:
         shared = overlap(training, judged)
         about["shared_with_training"] = {k: None if s is None else s.fraction for k, s in shared.items()}
@@ -155,10 +166,10 @@ def outcomes_of(
     return Outcomes.joined([Outcomes.of(recognizer.emotions, chunk) for chunk in rows])
 
 
-def evaluate_model(arguments: argparse.Namespace, world: World) -> None:
+def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     """--model: the table, and what --out and --card ask for."""
     recognizer = ser.load(arguments.model, device=world.device)
-    record = card.read_record(arguments.model)
+    record = card.read_record(find_folder(arguments.model))
     if arguments.card and record is None:
         raise ConfigError(f"--card: {arguments.model} has no {card.RECORD}, as training writes it")
     chosen, judged, training, about = read_data(arguments, record)
@@ -173,26 +184,36 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> None:
     if recognizer.speakers and known is not None:
         everything = chosen.read()
         turns = known.of(known.find_fold(everything)[0], everything)
+        shared = overlap(training or [], turns)["recordings"]
+        if shared is not None and shared.utterances:
+            raise ConfigError(
+                f"--known-turns {chosen.known_turns}: the model was trained on {shared.utterances} of them, "
+                "as it held out others, or none"
+            )
         of_known = outcomes_of(recognizer, turns, training, arguments, world)
         if of_known is not None and not found["judged"]["speaker"]:
             on_known = report(of_known, resamples=arguments.resamples, seed=arguments.seed)
             found["known_turns"] = {name: on_known[name] for name in ("utterances", "speakers", "judged")}
-            found["known_turns"]["figures"] = {"speaker_accuracy": on_known["figures"]["speaker_accuracy"]}
-            entries.append((known, on_known))
+            if on_known["judged"]["speaker"]:
+                found["known_turns"]["figures"] = {"speaker_accuracy": on_known["figures"]["speaker_accuracy"]}
+                entries.append((known, on_known))
+            else:  # a model of other speakers
+                del found["known_turns"]
     if not world.is_main:
-        return
+        return True
     print(table(found))
     show_notes(found, recognizer)
     if arguments.card:
         assert record is not None
         for selection, entry in entries:
             record = card.with_evaluation(record, card.evaluation_entry(entry, selection.to_dict()))
-        card.write_card(Path(arguments.model), record)
+        card.write_card(find_folder(arguments.model), record)
     if arguments.out:
         write_json(arguments.out / "report.json", found)
         if not arguments.no_pictures:
             draw(found, arguments.out)
         say(world, f"written to {arguments.out}")
+    return True
 
 
 def show_notes(found: dict[str, Any], recognizer: Recognizer) -> None:
@@ -233,27 +254,50 @@ def verify(arguments: argparse.Namespace, world: World) -> bool:
     if not good:
         say(world, f"{folder / card.CARD}: is not what {card.RECORD} says: one of them was edited")
     if not record["evaluations"]:
-        say(world, f"{folder}: the card has no figures")
+        say(world, f"{folder}: the card has no figures to verify")
+        good = False
+    good = trained_as_told(record, arguments, world) and good
     for entry in record["evaluations"]:
         if entry["selection"] is None:
             raise ConfigError(
                 f"{folder}: the card does not name the data of its figures, so they cannot be computed"
             )
-        selection = Selection.from_dict(entry["selection"])
-        moved = {"data": str(arguments.data) if arguments.data else None, "root": arguments.root}
-        selection = replace(selection, **{name: value for name, value in moved.items() if value})
+        selection = moved(Selection.from_dict(entry["selection"]), arguments)
         outcomes = outcomes_of(recognizer, selection.utterances(), None, arguments, world)
         if outcomes is None:
             continue
         print(f"{selection}: {len(outcomes)} utterances")
-        rows = card.differences(entry, report(outcomes, resamples=2), tolerance=arguments.tolerance)
+        found = report(outcomes, resamples=entry["resamples"], seed=entry["seed"])
+        rows = card.differences(entry, found, tolerance=arguments.tolerance)
         for name, then, now, same in rows:
+            if same and ", over " in name:  # the ends of intervals
+                continue
             values = "  ".join("      -" if v is None else f"{v:7.4f}" for v in (then, now))
             print(f"  {name:28} card {values} now  {'same' if same else 'DIFFERS'}")
         good = good and all(same for *_, same in rows)
     if world.is_main:
         print("the card holds" if good else "the card does not hold")
     return good
+
+
+def trained_as_told(record: dict[str, Any], arguments: argparse.Namespace, world: World) -> bool:
+    """Whether the card counts the training data as they are."""
+    named = card.trained_on(record)
+    if named is None:
+        return True
+    training = moved(named, arguments).utterances()
+    told = record["trained_on"]
+    now = card.counts_of(training)
+    differing = [f"{name} {told[name]}, but {value}" for name, value in now.items() if told[name] != value]
+    if differing:
+        say(world, f"the card says of the training data: {'; '.join(differing)}")
+    return not differing
+
+
+def moved(selection: Selection, arguments: argparse.Namespace) -> Selection:
+    """The same utterances, where --data and --root say that they are now."""
+    places = {"data": str(arguments.data) if arguments.data else None, "root": arguments.root}
+    return replace(selection, **{name: value for name, value in places.items() if value})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -266,12 +310,16 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(
             "give --model and --manifest (or --data with --protocol and --fold), or --verify, or --compare"
         )
+    if arguments.resamples < 1:
+        raise ConfigError(f"--resamples {arguments.resamples}: expected 1 or more")
     torch.set_num_threads(cpu_threads())
     with joined_world(arguments.device) as world:
-        if not arguments.verify:
-            evaluate_model(arguments, world)
-        elif not verify(arguments, world):
-            sys.exit(1)
+        try:
+            good = verify(arguments, world) if arguments.verify else evaluate_model(arguments, world)
+        except OSError as error:
+            raise FileError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
+    if not good:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

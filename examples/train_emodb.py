@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/emodb"), help="folder for manifests and runs")
     parser.add_argument("--held-out", nargs="+", default=["15", "16"], help="speakers to test on (default: 15 16)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run each (default: 0 1 2)")
-    parser.add_argument("--epochs", type=int, default=6, help="of each run (default: 6)")
+    parser.add_argument("--epochs", type=int, default=5, help="of each run (default: 5)")
     arguments = parser.parse_args()
 
     rows = read_manifest(arguments.corpus / "metadata.csv", columns={"text": "transcript"})

@@ -34,7 +34,6 @@ import os
 import re
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -45,7 +44,7 @@ import torch
 
 import ser
 from ser.data.manifest import DIMENSIONS, check_labels, check_overlap
-from ser.data.protocols import to_table
+from ser.data.protocols import overlap, to_table, usual_known_turns
 from ser.data.selection import add_arguments as add_data_arguments
 from ser.data.selection import from_arguments
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
@@ -59,9 +58,6 @@ from ser.train.config import from_arguments as training_settings
 from ser.train.distributed import World, cpu_threads, joined_world
 from ser.train.loop import FitResult, fit, say
 from ser.train.processes import PREEMPTED, one_voice
-
-# Held out of each training speaker where a speaker head could not be scored otherwise; at most a tenth of them.
-KNOWN_TURNS = 10
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -127,6 +123,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         arguments = parser.parse_args(argv)
         arguments.alpha = settings["alpha"]
     arguments.init = init
+    if arguments.train and (arguments.protocol or arguments.fold or arguments.known_turns):
+        raise ConfigError("--protocol, --fold and --known-turns divide --data; --train is not divided")
     if bool(arguments.train) == bool(arguments.data):
         raise ConfigError("give either --train (and --valid), or --data with --protocol and --fold")
     return arguments
@@ -146,14 +144,17 @@ def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World)
         parts = [selection.read(check_files=check_files) for selection in chosen]
         train, valid = parts[0], parts[1] if arguments.valid else []
         check_overlap(train, valid, allow=arguments.allow_overlap)
-        return train, valid, dict(zip(("train", "valid"), (s.to_dict() for s in chosen), strict=False))
+        names: dict[str, Any] = dict(zip(("train", "valid"), (s.to_dict() for s in chosen), strict=False))
+        if valid:
+            shared = {kind: s and s.fraction for kind, s in overlap(train, valid).items()}
+            names["shared_with_training"] = {"valid": shared}
+        return train, valid, names
     selection = from_arguments(arguments)
     protocol, utterances = selection.find_protocol(), selection.read(check_files=check_files)
     fold, audit = selection.find_fold(utterances)
     strangers = all(audit.fractions(part).get("speakers", 0.0) == 0.0 for part in ("valid", "test"))
     trains_speakers = "speaker" in config.heads or (config.heads == "auto" and config.beta > 0)
-    turns = Counter(u.speaker for u in fold.select(utterances)["train"])
-    known_turns = min(KNOWN_TURNS, min(turns.values()) // 10)
+    known_turns = usual_known_turns(fold, utterances)
     if trains_speakers and strangers and arguments.known_turns is None and known_turns:
         selection = replace(selection, known_turns=known_turns)
         fold, audit = selection.find_fold(utterances)

@@ -3,6 +3,7 @@
 The scripts' `main` is called in this process where only an answer or an error is wanted.
 """
 
+import copy
 import csv
 import json
 import re
@@ -213,13 +214,24 @@ def test_a_card_s_figures_come_out_again_and_an_edited_card_does_not_hold(traine
     with pytest.raises(SystemExit):
         call(evaluate, "--verify", folder)
     assert "the card does not hold" in capsys.readouterr().out
-    record = read_record(folder)
-    record["evaluations"][0]["figures"]["accuracy"]["value"] = 0.7815
-    write_card(folder, record)
-    with pytest.raises(SystemExit):
-        call(evaluate, "--verify", folder)
-    shown = capsys.readouterr().out
+    whole = read_record(folder)
+
+    def edited(change) -> str:
+        record = copy.deepcopy(whole)
+        change(record)
+        write_card(folder, record)
+        with pytest.raises(SystemExit):
+            call(evaluate, "--verify", folder)
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    shown = edited(lambda r: r["evaluations"][0]["figures"]["accuracy"].update(value=0.7815))
     assert re.search(r"accuracy +card +0\.7815 .* DIFFERS", shown) and shown.count("DIFFERS") == 1
+    shown = edited(lambda r: r["evaluations"][0]["figures"]["accuracy"].update(interval_utterances=[0.99, 1.0]))
+    assert shown.count("DIFFERS") == 2, "both ends"
+    assert "utterances " in edited(lambda r: r["evaluations"][0].update(utterances=5531))
+    assert "utterances 5531, but 8" in edited(lambda r: r["trained_on"].update(utterances=5531))
+    assert "no figures to verify" in edited(lambda r: r.update(evaluations=[]))
     (folder / "training.json").write_text("{}")
     with pytest.raises(SerError, match="no sound record"):
         call(evaluate, "--verify", folder)
@@ -237,8 +249,26 @@ def test_a_model_on_another_fold_reports_what_it_was_trained_on(corpus, trained,
     assert report["shared_with_training"]["recordings"] == 1.0 and report["fold"] == "s2"
     tested = [e["selection"]["fold"] for e in read_record(trained / "last")["evaluations"]]
     assert tested == ["s0", "s2"], "the card has the further figures"
+    # The form with --manifest is the same; what the weights were chosen on stays chosen on.
+    plain = ["--manifest", corpus / "train.csv", *FOLDS, "--resamples", 5]
+    call(evaluate, "--model", trained / "best", *plain, "--fold", "s0", "--part", "valid", "--card")
+    assert capsys.readouterr().out.startswith("8 utterances, 1 speakers")
+    entries = {e["selection"]["part"]: e["chosen_on"] for e in read_record(trained / "best")["evaluations"]}
+    assert entries == {"valid": True}
+    with pytest.raises(ConfigError, match="--fold and --known-turns need --protocol"):
+        call(evaluate, "--model", trained / "last", "--manifest", corpus / "train.csv", "--fold", "s0")
+    with pytest.raises(ConfigError, match="--resamples 0"):
+        call(evaluate, "--model", trained / "last", "--manifest", corpus / "train.csv", "--resamples", 0)
     call(evaluate, "--model", corpus / "init", *fold, "--fold", "s0")
     assert "taken to be the fold's: the model does not say" in capsys.readouterr().out
+
+
+def test_turns_that_a_model_was_trained_on_are_not_taken_for_held_out(corpus, tmp_path):
+    fold = ["--data", corpus / "train.csv", *FOLDS, "--fold", "s0"]
+    options = ["--init", corpus / "init", "--out", tmp_path / "run", *QUICK, "--beta", 1, "--known-turns", 0]
+    call(train_iemocap, *fold, *options)
+    with pytest.raises(ConfigError, match="the model was trained on 2 of them"):
+        call(evaluate, "--model", tmp_path / "run/last", *fold, "--known-turns", 2, "--resamples", 5)
 
 
 def test_given_checkpoints_are_judged_fold_by_fold_with_a_closing_line_each(corpus, trained, tmp_path, capsys):
@@ -256,15 +286,23 @@ def test_given_checkpoints_are_judged_fold_by_fold_with_a_closing_line_each(corp
     ]
     with pytest.raises(ConfigError, match="has no folder s2; it needs one per fold"):
         call(crossval_iemocap, *options)
+    with pytest.raises(ConfigError, match="--fold: cross-validation settles that itself"):
+        call(crossval_iemocap, *options, "--fold", "s0")
+    with pytest.raises(ConfigError, match="1 or more"):
+        call(crossval_iemocap, *options, "--parallel", 0)
     with pytest.raises(ConfigError, match="trains nothing, so it takes no --alpha 0"):
         call(crossval_iemocap, *options, "--alpha", 0)
-    call(crossval_iemocap, *options, "--folds", "s0", "s1", "--resamples", 5)
+    (tmp_path / "given/s2").symlink_to(trained / "last")
+    call(crossval_iemocap, *options, "--folds", "s0", "s2", "--resamples", 5)
     right = 0
-    for fold in ("s0", "s1"):
+    for fold in ("s0", "s2"):  # s2 is what this model was trained on
+        shared = (tmp_path / f"out/{fold}.eval").read_text().splitlines()[-2]
+        assert shared.startswith("WARNING") == (fold == "s2") and "recordings" in shared
         last = (tmp_path / f"out/{fold}.eval").read_text().splitlines()[-1]
         correct, accuracy = re.fullmatch(r"correct: (\d+) , acc: ([\d.]+)", last).groups()
         assert float(accuracy) == pytest.approx(int(correct) / 8, abs=1e-4)
         right += int(correct)
+        assert "WARNING: trained on recordings that are judged" in (tmp_path / "out/report.md").read_text()
     assert f"pooled: correct: {right} of 16 , acc: {right / 16:.4f}" in capsys.readouterr().out
     assert not (tmp_path / "out/s0/run").exists(), "nothing was trained"
 

@@ -186,6 +186,16 @@ def test_dimensions_are_judged_by_concordance_where_there_are_labels_and_without
     assert "concordance (CCC), arousal" in table(found)
 
 
+def test_utterances_whose_label_is_no_class_of_the_model_are_counted_where_figures_are_shown():
+    rows = drawn(20)
+    rows[3]["emotion"] = "bored"
+    found = report(Outcomes.of(EMOTIONS, rows), resamples=2)
+    judged = sum(r["emotion"] in EMOTIONS for r in rows)
+    assert found["judged"]["emotion"] == judged and f"emotions are judged on {judged}:" in table(found)
+    with pytest.raises(ConfigError, match="resamples is 0"):
+        report(Outcomes.of(EMOTIONS, rows), resamples=0)
+
+
 def test_chunks_of_utterances_give_the_figures_of_all(monkeypatch):
     whole = report(outcomes(count=70), resamples=20)
     monkeypatch.setattr(figures_module, "CHUNK", 16)

@@ -29,6 +29,7 @@ KNOWN = "known"  # a further part: turns by speakers of training, see `with_know
 KINDS = ("speakers", "dialogues", "sessions", "transcripts", "recordings", "copies")
 
 KNOWN_SPEAKER_TURNS = 50  # held out of each speaker
+KNOWN_TURNS = 10  # held out of each training speaker where a speaker head could not be scored otherwise
 
 Leaks = Mapping[tuple[str, str], frozenset[str]]
 
@@ -354,6 +355,12 @@ def find_fold(protocol: Protocol, utterances: Sequence[Utterance], name: str | N
         asked = "no fold is named" if name is None else f"no fold is called {name!r}"
         raise ConfigError(f"{asked}; the protocol {protocol.name} has {', '.join(folds)}")
     return folds[name]
+
+
+def usual_known_turns(fold: Fold, utterances: Iterable[Utterance]) -> int:
+    """How many turns of each training speaker to hold out: 10, but at most a tenth of a speaker's."""
+    turns = Counter(u.speaker for u in fold.select(utterances)["train"])
+    return min(KNOWN_TURNS, min(turns.values()) // 10) if None not in turns else 0
 
 
 def with_known_turns(fold: Fold, utterances: Iterable[Utterance], count: int, *, seed: int = 0) -> Fold:

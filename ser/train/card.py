@@ -23,6 +23,7 @@ from ser.recognizer import Recognizer
 from ser.train.report import TITLES
 
 RECORD, CARD = "training.json", "README.md"
+KEPT = ("utterances", "speakers", "judged", "figures", "resamples", "seed")  # of a report
 
 
 def training_record(
@@ -45,14 +46,18 @@ def training_record(
         "dimensions": recognizer.dimensions,
         "speakers_known": len(recognizer.speakers),
         "parameters": sum(p.numel() for p in recognizer.model.parameters()),
-        "trained_on": {
-            "utterances": len(utterances),
-            "hours": round(sum(lengths) / SAMPLE_RATE / 3600, 4),
-            "speakers": len({u.speaker for u in utterances if u.speaker}),
-            "per_emotion": dict(sorted(Counter(u.emotion for u in utterances if u.emotion).items())),
-        },
+        "trained_on": counts_of(utterances) | {"hours": round(sum(lengths) / SAMPLE_RATE / 3600, 4)},
         "settings": dict(settings),
         "evaluations": [],
+    }
+
+
+def counts_of(utterances: Sequence[Utterance]) -> dict[str, Any]:
+    """How many utterances, speakers, and utterances per emotion."""
+    return {
+        "utterances": len(utterances),
+        "speakers": len({u.speaker for u in utterances if u.speaker}),
+        "per_emotion": dict(sorted(Counter(u.emotion for u in utterances if u.emotion).items())),
     }
 
 
@@ -66,14 +71,21 @@ def evaluation_entry(
         selection: of what was judged, as `Selection.to_dict`; None: not known, so that nobody can verify it.
         chosen_on: whether these weights were chosen because of this very figure.
     """
-    kept = {name: found[name] for name in ("utterances", "speakers", "judged", "figures")}
+    kept = {name: found[name] for name in KEPT}
     return kept | {"selection": selection, "chosen_on": chosen_on}
 
 
 def with_evaluation(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with a further evaluation, in place of an older one of the same data."""
+    """The record with a further evaluation, in place of an older one of the same data.
+
+    What the weights were once chosen on, they stay chosen on; so they are on the test part where it validates.
+    """
+    same = [e for e in record["evaluations"] if e["selection"] == entry["selection"]]
     others = [e for e in record["evaluations"] if e["selection"] != entry["selection"]]
-    return dict(record) | {"evaluations": [*others, dict(entry)]}
+    part = (entry["selection"] or {}).get("part")
+    watched = part == "test" and record["settings"].get("valid_is_test") and any(e["chosen_on"] for e in others)
+    chosen_on = entry["chosen_on"] or watched or any(e["chosen_on"] for e in same)
+    return dict(record) | {"evaluations": [*others, dict(entry) | {"chosen_on": bool(chosen_on)}]}
 
 
 def write_card(folder: Path, record: Mapping[str, Any]) -> None:
@@ -152,6 +164,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
             spans = (figure["interval_utterances"], figure["interval_speakers"])
             shown = " | ".join("-" if s is None else f"{_number(s[0])} to {_number(s[1])}" for s in spans)
             lines += [f"| {TITLES.get(name, name)} | {_number(figure['value'])} | {shown} |"]
+        if 0 < entry["judged"]["emotion"] < entry["utterances"]:
+            lines += ["", f"Emotions are judged on the {entry['judged']['emotion']} whose label the model knows."]
         judged = entry["judged"]["speaker"]
         if record["speakers_known"] and judged < entry["utterances"]:
             lines += ["", f"Speakers are judged on the {judged} utterances by speakers that training knew."]
@@ -194,10 +208,23 @@ def _number(value: float | None) -> str:
 def differences(
     entry: Mapping[str, Any], found: Mapping[str, Any], *, tolerance: float = 1e-6
 ) -> list[tuple[str, float | None, float | None, bool]]:
-    """(figure, on the card, computed now, equal) of an evaluation and a new report of the same data."""
+    """(number, on the card, computed now, equal) of an evaluation and a new report of the same data."""
+    then, now = _numbers(entry), _numbers(found)
     rows = []
-    for name in dict.fromkeys([*entry["figures"], *found["figures"]]):
-        then, now = (side["figures"].get(name, {}).get("value") for side in (entry, found))
-        same = then == now or (then is not None and now is not None and math.isclose(then, now, abs_tol=tolerance))
-        rows.append((name, then, now, same))
+    for name in dict.fromkeys([*then, *now]):
+        a, b = then.get(name), now.get(name)
+        same = a == b or (a is not None and b is not None and math.isclose(a, b, abs_tol=tolerance))
+        rows.append((name, a, b, same))
     return rows
+
+
+def _numbers(found: Mapping[str, Any]) -> dict[str, float | None]:
+    """Every number of a report, flat."""
+    numbers: dict[str, float | None] = {name: found[name] for name in ("utterances", "speakers")}
+    numbers |= {f"{name} judged": count for name, count in found["judged"].items()}
+    for name, figure in found["figures"].items():
+        numbers[name] = figure["value"]
+        for over in ("utterances", "speakers"):
+            for end, value in zip(("from", "to"), figure[f"interval_{over}"] or (), strict=False):
+                numbers[f"{name}, over {over} {end}"] = value
+    return numbers

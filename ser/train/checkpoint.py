@@ -365,7 +365,8 @@ def open_run(
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         occupied = False
     if (folder / "checkpoints").is_dir():
-        for name in ("config.json", "metrics.jsonl", "best", "last", "checkpoints/step-*"):
+        files = ("config.json", "metrics.jsonl", "lengths.json", "skipped.jsonl")
+        for name in (*files, "best", "last", "checkpoints/step-*"):
             clear_remains((folder / name).parent, Path(name).name)
     found = checkpoints(folder)
     if not found and resume_from is not None:

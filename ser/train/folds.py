@@ -67,6 +67,7 @@ def pooled_report(out: Path, folds: Sequence[str], protocol: Protocol, *, resamp
     for fold in folds:
         judged = json.loads((out / fold / "report.json").read_text())
         by_fold[fold] = {"utterances": judged["utterances"], "shared": judged.get("shared_with_training")}
+        by_fold[fold]["shared_line"] = shared_line(judged)
         by_fold[fold] |= {name: figure["value"] for name, figure in judged["figures"].items()}
         if turns := judged.get("known_turns"):
             value = turns["figures"]["speaker_accuracy"]["value"]
@@ -90,6 +91,23 @@ def pooled_report(out: Path, folds: Sequence[str], protocol: Protocol, *, resamp
     return found
 
 
+def trained_on_some(judged: Mapping[str, Any]) -> bool:
+    """Whether the model of a fold's report was trained on recordings that it is judged on."""
+    shared = judged.get("shared_with_training") or {}
+    return max((shared.get(kind) or 0.0 for kind in ("recordings", "copies")), default=0.0) > 0
+
+
+def shared_line(judged: Mapping[str, Any]) -> str:
+    """What the model of a fold's report shares with what it is judged on, in a line."""
+    shared = judged.get("shared_with_training")
+    if shared is None:
+        return "what the model was trained on is not known"
+    shown = ", ".join(f"{kind} {'unknown' if s is None else f'{100 * s:.1f} %'}" for kind, s in shared.items())
+    assumed = " (taken to be the fold's: the model does not say)" if judged.get("training_is_assumed") else ""
+    warning = "WARNING: trained on recordings that are judged. " if trained_on_some(judged) else ""
+    return f"{warning}known from training{assumed}: {shown}"
+
+
 def show(value: float | None) -> str:
     """A figure with four digits; a dash for none."""
     return "-" if value is None else f"{value:.4f}"
@@ -109,6 +127,8 @@ def to_markdown(found: Mapping[str, Any]) -> str:
     lines.append(f"| mean ± spread | | {cells} |")
     pooled = " | ".join(f"**{show(found['figures'][n]['value'])}**" for n in names.values())
     lines.append(f"| pooled | {found['utterances']} | {pooled} |")
+    lines += ["", "What the judged models know of each fold's test part:", ""]
+    lines += [f"- {fold}: {entry['shared_line']}" for fold, entry in found["folds"].items()]
     if best := found.get("best_on_test"):
         lines += [
             "",

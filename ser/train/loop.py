@@ -93,7 +93,7 @@ def worker_death_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
             raise
         reason = str(error).splitlines()[0].strip().rstrip(".")
         raise ResourceError(
@@ -359,6 +359,7 @@ def evaluate(
     progress: bool = False,
     bad_audio: BadAudio | None = None,
     stop: StopRequest | None = None,
+    timeout: float = 600.0,
 ) -> Evaluation:
     """Score a model on utterances. Every rank calls this and gets the same result.
 
@@ -374,6 +375,7 @@ def evaluate(
         progress: show a progress bar.
         bad_audio: what becomes of recordings that cannot be read; None: the first is an AudioError, on all ranks.
         stop: may become true on any rank meanwhile; then the result, on all ranks, is ``interrupted``.
+        timeout: seconds to wait for a worker.
     """
     world = world or World(device=recognizer.device)
     bad_audio = bad_audio or BadAudio(world)
@@ -396,6 +398,7 @@ def evaluate(
         num_workers=min(workers, len(batches)),
         pin_memory=world.device.type == "cuda",
         worker_init_fn=outlive_signals,
+        timeout=timeout if min(workers, len(batches)) else 0,
     )
     result = Evaluation()
     emotion = np.zeros((len(recognizer.emotions),) * 2, dtype=np.int64)
@@ -845,6 +848,7 @@ def _fit(
             keep_rows=True,
             bad_audio=bad_audio,
             stop=stop,
+            timeout=config.timeout,
         )
         if found.interrupted:
             return False
@@ -868,9 +872,10 @@ def _fit(
         if world.is_main:
             saver.checkpoint(opened.run, recognizer, optimizer, progress, keep=config.keep)
 
-    stopped = progress.evaluation_due and not judge()
-    if not stopped and progress.step == total and not progress.finished:
-        progress.finished = True
+    was_due = progress.evaluation_due
+    stopped = was_due and not judge()
+    if not stopped and (was_due or (progress.step == total and not progress.finished)):
+        progress.finished = progress.finished or progress.step == total
         save()
     while progress.epoch < config.epochs and not progress.finished and not stopped:
         sampler.set_position(epoch=progress.epoch, update=progress.update)

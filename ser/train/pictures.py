@@ -36,6 +36,11 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
     figure.savefig(path, dpi=120)
 
 
+def needs_matplotlib() -> None:
+    """Raises ConfigError where it is missing: better before hours of work than after them."""
+    _matplotlib()
+
+
 def _matplotlib() -> tuple[Any, Any]:
     """Canvas and Figure, which open no window."""
     try:

@@ -368,7 +368,10 @@ def percentiles(drawn: Mapping[str, NDArray[np.float64]]) -> dict[str, tuple[flo
 def report(outcomes: Outcomes, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
     """All figures of some outcomes with their intervals, and by parts, as plain data for JSON."""
     figures = Figures(outcomes)
+    if resamples < 1:
+        raise ConfigError(f"resamples is {resamples}; expected 1 or more")
     found: dict[str, Any] = {"utterances": len(outcomes), "emotions": outcomes.emotions}
+    found |= {"resamples": resamples, "seed": seed}
     values = figures()
     by_utterance = intervals(figures, resamples=resamples, seed=seed) if values else {}
     speakers = outcomes.text["speaker"]
@@ -442,6 +445,8 @@ TITLES = {
 def table(found: Mapping[str, Any]) -> str:
     """A report as people read it."""
     lines = [f"{found['utterances']} utterances, {found['speakers']} speakers"]
+    if 0 < found["judged"]["emotion"] < found["utterances"]:
+        lines.append(f"emotions are judged on {found['judged']['emotion']}: the others' are no class of the model")
     lines.append(f"{'':32}{'':>7}   95 % over utterances   over speakers")
 
     def show(value: float | None) -> str:
