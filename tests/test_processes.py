@@ -7,6 +7,7 @@ of imports; one has the command itself, and so have all in `tests/soak/processes
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -210,7 +211,8 @@ def test_signals_once_and_twice_save_on_all_ranks_and_the_same_command_continues
         run.await_update(0, attempt=1, after=2)
         done = [line["step"] for line in run.lines(0) if line["attempt"] == 0]
         assert run.lines(0)[len(done)]["step"] == done[-1] + 1, "nothing is repeated"
-        assert f"stopped by a signal to another process after update {done[-1] + 1}" in run.said()
+        # (By the other's signal, unless torchrun has seen that one end by then and sent its own.)
+        assert re.search(rf"stopped by .* after update {done[-1] + 1} of", run.said())
         stopped = run.lines(0)[-1]["step"]
         os.kill(run.process.pid, signal.SIGTERM)  # as a scheduler does
         assert run.end() != 0
