@@ -42,4 +42,5 @@ def test_heads_take_the_encoder_s_rate_unless_they_have_their_own():
     optimizer = make_optimizer(toy_recognizer().model, rate=1e-3, head_rate=0.0, weight_decay=0.0, beta2=0.98)
     set_rate(optimizer, 0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {5e-4}
-    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["betas"] == (0.9, 0.98)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["betas"] == (0.9, 0.98) and optimizer.defaults["eps"] == 1e-8

@@ -1,7 +1,7 @@
 """Run every soak in this folder and write their figures as a table into docs/reliability.md.
 
     python tests/soak/run.py                    # all, each at most an hour a part
-    python tests/soak/run.py --seconds 60 --only processes --write /tmp/table.md
+    python tests/soak/run.py --seconds 60 --only processes --write table.md
 
 A soak is a script with ``--seconds``, its time limit, that prints lines of JSON and ends with status 0 where all
 held. The table stands between two markers; what the page says around it is kept.
