@@ -99,6 +99,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--processes", type=int, default=1, help="of one training, under torchrun (default: 1)")
     parser.add_argument("--parallel", type=int, default=1, help="folds at once, each with a GPU of its own where "
                         "there are any (default: 1)")  # fmt: skip
+    parser.add_argument("--on-bad-audio", choices=["fail", "skip"], default="fail", help="in training and judging "
+                        "(default: fail)")  # fmt: skip
+    parser.add_argument("--max-bad-audio", type=float, default=0.01, help="share that skip may leave out of each "
+                        "(default: 0.01)")  # fmt: skip
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default: 1000)")
     return parser.parse_known_args(argv)
 
@@ -160,6 +164,7 @@ def train_and_judge(
     """Both as commands of their own, with logs in the fold's folder."""
     fold = str(selection.fold)
     same = [*selection.to_options(), "--fold", fold]
+    same += ["--on-bad-audio", arguments.on_bad_audio, "--max-bad-audio", str(arguments.max_bad_audio)]
     if arguments.known_turns is not None:  # else as training finds best, and the model then says
         same += ["--known-turns", str(arguments.known_turns)]
     launcher = [sys.executable]
@@ -226,7 +231,7 @@ def cross_validate(
     arguments: argparse.Namespace, rest: list[str], selection: Selection, out: Path
 ) -> dict[str, Any]:
     """Every fold, and the report of all, in ``out``."""
-    protocol, utterances = selection.find_protocol(), selection.read()
+    protocol, utterances = selection.find_protocol(), selection.read(check_files=arguments.on_bad_audio == "fail")
     folds = {fold.name: fold for fold in protocol.folds(utterances, seed=selection.seed)}
     names = list(dict.fromkeys(arguments.folds or folds))
     if unknown := sorted(set(names) - set(folds)):

@@ -44,6 +44,7 @@ from ser.files import write_json
 from ser.models.pretrained import find_folder
 from ser.recognizer import Recognizer
 from ser.train import card
+from ser.train.bad_audio import BadAudio
 from ser.train.distributed import World, cpu_threads, joined_world
 from ser.train.loop import judge, say
 from ser.train.pictures import draw
@@ -73,6 +74,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that decode audio (default: %(default)s)"
     )
+    parser.add_argument("--on-bad-audio", choices=["fail", "skip"], default="fail",
+                        help="recordings that cannot be read end the run, or are left out and counted (default: "
+                        "%(default)s)")  # fmt: skip
+    parser.add_argument("--max-bad-audio", type=float, default=0.01, help="largest share that skip may leave out "
+                        "(default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--verify", type=Path, metavar="FOLDER", help="compute the figures on a model's card again"
     )
@@ -97,7 +103,7 @@ def training_utterances(
     if named.sha256 == judged.sha256:  # the same manifest, wherever it lies now
         return named.of(named.find_fold(everything)[0], everything) if named.protocol else everything
     try:
-        return named.utterances()
+        return named.utterances(check_files=False)
     except SerError:
         return None
 
@@ -111,14 +117,14 @@ def read_data(arguments: argparse.Namespace, record: dict | None) -> tuple[Selec
         if arguments.fold or arguments.known_turns:
             raise ConfigError("--fold and --known-turns need --protocol, which says how the manifest is divided")
         chosen = from_arguments(arguments, arguments.manifest)
-        everything = judged = chosen.read()
+        everything = judged = chosen.read(check_files=arguments.on_bad_audio == "fail")
         about: dict[str, Any] = {"manifest": chosen.data}
     else:
         arguments.data = arguments.data or arguments.manifest
         chosen = replace(from_arguments(arguments), part=arguments.part)
         if named is not None and same_fold(named, chosen) and arguments.known_turns is None:
             chosen = replace(chosen, known_turns=named.known_turns)
-        everything = chosen.read()
+        everything = chosen.read(check_files=arguments.on_bad_audio == "fail")
         protocol, (fold, _) = chosen.find_protocol(), chosen.find_fold(everything)
         judged = chosen.of(fold, everything)
         about = {"data": chosen.data, "protocol": protocol.name, "description": protocol.description}
@@ -155,6 +161,7 @@ def outcomes_of(
     rows = judge(
         recognizer, utterances, world=world, seen_texts=seen, workers=arguments.workers,
         progress=world.is_main and sys.stderr.isatty(),
+        bad_audio=BadAudio(world, policy=arguments.on_bad_audio, limit=arguments.max_bad_audio),
     )  # fmt: skip
     if not world.is_main:
         for _ in rows:
@@ -178,11 +185,12 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     if outcomes is not None:
         found = report(outcomes, resamples=arguments.resamples, seed=arguments.seed)
         found |= {"model": str(arguments.model), "selection": chosen.to_dict(), **about}
+        found["unread"] = len(judged) - len(outcomes)
         entries.append((chosen, found))
     # A speaker head is not scored on strangers, but on turns that were held out of the speakers in training.
     known = replace(chosen, part=KNOWN) if chosen.known_turns and arguments.part != KNOWN else None
     if recognizer.speakers and known is not None:
-        everything = chosen.read()
+        everything = chosen.read(check_files=arguments.on_bad_audio == "fail")
         turns = known.of(known.find_fold(everything)[0], everything)
         shared = overlap(training or [], turns)["recordings"]
         if shared is not None and shared.utterances:
@@ -220,6 +228,8 @@ def show_notes(found: dict[str, Any], recognizer: Recognizer) -> None:
     """What has to be known about the figures."""
     if not found["figures"]:
         print("no figure: no utterance has a label or text for a head of this model")
+    if found["unread"]:
+        print(f"{found['unread']} recordings could not be read and are in no figure")
     known, total = found["judged"]["speaker"], found["utterances"]
     if recognizer.speakers and known < total:
         print(f"speakers are judged on {known} of {total} utterances: the others' speakers are not known")
@@ -263,7 +273,9 @@ def verify(arguments: argparse.Namespace, world: World) -> bool:
                 f"{folder}: the card does not name the data of its figures, so they cannot be computed"
             )
         selection = moved(Selection.from_dict(entry["selection"]), arguments)
-        outcomes = outcomes_of(recognizer, selection.utterances(), None, arguments, world)
+        arguments.on_bad_audio = record["settings"].get("on_bad_audio", "fail")
+        arguments.max_bad_audio = record["settings"].get("max_bad_audio", 0.0)
+        outcomes = outcomes_of(recognizer, selection.utterances(check_files=False), None, arguments, world)
         if outcomes is None:
             continue
         print(f"{selection}: {len(outcomes)} utterances")
@@ -285,7 +297,7 @@ def trained_as_told(record: dict[str, Any], arguments: argparse.Namespace, world
     named = card.trained_on(record)
     if named is None:
         return True
-    training = moved(named, arguments).utterances()
+    training = moved(named, arguments).utterances(check_files=False)
     told = record["trained_on"]
     now = card.counts_of(training)
     differing = [f"{name} {told[name]}, but {value}" for name, value in now.items() if told[name] != value]

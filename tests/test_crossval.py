@@ -271,6 +271,22 @@ def test_turns_that_a_model_was_trained_on_are_not_taken_for_held_out(corpus, tm
         call(evaluate, "--model", tmp_path / "run/last", *fold, "--known-turns", 2, "--resamples", 5)
 
 
+def test_recordings_that_cannot_be_read_are_left_out_and_counted_where_that_is_asked_for(
+    corpus, trained, tmp_path, capsys
+):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    (tmp_path / "corpus/train0.wav").write_bytes(b"RIFF")
+    (tmp_path / "corpus/train3.wav").unlink()
+    options = ["--model", trained / "last", "--manifest", tmp_path / "corpus/train.csv", "--resamples", 5]
+    with pytest.raises(SerError, match=r"train3\.wav"):
+        call(evaluate, *options)
+    call(evaluate, *options, "--on-bad-audio", "skip", "--max-bad-audio", 0.1)
+    shown = capsys.readouterr().out
+    assert shown.startswith("22 utterances") and "2 recordings could not be read and are in no figure" in shown
+    with pytest.raises(SerError, match=r"--max-bad-audio 0\.01 allows"):
+        call(evaluate, *options, "--on-bad-audio", "skip")
+
+
 def test_given_checkpoints_are_judged_fold_by_fold_with_a_closing_line_each(corpus, trained, tmp_path, capsys):
     for fold in ("s0", "s1"):
         (tmp_path / "given").mkdir(exist_ok=True)

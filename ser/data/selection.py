@@ -104,9 +104,9 @@ class Selection:
             fold = with_known_turns(fold, utterances, self.known_turns, seed=self.seed)
         return fold, check_fold(fold, utterances, protocol)
 
-    def utterances(self) -> list[Utterance]:
+    def utterances(self, *, check_files: bool = True) -> list[Utterance]:
         """The selected ones. Raises ConfigError where the fold lacks the part."""
-        everything = self.read()
+        everything = self.read(check_files=check_files)
         if not self.protocol:
             return everything
         fold, _ = self.find_fold(everything)

@@ -486,6 +486,7 @@ def judge(
     seen_texts: frozenset[str] | None = None,
     workers: int = 0,
     progress: bool = False,
+    bad_audio: BadAudio | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of the predictions file, in the order of the utterances, a chunk at a time: memory is bounded.
 
@@ -498,10 +499,13 @@ def judge(
         seen_texts: transcripts that training had, cleaned as the model cleans; None: not known.
         workers: processes per rank that decode audio.
         progress: show a bar per chunk.
+        bad_audio: as for `evaluate`; a recording that is skipped has no row.
     """
     for first in range(0, len(utterances), CHUNK):
         chunk = utterances[first : first + CHUNK]
-        found = evaluate(recognizer, chunk, world=world, workers=workers, keep_rows=True, progress=progress)
+        found = evaluate(
+            recognizer, chunk, world=world, workers=workers, keep_rows=True, progress=progress, bad_audio=bad_audio
+        )
         rows = []
         for utterance, reference, prediction in found.rows:
             row = as_row(recognizer, utterance, reference, prediction)
@@ -944,7 +948,8 @@ def _fit(
     saver.wait()
     if stopped and not progress.finished:
         by = stop.signal or "a signal to another process"
-        say(world, f"stopped by {by} after update {progress.step} of {total}; the same command continues")
+        again = "the same command continues (without --overwrite and --resume-from)"
+        say(world, f"stopped by {by} after update {progress.step} of {total}; {again}")
         return FitResult(progress, metric, evaluation, resumed=opened.checkpoint is not None, stopped=True)
     model.eval()
     # A run that had ended before has them, unless it was stopped just there.
