@@ -68,6 +68,7 @@ def prepared(tmp_path_factory):
 def cross_options(prepared, protocol, *options):
     data = ["--data", prepared, "--root", prepared.parent / "release", "--protocol", protocol]
     settings = ["--init", "small", "--epochs", "2", "--rate", "1e-3", "--micro-batch", "8", "--resamples", "20"]
+    settings += ["--save-every", "2ep"]
     return [*data, *settings, *options]
 
 
@@ -172,7 +173,7 @@ def test_a_speaker_head_is_not_scored_on_strangers_but_on_turns_held_out_of_trai
         json.loads((session5 / fold / "report.json").read_text())["known_turns"]["judged"]["speaker"]
         for fold in found["folds"]
     )
-    assert known["utterances"] >= 40 and "scored on" in (session5 / "report.md").read_text()
+    assert known["utterances"] >= 30 and "scored on" in (session5 / "report.md").read_text()
     record = read_record(session5 / "1/run/best")
     assert record["speakers_known"] == 6, "three sessions train, one validates, one is tested"
     assert {e["selection"]["part"] for e in record["evaluations"]} == {"valid", "test", "known"}

@@ -419,7 +419,7 @@ def every_number(world, folder):
     for count in range(1, 41):
         dataset = make_dataset(recognizer, rows[:count])
         sampler = LengthBucketBatchSampler(
-            dataset.lengths, seed=0, effective_batch=4, micro_batch=2, rank=world.rank, world_size=world.size
+            dataset.lengths, seed=0, effective_batch=8, micro_batch=4, rank=world.rank, world_size=world.size
         )
         sampler.set_position(epoch=0, update=0)
         updates = 0
@@ -463,7 +463,7 @@ def test_two_ranks_train_as_one_does_whatever_the_number_of_utterances(on_two_ra
 
 def test_two_ranks_train_and_evaluate_any_number_of_utterances_from_1_to_40(on_two_ranks):
     _, (first, second) = on_two_ranks
-    assert first[2] == second[2] == [(math.ceil(count / 4), count) for count in range(1, 41)]
+    assert first[2] == second[2] == [(math.ceil(count / 8), count) for count in range(1, 41)]
 
 
 def test_two_ranks_train_with_a_head_at_weight_0(on_two_ranks):

@@ -12,6 +12,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -432,7 +433,10 @@ class Audit:
 
 
 def _transcript(u: Utterance) -> str:
-    return clean(u.text or "")
+    return _cleaned(u.text or "")
+
+
+_cleaned = lru_cache(maxsize=100_000)(clean)  # each is asked for in every fold
 
 
 def _value(u: Utterance, kind: str) -> str:
@@ -457,8 +461,9 @@ def audit(fold: Fold, utterances: Iterable[Utterance]) -> Audit:
         ManifestError: the fold has an id that is not among `utterances`.
     """
     parts = fold.select(utterances)
+    having = {part: _having(rows) for part, rows in parts.items()}
     shared = {
-        (first, second): overlap(parts[first], parts[second])
+        (first, second): _overlap(having[first], having[second])
         for first, second in (*PAIRS, ("train", KNOWN))
         if first in parts and second in parts
     }
@@ -471,15 +476,19 @@ def audit(fold: Fold, utterances: Iterable[Utterance]) -> Audit:
 
 def overlap(first: Iterable[Utterance], second: Iterable[Utterance]) -> dict[str, Shared | None]:
     """Kind -> what the second has that the first has too; None where the manifest cannot tell."""
-    first, second = list(first), list(second)
+    return _overlap(_having(first), _having(second))
 
-    def having(rows: list[Utterance], kind: str) -> dict[str, str]:
-        return {u.id: value for u in rows if (value := _value(u, kind))}
 
-    return {
-        kind: _shared(having(first, kind), having(second, kind), ids=kind in ("recordings", "copies"))
-        for kind in KINDS
-    }
+def _having(rows: Iterable[Utterance]) -> dict[str, dict[str, str]]:
+    """Kind -> id -> what stands for the utterance."""
+    rows = list(rows)
+    return {kind: {u.id: value for u in rows if (value := _value(u, kind))} for kind in KINDS}
+
+
+def _overlap(
+    first: Mapping[str, Mapping[str, str]], second: Mapping[str, Mapping[str, str]]
+) -> dict[str, Shared | None]:
+    return {kind: _shared(first[kind], second[kind], ids=kind in ("recordings", "copies")) for kind in KINDS}
 
 
 def _shared(first: Mapping[str, str], second: Mapping[str, str], *, ids: bool) -> Shared | None:
