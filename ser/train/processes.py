@@ -203,6 +203,9 @@ def lost_peer(error: BaseException) -> bool:
 
 def tell(text: str, *, consequence: bool = False) -> None:
     """Print an error, unless another rank has printed the same, or for a consequence any."""
+    if threading.current_thread() is threading.main_thread():
+        # torch raises the death of a loader worker wherever this process is, and again for each that ends with it.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     store = error_store()
     first = before = 0
     if store is not None:
