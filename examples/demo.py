@@ -19,7 +19,7 @@ from pathlib import Path
 
 import ser
 from ser.data.manifest import read_manifest
-from ser.train.loop import evaluate
+from ser.train.evaluation import evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))
 import make_demo_corpus

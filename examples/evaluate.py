@@ -46,7 +46,8 @@ from ser.recognizer import Recognizer
 from ser.train import card
 from ser.train.bad_audio import BadAudio
 from ser.train.distributed import World, cpu_threads, joined_world
-from ser.train.loop import judge, say
+from ser.train.evaluation import judge
+from ser.train.loop import say
 from ser.train.pictures import draw
 from ser.train.processes import one_voice
 from ser.train.report import Outcomes, compare, report, table, write_rows

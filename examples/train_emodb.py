@@ -19,7 +19,7 @@ from pathlib import Path
 
 import ser
 from ser.data.manifest import read_manifest, write_manifest
-from ser.train.loop import evaluate
+from ser.train.evaluation import evaluate
 
 TRAIN = Path(__file__).parent / "train_iemocap.py"
 # From scratch: a rate far above fine-tuning's, and many small updates. The loss of a transcript of sixty letters

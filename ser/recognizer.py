@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ser.audio import SAMPLE_RATE, as_waveform, audio_info, load_audio, normalise
-from ser.data.dataset import pad
+from ser.data.dataset import SpeechDataset, pad
 from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.sampler import evaluation_batches
 from ser.data.text import ORTHOGRAPHIES, Vocabulary
@@ -346,6 +346,19 @@ class Recognizer:
         return written_names(model.state_dict(), model.config, projector=model.projector is not None)
 
     # ------------------------------------------------------------------------------------ using one
+
+    def dataset(self, utterances: Sequence[Utterance]) -> SpeechDataset:
+        """Utterances with this model's labels, vocabulary and preprocessing: to train on, or to be judged by."""
+        return SpeechDataset(
+            utterances,
+            emotions=self.emotions,
+            speakers=self.speakers,
+            dimensions=self.dimensions,
+            vocabulary=self.vocabulary,
+            orthography=self.orthography,
+            tags=self.tags,
+            do_normalize=self.do_normalize,
+        )
 
     @property
     def device(self) -> torch.device:

@@ -28,7 +28,8 @@ from ser.errors import AudioError, ResourceError, SerError
 from ser.train.checkpoint import checkpoints
 from ser.train.config import TrainConfig
 from ser.train.distributed import World
-from ser.train.loop import evaluate, fit
+from ser.train.evaluation import evaluate
+from ser.train.loop import fit
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_iemocap.py"
 LARGE_STYLE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}

@@ -14,7 +14,8 @@ from ser.data.manifest import read_manifest
 from ser.errors import RunFolderError
 from ser.train import loop
 from ser.train.checkpoint import checkpoints
-from ser.train.loop import UpdateResult, fit
+from ser.train.loop import fit
+from ser.train.update import UpdateResult
 
 UPDATE = loop.run_update
 SCALER = torch.amp.GradScaler

@@ -21,7 +21,7 @@ from test_train import assert_identical, log, quick
 from toy import toy_recognizer, toy_rows, write_corpus
 
 from ser.recognizer import Recognizer
-from ser.train import loop
+from ser.train import update
 from ser.train.checkpoint import checkpoints
 from ser.train.loop import fit
 from ser.train.processes import OWNER, PREEMPTED, own_run
@@ -288,8 +288,8 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_continued_run_makes_it_up
 
 def test_a_second_ctrl_c_interrupts_at_once(judged, tmp_path, monkeypatch):
     _, rows, _ = judged
-    send_on_call(monkeypatch, loop, "draw_masks", 1, signal.SIGINT)
-    send_on_call(monkeypatch, loop, "draw_masks", 3, signal.SIGINT)  # of the same update: two micro-batches, twice
+    send_on_call(monkeypatch, update, "draw_masks", 1, signal.SIGINT)
+    send_on_call(monkeypatch, update, "draw_masks", 3, signal.SIGINT)  # its second micro-batch, twice
     with pytest.raises(KeyboardInterrupt):
         fit(toy_recognizer(), rows, [], quick(), tmp_path / "run")
     assert not checkpoints(tmp_path / "run")

@@ -17,9 +17,9 @@ from toy import toy_recognizer, write_corpus
 from ser.audio import audio_info
 from ser.data.manifest import read_manifest
 from ser.errors import ConfigError
-from ser.train import loop as module
+from ser.train import evaluation as module
 from ser.train import report as figures_module
-from ser.train.loop import judge
+from ser.train.evaluation import judge
 from ser.train.pictures import draw
 from ser.train.report import (
     Figures,

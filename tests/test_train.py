@@ -20,7 +20,9 @@ from ser.errors import ConfigError, RunFolderError, SerError
 from ser.train.checkpoint import checkpoints
 from ser.train.config import TrainConfig
 from ser.train.distributed import World
-from ser.train.loop import Objective, evaluate, fetch_updates, fit, make_dataset, run_update
+from ser.train.evaluation import evaluate
+from ser.train.loop import fetch_updates, fit
+from ser.train.update import Objective, run_update
 
 QUICK = TrainConfig(
     epochs=3, effective_batch=4, micro_batch=2, rate=3e-3, beta=0.1, log_every=2, keep=100, save_every="1"
@@ -417,7 +419,7 @@ def every_number(world, folder):
     objective = Objective({"emotion": 1.0, "ctc": 0.1, "speaker": 0.1})
     found = []
     for count in range(1, 41):
-        dataset = make_dataset(recognizer, rows[:count])
+        dataset = recognizer.dataset(rows[:count])
         sampler = LengthBucketBatchSampler(
             dataset.lengths, seed=0, effective_batch=8, micro_batch=4, rank=world.rank, world_size=world.size
         )

@@ -14,8 +14,8 @@ from ser.errors import ConfigError
 from ser.models.config import Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.train.distributed import World
-from ser.train.loop import Objective, run_update
 from ser.train.optim import make_optimizer, set_rate
+from ser.train.update import Objective, run_update
 
 LENGTHS = [9000, 7000, 6500, 5000, 4000, 3000, 1200, 800]
 

@@ -5,7 +5,7 @@ Their code, one utterance per device, gradients accumulated over 8 micro-batches
     hidden = dropout(wav2vec2(waveform)); logits = lm_head(hidden); scores = cls_head(mean(hidden, over time))
     loss = (cross_entropy(scores, emotion) + alpha * ctc(logits, text, reduction="sum")) / 8; backward
 
-Here it is written with parts of `transformers`, dropout off, and compared with `ser.train.loop.run_update`.
+Here it is written with parts of `transformers`, dropout off, and compared with `ser.train.update.run_update`.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ser.data.dataset import Example, collate
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.train.distributed import World
-from ser.train.loop import Objective, run_update
+from ser.train.update import Objective, run_update
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference: pip install ser[test]")
 
