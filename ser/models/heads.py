@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ser.errors import ConfigError
+from ser.models.dropout import Dropout
 
 POOLINGS = {"mean": 1, "mean+std": 2, "attentive": 2}  # name -> how many times the hidden size it gives
 ATTENTION_SIZE = 128  # of attentive pooling's hidden layer, as in the paper
@@ -64,7 +65,7 @@ class RegressionHead(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, dropout: float, initializer_range: float) -> None:
         super().__init__()
         self.dense = new_linear(inputs, inputs, initializer_range)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out_proj = new_linear(inputs, outputs, initializer_range)
 
     def forward(self, pooled: Tensor) -> Tensor:

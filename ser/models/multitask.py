@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ser.errors import ConfigError
 from ser.models.config import Wav2Vec2Config
+from ser.models.dropout import Dropout
 from ser.models.heads import POOLINGS, Pooling, RegressionHead, mix_layers, new_linear, renew
 from ser.models.wav2vec2 import Wav2Vec2
 
@@ -85,7 +86,7 @@ class MultiTaskModel(nn.Module):
         super().__init__()
         self.config, self.heads_config = config, heads
         self.wav2vec2 = Wav2Vec2(config)
-        self.dropout = nn.Dropout(config.final_dropout)
+        self.dropout = Dropout(config.final_dropout)
         deepest = config.num_hidden_layers
         # The layer whose output the heads but CTC's read; None: a weighted mean of all.
         named = {"weighted": None, "last": deepest}

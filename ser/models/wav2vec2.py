@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,12 @@ from torch.utils.checkpoint import checkpoint
 from ser.errors import AudioError, ConfigError
 from ser.models.attention import Attention, GatedAttention
 from ser.models.config import Wav2Vec2Config, conv_length
+from ser.models.convolution import Kernel, strided_conv
+from ser.models.dropout import Dropout
+
+# Numbers of the first convolution's output that are computed at a time where no gradient is needed: 4 MiB, of the
+# size of a core's cache. Twice or half of it cost 1 to 3 % more at base size, and all at once 7 %.
+PIECE = 1 << 20
 
 
 def padding_mask(lengths: Tensor, size: int, device: torch.device) -> Tensor | None:
@@ -50,21 +57,6 @@ def untouched(module: nn.Module) -> Tensor:
     stays 0 whatever the weights hold.
     """
     return sum((p.flatten()[:0].sum() for p in module.parameters() if p.requires_grad), torch.zeros(()))
-
-
-def masked_group_norm(x: Tensor, padding: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """``norm`` with one channel per group, whose mean and variance see valid frames only.
-
-    x (B, C, T), padding (B, T) bool. Returns (B, C, T). In float32 also under autocast, as `F.group_norm`.
-    """
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    count = (~padding).sum(-1)[:, None, None]
-    x = x.masked_fill(padding[:, None], 0.0)
-    mean = x.sum(-1, keepdim=True) / count
-    centred = (x - mean).masked_fill(padding[:, None], 0.0)
-    variance = centred.square().sum(-1, keepdim=True) / count
-    scale = torch.rsqrt(variance + norm.eps) * norm.weight[:, None]
-    return (centred * scale + norm.bias[:, None]).to(norm.weight.dtype)
 
 
 class ConvLayer(nn.Module):
@@ -88,16 +80,16 @@ class ConvLayer(nn.Module):
         else:
             self.layer_norm = nn.Identity()
 
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, C, T), lengths (B,) -> (B, C', T'), (B,)."""
-        x = self.conv(x)  # (B, C', T')
-        lengths = conv_length(lengths, self.conv.kernel_size[0], self.conv.stride[0])
-        if isinstance(self.layer_norm, nn.LayerNorm):
-            x = self.layer_norm(x.transpose(1, 2)).transpose(1, 2)
-        elif isinstance(self.layer_norm, nn.GroupNorm):
-            padding = padding_mask(lengths, x.shape[-1], x.device)
-            x = self.layer_norm(x) if padding is None else masked_group_norm(x, padding, self.layer_norm)
-        return F.gelu(x), lengths
+    def kernel(self, x: Tensor, lengths: Tensor) -> Kernel:
+        """Its weights; with those of the group norm folded in, which needs whole utterances, x (B, S, 1)."""
+        if isinstance(self.layer_norm, nn.GroupNorm):
+            return Kernel.normalised(self.conv, self.layer_norm, x, lengths)
+        return Kernel.of(self.conv)
+
+    def forward(self, x: Tensor, kernel: Kernel) -> Tensor:
+        """x (B, T, C) -> (B, T', C')."""
+        x = strided_conv(x, kernel)
+        return F.gelu(self.layer_norm(x) if isinstance(self.layer_norm, nn.LayerNorm) else x)
 
 
 class FeatureEncoder(nn.Module):
@@ -105,6 +97,7 @@ class FeatureEncoder(nn.Module):
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
+        self.config = config
         self.conv_layers = nn.ModuleList(ConvLayer(config, i) for i in range(len(config.conv_dim)))
         self.activation_checkpointing = False
 
@@ -114,10 +107,38 @@ class FeatureEncoder(nn.Module):
         Every valid frame is made of valid samples alone: a window that reaches into the padding starts
         past the last frame that `conv_length` counts.
         """
-        x, lengths = waveforms[:, None], num_samples  # (B, 1, S)
-        for layer in self.conv_layers:
-            x, lengths = maybe_checkpoint(self, layer, x, lengths)
-        return x.transpose(1, 2), lengths
+        x, num_frames = waveforms[..., None], self.config.num_frames(num_samples)  # (B, S, 1)
+        counts = conv_length(num_samples, self.config.conv_kernel[0], self.config.conv_stride[0])
+        layers: list[Any] = [*self.conv_layers]
+        kernels = [layer.kernel(x, counts) for layer in layers]
+        trained = torch.is_grad_enabled() and any(k.matrix.requires_grad for k in kernels)
+        if x.device.type == "cpu" and not trained:
+            return self.in_pieces(x, num_frames, kernels), num_frames
+        for layer, kernel in zip(self.conv_layers, kernels, strict=True):
+            x = maybe_checkpoint(self, layer, x, kernel)
+        return x, num_frames
+
+    def in_pieces(self, x: Tensor, num_frames: Tensor, kernels: list[Kernel]) -> Tensor:
+        """As the layers one after the other, x (B, S, 1), but a piece of time of one utterance after the other.
+
+        A piece stays in the processor's cache from the first layer to the last, whose frames see nothing of each
+        other, and padding costs nothing. Memory does not grow with the length but for the result.
+        """
+        hop, field = math.prod(self.config.conv_stride), self.config.min_samples
+        frames = max(1, PIECE // (self.config.conv_dim[0] * hop // self.config.conv_stride[0]))
+        features: Tensor | None = None
+        for row, count in enumerate(num_frames.tolist()):
+            own = [kernel.row(row) for kernel in kernels]
+            for start in range(0, count, frames):
+                end = min(start + frames, count)
+                piece = x[row, None, start * hop : (end - 1) * hop + field]
+                for layer, kernel in zip(self.conv_layers, own, strict=True):
+                    piece = layer(piece, kernel)
+                if features is None:
+                    features = piece.new_zeros(len(x), int(num_frames.max()), piece.shape[-1])
+                features[row, start:end] = piece[0]
+        assert features is not None
+        return features
 
 
 class FeatureProjection(nn.Module):
@@ -130,7 +151,7 @@ class FeatureProjection(nn.Module):
         else:
             self.layer_norm = nn.Identity()
         self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
-        self.dropout = nn.Dropout(config.feat_proj_dropout)
+        self.dropout = Dropout(config.feat_proj_dropout)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, D)."""
@@ -211,9 +232,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
         self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.intermediate_dropout = nn.Dropout(config.activation_dropout)
+        self.intermediate_dropout = Dropout(config.activation_dropout)
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.output_dropout = nn.Dropout(config.hidden_dropout)
+        self.output_dropout = Dropout(config.hidden_dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D), (B, T, F) between."""
@@ -231,7 +252,7 @@ class TransformerLayer(nn.Module):
             self.attention: Attention = GatedAttention(config, owns_embedding=index == 0)
         else:
             self.attention = Attention(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -255,7 +276,7 @@ class Transformer(nn.Module):
         stacked = config.model_type == "data2vec-audio"
         self.pos_conv_embed = PositionalStack(config) if stacked else PositionalConvolution(config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(TransformerLayer(config, i) for i in range(config.num_hidden_layers))
         self.activation_checkpointing = False
 
@@ -441,7 +462,7 @@ class Wav2Vec2(nn.Module):
         return hidden
 
 
-def maybe_checkpoint(owner: FeatureEncoder | Transformer, layer: nn.Module, *inputs: Tensor | None):
+def maybe_checkpoint(owner: FeatureEncoder | Transformer, layer: nn.Module, *inputs: Any):
     """``layer(*inputs)``, recomputed in the backward pass where the owner says so and a gradient is needed."""
     if owner.activation_checkpointing and owner.training and torch.is_grad_enabled():
         return checkpoint(layer, *inputs, use_reentrant=False)

@@ -49,7 +49,7 @@ def make_optimizer(
     """AdamW over `parameter_groups`."""
     groups = parameter_groups(model, rate=rate, head_rate=head_rate, weight_decay=weight_decay)
     device = next(model.parameters()).device
-    return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-8, fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-8, fused=device.type in ("cpu", "cuda"))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

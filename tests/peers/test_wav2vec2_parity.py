@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compare import assert_close, sound
 from parity import encoder_row
 from public import ENCODERS
 from torch.nn import functional as F
 
-from ser.models.config import Wav2Vec2Config
+from ser.models.config import Wav2Vec2Config, conv_length
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.models.pretrained import written_names
 from ser.models.wav2vec2 import ConvLayer, Wav2Vec2
@@ -55,18 +56,6 @@ def twins(config, randomise, dtype=torch.float32):
     """(ours, reference) in eval mode."""
     ours = randomise(Wav2Vec2(config)).to(dtype).eval()
     return ours, reference_with_the_weights_of(ours)
-
-
-def sound(*shape, dtype=torch.float32, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def assert_close(ours, expected, tolerance=1e-5):
-    """By the norm of the difference, relative to the norm of what is expected."""
-    assert ours.shape == expected.shape
-    assert ours.dtype == expected.dtype
-    error = (ours - expected).norm() / expected.norm()
-    assert error <= tolerance, f"relative error {error:.2e}"
 
 
 def gradients(module, rename=str):
@@ -127,7 +116,10 @@ def test_each_convolution_equals_the_reference(config, randomise):
     ):
         assert isinstance(layer, ConvLayer)
         x = sound(2, layer.conv.in_channels, 50, seed=i)
-        assert_close(layer(x, torch.tensor([50, 50]))[0], expected(x))
+        across = x.transpose(1, 2)  # channels last
+        frames = conv_length(torch.tensor([50, 50]), layer.conv.kernel_size[0], layer.conv.stride[0])
+        kernel = layer.kernel(across, frames)
+        assert_close(layer(across, kernel).transpose(1, 2), expected(x))
 
 
 def test_feature_projection_equals_the_reference(config, randomise):

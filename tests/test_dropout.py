@@ -1,0 +1,86 @@
+"""Dropout with masks cut from 64-bit words, and attention that uses it."""
+
+import math
+
+import pytest
+import torch
+from compare import assert_close, sound
+from torch.nn import functional as F
+
+from ser.models.attention import attention
+from ser.models.dropout import LEVELS, Dropout, dropout
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_elements_are_dropped_as_often_as_asked_and_the_rest_scaled_for_it(p):
+    torch.manual_seed(0)
+    x = torch.ones(1000, 1000)
+    y = dropout(x, p)
+    share = round(p * LEVELS) / LEVELS
+    assert y.unique().tolist() == pytest.approx([0, 1 / (1 - share)], rel=1e-6)
+    assert abs(float((y == 0).double().mean()) - p) < 5 * math.sqrt(p * (1 - p) / x.numel())
+    for lane in range(4):  # of the word
+        dropped = float((y.flatten()[lane::4] == 0).double().mean())
+        assert abs(dropped - p) < 5 * math.sqrt(p * (1 - p) / (x.numel() / 4))
+
+
+def test_neighbours_are_dropped_independently():
+    torch.manual_seed(0)
+    dropped = (dropout(torch.ones(1 << 20), 0.5) == 0).double() - 0.5
+    for distance in (1, 2, 3, 4, 8, 768):
+        correlation = float((dropped[:-distance] * dropped[distance:]).mean()) * 4
+        assert abs(correlation) < 5 / math.sqrt(len(dropped))
+
+
+def test_the_gradient_goes_where_the_values_went():
+    torch.manual_seed(0)
+    x = sound(7, 13).double().requires_grad_()
+    y = dropout(x, 0.3)
+    assert_close(torch.autograd.grad(y.sum(), x)[0], y.detach() / x.detach(), 1e-12)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 5])
+def test_any_number_of_elements_is_possible(size):
+    assert dropout(torch.ones(size), 0.5).shape == (size,)
+
+
+def test_masks_are_a_function_of_the_seed():
+    x = torch.ones(1000)
+    torch.manual_seed(5)
+    first, second = dropout(x, 0.5), dropout(x, 0.5)
+    torch.manual_seed(5)
+    assert torch.equal(dropout(x, 0.5), first) and not torch.equal(first, second)
+
+
+def test_nothing_is_dropped_in_evaluation_and_all_at_probability_one():
+    x = torch.ones(10)
+    assert Dropout(0.5).eval()(x) is x and dropout(x, 0.0) is x
+    assert not dropout(x, 1.0).any()
+
+
+@pytest.mark.parametrize("kind", ["none", "padding", "bias"])
+def test_attention_with_dropout_is_dropout_on_the_weights(kind):
+    """Against the formula, with the very masks that the seed gives."""
+    q, k, v = (sound(2, 3, 11, 8, seed=i).double().requires_grad_() for i in range(3))
+    mask = None
+    if kind == "padding":
+        mask = torch.arange(11) < torch.tensor([11, 6])[:, None, None, None]
+    elif kind == "bias":
+        mask = sound(2, 3, 11, 11, seed=9).double()
+        mask[1, :, :, 8:] = -math.inf
+    torch.manual_seed(0)
+    found = attention(q, k, v, mask, 0.4)
+    torch.manual_seed(0)
+    kept = dropout(torch.ones(2, 3, 11, 11).double(), 0.4)
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(8)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if kind == "padding" else scores + mask
+    expected = torch.einsum("bhqk,bhkd->bhqd", scores.softmax(-1) * kept, v)
+    assert_close(found, expected, 1e-12)
+    for grad, wanted in zip(
+        torch.autograd.grad(found.square().sum(), (q, k, v)),
+        torch.autograd.grad(expected.square().sum(), (q, k, v)),
+        strict=True,
+    ):
+        assert_close(grad, wanted, 1e-10)
+    assert_close(attention(q, k, v, mask, 0.0), F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 1e-12)
