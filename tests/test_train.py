@@ -507,6 +507,22 @@ def test_the_effective_batch_follows_from_what_is_given(changes, world, expected
 
 
 @pytest.mark.parametrize(
+    ("changes", "limits"),
+    [
+        ({}, (None, 320_000)),
+        ({"micro_seconds": 0.0}, (None, None)),
+        ({"micro_batch": 4}, (4, None)),
+        ({"accumulate": 4}, (1, None)),
+        ({"batch_seconds": 120.0}, (None, 320_000)),
+        ({"batch_seconds": 120.0, "accumulate": 3}, (None, 320_000)),  # of two ranks
+    ],
+)
+def test_a_forward_pass_is_bounded_by_seconds_unless_utterances_are_counted(changes, limits):
+    found = TrainConfig(**changes).micro_limits(2)
+    assert (found["micro_batch"], found["micro_samples"]) == limits
+
+
+@pytest.mark.parametrize(
     ("changes", "world"),
     [
         ({"effective_batch": 8, "micro_batch": 3}, 1),

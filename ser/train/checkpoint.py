@@ -64,6 +64,7 @@ MAY_CHANGE = {
     "log_every",
     "save_every",
     "micro_batch",
+    "micro_seconds",
     "accumulate",
     "eval_seconds",
     "timeout",

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from ser.audio import SAMPLE_RATE
 from ser.errors import ConfigError
 from ser.models.heads import POOLINGS
 from ser.models.multitask import HEADS
@@ -63,7 +65,10 @@ class TrainConfig:
     adam_beta2: float = option(0.999, "AdamW's second decay rate")
     clip: float = option(1.0, "largest gradient norm of an update; 0: no limit")
     # how the work is cut
-    micro_batch: int = option(1, "most utterances in one forward pass of one process (not with batch-seconds)")
+    micro_batch: int = option(0, "most utterances in one forward pass of one process (not with batch-seconds); 0: "
+                                 "as many as micro-seconds allows, or 1 where accumulate is given")  # fmt: skip
+    micro_seconds: float = option(20.0, "where neither micro-batch nor accumulate is given, most padded seconds "
+                                        "of audio in one forward pass of one process; 0: no limit")  # fmt: skip
     accumulate: int = option(0, "micro-batches per update and process; 0: follows from the effective batch")
     effective_batch: int = option(
         0, "utterances per update over all processes; 0: follows from accumulate, else 8"
@@ -111,7 +116,6 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
         for name in (
             "epochs",
-            "micro_batch",
             "log_every",
             "keep",
             "rate",
@@ -136,21 +140,29 @@ class TrainConfig:
         """
         if self.batch_seconds:
             return None
-        product = world_size * self.micro_batch * self.accumulate
+        micro_batch = self.micro_batch or 1
+        product = world_size * micro_batch * self.accumulate
         if self.accumulate and not self.effective_batch:
             return product
         effective_batch = self.effective_batch or 8
         if self.accumulate and product != effective_batch:
             raise ConfigError(
                 f"effective_batch {effective_batch} is not {world_size} processes x micro_batch "
-                f"{self.micro_batch} x accumulate {self.accumulate} = {product}; leave one of them out"
+                f"{micro_batch} x accumulate {self.accumulate} = {product}; leave one of them out"
             )
-        if effective_batch % (world_size * self.micro_batch):
+        if effective_batch % (world_size * micro_batch):
             raise ConfigError(
                 f"effective_batch {effective_batch} cannot be divided by {world_size} processes x "
-                f"micro_batch {self.micro_batch}"
+                f"micro_batch {micro_batch}"
             )
         return effective_batch
+
+    def micro_limits(self, world_size: int) -> dict[str, int | None]:
+        """What bounds a forward pass, as `ser.data.sampler.cut_update` takes it: utterances, or padded samples."""
+        seconds = self.batch_seconds / (world_size * self.accumulate) if self.accumulate else self.micro_seconds
+        if self.batch_seconds or not (self.micro_batch or self.accumulate):
+            return {"micro_batch": None, "micro_samples": math.ceil(seconds * SAMPLE_RATE) or None}
+        return {"micro_batch": self.micro_batch or 1, "micro_samples": None}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

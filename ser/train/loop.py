@@ -274,14 +274,12 @@ def _fit(
         blank=recognizer.vocabulary.blank if recognizer.vocabulary is not None else 0,
     )
     batch_samples = int(config.batch_seconds * SAMPLE_RATE) or None
-    share = world.size * (config.accumulate or 1)
     sampler = LengthBucketBatchSampler(
         lengths,
         seed=config.seed,
         effective_batch=effective_batch,
         batch_samples=batch_samples,
-        micro_batch=config.micro_batch if batch_samples is None else None,
-        micro_samples=None if batch_samples is None else math.ceil(batch_samples / share),
+        **config.micro_limits(world.size),
         batching=config.batching,
         rank=world.rank,
         world_size=world.size,
