@@ -31,6 +31,7 @@ from ser.errors import AudioError, ConfigError, ModelFolderError, SerError
 from ser.files import write_folder_atomically, write_json, write_tensors
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
 from ser.models.multitask import HEADS, HeadsConfig, MultiTaskModel, Outputs
+from ser.models.precision import choose_precision
 from ser.models.pretrained import (
     LoadReport,
     TensorFiles,
@@ -95,7 +96,11 @@ class Recognizer:
         vocabulary: CTC symbols, or None without a CTC head.
         orthography, tags: how training cleaned its text (see `ser.data.text`).
         do_normalize: whether waveforms are made zero mean and unit variance.
+        precision: in which the model runs when it predicts: torch.float32, or torch.bfloat16 (by autocast), which
+            is faster where the processor has the instructions, and leaves scores two to three digits.
     """
+
+    precision = torch.float32
 
     def __init__(
         self,
@@ -196,9 +201,15 @@ class Recognizer:
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        precision: str = "float32",
     ) -> Recognizer:
         """Read a model folder with at least one head; see `ser.load`."""
+        dtype = choose_precision(precision, torch.device(device))
         folder = find_folder(folder, revision=revision)
         config, values = read_encoder_config(folder)
         own, files = read_labels(folder, values), TensorFiles(folder)
@@ -237,6 +248,7 @@ class Recognizer:
             )
         except ConfigError as error:
             raise ModelFolderError(f"{folder / 'config.json'}: {shorten(str(error))}") from None
+        recognizer.precision = dtype
         model, report = recognizer.model, LoadReport(folder)
         fill_encoder(model.wav2vec2, files, report)
         fill(model, files, report, [name for name in model.state_dict() if not name.startswith("wav2vec2.")])
@@ -443,7 +455,8 @@ class Recognizer:
         was_training = self.model.training
         self.model.eval()
         try:
-            outputs = self.model(pad(prepared).to(self.device), torch.tensor([len(x) for x in prepared]))
+            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+                outputs = self.model(pad(prepared).to(self.device), torch.tensor([len(x) for x in prepared]))
         finally:
             self.model.train(was_training)
         return [
@@ -576,7 +589,13 @@ def pack(items: list[tuple[Recording, Tensor | SerError]]) -> Packed:
     )
 
 
-def load(folder: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None) -> Recognizer:
+def load(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    precision: str = "float32",
+) -> Recognizer:
     """Load a recognizer from a model folder, ready to predict.
 
         recognizer = ser.load("runs/demo/best")
@@ -588,11 +607,12 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", revision: st
             model; or the OWNER/NAME of such a one on the Hugging Face hub (with the extra ser[hub]).
         device: "cpu", "cuda", "cuda:1", as torch names it.
         revision: branch, tag or commit on the hub.
+        precision: "float32"; "bf16", faster on processors with the instructions; or "auto", which knows them.
 
     Raises:
         ModelFolderError: the folder is incomplete or not what it claims to be.
     """
-    return Recognizer.load(folder, device=device, revision=revision)
+    return Recognizer.load(folder, device=device, revision=revision, precision=precision)
 
 
 def build(config: Wav2Vec2Config, sizes: HeadsConfig) -> MultiTaskModel:

@@ -16,6 +16,7 @@ from ser.data.manifest import Utterance
 from ser.data.text import Vocabulary
 from ser.errors import AudioError, ConfigError, FileError, ModelFolderError, SerError
 from ser.models.multitask import HeadsConfig, MultiTaskModel
+from ser.models.precision import has_fast_bf16
 from ser.recognizer import BATCH_SECONDS, MAX_SECONDS, WINDOW, Prediction, Recognizer
 
 EMOTIONS, SPEAKERS = ["sad", "happy", "cross"], ["Ann", "Bo"]
@@ -85,6 +86,38 @@ def test_a_saved_recognizer_predicts_exactly_the_same(make, tmp_path, pooling, d
     assert before.predict([noise(9000), noise(700)], 16000) == after.predict([noise(9000), noise(700)], 16000)
     assert (after.do_normalize, after.model.heads_config.pooling) == (do_normalize, pooling)
     assert not after.model.training
+
+
+def test_bf16_predicts_what_float32_does_to_two_digits_and_float32_is_what_one_gets_unasked(make, tmp_path):
+    make().save(tmp_path / "m")
+    samples = np.random.default_rng(0).normal(size=16_000)
+    (exact,) = ser.load(tmp_path / "m").predict(samples, 16_000)
+    half = ser.load(tmp_path / "m", precision="bf16")
+    (rough,) = half.predict(samples, 16_000)
+    assert ser.load(tmp_path / "m").precision == torch.float32 and half.precision == torch.bfloat16
+    assert rough.probabilities != exact.probabilities
+    assert rough.probabilities == pytest.approx(exact.probabilities, abs=0.02)
+    assert sum(rough.probabilities.values()) == pytest.approx(1)
+    with pytest.raises(ConfigError, match=r"precision is 'int8'.*float32, bf16 or auto"):
+        ser.load(tmp_path / "m", precision="int8")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "fast"),
+    [
+        ("GenuineIntel", "avx2 avx512f", False),
+        ("GenuineIntel", "avx512f avx512_bf16", False),  # at half the rate of float32
+        ("GenuineIntel", "avx512_bf16 amx_bf16 amx_tile", True),
+        ("AuthenticAMD", "avx2", False),
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+    ],
+)
+def test_bf16_is_chosen_for_processors_on_which_it_is_faster(tmp_path, vendor, flags, fast):
+    cpuinfo = tmp_path / "cpuinfo"
+    core = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n"
+    cpuinfo.write_text(f"{core}\n{core.replace('avx', 'x')}")
+    assert has_fast_bf16(torch.device("cpu"), cpuinfo) == fast
+    assert not has_fast_bf16(torch.device("cpu"), tmp_path / "none")
 
 
 def test_a_saved_recognizer_keeps_its_labels_and_how_its_text_was_cleaned(make, tmp_path):
