@@ -21,7 +21,8 @@ Checkpoints that are there already, one folder per fold (DIR/01F .. DIR/05M), wi
     python examples/crossval_iemocap.py ... --protocol paper10 --evaluate-only DIR --out runs/reproduced
 
 Options that are not listed below go to train_iemocap.py as they are. The same command continues where it stopped:
-a fold that was judged is not trained again.
+a fold that was judged is not trained again. Asked to stop (SIGTERM, SIGUSR1, Ctrl-C), it passes that on to what
+trains, which saves, and ends with status 75.
 
 Pooled figures count every utterance of all folds once (right over all folds / all utterances). In --out: FOLD/run
 (the training run), FOLD/predictions.csv and report.json; report.json, report.md, curves.csv and pictures of all
@@ -39,12 +40,12 @@ import platform
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -67,6 +68,7 @@ from ser.train.folds import (
     write_curves,
 )
 from ser.train.pictures import draw, draw_curves, needs_matplotlib
+from ser.train.processes import PREEMPTED, stop_on_signals
 from ser.train.report import Outcomes, table
 
 HERE = Path(__file__).parent
@@ -74,6 +76,7 @@ HERE = Path(__file__).parent
 SETTLED = {"--fold", "--train", "--valid", "--overwrite", "--resume-from", "--allow-overlap", "--model", "--card"}
 PAPER_TABLE_3 = 0.7815  # WA of Cai et al. (2021), ten folds by recording side
 PAPER_UTTERANCES = 5531
+POLL = 0.25  # seconds after which a signal is passed on
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -137,6 +140,7 @@ def run_fold(
     weights: str,
     folder: Path,
     devices: Queue[list[str]],
+    commands: Commands,
 ) -> None:
     """Train and judge one fold in its folder, unless that is done."""
     fold = str(selection.fold)
@@ -148,7 +152,7 @@ def run_fold(
     if own:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     try:
-        train_and_judge(arguments, rest, selection, weights, folder, environment)
+        train_and_judge(arguments, rest, selection, weights, folder, environment, commands)
     finally:
         devices.put(own)
 
@@ -160,6 +164,7 @@ def train_and_judge(
     weights: str,
     folder: Path,
     environment: dict[str, str],
+    commands: Commands,
 ) -> None:
     """Both as commands of their own, with logs in the fold's folder."""
     fold = str(selection.fold)
@@ -183,7 +188,9 @@ def train_and_judge(
         if step == "train" and arguments.evaluate_only:
             continue
         with (folder / f"{step}.log").open("a") as log:
-            if subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode:
+            if commands.run(command, environment, log):
+                if commands.stopped:
+                    raise Stopped
                 tail = "\n  ".join((folder / f"{step}.log").read_text().splitlines()[-15:])
                 raise ConfigError(f"fold {fold}: {step} failed; {folder / step}.log ends with\n  {tail}")
     judged = json.loads((folder / "report.json").read_text())
@@ -192,6 +199,36 @@ def train_and_judge(
     print(f"{fold}: {shown}  {time.perf_counter() - started:.0f} s", flush=True)
     if arguments.evaluate_only or trained_on_some(judged):
         print(f"    {shared_line(judged)}", flush=True)
+
+
+class Stopped(Exception):
+    """This process was asked to stop, and its commands have ended."""
+
+
+class Commands:
+    """The commands that run, which are asked to stop when this process is."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopped = ""
+
+    def run(self, command: list[str], environment: dict[str, str], log: TextIO) -> int:
+        """The exit status."""
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        self.running.add(process)
+        if self.stopped:  # meanwhile
+            process.terminate()
+        try:
+            return process.wait()
+        finally:
+            self.running.discard(process)
+
+    def stop(self, signal: str) -> None:
+        """Training saves and ends, and what judges is done again."""
+        self.stopped = signal
+        print(f"{signal}: what trains saves and ends", file=sys.stderr, flush=True)
+        for process in list(self.running):
+            process.terminate()
 
 
 # ---------------------------------------------------------------------------------------------- all folds
@@ -258,14 +295,25 @@ def cross_validate(
         if torch.cuda.device_count() and arguments.parallel > 1 and len(share) < arguments.processes:
             raise ConfigError(f"{arguments.parallel} folds at once need {arguments.processes} GPUs each: {gpus}")
         devices.put(share if arguments.parallel > 1 and torch.cuda.device_count() else [])
-    with ThreadPoolExecutor(arguments.parallel) as pool:
-        jobs = [
-            pool.submit(run_fold, arguments, rest, replace(selection, fold=name), weights, out / name, devices)
+    commands = Commands()
+    with stop_on_signals() as asked, ThreadPoolExecutor(arguments.parallel) as pool:
+        waiting: set[Future[None]] = {
+            pool.submit(
+                run_fold, arguments, rest, replace(selection, fold=name), weights, out / name, devices, commands
+            )
             for name in names
-        ]
+        }
         try:
-            for job in jobs:
-                job.result()
+            while waiting:
+                done, waiting = wait(waiting, timeout=POLL, return_when=FIRST_COMPLETED)
+                for job in done:
+                    job.result()
+                if asked and not commands.stopped:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    commands.stop(asked.signal)
+                    waiting = {job for job in waiting if not job.cancelled()}
+            if commands.stopped:  # after the last command of the last fold
+                raise Stopped
         except BaseException:
             pool.shutdown(cancel_futures=True)  # else the other folds are trained before anybody hears of it
             raise
@@ -388,5 +436,8 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except Stopped:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(PREEMPTED)
     except ser.SerError as error:
         sys.exit(f"error: {error}")

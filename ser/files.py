@@ -42,6 +42,15 @@ def cannot_write(path: Path, error: OSError, size: int = 0) -> FileError:
     )
 
 
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """The path of a file that is being written; a disk that does not take it is a FileError."""
+    try:
+        yield path
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 # ------------------------------------------------------------------------------------------------- files
 
 

@@ -24,7 +24,8 @@ from toy import toy_recognizer, toy_rows, write_corpus
 import ser.errors
 from ser.data.dataset import SpeechDataset
 from ser.data.manifest import Utterance, read_manifest
-from ser.errors import AudioError, ResourceError, SerError
+from ser.errors import AudioError, FileError, ResourceError, SerError
+from ser.train.bad_audio import BadAudio
 from ser.train.checkpoint import checkpoints
 from ser.train.config import TrainConfig
 from ser.train.distributed import World
@@ -85,6 +86,14 @@ def test_a_corrupt_recording_ends_the_run_with_its_path_and_cause(tmp_path, work
     assert "--on-bad-audio skip" in message and "Traceback" not in message
     with pytest.raises(AudioError, match=r"valid1\.wav: truncated or damaged"):
         fit(toy_recognizer(), train[:4], valid, quick(workers=workers), tmp_path / "other")
+
+
+def test_a_full_disk_under_the_list_of_what_is_skipped_is_told_with_the_free_space(tmp_path):
+    (tmp_path / "skipped.jsonl").symlink_to("/dev/full")
+    bad = BadAudio(World(), policy="skip", limit=0.5, run=tmp_path)
+    bad.begun = True
+    with pytest.raises(FileError, match=r"skipped\.jsonl: cannot be written: No space left .* free"):
+        bad.agree("train", toy_recognizer().dataset(toy_rows(tmp_path, 4)), {1: "damaged"})
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,13 @@ The scripts' `main` is called in this process where only an answer or an error i
 import copy
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import crossval_iemocap
@@ -322,6 +325,34 @@ def test_given_checkpoints_are_judged_fold_by_fold_with_a_closing_line_each(corp
         assert "WARNING: trained on recordings that are judged" in (tmp_path / "out/report.md").read_text()
     assert f"pooled: correct: {right} of 16 , acc: {right / 16:.4f}" in capsys.readouterr().out
     assert not (tmp_path / "out/s0/run").exists(), "nothing was trained"
+
+
+def test_asked_to_stop_it_lets_what_trains_save_and_the_same_command_continues(corpus, tmp_path):
+    out = tmp_path / "out"
+    options = ["--data", corpus / "train.csv", *FOLDS, "--folds", "s0", "s1", "--out", out, "--resamples", 5]
+    options += ["--init", corpus / "init", *QUICK, "--epochs", 40, "--log-every", 1]
+    command = [sys.executable, str(EXAMPLES / "crossval_iemocap.py"), *map(str, options)]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        log = out / "s0/run/metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not log.is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        trains = json.loads((out / "s0/run/owner.json").read_text())["pid"]
+        running.send_signal(signal.SIGTERM)
+        _, said = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 75, said
+    assert "SIGTERM: what trains saves and ends" in said and "the same command continues" in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(trains, 0)
+    saved = list((out / "s0/run/checkpoints").iterdir())
+    assert saved and not (out / "s0/run/last").exists() and not (out / "s0/report.json").exists()
+    assert not (out / "s1/run").exists(), "no other fold was begun"
+    subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    assert "is resumed at update" in (out / "s0/train.log").read_text()
+    assert json.loads((out / "report.json").read_text())["folds"].keys() == {"s0", "s1"}
 
 
 # -------------------------------------------------------------------------------------------------- ablations

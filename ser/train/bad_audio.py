@@ -27,8 +27,8 @@ import torch
 from tqdm import tqdm
 
 from ser.data.dataset import Batch, SpeechDataset, listed
-from ser.data.text import replace_file
 from ser.errors import AudioError
+from ser.files import replace_file, written
 from ser.train.distributed import World
 
 
@@ -75,7 +75,7 @@ class BadAudio:
             if self.world.is_main:
                 tqdm.write(f"skipped ({name}, {len(skipped)} of {len(dataset)}): {found[i]}", file=sys.stderr)
         if new and self.begun and self.world.is_main and self.run is not None:
-            with (self.run / "skipped.jsonl").open("a", encoding="utf-8") as file:
+            with written(self.run / "skipped.jsonl") as path, path.open("a", encoding="utf-8") as file:
                 file.writelines(to_line(self.rows[k]) for k in range(-len(new), 0))
         if len(skipped) > self.limit * len(dataset) or len(skipped) == len(dataset):
             raise AudioError(
@@ -126,10 +126,10 @@ class BadAudio:
         if not self.world.is_main:
             return
         if not (self.run / "lengths.json").exists():
-            with replace_file(self.run / "lengths.json") as file:
+            with written(self.run / "lengths.json") as new, replace_file(new) as file:
                 file.write(json.dumps(lengths))
         if self.rows or path.exists():
-            with replace_file(path) as file:
+            with written(path), replace_file(path) as file:
                 file.writelines(map(to_line, self.rows))
 
 

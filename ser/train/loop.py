@@ -32,7 +32,7 @@ from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler
 from ser.data.text import minimum_frames
 from ser.errors import ConfigError, RunFolderError, SerError
-from ser.files import cannot_write, replace_file
+from ser.files import replace_file, written
 from ser.recognizer import Recognizer
 from ser.train.bad_audio import BadAudio, errors_of
 from ser.train.card import RECORD, evaluation_entry, training_record, with_evaluation, write_card
@@ -577,11 +577,8 @@ class Log:
                 kept = [s for s in kept if step_of(s) < progress.step or json.loads(s)["kind"] != "valid"]
             if kept == lines:
                 return
-            try:
-                with replace_file(path) as file:
-                    file.write("".join(line + "\n" for line in kept))
-            except OSError as error:
-                raise cannot_write(path, error) from error
+            with written(path), replace_file(path) as file:
+                file.write("".join(line + "\n" for line in kept))
 
     def write(self, kind: str, entry: dict[str, Any], progress: Progress, *, epoch: int) -> None:
         """One line to the file and one to the screen."""
@@ -589,11 +586,8 @@ class Log:
             return
         record = {"kind": kind, "step": progress.step, "epoch": epoch, "time": round(time.time(), 3)} | entry
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite) + "\n")
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
+        with written(self.path) as path, path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
         shown = "  ".join(f"{key} {short(value)}" for key, value in entry.items() if value is not None)
         say(self.world, f"{kind} epoch {epoch + 1} update {progress.step}  {shown}")
 
