@@ -50,7 +50,7 @@ from ser.train.evaluation import judge
 from ser.train.loop import say
 from ser.train.pictures import draw
 from ser.train.processes import one_voice
-from ser.train.report import Outcomes, compare, report, table, write_rows
+from ser.train.report import Outcomes, compare, report, shares, table, write_rows
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -244,9 +244,8 @@ def show_notes(found: dict[str, Any], recognizer: Recognizer) -> None:
     if shared is None:
         print("what these recordings share with training is not known: the model does not name it (--train does)")
         return
-    shown = ", ".join(f"{kind} {'unknown' if s is None else f'{100 * s:.1f} %'}" for kind, s in shared.items())
     assumed = " (taken to be the fold's: the model does not say)" if found.get("training_is_assumed") else ""
-    print(f"known from training{assumed}: {shown}")
+    print(f"known from training{assumed}: {shares(shared)}")
     if max(shared.get(kind) or 0.0 for kind in ("recordings", "copies")) > 0:
         print(
             "WARNING: recordings that the model was trained on are judged; these figures say nothing about others"

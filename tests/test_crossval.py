@@ -202,7 +202,7 @@ def test_every_model_has_a_card_with_data_figures_labels_limits_and_licences(cor
         for piece in (
             "angry, happy, neutral, sad", "kfold:speaker:3, fold s0", "8 utterances, 0.00 h, 1 speakers",
             "| accuracy (WA) |", "word error rate", "95 %", "Use and limits", "Not for decisions", "- data: CC0",
-            "- initial weights: MIT", "evaluate.py --verify", "transcripts 100.0%",
+            "- initial weights: MIT", "evaluate.py --verify", "transcripts 100.0 %",
         ):  # fmt: skip
             assert piece in text, (name, piece)
         assert ("chosen by their figure on this very part" in text) == (name == "best")

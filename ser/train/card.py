@@ -20,7 +20,7 @@ from ser.data.selection import Selection
 from ser.errors import ModelFolderError
 from ser.files import replace_file, write_json
 from ser.recognizer import Recognizer
-from ser.train.report import TITLES
+from ser.train.report import TITLES, shares
 
 RECORD, CARD = "training.json", "README.md"
 KEPT = ("utterances", "speakers", "judged", "figures", "resamples", "seed")  # of a report
@@ -146,7 +146,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         lines += ["", f"Protocol: {description}"]
     if shared := settings.get("shared_with_training"):
         lines += ["", "Of the utterances of each part, training has the same:", ""]
-        lines += [f"- {part}: {_shares(kinds)}" for part, kinds in shared.items()]
+        lines += [f"- {part}: {shares(kinds)}" for part, kinds in shared.items()]
 
     lines += ["", "## Figures", ""]
     if not record["evaluations"]:
@@ -195,10 +195,6 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _shares(kinds: Mapping[str, float | None]) -> str:
-    return ", ".join(f"{kind} {'unknown' if share is None else f'{share:.1%}'}" for kind, share in kinds.items())
 
 
 def _number(value: float | None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ser.data.protocols import Protocol
 from ser.files import replace_file
-from ser.train.report import Outcomes, compare, report, table
+from ser.train.report import Outcomes, compare, report, shares, table
 
 SHORT = {"WA": "accuracy", "UA": "unweighted_accuracy", "WER": "wer", "speaker": "speaker_accuracy"}
 
@@ -102,10 +102,9 @@ def shared_line(judged: Mapping[str, Any]) -> str:
     shared = judged.get("shared_with_training")
     if shared is None:
         return "what the model was trained on is not known"
-    shown = ", ".join(f"{kind} {'unknown' if s is None else f'{100 * s:.1f} %'}" for kind, s in shared.items())
     assumed = " (taken to be the fold's: the model does not say)" if judged.get("training_is_assumed") else ""
     warning = "WARNING: trained on recordings that are judged. " if trained_on_some(judged) else ""
-    return f"{warning}known from training{assumed}: {shown}"
+    return f"{warning}known from training{assumed}: {shares(shared)}"
 
 
 def show(value: float | None) -> str:

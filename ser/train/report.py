@@ -442,6 +442,11 @@ TITLES = {
 }
 
 
+def shares(kinds: Mapping[str, float | None]) -> str:
+    """By kind (speakers, transcripts, ...), the share that stands in another part too; None where unknown."""
+    return ", ".join(f"{kind} {'unknown' if s is None else f'{100 * s:.1f} %'}" for kind, s in kinds.items())
+
+
 def table(found: Mapping[str, Any]) -> str:
     """A report as people read it."""
     lines = [f"{found['utterances']} utterances, {found['speakers']} speakers"]
