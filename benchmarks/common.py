@@ -1,12 +1,12 @@
 """What the benchmarks share: turns of real lengths, one model for both sides, measuring in processes, tables.
 
-A benchmark is a list of rows. Each row is measured by a process of its own, so that its peak memory is its own, and
-the rows take turns over the repeats, so that whatever disturbs the machine disturbs all of them. A row's figure is
-its median. Two things are prepared once and used by every row of both sides: a model folder with random weights and
-recordings of noise whose lengths are those of IEMOCAP (`seconds.txt`, sorted, nothing else of the release).
+A benchmark is a list of rows. Each row is measured by a process of its own, so that its peak memory is its own,
+and the rows take turns over the repeats, so that whatever disturbs the machine disturbs all of them. The figure of
+a row is its median. Two things are prepared once and used by every row of both sides: a model folder with random
+weights, and recordings of noise with the lengths of IEMOCAP's turns (`seconds.txt`: sorted, nothing else of it).
 
-The share of the ceiling is the arithmetic that the turns need without padding (`training_flop`), divided by the time
-and by the rate at which this machine multiplies large matrices in the row's dtype, measured in the same rounds.
+The share of the ceiling is the arithmetic that the turns need without padding (`training_flop`), divided by the
+time and by the rate at which this machine multiplies large matrices in the row's dtype, taken in the same rounds.
 
     python benchmarks/common.py runs/benchmarks/*.json --write docs/performance.md
 """
@@ -93,7 +93,7 @@ def shape_config(shape: str) -> Any:
 
     from ser.models.config import Wav2Vec2Config
 
-    tiny = {
+    tiny: dict[str, Any] = {
         "conv_dim": (16,) * 7,
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -111,31 +111,31 @@ def shape_config(shape: str) -> Any:
 # ----------------------------------------------------------------------------------------- arithmetic and memory
 
 
-def forward_flop(config: Any, num_samples: int, vocab_size: int = 32) -> tuple[float, float]:
-    """Floating-point operations of one turn's forward pass: of the convolutions, and of all that follows.
+def forward_flop(config: Any, num_samples: int, vocab_size: int = 32) -> tuple[float, float, float]:
+    """What one turn's forward pass computes: the first convolution, the others, all that follows.
 
-    Those of matrix products and convolutions, a multiplication and an addition each; the rest is below 1 %.
+    Floating-point operations, those of matrix products and convolutions, a multiplication and an addition each; the rest is below 1 %.
     """
-    frames, channels, convolutions = num_samples, 1, 0.0
+    frames, channels, convolutions = num_samples, 1, []
     for width, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
         frames = (frames - kernel) // stride + 1
-        convolutions += 2.0 * frames * width * channels * kernel
+        convolutions.append(2.0 * frames * width * channels * kernel)
         channels = width
     d, f = config.hidden_size, config.intermediate_size
     kernel, groups = config.num_conv_pos_embeddings, config.num_conv_pos_embedding_groups
     positions = 2.0 * frames * d * (d // groups) * kernel
     layer = 8.0 * frames * d * d + 4.0 * frames * frames * d + 4.0 * frames * d * f
     ends = 2.0 * frames * d * (channels + vocab_size)
-    return convolutions, positions + config.num_hidden_layers * layer + ends
+    return convolutions[0], sum(convolutions[1:]), positions + config.num_hidden_layers * layer + ends
 
 
 def training_flop(config: Any, lengths: Sequence[int], *, frozen: bool, cached: bool = False) -> float:
-    """Of one epoch, unpadded: the backward pass of what is trained costs twice its forward pass."""
-    total = 0.0
-    for num_samples in lengths:
-        convolutions, rest = forward_flop(config, num_samples)
-        total += (0.0 if cached else convolutions) * (1 if frozen else 3) + 3 * rest
-    return total
+    """Of one epoch, unpadded: the backward pass of what is trained costs twice its forward pass.
+
+    But for the first convolution, whose input needs no gradient.
+    """
+    weights = (0, 0, 3) if cached else (1, 1, 3) if frozen else (2, 3, 3)
+    return float(sum(np.dot(weights, forward_flop(config, num_samples)) for num_samples in lengths))
 
 
 def ceiling(*, dtype: str, threads: int, device: str) -> dict[str, float]:
@@ -171,7 +171,7 @@ def timed(device: str) -> Iterator[list[float]]:
 
 
 def peak_gib(device: str) -> float:
-    """The most memory so far: of this process (VmHWM, which forgets what stood here before exec), or of the GPU."""
+    """The most memory so far: of this process (VmHWM, which knows nothing of its parent), or of the GPU."""
     import torch
 
     if device.startswith("cuda"):
@@ -213,7 +213,7 @@ class Row:
 
     def median(self, key: str = "seconds") -> float | None:
         """Over the repeats; None where there is no figure."""
-        values = [found[key] for found in self.found if found.get(key) is not None]
+        values = [found[key] for found in self.found if isinstance(found.get(key), int | float)]
         return statistics.median(values) if values else None
 
 
@@ -222,7 +222,7 @@ class Bar:
     """What a table is judged by: the fastest rival over the fastest of ours, both by their medians."""
 
     measure: str
-    at_least: float
+    at_least: float | None  # None: shown, and not judged
     ours: list[str]  # names of rows; the fastest that was measured counts
     rivals: list[str]
     key: str = "seconds"  # what is divided; the rows are chosen by seconds
@@ -254,9 +254,13 @@ def parse(doc: str, *, turns: int = 8, repeats: int = 1) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=turns, help="of the corpus (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=repeats, help="of every row (default: %(default)s)")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=int, default=cores, help="of a process (default: all cores, %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=cores, help="of a process (default: all cores, %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--shape", choices=["base", "tiny"], default="base", help="of the model; tiny is for tests")
+    parser.add_argument(
+        "--shape", choices=["base", "tiny"], default="base", help="of the model; tiny is for tests"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"],
                         help="that each side may compute in (default: both)")  # fmt: skip
     parser.add_argument("--only", default="", help="measure the rows whose name or work holds this text")
@@ -294,20 +298,24 @@ def run(
     rows: list[Row],
     bars: list[Bar],
     *,
+    seconds: Sequence[float] | None = None,
     rates: Sequence[int] = (SAMPLE_RATE,),
     check: str = "",
     extra: Callable[[list[Row]], dict[str, Any]] = lambda rows: {},
 ) -> dict[str, Any]:
     """Prepare, check that both sides compute the same, measure the rows in turn, print the table, write the JSON.
 
-    ``check`` is the function that compares the sides and raises where they differ. ``extra`` makes further figures of
-    the measured rows.
+    ``seconds`` are the lengths of the recordings, where they are not drawn, and ``rates`` those they are written
+    at. ``check`` is the function that compares the sides and raises where they differ. ``extra`` makes further
+    figures of the measured rows.
     """
-    seconds = draw_seconds(arguments.turns)
+    seconds = draw_seconds(arguments.turns) if seconds is None else seconds
     shared = {"threads": arguments.threads, "device": arguments.device}
     rows += [Row(f"ceiling {d}", "ceiling", "ceiling", "ceiling", {"dtype": d}) for d in arguments.dtypes]
-    rows = [row for row in rows if arguments.only in row.name or arguments.only in row.work or row.side == "ceiling"]
-    result: dict[str, Any] = {"benchmark": name, "machine": machine(arguments)}
+    rows = [
+        row for row in rows if arguments.only in row.name or arguments.only in row.work or row.side == "ceiling"
+    ]
+    result: dict[str, Any] = {"benchmark": name, "machine": machine(arguments), "repeats": arguments.repeats}
     result["turns"] = {"count": len(seconds), "seed": SEED, "seconds": round(sum(seconds), 3), "lengths": seconds}
     with tempfile.TemporaryDirectory(prefix="ser-benchmark-") as folder:
         values = {"folder": folder, "seconds": seconds, "shape": arguments.shape, "rates": list(rates)}
@@ -345,10 +353,10 @@ def run(
 def as_record(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     """A row as JSON has it: medians, the share of the ceiling, and every repeat."""
     keys = dict.fromkeys(key for found in row.found for key in found)
-    medians = {key: row.median(key) for key in keys if key != "dtype"}
+    medians = {key: value for key in keys if (value := row.median(key)) is not None}
     dtype = row.found[0].get("dtype", "float32") if row.found else None
     top = next((r.median("flop_per_second") for r in rows if r.name == f"ceiling {dtype}"), None)
-    if top and medians.get("flop") and row.side != "ceiling":
+    if top and "flop" in medians and row.side != "ceiling":
         medians["share_of_ceiling"] = medians["flop"] / medians["seconds"] / top
     return asdict(row) | {"medians": medians}
 
@@ -398,7 +406,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         "",
         f"`{m['command']}` at {m['commit']}, {m['date']}, {where}; {m['threads']} threads, {m['device']}; "
         f"torch {m['torch']}, transformers {m['transformers']}, Python {m['python']}. {turns['count']} turns, "
-        f"{turns['seconds']:.1f} s of audio.",
+        f"{turns['seconds']:.1f} s of audio; medians of {result['repeats']}.",
         "",
     ]
     if result.get("agreement"):
@@ -410,9 +418,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         "|---" * (len(columns) + 2) + "|",
     ]
     for row in result["rows"]:
-        values = row["medians"] | {
-            "flop_per_second": (row["medians"].get("flop_per_second") or 0) / 1e9 or None
-        }
+        values = row["medians"] | {"flop_per_second": (row["medians"].get("flop_per_second") or 0) / 1e9 or None}
         cells = [COLUMNS[k][1].format(values[k]) if values.get(k) is not None else "" for k in columns]
         if row["skipped"]:
             cells[0] = f"none: {row['skipped']}"
@@ -421,9 +427,8 @@ def to_markdown(result: dict[str, Any]) -> str:
         lines += ["", "| measure | ours | rival | ratio | at least |", "|---|---|---|---|---|"]
     for bar in result["bars"]:
         ratio = "" if bar["ratio"] is None else f"{bar['ratio']:.2f}"
-        lines.append(
-            f"| {bar['measure']} | {bar['ours'] or ''} | {bar['rival'] or ''} | {ratio} | {bar['at_least']:g} |"
-        )
+        least = "" if bar["at_least"] is None else f"{bar['at_least']:g}"
+        lines.append(f"| {bar['measure']} | {bar['ours'] or ''} | {bar['rival'] or ''} | {ratio} | {least} |")
     if result["extra"]:
         lines += ["", *(f"* {key}: {value}" for key, value in result["extra"].items())]
     return "\n".join(lines)

@@ -1,18 +1,16 @@
 """Recognition beside `transformers`: recordings per second, and one long recording in windows.
 
-    python benchmarks/inference.py                            # 8 turns, once; long recordings of 1, 2 and 4 minutes
+    python benchmarks/inference.py                            # 8 turns, once; one of 1, 2 and 4 minutes
     python benchmarks/inference.py --turns 48 --repeats 3     # and of 15, 30 and 60 minutes
     python benchmarks/inference.py --turns 48 --repeats 3 --device cuda
 
 Ours is `Recognizer.predict` as anybody calls it, on arrays; theirs is in `rival.py`. Both go from samples to
-probabilities and transcripts. On a GPU 48 turns are a handful of batches: expect the start of kernels and the copies
-to weigh as much as the arithmetic, and bf16 to be the fastest on both sides.
+probabilities and transcripts. On a GPU 48 turns are a handful of batches: expect the start of kernels and the
+copies to weigh as much as the arithmetic, and bf16 to be the fastest on both sides.
 """
 
 from __future__ import annotations
 
-import inspect
-import time
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +54,7 @@ def windows(
     with soundfile.SoundFile(file, "w", SAMPLE_RATE, 1) as recording:
         for _ in range(round(minutes * 60)):
             recording.write(0.1 * generator.standard_normal(SAMPLE_RATE))
-    recognizer = Recognizer.load(Path(folder) / shape, device=device)
+    recognizer: Any = Recognizer.load(Path(folder) / shape, device=device)
     with common.timed(device) as seconds:
         count = sum(1 for _ in recognizer.predict_windows(file, **options))
     file.unlink()
@@ -92,7 +90,9 @@ def make_rows(shape: str, dtypes: list[str], minutes: list[float]) -> list[Row]:
         for batch in (4, 8):
             values = {"batch": batch, "order": "sorted", "dtype": dtype}
             rows.append(Row(f"transformers, {dtype}, sorted by {batch}", "best", "turns", "theirs", values))
-    rows += [Row(f"ser, {m:g} minutes", "ours", "windows", "windows", {"minutes": m}, no_windows()) for m in minutes]
+    rows += [
+        Row(f"ser, {m:g} minutes", "ours", "windows", "windows", {"minutes": m}, no_windows()) for m in minutes
+    ]
     for row in rows:
         row.values["shape"] = shape
     return rows
@@ -110,11 +110,14 @@ def further(rows: list[Row]) -> dict[str, Any]:
     there = [row for row in rows if row.work == "windows" and row.median() is not None]
     if len(there) < 2:
         return {}
-    minutes = np.log([row.values["minutes"] for row in there])
-    slopes = {key: np.polyfit(minutes, np.log([row.median(key) for row in there]), 1)[0] for key in ("seconds", "peak_gib")}
+
+    def power(key: str) -> str:
+        values = [(row.values["minutes"], row.median(key) or np.nan) for row in there]
+        return f"{np.polyfit(*np.log(values).T, 1)[0]:.2f}"
+
     return {
-        "time grows with the length to the power of": f"{slopes['seconds']:.2f}",
-        "peak memory grows with the length to the power of": f"{slopes['peak_gib']:.2f}",
+        "time grows with the length to the power of": power("seconds"),
+        "peak memory grows with the length to the power of": power("peak_gib"),
     }
 
 

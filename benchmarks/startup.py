@@ -4,8 +4,9 @@
     python benchmarks/startup.py --repeats 15
     python benchmarks/startup.py --device cuda    # what CUDA takes to start is then most of both
 
-Ours is `examples/infer.py`; theirs is the shortest program that does the same with Wav2Vec2ForSequenceClassification.
-Both read the same folder, and have to print the same emotion. Importing torch alone is what neither can avoid.
+Ours is `examples/infer.py`; theirs is the shortest program that does the same, with transformers'
+Wav2Vec2ForSequenceClassification. Both read the same folder, and have to print the same emotion. Importing torch
+alone is what neither can avoid.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def prepare(folder: str, *, seconds: list[float], shape: str, rates: list[int]) 
     torch.manual_seed(common.SEED)
     model = MultiTaskModel(common.shape_config(shape), HeadsConfig(len(EMOTIONS), projection=256))
     Recognizer(model, emotions=EMOTIONS).save(Path(folder) / shape)
-    noise = np.random.default_rng(common.SEED).standard_normal(int(SECONDS * SAMPLE_RATE))
+    noise = np.random.default_rng(common.SEED).standard_normal(int(seconds[0] * SAMPLE_RATE))
     soundfile.write(Path(folder) / "turn.wav", 0.1 * noise, SAMPLE_RATE)
 
 
@@ -82,14 +83,12 @@ def same(rows: list[Row]) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write."""
     common.serve({"prepare": prepare, "start": start})
-    arguments = common.parse(__doc__ or "", repeats=5)
+    arguments = common.parse(__doc__ or "", turns=1, repeats=5)
     arguments.dtypes = []
     names = ("ser", "transformers", "import torch")
     rows = [Row(f, "", "start", "start", {"what": f, "shape": arguments.shape}) for f in names]
-    bars = [
-        Bar("cold start to the printed answer", 2.3, ["ser"], ["transformers"]),
-    ]
-    common.run("startup", arguments, rows, bars, extra=same)
+    bars = [Bar("cold start to the printed answer", 2.3, ["ser"], ["transformers"])]
+    common.run("startup", arguments, rows, bars, seconds=[SECONDS], extra=same)
 
 
 if __name__ == "__main__":
