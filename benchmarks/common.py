@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -114,7 +115,8 @@ def shape_config(shape: str) -> Any:
 def forward_flop(config: Any, num_samples: int, vocab_size: int = 32) -> tuple[float, float, float]:
     """What one turn's forward pass computes: the first convolution, the others, all that follows.
 
-    Floating-point operations, those of matrix products and convolutions, a multiplication and an addition each; the rest is below 1 %.
+    In floating-point operations: those of matrix products and convolutions, a multiplication and an addition
+    each. The rest is below 1 %.
     """
     frames, channels, convolutions = num_samples, 1, []
     for width, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
@@ -263,7 +265,8 @@ def parse(doc: str, *, turns: int = 8, repeats: int = 1) -> argparse.Namespace:
     )
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"],
                         help="that each side may compute in (default: both)")  # fmt: skip
-    parser.add_argument("--only", default="", help="measure the rows whose name or work holds this text")
+    parser.add_argument("--only", metavar="REGEX", default="",
+                        help="measure the rows where it is found in 'WORK: NAME'")  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks", help="folder for the JSON file")
     return parser.parse_args()
 
@@ -312,9 +315,7 @@ def run(
     seconds = draw_seconds(arguments.turns) if seconds is None else seconds
     shared = {"threads": arguments.threads, "device": arguments.device}
     rows += [Row(f"ceiling {d}", "ceiling", "ceiling", "ceiling", {"dtype": d}) for d in arguments.dtypes]
-    rows = [
-        row for row in rows if arguments.only in row.name or arguments.only in row.work or row.side == "ceiling"
-    ]
+    rows = [r for r in rows if r.side == "ceiling" or re.search(arguments.only, f"{r.work}: {r.name}")]
     result: dict[str, Any] = {"benchmark": name, "machine": machine(arguments), "repeats": arguments.repeats}
     result["turns"] = {"count": len(seconds), "seed": SEED, "seconds": round(sum(seconds), 3), "lengths": seconds}
     with tempfile.TemporaryDirectory(prefix="ser-benchmark-") as folder:

@@ -1,6 +1,6 @@
 """Recognition beside `transformers`: recordings per second, and one long recording in windows.
 
-    python benchmarks/inference.py                            # 8 turns, once; one of 1, 2 and 4 minutes
+    python benchmarks/inference.py                            # 8 turns, once; a recording of 1 and 2 minutes
     python benchmarks/inference.py --turns 48 --repeats 3     # and of 15, 30 and 60 minutes
     python benchmarks/inference.py --turns 48 --repeats 3 --device cuda
 
@@ -20,7 +20,7 @@ from common import SAMPLE_RATE, Bar, Row
 
 
 def predict(*, folder: str, shape: str, threads: int, device: str, repeat: int, **options: Any) -> dict[str, Any]:
-    """All turns by one call of `Recognizer.predict`, in random order, after a warm-up with the longest."""
+    """All turns by one call of `Recognizer.predict`, in random order, after a warm-up with the shortest."""
     import torch
 
     from ser.audio import load_audio
@@ -31,7 +31,7 @@ def predict(*, folder: str, shape: str, threads: int, device: str, repeat: int, 
     turns = [load_audio(file).numpy() for file in sorted((Path(folder) / str(SAMPLE_RATE)).glob("*.wav"))]
     np.random.default_rng(repeat).shuffle(turns)
     lengths = [len(turn) for turn in turns]
-    recognizer.predict(max(turns, key=len), SAMPLE_RATE)
+    recognizer.predict(min(turns, key=len), SAMPLE_RATE)
     with common.timed(device) as seconds:
         recognizer.predict(turns, SAMPLE_RATE, **options)
     flop = sum(sum(common.forward_flop(recognizer.model.config, n)) for n in lengths)
@@ -112,8 +112,8 @@ def further(rows: list[Row]) -> dict[str, Any]:
         return {}
 
     def power(key: str) -> str:
-        values = [(row.values["minutes"], row.median(key) or np.nan) for row in there]
-        return f"{np.polyfit(*np.log(values).T, 1)[0]:.2f}"
+        minutes, values = np.log([[row.values["minutes"], row.median(key) or np.nan] for row in there]).T
+        return f"{np.polyfit(minutes, values, 1)[0]:.2f}"
 
     return {
         "time grows with the length to the power of": power("seconds"),
@@ -126,7 +126,7 @@ def main() -> None:
     common.serve({"prepare": common.prepare, "ceiling": common.ceiling, "check": check, "predict": predict,
                   "theirs": theirs, "windows": windows})  # fmt: skip
     arguments = common.parse(__doc__ or "")
-    rows = make_rows(arguments.shape, arguments.dtypes, [15, 30, 60] if arguments.repeats > 1 else [1, 2, 4])
+    rows = make_rows(arguments.shape, arguments.dtypes, [15, 30, 60] if arguments.repeats > 1 else [1, 2])
     best = [row.name for row in rows if row.side == "best"]
     bars = [
         Bar("recordings per second, beside float32 in random order", 4, ["ser"], [rows[1].name]),

@@ -114,7 +114,7 @@ def train(
     paper: bool = False,
     attention: str = "sdpa",
 ) -> dict[str, Any]:
-    """One epoch after a warm-up with the first batch, with an optimizer step after every eight turns.
+    """One epoch after a warm-up with the last batch, with an optimizer step after every eight turns.
 
     ``paper``: with activation checkpointing, as the paper's script, and AdamW as it was then.
     """
@@ -141,7 +141,7 @@ def train(
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
-    update(batches[:1])
+    update(batches[-1:])
     with timed(device) as seconds:
         for start in range(0, len(batches), accumulate):
             update(batches[start : start + accumulate])
@@ -154,7 +154,7 @@ def train(
 def infer(
     *, folder: str, shape: str, threads: int, device: str, repeat: int, dtype: str, batch: int, order: str
 ) -> dict[str, Any]:
-    """All turns to probabilities and transcripts, after a warm-up with the first batch."""
+    """All turns to probabilities and transcripts, after a warm-up with the last batch."""
     torch.set_num_threads(threads)
     model, recognizer = load(Path(folder) / shape, device=device).eval(), Recognizer.load(Path(folder) / shape)
     turns = dataset(Path(folder), recognizer)
@@ -169,7 +169,7 @@ def infer(
             assert recognizer.vocabulary is not None
             yield shares, recognizer.vocabulary.decode(best)
 
-    list(recognise(batches[0]))
+    list(recognise(batches[-1]))
     with timed(device) as seconds:
         for indices in batches:
             list(recognise(indices))
