@@ -3,6 +3,8 @@
 # make lint    ruff and mypy
 # make parity  how far each architecture, head and format is from its reference, into docs/parity.md (minutes)
 # make protocols  all folds of paper10 and session5 on a made-up IEMOCAP of the real size (half an hour)
+# make bench   speed and memory beside transformers on a few turns, into runs/benchmarks (ten minutes, two cores)
+# make bench-full  the same on 48 turns, three times in turn, into docs/performance.md (hours)
 # make soak    hundreds of kills and thousands of damaged files, into docs/reliability.md (hours at most)
 # Each makes .venv first, with Python 3.11 or newer (PYTHON=... chooses one).
 
@@ -10,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint parity protocols soak clean
+.PHONY: demo test lint parity bench bench-full protocols soak clean
 
 demo: .venv/.demo
 	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py
@@ -26,6 +28,17 @@ lint: .venv/.lint
 
 parity: .venv/.test
 	$(BIN)/python tests/peers/parity.py --write docs/parity.md
+
+BENCHMARKS := training inference startup scaling
+bench: .venv/.test
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit; done
+
+FULL := runs/benchmarks-full
+bench-full: .venv/.test
+	$(BIN)/python benchmarks/startup.py --repeats 15 --out $(FULL)
+	for name in training inference scaling; do \
+		$(BIN)/python benchmarks/$$name.py --turns 48 --repeats 3 --out $(FULL) || exit; done
+	$(BIN)/python benchmarks/common.py $(BENCHMARKS:%=$(FULL)/%.json) --write docs/performance.md
 
 # The release is licensed, so its folders, names and labels are real and its sounds are not: figures mean nothing.
 TREE := runs/iemocap-tree
