@@ -28,7 +28,7 @@ from typing import Any
 import common
 from common import ALPHA, EFFECTIVE_BATCH, EMOTIONS, SAMPLE_RATE, Bar, Row
 
-CACHE: dict[str, Any] = {"cache": "float16"}
+CACHE: dict[str, Any] = {"cache": "features"}  # a folder beside the run
 # On a CPU one turn at a time is the fastest: nothing is padded, and more of what is computed stays in its caches.
 MICRO_BATCH = {"cpu": 1, "cuda": EFFECTIVE_BATCH}
 
@@ -57,6 +57,8 @@ def train(
 
     torch.set_num_threads(threads)
     run = Path(folder) / "run"
+    if "cache" in settings:
+        settings["cache"] = str(Path(folder) / settings["cache"])
     config = TrainConfig(
         alpha=ALPHA,
         freeze=freeze,
@@ -81,6 +83,8 @@ def train(
         return None
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(run)
+    if "cache" in settings:
+        shutil.rmtree(settings["cache"])  # so that each repeat fills one
     # An update is eight turns, and the last one what is left; each line is about one update.
     took = [e["utterances_per_second"] ** -1 * min(EFFECTIVE_BATCH, len(turns)) for e in entries]
     by_epoch = [sum(t for t, e in zip(took, entries, strict=True) if e["epoch"] == k) for k in range(epochs)]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,18 +33,29 @@ class Batch:
     targets: Tensor  # (B, max(L, 1)) int64, 0 past target_lengths
     target_lengths: Tensor  # (B,) int64, 0 where there is no transcript
     weights: Tensor  # (B,) float32, 0 for an utterance that only keeps a rank busy, or could not be read
+    # In place of waveforms, (B, 0) then: (B, T, C) features or (B, N, D) pooled layers, and which of them.
+    stored: Tensor | None = None
+    kind: str = ""
     indices: list[int] = field(default_factory=list)  # positions in the dataset
     errors: dict[int, str] = field(default_factory=dict)  # position -> why its recording could not be read
 
     def pin_memory(self) -> Batch:
         """Page-locked copies of what goes to a GPU; called by the DataLoader."""
-        return replace(self, waveforms=self.waveforms.pin_memory())
+        stored = None if self.stored is None else self.stored.pin_memory()
+        return replace(self, waveforms=self.waveforms.pin_memory(), stored=stored)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model's forward pass takes by name: waveforms, or what stands for them; num_samples."""
+        first = {"waveforms": self.waveforms} if self.stored is None else {self.kind: self.stored}
+        return first | {"num_samples": self.num_samples}
 
     def to(self, device: torch.device) -> Batch:
         """Waveforms and labels on the device. Lengths and transcripts stay on the CPU, where they decide."""
         return replace(
             self,
             waveforms=self.waveforms.to(device, non_blocking=True),
+            stored=None if self.stored is None else self.stored.to(device, non_blocking=True).float(),
             emotions=self.emotions.to(device, non_blocking=True),
             speakers=self.speakers.to(device, non_blocking=True),
             dimensions=self.dimensions.to(device, non_blocking=True),
@@ -67,6 +79,18 @@ class Example:
     dimensions: list[float]
     target: list[int]
     error: str = ""  # why the recording could not be read; then all the rest is a stand-in that counts for nothing
+    num_samples: int = 0  # S
+    stored: Tensor | None = None  # in place of a waveform: see `Batch`
+    kind: str = ""
+
+
+class StoredInputs(Protocol):
+    """What a model makes of recordings, kept somewhere."""
+
+    kind: str  # the model's name for it: "features" or "pooled"
+
+    def __call__(self, index: int) -> tuple[Tensor, str]:
+        """What is kept for an utterance, or zeros of its shape and why there is nothing."""
 
 
 class SpeechDataset(Dataset[Example]):
@@ -96,6 +120,8 @@ class SpeechDataset(Dataset[Example]):
     ) -> None:
         self.utterances = list(utterances)
         self.do_normalize = do_normalize
+        # Where what a model makes of the recordings is kept, it is read in their place (`ser.train.cache`).
+        self.stored: StoredInputs | None = None
         emotion_ids = {name: i for i, name in enumerate(emotions)}
         speaker_ids = {name: i for i, name in enumerate(speakers)}
         self.emotions = [emotion_ids.get(u.emotion or "", NO_LABEL) for u in self.utterances]
@@ -120,22 +146,31 @@ class SpeechDataset(Dataset[Example]):
 
     def __getitem__(self, item: int | Item) -> Example:
         index, weight = item if isinstance(item, tuple) else (item, 1.0)
-        utterance = self.utterances[index]
-        try:
-            waveform = load_audio(utterance.file, start=utterance.start, end=utterance.end)
-        except MissingLibraryError:
-            raise  # nothing is wrong with the recording
-        except AudioError as error:
-            silence, unknown = torch.zeros(self.lengths[index]), [math.nan] * len(self.dimensions[index])
-            return Example(index, 0.0, silence, NO_LABEL, NO_LABEL, unknown, [], str(error))
+        utterance, stored, kind = self.utterances[index], None, ""
+        if self.stored is not None:
+            (stored, error), kind = self.stored(index), self.stored.kind
+            waveform, num_samples = torch.empty(0), self.lengths[index]
+        else:
+            try:
+                waveform, error = load_audio(utterance.file, start=utterance.start, end=utterance.end), ""
+                waveform = normalise(waveform) if self.do_normalize else waveform
+            except MissingLibraryError:
+                raise  # nothing is wrong with the recording
+            except AudioError as bad:
+                waveform, error = torch.zeros(self.lengths[index]), str(bad)
+            num_samples = len(waveform)
         return Example(
             index,
-            weight,
-            normalise(waveform) if self.do_normalize else waveform,
-            self.emotions[index],
-            self.speakers[index],
-            self.dimensions[index],
-            self.targets[index],
+            0.0 if error else weight,
+            waveform,
+            NO_LABEL if error else self.emotions[index],
+            NO_LABEL if error else self.speakers[index],
+            [math.nan] * len(self.dimensions[index]) if error else self.dimensions[index],
+            [] if error else self.targets[index],
+            error,
+            num_samples,
+            stored,
+            kind,
         )
 
     def read_headers(self, indices: Iterable[int]) -> tuple[dict[int, int], dict[int, str]]:
@@ -173,7 +208,9 @@ def collate(examples: Sequence[Example]) -> Batch:
     """Pad examples on the right to one batch."""
     return Batch(
         waveforms=pad([e.waveform for e in examples]),
-        num_samples=torch.tensor([len(e.waveform) for e in examples]),
+        num_samples=torch.tensor([e.num_samples for e in examples]),
+        stored=pad([e.stored for e in examples if e.stored is not None]) if examples[0].kind else None,
+        kind=examples[0].kind,
         emotions=torch.tensor([e.emotion for e in examples]),
         speakers=torch.tensor([e.speaker for e in examples]),
         dimensions=torch.tensor([e.dimensions for e in examples], dtype=torch.float64),
@@ -186,8 +223,8 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def pad(rows: Sequence[Tensor], *, at_least: int = 0) -> Tensor:
-    """(S_i,) each -> (B, max S_i), zeros on the right."""
-    out = rows[0].new_zeros(len(rows), max(at_least, *(len(row) for row in rows)))
+    """(S_i, ...) each -> (B, max S_i, ...), zeros on the right."""
+    out = rows[0].new_zeros(len(rows), max(at_least, *(len(row) for row in rows)), *rows[0].shape[1:])
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out

@@ -174,33 +174,73 @@ class MultiTaskModel(nn.Module):
 
     def forward(
         self,
-        waveforms: Tensor,
+        waveforms: Tensor | None = None,
         num_samples: Tensor | None = None,
         *,
+        features: Tensor | None = None,
+        pooled: Tensor | None = None,
         mask_time: Tensor | None = None,
         mask_feature: Tensor | None = None,
     ) -> Outputs:
-        """waveforms (B, S), num_samples (B,) as in `Wav2Vec2.forward` -> the scores of every head."""
+        """waveforms (B, S), num_samples (B,) as in `Wav2Vec2.forward` -> the scores of every head.
+
+        In place of the waveforms may stand what was computed of them before: ``features`` (B, T, C) as in
+        `Wav2Vec2.layers`, or ``pooled`` (B, N, D) of `layer_means`.
+        """
+        if pooled is not None:
+            assert num_samples is not None
+            weights = self.layer_weights.softmax(-1) if self.layer is None else pooled.new_ones(1)
+            vector = (weights[:, None] * pooled).sum(1)  # (B, D)
+            vector = vector if self.projector is None else self.projector(vector)
+            return self.judge(vector, None, self.config.num_frames(num_samples))
+        outputs, raw, num_frames = self.encode(
+            waveforms, num_samples, features=features, mask_time=mask_time, mask_feature=mask_feature
+        )
+        last = self.dropout(outputs[-1])
+        ctc = self.lm_head(last) if self.lm_head is not None else None
+        if self.cls_head is None and self.speaker_head is None and self.dimension_head is None:
+            return Outputs(None, ctc, None, None, num_frames)
+        return self.judge(self.pool(outputs, raw, last, num_frames), ctc, num_frames)
+
+    def encode(self, waveforms: Tensor | None, num_samples: Tensor | None, **rest: Tensor | None):
+        """The layers that are needed, the last of them before a pre-norm encoder's final norm, and num_frames."""
         outputs, num_frames = self.wav2vec2.layers(
             waveforms,
             num_samples,
-            mask_time=mask_time,
-            mask_feature=mask_feature,
+            **rest,
             num_layers=self.layer if self.lm_head is None else None,
             final_norm=False,
         )  # (B, T, D) each
         raw = outputs[-1]
         if len(outputs) > self.config.num_hidden_layers:
             outputs[-1] = self.wav2vec2.encoder.final_norm(raw)
-        last = self.dropout(outputs[-1])
-        ctc = self.lm_head(last) if self.lm_head is not None else None
-        emotion = speaker = dimensions = None
-        if self.cls_head is not None or self.speaker_head is not None or self.dimension_head is not None:
-            pooled = self.pool(outputs, raw, last, num_frames)
-            emotion = self.cls_head(pooled) if self.cls_head is not None else None
-            speaker = self.speaker_head(pooled) if self.speaker_head is not None else None
-            dimensions = self.dimension_head(pooled) if self.dimension_head is not None else None
-        return Outputs(emotion, ctc, speaker, dimensions, num_frames)
+        return outputs, raw, num_frames
+
+    def judge(self, pooled: Tensor, ctc: Tensor | None, num_frames: Tensor) -> Outputs:
+        """The scores that a vector per utterance is given, pooled (B, D)."""
+        return Outputs(
+            emotion=self.cls_head(pooled) if self.cls_head is not None else None,
+            ctc=ctc,
+            speaker=self.speaker_head(pooled) if self.speaker_head is not None else None,
+            dimensions=self.dimension_head(pooled) if self.dimension_head is not None else None,
+            num_frames=num_frames,
+        )
+
+    def read_layers(self, outputs: list[Tensor], raw: Tensor) -> list[Tensor]:
+        """Those that the heads but CTC's read: one, or all of a weighted mean."""
+        if self.layer is not None:
+            return [outputs[self.layer]]
+        return outputs if self.heads_config.weighted_final_norm else [*outputs[:-1], raw]
+
+    def layer_means(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
+        """The mean over time of each layer that the heads read, (B, N, D).
+
+        With mean pooling and without dropout between, heads may be given these in place of the frames: sums over
+        layers, the projector and the mean over time commute.
+        """
+        outputs, raw, num_frames = self.encode(waveforms, num_samples)
+        mean = Pooling("mean", self.config.hidden_size)
+        return torch.stack([mean(layer, num_frames) for layer in self.read_layers(outputs, raw)], dim=1)
 
     def pool(self, outputs: list[Tensor], raw: Tensor, last: Tensor, num_frames: Tensor) -> Tensor:
         """One vector per utterance, (B, D) or (B, 2D).
@@ -208,8 +248,7 @@ class MultiTaskModel(nn.Module):
         ``outputs`` are the layers, ``raw`` the last of them before the final norm, ``last`` it after dropout.
         """
         if self.layer is None:
-            layers = outputs if self.heads_config.weighted_final_norm else [*outputs[:-1], raw]
-            hidden = self.dropout(mix_layers(layers, self.layer_weights))
+            hidden = self.dropout(mix_layers(self.read_layers(outputs, raw), self.layer_weights))
         else:
             # The dropout of CTC's input, where it is the same layer.
             hidden = last if self.layer == len(outputs) - 1 else self.dropout(outputs[self.layer])

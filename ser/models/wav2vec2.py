@@ -367,9 +367,10 @@ class Wav2Vec2(nn.Module):
 
     def layers(
         self,
-        waveforms: Tensor,
+        waveforms: Tensor | None = None,
         num_samples: Tensor | Iterable[int] | None = None,
         *,
+        features: Tensor | None = None,
         mask_time: Tensor | None = None,
         mask_feature: Tensor | None = None,
         num_layers: int | None = None,
@@ -379,12 +380,23 @@ class Wav2Vec2(nn.Module):
 
         With ``num_layers`` no more than so many layers are computed, and their outputs are all as they are.
         ``final_norm=False`` leaves the last one too as the layer gives it, without a pre-norm model's final norm.
+        ``features`` (B, T, C), the feature encoder's output for utterances of ``num_samples``, may stand in place
+        of the waveforms.
         """
-        num_samples = self._check(waveforms, num_samples)
-        padding = padding_mask(num_samples, waveforms.shape[1], waveforms.device)
-        if padding is not None:  # whatever stands there, NaN included, has no effect
-            waveforms = waveforms.masked_fill(padding, 0.0)
-        features, num_frames = self.feature_extractor(waveforms, num_samples)  # (B, T, C)
+        if features is None:
+            assert waveforms is not None
+            num_samples = self._check(waveforms, num_samples)
+            padding = padding_mask(num_samples, waveforms.shape[1], waveforms.device)
+            if padding is not None:  # whatever stands there, NaN included, has no effect
+                waveforms = waveforms.masked_fill(padding, 0.0)
+            features, num_frames = self.feature_extractor(waveforms, num_samples)  # (B, T, C)
+        else:
+            num_frames = self.config.num_frames(torch.as_tensor(num_samples, device="cpu"))
+            if features.shape[:2] != (len(num_frames), int(num_frames.max())):
+                raise AudioError(
+                    f"features have shape {tuple(features.shape)}; expected ({len(num_frames)}, "
+                    f"{int(num_frames.max())}, C) for {num_frames.tolist()} frames"
+                )
         hidden = self.feature_projection(features)  # (B, T, D)
         hidden = self._mask(hidden, mask_time, mask_feature)
         padding = padding_mask(num_frames, hidden.shape[1], hidden.device)

@@ -76,6 +76,8 @@ MAY_CHANGE = {
 
 # Settings that change what is computed, but not what a checkpoint means: `open_run` lets them pass when asked.
 CHANGEABLE = {
+    "cache",
+    "cache_dtype",
     "epochs",
     "rate",
     "head_rate",

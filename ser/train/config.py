@@ -56,6 +56,10 @@ class TrainConfig:
     class_weights: bool = option(False, "weight emotions inversely to their frequency in training")
     ctc_per_character: bool = option(False, "divide each transcript's loss by its length (the paper does not)")
     freeze: str = option("none", "part that is not trained", ("none", "feature-encoder", "encoder"))
+    cache: str = option("", "folder in which what a frozen part makes of each recording is kept, so that it is "
+                            "computed once; may be shared by runs; empty: none")  # fmt: skip
+    cache_dtype: str = option("fp16", "how the cache keeps numbers: fp16 rounds to three digits, fp32 does not "
+                                      "round and takes twice the room", ("fp16", "fp32"))  # fmt: skip
     # how long and how fast
     epochs: int = option(100, "passes over the training data")
     rate: float = option(5e-5, "peak learning rate of the encoder")

@@ -144,7 +144,7 @@ def evaluate(
             break  # to where the ranks meet
         with memory_explained(batch, names, "Try a lower --eval-seconds"):
             batch = batch.to(world.device)
-            outputs = model(batch.waveforms, batch.num_samples)
+            outputs = model(**batch.inputs)
         for name, (total, count) in objective.sums(outputs, batch).items():
             place = list(HEADS).index(name)
             sums[place] += total.double().cpu()

@@ -35,6 +35,7 @@ from ser.errors import ConfigError, RunFolderError, SerError
 from ser.files import replace_file, written
 from ser.recognizer import Recognizer
 from ser.train.bad_audio import BadAudio, errors_of
+from ser.train.cache import Cache, choose_kind, fill
 from ser.train.card import RECORD, evaluation_entry, training_record, with_evaluation, write_card
 from ser.train.checkpoint import Opened, Progress, Saver, describe, load_checkpoint, open_run
 from ser.train.config import METRICS, TrainConfig, parse_interval
@@ -252,6 +253,18 @@ def _fit(
     model.freeze(config.freeze)
     for parameter in model.untrained_by([name for name, weight in trained.items() if weight]):
         parameter.requires_grad_(False)  # has no gradient, so it is no part of what is trained
+    if config.cache:
+        kind, why = choose_kind(model, config.freeze)
+        note = f": the layers' means are not kept, as {why}" if config.freeze == "encoder" and why else ""
+        say(world, f"cache of {'the feature encoder' if kind == 'features' else 'pooled layers'}{note}")
+        store = Cache.of(
+            model, config.cache, kind=kind, dtype=config.cache_dtype, do_normalize=recognizer.do_normalize
+        )
+        for name, part in {"train": dataset, "valid": validation}.items():
+            if len(part):
+                stored = fill(store, part, world, partial(say, world), name)
+                bad_audio.agree(name, part, stored.errors if world.is_main else {})
+                part.stored = stored
     if model.config.has_mask_embedding and not model.config.apply_spec_augment:
         model.wav2vec2.masked_spec_embed.requires_grad_(False)
     model.train()

@@ -161,7 +161,7 @@ def run_update(
         # Dropout and LayerDrop: a function of where we are, not of what was drawn before.
         torch.manual_seed(mix(seed, step, number, world.rank))
         with torch.autocast(world.device.type, dtype=dtype) if dtype else nullcontext():
-            return network(batch.waveforms, batch.num_samples, **masks)
+            return network(**batch.inputs, **masks)
 
     losses: dict[str, Tensor] = {}
     moments = torch.zeros(6, model.heads_config.num_dimensions, dtype=torch.float64, device=world.device)

@@ -1,0 +1,244 @@
+"""What a frozen part of a model makes of each utterance, computed once and kept on disk.
+
+    CACHE/features-6f12ab34cd56ef78-fp16/    one folder for each kind, weights, preprocessing and type
+        0a1b2c3d4e5f6071.safetensors         some utterances, each under the sha256 of its recording's content
+
+Two kinds. "features": the output of the feature encoder, frames of 20 ms, for which nothing above it matters.
+"pooled": where all of wav2vec 2.0 is frozen, the mean over time of each layer that the heads read; as sums over
+layers, a projection and the mean over time commute, an epoch then costs next to nothing.
+
+Each utterance is computed alone and in float32, so the company it had cannot matter, and every key holds all that
+the numbers depend on: a cache may be shared by runs, moved and deleted, and what is there is never stale. A shard
+is written under another name, waited for and renamed: killed while it fills, a cache lacks what it lacks, and the
+next run fills it further. Ranks each fill a share and read all, by memory maps that the system keeps once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ser.audio import SAMPLE_RATE
+from ser.data.dataset import SpeechDataset
+from ser.errors import ConfigError, FileError
+from ser.files import sync, write_tensors, written
+from ser.models.multitask import MultiTaskModel
+from ser.train.distributed import World
+
+FORMAT = 1  # raised when the same weights and audio would give other numbers
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+SHARD_BYTES = 64 << 20
+STALE_SECONDS = 24 * 3600.0  # after which the unfinished shard of a killed process is removed
+
+
+def choose_kind(model: MultiTaskModel, freeze: str) -> tuple[str, str]:
+    """("features" or "pooled", why not pooled). Raises ConfigError where nothing may be kept."""
+    if freeze == "none":
+        raise ConfigError(
+            "cache keeps what a frozen part computes, and freeze is none: add --freeze feature-encoder, or encoder"
+        )
+    reasons = {
+        "the feature encoder alone is frozen": freeze != "encoder",
+        "CTC reads every frame": model.lm_head is not None,
+        f"pooling is {model.pooling.method}, not mean": model.pooling.method != "mean",
+        f"final_dropout is {model.dropout.p:g}, which drops parts of frames before the mean": model.dropout.p > 0,
+    }
+    why = [reason for reason, holds in reasons.items() if holds]
+    return ("features", why[0]) if why else ("pooled", "")
+
+
+@dataclass
+class Cache:
+    """The folder of one kind, weights and preprocessing."""
+
+    folder: Path
+    kind: str
+    dtype: torch.dtype
+    compute: Callable[[Tensor], Tensor]  # (1, S) float32 waveform -> (T, C) features or (N, D) layers' means
+    shape: Callable[[int], tuple[int, int]]  # of that, by samples
+    shards: dict[str, Path] = field(default_factory=dict)  # key -> where it stands
+
+    @staticmethod
+    def of(model: MultiTaskModel, folder: str | Path, *, kind: str, dtype: str, do_normalize: bool) -> Cache:
+        """What belongs to this model's weights, under ``folder``."""
+        config, minimum = model.config, model.config.min_samples
+        part = model.wav2vec2.feature_extractor if kind == "features" else model.wav2vec2
+        about = [FORMAT, kind, SAMPLE_RATE, do_normalize, config.to_dict() if kind == "pooled" else None]
+        about += [model.layer, model.heads_config.weighted_final_norm] if kind == "pooled" else []
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        for name, tensor in part.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if kind == "features":
+            digest.update(repr((config.conv_kernel, config.conv_stride, config.feat_extract_norm)).encode())
+
+        @torch.no_grad()
+        def compute(waveform: Tensor) -> Tensor:
+            waveform = F.pad(waveform, (0, max(0, minimum - waveform.shape[1])))
+            length = torch.tensor([waveform.shape[1]])
+            if kind == "pooled":
+                return model.layer_means(waveform, length)[0]
+            return model.wav2vec2.feature_extractor(waveform, length)[0][0]
+
+        def shape(samples: int) -> tuple[int, int]:
+            if kind == "pooled":
+                return (config.num_hidden_layers + 1 if model.layer is None else 1), config.hidden_size
+            return int(config.num_frames(torch.tensor(max(samples, minimum)))), config.conv_dim[-1]
+
+        name = f"{kind}-{digest.hexdigest()[:16]}-{dtype}"
+        return Cache(Path(folder) / name, kind, DTYPES[dtype], compute, shape)
+
+    def find(self) -> None:
+        """Look up what is there. A shard that cannot be read counts as absent."""
+        self.shards.clear()
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    self.shards |= dict.fromkeys(file.keys(), path)
+            except (SafetensorError, OSError):
+                continue
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """One more shard, whole or not at all. Raises FileError."""
+        name = hashlib.sha256("".join(tensors).encode()).hexdigest()[:16]
+        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+        with written(self.folder / name):
+            try:
+                write_tensors(temporary, tensors)
+                sync(temporary)
+                temporary.replace(self.folder / f"{name}.safetensors")
+                sync(self.folder)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+class Stored:
+    """What a `SpeechDataset` reads in place of recordings."""
+
+    def __init__(self, cache: Cache, keys: list[str], lengths: list[int], errors: dict[int, str]) -> None:
+        self.kind, self.keys, self.lengths, self.errors = cache.kind, keys, lengths, errors
+        self.shards, self.shape = cache.shards, cache.shape
+        self.files: dict[tuple[int, Path], safe_open] = {}  # by process: a map is not passed on to a worker
+
+    def __call__(self, index: int) -> tuple[Tensor, str]:
+        """(T, C) or (N, D), as it is kept, and an error; with one, zeros of that shape."""
+        error, path = self.errors.get(index, ""), self.shards.get(self.keys[index])
+        if error or path is None:
+            return torch.zeros(self.shape(self.lengths[index])), error
+        place = os.getpid(), path
+        if place not in self.files:
+            self.files[place] = safe_open(path, "pt")
+        return self.files[place].get_tensor(self.keys[index]), ""
+
+
+def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str], None], name: str) -> Stored:
+    """Compute what is missing, each rank its share, and return what to read. All ranks call this.
+
+    ``say`` prints a line. Recordings that cannot be read are in the result's ``errors``, on all ranks.
+
+    Raises:
+        FileError: the disk has too little room, before anything is computed, or it fails.
+    """
+    started = time.perf_counter()
+    with written(cache.folder):
+        cache.folder.mkdir(parents=True, exist_ok=True)
+    if world.is_main:
+        for path in cache.folder.glob(".*.tmp"):
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink(missing_ok=True)
+    keys, errors = content_keys(dataset, world)
+    cache.find()
+    wanted = {keys[i]: i for i in range(len(dataset)) if i not in errors}
+    missing = sorted(
+        (i for key, i in wanted.items() if key not in cache.shards), key=lambda i: -dataset.lengths[i]
+    )
+    missing = world.gather(missing)[0]  # what one rank found, for another may have looked later
+    if missing:
+        size = sum(len_ * width for len_, width in (cache.shape(dataset.lengths[i]) for i in missing))
+        size *= cache.dtype.itemsize
+        free = shutil.disk_usage(cache.folder).free
+        if any(world.gather(size > free)):
+            raise FileError(
+                f"{cache.folder}: the cache needs {size / 1e9:.2f} GB for {len(missing)} utterances, and "
+                f"{free / 1e9:.2f} GB are free; make room, choose another --cache, or leave it out"
+            )
+        broken: dict[int, str] = {}
+        waiting: dict[str, Tensor] = {}
+        seconds = sum(dataset.lengths[i] for i in missing) / SAMPLE_RATE
+        bar = tqdm(total=round(seconds), unit="s", desc=f"caching {name}", leave=False,
+                   disable=not (world.is_main and sys.stderr.isatty()))  # fmt: skip
+        for i in missing[world.rank :: world.size]:
+            example = dataset[i]
+            if example.error:
+                broken[i] = example.error
+                continue
+            found = cache.compute(example.waveform[None].to(world.device)).cpu()
+            if tuple(found.shape) != cache.shape(dataset.lengths[i]):
+                broken[i] = f"{dataset.utterances[i].file}: is not as long as its header says"
+                continue
+            kept = found.to(cache.dtype)
+            if not bool(kept.isfinite().all()) and bool(found.isfinite().all()):
+                raise FileError(
+                    f"{dataset.utterances[i].id}: values up to {found.abs().max():.3g} do not fit into float16; "
+                    "use --cache-dtype fp32"
+                )
+            waiting[keys[i]] = kept
+            if sum(tensor.nbytes for tensor in waiting.values()) >= SHARD_BYTES:
+                cache.write(waiting)
+                waiting = {}
+            bar.update(round(dataset.lengths[i] / SAMPLE_RATE * world.size))
+        bar.close()
+        if waiting:
+            cache.write(waiting)
+        errors |= {i: why for part in world.gather(broken) for i, why in part.items()}
+        cache.find()
+        took = time.perf_counter() - started
+        say(
+            f"cache of {name}: {len(missing)} utterances ({seconds / 3600:.2f} h) computed in {took:.1f} s, "
+            f"{size / 1e6:.1f} MB in {cache.folder}"
+        )
+    else:
+        say(f"cache of {name}: all {len(wanted)} recordings found in {cache.folder}")
+    return Stored(cache, keys, dataset.lengths, errors)
+
+
+def content_keys(dataset: SpeechDataset, world: World) -> tuple[list[str], dict[int, str]]:
+    """The sha256 of each utterance's file and excerpt, and the errors of files that cannot be opened."""
+    keys: dict[int, str] = {}
+    errors: dict[int, str] = {}
+    for i, digest in hashed(dataset, range(world.rank, len(dataset), world.size)):
+        if isinstance(digest, OSError):
+            errors[i] = f"{dataset.utterances[i].file}: {digest.strerror or digest}"
+        else:
+            u = dataset.utterances[i]
+            keys[i] = hashlib.sha256(f"{digest} {u.start} {u.end}".encode()).hexdigest()
+    keys = {i: key for part in world.gather(keys) for i, key in part.items()}
+    errors = {i: why for part in world.gather(errors) for i, why in part.items()}
+    return [keys.get(i, "") for i in range(len(dataset))], errors
+
+
+def hashed(dataset: SpeechDataset, indices: range) -> Iterator[tuple[int, str | OSError]]:
+    """Each file once, though many utterances may be cut from it."""
+    known: dict[Path, str | OSError] = {}
+    for i in indices:
+        path = Path(dataset.utterances[i].file)
+        if path not in known:
+            try:
+                with path.open("rb") as file:
+                    known[path] = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                known[path] = error
+        yield i, known[path]

@@ -1,0 +1,300 @@
+"""The cache of what frozen parts compute: the same results, less work, nothing stale and nothing half."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from compare import assert_close
+from safetensors.torch import load_file
+from test_bad_audio import cut_behind_its_header
+from test_train import state
+from test_update import run_ranks
+from toy import toy_recognizer, toy_rows
+
+from ser.data import dataset as dataset_module
+from ser.data.dataset import NO_LABEL, collate
+from ser.data.manifest import read_manifest
+from ser.errors import AudioError, ConfigError, FileError
+from ser.train import cache as cache_module
+from ser.train.cache import Cache, choose_kind, fill
+from ser.train.checkpoint import checkpoints
+from ser.train.config import TrainConfig
+from ser.train.distributed import World
+from ser.train.loop import fit
+
+EXACT = {"final_dropout": 0.0, "reads": (("layers", "weighted"), ("pooling", "mean"))}  # pooled layers are exact
+
+
+def settings(**changes) -> TrainConfig:
+    common = {"epochs": 2, "effective_batch": 4, "micro_batch": 2, "rate": 3e-3, "log_every": 1, "beta": 0.1}
+    return TrainConfig(**common | {"save_every": "1", "keep": 100} | changes)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def log(run: Path, kind: str) -> list[dict]:
+    return [e for e in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if e["kind"] == kind]
+
+
+def opened(folder: Path, model, kind="features", dtype="fp32") -> Cache:
+    return Cache.of(model, folder, kind=kind, dtype=dtype, do_normalize=True)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return toy_rows(tmp_path, 10), toy_rows(tmp_path, 6, seed=1, name="valid")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("fp16", 5e-3)])
+@pytest.mark.parametrize(
+    ("freeze", "heads", "kind"),
+    [("feature-encoder", ("emotion", "ctc"), "features"), ("encoder", ("emotion", "speaker"), "pooled")],
+)
+def test_a_run_is_the_same_with_and_without_a_cache(tmp_path, rows, freeze, heads, kind, dtype, tolerance):
+    """To rounding with fp32: an utterance is convolved alone there. Masks, dropout and LayerDrop are on."""
+    for name, cache in {"plain": "", "cached": str(tmp_path / "cache")}.items():
+        config = settings(freeze=freeze, cache=cache, cache_dtype=dtype)
+        fit(toy_recognizer(heads=heads, **EXACT), *rows, config, tmp_path / name)
+    assert [p.name.split("-")[0] for p in (tmp_path / "cache").iterdir()] == [kind]
+    plain, cached = (weights(tmp_path / name / "last") for name in ("plain", "cached"))
+    before = toy_recognizer(heads=heads, **EXACT).model.state_dict()
+    trained = [name for name in before if not torch.equal(plain[name], before[name])]
+    moved, apart = (
+        torch.cat([(plain[name] - other[name]).flatten() for name in trained]).norm() for other in (before, cached)
+    )
+    assert moved > 0 and apart <= 10 * tolerance * moved, f"{float(apart / moved):.2e} of what was learnt"
+    for kind_ in ("train", "valid"):
+        for a, b in zip(log(tmp_path / "plain", kind_), log(tmp_path / "cached", kind_), strict=True):
+            assert b["loss_emotion"] == pytest.approx(a["loss_emotion"], rel=10 * tolerance, abs=tolerance)
+
+
+def test_with_a_cache_each_recording_is_decoded_once_in_a_run_and_never_in_the_next(tmp_path, rows, monkeypatch):
+    decoded = []
+    load = dataset_module.load_audio
+    monkeypatch.setattr(
+        dataset_module, "load_audio", lambda file, **rest: decoded.append(file) or load(file, **rest)
+    )
+    config = settings(freeze="feature-encoder", cache=str(tmp_path / "cache"))
+    fit(toy_recognizer(), *rows, config, tmp_path / "one")
+    assert sorted(decoded) == sorted(u.file for part in rows for u in part)
+    decoded.clear()
+    fit(toy_recognizer(), *rows, config, tmp_path / "two")
+    assert not decoded
+    one, two = (weights(tmp_path / name / "last") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("layers", ["last", "weighted", "1"])
+@pytest.mark.parametrize("projection", [0, 7])
+def test_pooled_layers_give_every_head_what_frames_give(rows, layers, projection):
+    reads = (("layers", layers), ("pooling", "mean"), ("projection", projection))
+    recognizer = toy_recognizer(heads=("emotion", "speaker"), reads=reads, final_dropout=0.0)
+    model = recognizer.model.eval()
+    if layers == "weighted":
+        torch.nn.init.normal_(model.layer_weights)
+    dataset = recognizer.dataset(rows[0])
+    batch = collate([dataset[i] for i in range(4)])
+    with torch.no_grad():
+        expected = model(batch.waveforms, batch.num_samples)
+        means = model.layer_means(batch.waveforms, batch.num_samples)
+        found = model(pooled=means, num_samples=batch.num_samples)
+    assert_close(found.emotion, expected.emotion)
+    assert_close(found.speaker, expected.speaker)
+
+
+def test_what_is_kept_follows_from_what_is_frozen_and_from_what_reads_it():
+    assert choose_kind(toy_recognizer(heads=("emotion",), **EXACT).model, "encoder") == ("pooled", "")
+    for recognizer, freeze, why in (
+        (toy_recognizer(heads=("emotion",), **EXACT), "feature-encoder", "feature encoder alone"),
+        (toy_recognizer(heads=("emotion", "ctc"), **EXACT), "encoder", "CTC"),
+        (toy_recognizer(heads=("emotion",)), "encoder", "attentive"),
+        (toy_recognizer(heads=("emotion",), **EXACT | {"final_dropout": 0.1}), "encoder", "final_dropout is 0.1"),
+    ):
+        kind, reason = choose_kind(recognizer.model, freeze)
+        assert kind == "features" and why in reason
+    with pytest.raises(ConfigError, match=r"freeze is none: add --freeze feature-encoder"):
+        choose_kind(toy_recognizer().model, "none")
+
+
+def test_nothing_is_computed_twice_and_nothing_stale_is_used(tmp_path, rows, monkeypatch):
+    recognizer = toy_recognizer()
+    said = []
+    computed = []
+
+    def filled(recognizer, utterances, dtype="fp32"):
+        store = opened(tmp_path / "cache", recognizer.model, dtype=dtype)
+        compute = store.compute
+        store.compute = lambda waveform: computed.append(1) or compute(waveform)
+        computed.clear()
+        return fill(store, recognizer.dataset(utterances), World(), said.append, "train")
+
+    train = rows[0]
+    filled(recognizer, train)
+    assert len(computed) == 10 and "10 utterances" in said[-1]
+    filled(recognizer, train)
+    assert not computed and "all 10 recordings found" in said[-1]
+    filled(recognizer, train, dtype="fp16")
+    assert len(computed) == 10, "another type has a place of its own"
+    shutil.copy(train[0].file, tmp_path / "copy.wav")
+    filled(recognizer, [replace(train[0], file=tmp_path / "copy.wav")])
+    assert not computed, "the content counts, not the name"
+    samples, rate = soundfile.read(train[3].file)
+    soundfile.write(train[3].file, samples[::-1], rate)
+    filled(recognizer, train)
+    assert len(computed) == 1, "one recording was changed"
+    filled(recognizer, [replace(train[0], start=0.0, end=0.2), replace(train[0], start=0.1, end=0.3)])
+    assert len(computed) == 2, "excerpts are utterances of their own"
+    with torch.no_grad():
+        recognizer.model.wav2vec2.feature_extractor.conv_layers[1].conv.weight[0, 0, 0] += 1e-3
+    filled(recognizer, train)
+    assert len(computed) == 10, "other weights, other features"
+
+
+def test_each_utterance_is_kept_as_it_is_alone(tmp_path, rows):
+    recognizer = toy_recognizer()
+    dataset = recognizer.dataset(rows[0])
+    stored = fill(opened(tmp_path / "c", recognizer.model), dataset, World(), print, "train")
+    for i in range(len(dataset)):
+        waveform = dataset[i].waveform[None]
+        with torch.no_grad():
+            expected, _ = recognizer.model.wav2vec2.feature_extractor(waveform, torch.tensor([waveform.shape[1]]))
+        assert torch.equal(stored(i)[0], expected[0])
+
+
+def test_a_run_with_a_cache_resumes_exactly_also_where_the_cache_is_gone(tmp_path, rows):
+    config = settings(freeze="feature-encoder", cache=str(tmp_path / "cache"))
+    fit(toy_recognizer(), *rows, config, tmp_path / "whole")
+    first = checkpoints(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for path in checkpoints(tmp_path / "cut")[2:]:
+        shutil.rmtree(path)
+    for name in ("last", "best"):
+        shutil.rmtree(tmp_path / "cut" / name)
+    shutil.rmtree(tmp_path / "cache")
+    assert fit(toy_recognizer(), *rows, config, tmp_path / "cut").resumed
+    for a, b in zip(first, checkpoints(tmp_path / "cut"), strict=True):
+        one, two = state(a), state(b)
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def trained_on_ranks(world, folder):
+    """How many utterances this rank computed, how many it can read, and the weights after a run."""
+    rows = read_manifest(Path(folder) / "train.csv")
+    dataset, store = toy_recognizer().dataset(rows), opened(Path(folder) / "c", toy_recognizer().model)
+    compute, computed = store.compute, []
+    store.compute = lambda waveform: computed.append(1) or compute(waveform)
+    stored = fill(store, dataset, world, lambda line: None, "train")
+    config = settings(freeze="feature-encoder", cache=f"{folder}/c", cache_dtype="fp32", micro_batch=1)
+    drawn = (
+        "layerdrop",
+        *(f"{name}_dropout" for name in ("feat_proj", "hidden", "attention", "activation", "final")),
+    )
+    recognizer = toy_recognizer(**dict.fromkeys(drawn, 0.0))
+    fit(recognizer, rows, [], config, f"{folder}/run{world.size}", world=world)
+    readable = sum(bool(stored(i)[0].any()) for i in range(len(rows)))
+    return len(computed), readable, recognizer.model.state_dict()
+
+
+def test_ranks_share_the_work_and_what_comes_of_it_and_the_split_does_not_matter(tmp_path):
+    toy_rows(tmp_path, 10)
+    (computed, readable, found), other = run_ranks(trained_on_ranks, 2, tmp_path, str(tmp_path))
+    assert (computed, other[0]) == (5, 5) and (readable, other[1]) == (10, 10)
+    again, readable, alone = trained_on_ranks(World(), str(tmp_path))
+    assert again == 0 and readable == 10
+    before = toy_recognizer().model.state_dict()
+    moved = sum(float((alone[name] - before[name]).norm()) ** 2 for name in alone)
+    apart = sum(float((alone[name] - found[name]).norm()) ** 2 for name in alone)
+    assert moved > 0 and apart <= 1e-4 * moved, apart / moved
+
+
+def test_a_fill_that_was_killed_is_continued_and_half_a_shard_is_never_read(tmp_path):
+    """SIGKILL while it fills, with a shard for each utterance."""
+    rows = toy_rows(tmp_path, 40)
+    script = (
+        "import sys, torch; sys.path[:0] = sys.argv[1:2]; torch.set_num_threads(1)\n"
+        "from pathlib import Path; from toy import toy_recognizer; from ser.data.manifest import read_manifest\n"
+        "from ser.train import cache; from ser.train.distributed import World\n"
+        "cache.SHARD_BYTES = 1; folder = Path(sys.argv[2]); r = toy_recognizer()\n"
+        "store = cache.Cache.of(r.model, folder / 'c', kind='features', dtype='fp32', do_normalize=True)\n"
+        "rows = read_manifest(folder / 'train.csv')\n"
+        "cache.fill(store, r.dataset(rows), World(), print, 'train')\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("c/*/*.safetensors"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        os.kill(child.pid, signal.SIGKILL)
+    finally:
+        child.wait()
+    recognizer = toy_recognizer()
+    store = opened(tmp_path / "c", recognizer.model)
+    done = len(list(store.folder.glob("*.safetensors")))
+    assert 3 <= done < 40
+    (store.folder / ".half.1.tmp").write_bytes(b"half")
+    (store.folder / "damaged.safetensors").write_bytes(b"\xff" * 100)
+    os.utime(store.folder / ".half.1.tmp", (0, 0))
+    said = []
+    stored = fill(store, recognizer.dataset(rows), World(), said.append, "train")
+    assert f"{40 - done} utterances" in said[0]
+    assert all(stored(i)[0].abs().sum() > 0 for i in range(40))
+    assert not list(store.folder.glob(".half*")), "what was killed a day ago is removed"
+
+
+def test_a_disk_without_room_is_told_before_anything_is_computed(tmp_path, rows, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    recognizer = toy_recognizer()
+    store = opened(tmp_path / "c", recognizer.model)
+    store.compute = None
+    with pytest.raises(FileError, match=r"needs 0\.00 GB for 10 utterances, and 0\.00 GB are free; make room"):
+        fill(store, recognizer.dataset(rows[0]), World(), print, "train")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="cannot be written"):
+        fill(opened(tmp_path / "file", recognizer.model), recognizer.dataset(rows[0]), World(), print, "train")
+
+
+def test_values_too_large_for_float16_name_the_way_out(tmp_path, rows):
+    recognizer = toy_recognizer()
+    with torch.no_grad():
+        recognizer.model.wav2vec2.feature_extractor.conv_layers[-1].conv.weight *= 1e7
+    with pytest.raises(FileError, match="do not fit into float16; use --cache-dtype fp32"):
+        fill(
+            opened(tmp_path / "c", recognizer.model, dtype="fp16"),
+            recognizer.dataset(rows[0]),
+            World(),
+            print,
+            "x",
+        )
+
+
+def test_recordings_that_cannot_be_read_are_treated_as_without_a_cache(tmp_path, rows):
+    train, valid = rows
+    cut_behind_its_header(train[4].file)
+    dataset = toy_recognizer().dataset(train)
+    dataset.stored = fill(opened(tmp_path / "c", toy_recognizer().model), dataset, World(), print, "train")
+    example = dataset[4]
+    assert (example.weight, example.emotion, example.target) == (0.0, NO_LABEL, [])
+    assert "train4.wav" in example.error and not example.stored.any()
+    config = settings(freeze="feature-encoder", cache=str(tmp_path / "cache"), max_bad_audio=0.2)
+    with pytest.raises(AudioError, match=r"train4\.wav"):
+        fit(toy_recognizer(), train, valid, config, tmp_path / "fails")
+    config = replace(config, on_bad_audio="skip")
+    fit(toy_recognizer(), train, valid, config, tmp_path / "cached")
+    fit(toy_recognizer(), train, valid, replace(config, cache=""), tmp_path / "plain")
+    assert (tmp_path / "cached/skipped.jsonl").read_text() == (tmp_path / "plain/skipped.jsonl").read_text()
+    counted = [[e["padding"] for e in log(tmp_path / name, "train")] for name in ("cached", "plain")]
+    assert counted[0] == counted[1]
+    for a, b in zip(log(tmp_path / "plain", "train"), log(tmp_path / "cached", "train"), strict=True):
+        assert b["loss_emotion"] == pytest.approx(a["loss_emotion"], rel=0.02)
