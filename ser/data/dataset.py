@@ -33,11 +33,11 @@ class Batch:
     targets: Tensor  # (B, max(L, 1)) int64, 0 past target_lengths
     target_lengths: Tensor  # (B,) int64, 0 where there is no transcript
     weights: Tensor  # (B,) float32, 0 for an utterance that only keeps a rank busy, or could not be read
+    indices: list[int] = field(default_factory=list)  # positions in the dataset
+    errors: dict[int, str] = field(default_factory=dict)  # position -> why its recording could not be read
     # In place of waveforms, (B, 0) then: (B, T, C) features or (B, N, D) pooled layers, and which of them.
     stored: Tensor | None = None
     kind: str = ""
-    indices: list[int] = field(default_factory=list)  # positions in the dataset
-    errors: dict[int, str] = field(default_factory=dict)  # position -> why its recording could not be read
 
     def pin_memory(self) -> Batch:
         """Page-locked copies of what goes to a GPU; called by the DataLoader."""
