@@ -19,7 +19,7 @@ import numpy as np
 from common import SAMPLE_RATE, Bar, Row
 
 
-def predict(*, folder: str, shape: str, threads: int, device: str, repeat: int, **options: Any) -> dict[str, Any]:
+def predict(*, folder: str, shape: str, threads: int, device: str, repeat: int, dtype: str) -> dict[str, Any]:
     """All turns by one call of `Recognizer.predict`, in random order, after a warm-up with the shortest."""
     import torch
 
@@ -27,16 +27,17 @@ def predict(*, folder: str, shape: str, threads: int, device: str, repeat: int, 
     from ser.recognizer import Recognizer
 
     torch.set_num_threads(threads)
-    recognizer = Recognizer.load(Path(folder) / shape, device=device)
+    precision = {"float32": "float32", "bfloat16": "bf16"}[dtype]
+    recognizer = Recognizer.load(Path(folder) / shape, device=device, precision=precision)
     turns = [load_audio(file).numpy() for file in sorted((Path(folder) / str(SAMPLE_RATE)).glob("*.wav"))]
     np.random.default_rng(repeat).shuffle(turns)
     lengths = [len(turn) for turn in turns]
     recognizer.predict(min(turns, key=len), SAMPLE_RATE)
     with common.timed(device) as seconds:
-        recognizer.predict(turns, SAMPLE_RATE, **options)
+        recognizer.predict(turns, SAMPLE_RATE)
     flop = sum(sum(common.forward_flop(recognizer.model.config, n)) for n in lengths)
     real = sum(lengths) / SAMPLE_RATE
-    found = common.figures(seconds[0], lengths, device=device, dtype="float32", flop=flop, padded_seconds=real)
+    found = common.figures(seconds[0], lengths, device=device, dtype=dtype, flop=flop, padded_seconds=real)
     return found | {"padding": None, "per_second": len(turns) / seconds[0]}
 
 
@@ -83,7 +84,7 @@ def check(**values: Any) -> dict[str, Any]:
 
 def make_rows(shape: str, dtypes: list[str], minutes: list[float]) -> list[Row]:
     """Every row."""
-    rows = [Row("ser", "ours", "turns", "predict")]
+    rows = [Row(f"ser, {dtype}", "ours", "turns", "predict", {"dtype": dtype}) for dtype in dtypes]
     plain = {"batch": 8, "order": "random", "dtype": "float32"}
     rows.append(Row("transformers, float32, by 8 in random order", "paper", "turns", "theirs", plain))
     for dtype in dtypes:
@@ -127,10 +128,12 @@ def main() -> None:
                   "theirs": theirs, "windows": windows})  # fmt: skip
     arguments = common.parse(__doc__ or "")
     rows = make_rows(arguments.shape, arguments.dtypes, [15, 30, 60] if arguments.repeats > 1 else [1, 2])
-    best = [row.name for row in rows if row.side == "best"]
+    ours, paper, best = (
+        [r.name for r in rows if (r.side, r.work) == (side, "turns")] for side in ("ours", "paper", "best")
+    )
     bars = [
-        Bar("recordings per second, beside float32 in random order", 4, ["ser"], [rows[1].name]),
-        Bar("recordings per second, beside the best", 1.25, ["ser"], best),
+        Bar("recordings per second, beside float32 in random order", 4, ours, paper),
+        Bar("recordings per second, beside the best", 1.25, ours, best),
     ]
     common.run("inference", arguments, rows, bars, check="check", extra=further)
 

@@ -29,8 +29,8 @@ import common
 from common import ALPHA, EFFECTIVE_BATCH, EMOTIONS, SAMPLE_RATE, Bar, Row
 
 CACHE: dict[str, Any] = {"cache": "features"}  # a folder beside the run
-# On a CPU one turn at a time is the fastest: nothing is padded, and more of what is computed stays in its caches.
-MICRO_BATCH = {"cpu": 1, "cuda": EFFECTIVE_BATCH}
+# How much goes through the model at once: on a CPU what `TrainConfig` chooses, on a GPU all of an update.
+PASS: dict[str, dict[str, Any]] = {"cpu": {}, "cuda": {"micro_seconds": 0.0}}
 
 
 def train(
@@ -42,10 +42,9 @@ def train(
     repeat: int,
     dtype: str = "float32",
     freeze: str = "none",
-    epochs: int = 2,
     **settings: Any,
 ) -> dict[str, Any] | None:
-    """Two epochs of `fit`; the figures of the last. Under torchrun the figures come from the first rank alone."""
+    """Two epochs of `fit`; the figures of the second. Under torchrun the first rank alone gives them."""
     import torch
 
     from ser.data.manifest import read_manifest
@@ -62,15 +61,14 @@ def train(
     config = TrainConfig(
         alpha=ALPHA,
         freeze=freeze,
-        epochs=epochs,
+        epochs=2,
         effective_batch=EFFECTIVE_BATCH,
-        micro_batch=MICRO_BATCH[device.partition(":")[0]],
         amp={"float32": "off", "bfloat16": "bf16"}[dtype],
         device=device,
         seed=repeat,
         log_every=1,
         save_every="1000000",
-        **settings,
+        **(PASS[device.partition(":")[0]] | settings),
     )
     with joined_world(device) as world:
         turns = read_manifest(Path(folder) / str(SAMPLE_RATE) / "train.csv")
@@ -85,18 +83,17 @@ def train(
     shutil.rmtree(run)
     if "cache" in settings:
         shutil.rmtree(settings["cache"])  # so that each repeat fills one
-    # An update is eight turns, and the last one what is left; each line is about one update.
-    took = [e["utterances_per_second"] ** -1 * min(EFFECTIVE_BATCH, len(turns)) for e in entries]
-    by_epoch = [sum(t for t, e in zip(took, entries, strict=True) if e["epoch"] == k) for k in range(epochs)]
-    last = entries[-1]
+    # A line is written after every update; nothing but training happens between the last ones of two epochs.
+    first, last = ([e for e in entries if e["epoch"] == epoch][-1] for epoch in (0, 1))
     cached = "cache" in settings
     flop = common.training_flop(common.shape_config(shape), lengths, frozen=freeze != "none", cached=cached)
     padded = sum(lengths) / SAMPLE_RATE / (1 - last["padding"])
-    found = common.figures(by_epoch[-1], lengths, device=device, dtype=dtype, flop=flop, padded_seconds=padded)
+    found = common.figures(
+        last["time"] - first["time"], lengths, device=device, dtype=dtype, flop=flop, padded_seconds=padded
+    )
     return found | {
         "peak_gib": last["memory_gib"],  # before anything is saved, which the rival does not
-        "before_seconds": entries[0]["time"] - took[0] - started,  # until the first update: a cache may be filled
-        "first_epoch_seconds": by_epoch[0],
+        "first_seconds": first["time"] - started,  # to the end of the first epoch: a cache is filled meanwhile
     }
 
 
@@ -108,13 +105,12 @@ def decode(*, folder: str, threads: int, device: str, repeat: int, rate: int) ->
 
     torch.set_num_threads(threads)
     files = sorted((Path(folder) / str(rate)).glob("*.wav"))
-    took = []
+    took, audio = [], 0.0
     for _ in range(4):
         started = time.perf_counter()
-        for file in files:
-            normalise(load_audio(file))
+        audio = sum(len(normalise(load_audio(file))) for file in files) / SAMPLE_RATE
         took.append(time.perf_counter() - started)
-    return {"seconds": median(took[1:])}
+    return {"seconds": median(took[1:]), "per_audio_second": median(took[1:]) / audio}
 
 
 def theirs(**values: Any) -> dict[str, Any]:
@@ -199,8 +195,9 @@ def further(rows: list[Row]) -> dict[str, Any]:
                             name.replace("cached", "frozen"))  # fmt: skip
         if not name.endswith("cached") or plain is None:
             continue
-        filling = (row.median("before_seconds") or 0) + (row.median("first_epoch_seconds") or 0)
-        filling -= (plain.median("before_seconds") or 0) + (row.median() or 0)
+        # What comes before the first epoch, and its own warming up, are those of the row without a cache.
+        before = (plain.median("first_seconds") or 0) - (plain.median() or 0)
+        filling = (row.median("first_seconds") or 0) - (row.median() or 0) - before
         saved = (plain.median() or 0) - (row.median() or 0)
         epoch = max(1, math.ceil(filling / saved)) if saved > 0 else 0
         when = f"has paid for itself in epoch {epoch}" if epoch else "never pays for itself"
