@@ -389,7 +389,7 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
 
 COLUMNS = {  # key of the medians -> heading, format
     "seconds": ("seconds", "{:.3g}"),
-    "per_audio_second": ("per second of audio", "{:.3f}"),
+    "per_audio_second": ("per second of audio", "{:.2g}"),
     "per_second": ("per second", "{:.2f}"),
     "padding": ("padding", "{:.0%}"),
     "peak_gib": ("peak GiB", "{:.2f}"),
