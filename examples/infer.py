@@ -9,6 +9,10 @@ A million files with eight decoding processes on a GPU, one JSON object per line
     python examples/infer.py recordings/ --model runs/demo/best --format jsonl --output predictions.jsonl \\
         --device cuda --workers 8
 
+A lecture of any length, every five seconds an emotion of the ten around it:
+
+    python examples/infer.py lecture.flac --model runs/demo/best --window 10 --hop 5 --format csv
+
 The predictions file of Cai et al. (INTERSPEECH 2021), for their fold of IEMOCAP:
 
     python examples/infer.py iemocap_01F.test.csv --root IEMOCAP_full_release --model runs/01F/best --format paper
@@ -38,8 +42,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ser.audio import audio_info
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, parse_columns, read_manifest
-from ser.errors import ConfigError, SerError
+from ser.errors import AudioError, ConfigError, SerError
 from ser.files import replace_file
 from ser.recognizer import MAX_SECONDS, Prediction, Recognizer
 
@@ -73,6 +78,12 @@ def parse_arguments() -> argparse.Namespace:
                         help="processes that decode audio (default: %(default)s, this one does)")  # fmt: skip
     parser.add_argument("--max-seconds", type=float, default=MAX_SECONDS,
                         help="refuse longer ones: memory grows as the square (default: %(default)g)")  # fmt: skip
+    parser.add_argument("--window", type=float, metavar="SECONDS",
+                        help="recognise each recording window by window, of any length and in bounded memory: a "
+                        "line for each window, as if it were a recording of its own; some seconds, as utterances "
+                        "in training are (default: a recording is one)")  # fmt: skip
+    parser.add_argument("--hop", type=float, metavar="SECONDS",
+                        help="from the start of a window to that of the next (default: --window)")  # fmt: skip
     parser.add_argument("--root", type=Path, help="folder that a manifest's files are relative to")
     parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as file=path")
     return parser.parse_args()
@@ -122,6 +133,27 @@ def recordings_in(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def in_windows(
+    recognizer: Recognizer, inputs: list[str | Utterance], *, window: float, hop: float | None
+) -> Iterator[tuple[str | Utterance, Prediction | SerError]]:
+    """Every window of every input; where one cannot be read (on), its error, and the others go on."""
+    for source in inputs:
+        try:
+            for prediction in recognizer.predict_windows(source, window=window, hop=hop):
+                yield source, prediction
+        except AudioError as error:
+            yield source, error
+
+
+def seconds_of(source: str | Utterance) -> float:
+    """From the header; 0 for what cannot be read."""
+    row = source if isinstance(source, Utterance) else Utterance(id=source, file=Path(source))
+    try:
+        return audio_info(row.file, start=row.start, end=row.end, max_seconds=float("inf")).seconds
+    except SerError:
+        return 0.0
+
+
 # ---------------------------------------------------------------------------------------------------- formats
 
 # A format is a generator of text: it takes results, each a record of plain data, and gives what to write.
@@ -137,6 +169,10 @@ def as_record(source: str | Utterance, result: Prediction | SerError) -> Record:
         "start": row.start if row else None,
         "end": row.end if row else None,
     }
+    if isinstance(result, Prediction) and result.start is not None and result.end is not None:  # a window
+        name = record["id"] or os.path.basename(record["file"])  # noqa: PTH119
+        part = f"{name}:{result.start:g}-{result.end:g}"
+        record |= {"id": part, "start": result.start, "end": result.end}
     if isinstance(result, SerError):
         nothing = Prediction(file=None, seconds=0.0).to_dict()
         return {**dict.fromkeys(nothing), **record, "error": str(result)}
@@ -252,26 +288,40 @@ FORMATS: dict[str, Format] = {
 def main() -> int:
     arguments = parse_arguments()
     inputs = find_inputs(arguments)
+    if arguments.hop is not None and arguments.window is None:
+        raise ConfigError("--hop is between windows: give --window too")
+    if arguments.window is not None and arguments.format == "paper":
+        raise ConfigError("the paper's format has no place for windows: use csv or jsonl")
     if arguments.output is not None and (arguments.output.is_dir() or not arguments.output.parent.is_dir()):
         raise ConfigError(f"{arguments.output}: is a folder, or would stand in one that does not exist")
     recognizer = Recognizer.load(
         arguments.model, device=arguments.device, revision=arguments.revision, precision=arguments.precision
     )
-    results = recognizer.stream(inputs, workers=arguments.workers, max_seconds=arguments.max_seconds)
+    results: Iterator[tuple[str | Utterance, Prediction | SerError]]
+    if arguments.window is None:
+        stream = recognizer.stream(inputs, workers=arguments.workers, max_seconds=arguments.max_seconds)
+        results = zip(inputs, stream, strict=True)
+    else:
+        results = in_windows(recognizer, inputs, window=arguments.window, hop=arguments.hop)
     to_terminal = arguments.output is None and sys.stdout.isatty()
-    bar = tqdm(total=len(inputs), unit="file", disable=to_terminal or not sys.stderr.isatty())
+    silent = to_terminal or not sys.stderr.isatty()
+    total = len(inputs) if arguments.window is None else sum(map(seconds_of, inputs))
+    bar = tqdm(total=total, unit="file" if arguments.window is None else "s", disable=silent)
     failed = 0
 
     def records() -> Iterator[Record]:
         nonlocal failed
-        for source, result in zip(inputs, results, strict=True):
+        for source, result in results:
             record = as_record(source, result)
             failed += record["error"] is not None
             if record["error"] is not None:
                 bar.write(f"error: {printable(record['error'])}", file=sys.stderr)
             elif record["warning"] is not None:
                 bar.write(f"warning: {printable(record['file'])}: {record['warning']}", file=sys.stderr)
-            bar.update()
+            if arguments.window is None:
+                bar.update()
+            elif record["error"] is None:
+                bar.update(min(record["seconds"], arguments.hop or arguments.window))
             yield record
 
     with bar, opened(arguments.output, as_table=arguments.format == "table") as file:

@@ -24,7 +24,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ser.errors import AudioError, MissingLibraryError
+from ser.errors import AudioError, ConfigError, MissingLibraryError
 
 SAMPLE_RATE = 16_000  # Hz: what every wav2vec 2.0 checkpoint was trained on
 MIN_RATE, MAX_RATE = 4_000, 192_000  # Hz: telephone speech is 8 kHz, studio recordings end at 192 kHz
@@ -749,3 +749,40 @@ def load_audio(
     """
     with _opened(path, start, end, max_seconds) as (info, first, sound):
         return _at_16_khz(_mono_blocks(sound, info, first), info.frames, info.sample_rate)
+
+
+def load_windows(
+    path: str | os.PathLike[str],
+    *,
+    window: float,
+    hop: float,
+    start: float | None = None,
+    end: float | None = None,
+) -> Iterator[tuple[float, float, Tensor]]:
+    """Read a recording of any length, or an excerpt of it, window by window: memory is that of one window.
+
+    Args:
+        path, start, end: as for :func:`audio_info`; no length is too long.
+        window: seconds of each; a remainder under a second at the end makes the last window longer.
+        hop: seconds from the start of one to the start of the next; above 0, at most ``window``.
+
+    Yields:
+        (start, end, waveform): in seconds from the beginning of the file, and just what :func:`load_audio` returns
+        for that excerpt.
+
+    Raises:
+        AudioError: as for :func:`load_audio`, where a window is reached; ConfigError: window or hop out of range.
+    """
+    if not (0 < hop <= window < math.inf):
+        raise ConfigError(f"window is {window!r} s and hop {hop!r} s; expected 0 < hop <= window")
+    with _opened(path, start, end, math.inf) as (info, first, sound):
+        rate = info.sample_rate
+        size, step = (max(1, round(seconds * rate)) for seconds in (window, hop))
+        for position in range(0, info.frames, step):
+            last = position + size + rate > info.frames  # what is left after it is under a second
+            frames = info.frames - position if last else size
+            part = replace(info, frames=frames)
+            at = first + position
+            yield at / rate, (at + frames) / rate, _at_16_khz(_mono_blocks(sound, part, at), frames, rate)
+            if last:
+                break

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ser.audio import SAMPLE_RATE, as_waveform, audio_info, load_audio, normalise
+from ser.audio import SAMPLE_RATE, as_waveform, audio_info, load_audio, load_windows, normalise
 from ser.data.dataset import SpeechDataset, pad
 from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.sampler import evaluation_batches
@@ -73,6 +73,8 @@ class Prediction:
 
     file: str | None  # None for samples that were passed in memory
     seconds: float
+    start: float | None = None  # of a window, in seconds from the beginning of the file
+    end: float | None = None
     emotion: str | None = None
     probabilities: dict[str, float] | None = None  # by emotion name, in the model's order; they sum to 1
     dimensions: dict[str, float] | None = None  # arousal, dominance, valence, on the training labels' scale
@@ -440,6 +442,42 @@ class Recognizer:
                 yield waiting.pop(position)
                 position += 1
 
+    def predict_windows(
+        self, source: str | Path | Utterance, *, window: float = 20.0, hop: float | None = None
+    ) -> Iterator[Prediction]:
+        """Recognise a recording of any length window by window, lazily and in memory that does not grow with it.
+
+            for prediction in recognizer.predict_windows("lecture.flac", window=10, hop=5):
+                print(prediction.start, prediction.end, prediction.emotion)
+
+        Each window is recognised as if it were a recording of its own: normalised by itself, and nothing outside
+        of it has an effect, so its prediction is that of ``Utterance(file, start, end)``. Emotion models were
+        trained on utterances of some seconds; a word that a window cuts is lost to its transcript.
+
+        Args:
+            source: a path, or a manifest row, of whose excerpt the windows are then.
+            window: seconds of each, at most 120. A remainder of under a second makes the last one longer.
+            hop: seconds from the start of one window to the start of the next; None: ``window``, without overlap.
+
+        Yields:
+            a `Prediction` for each window, with its ``start`` and ``end``, in order.
+
+        Raises:
+            AudioError: the recording cannot be read; predictions up to there have been given.
+            ConfigError: window or hop out of range.
+        """
+        if not 0 < window <= MAX_SECONDS:
+            raise ConfigError(f"window is {window!r} s; expected above 0 and at most {MAX_SECONDS:g}")
+        row = source if isinstance(source, Utterance) else Utterance(id=str(source), file=Path(source))
+        windows = load_windows(
+            row.file, window=window, hop=window if hop is None else hop, start=row.start, end=row.end
+        )
+        at_once = max(1, int(BATCH_SECONDS // window))
+        while group := list(islice(windows, at_once)):
+            predictions = self.predict_waveforms([waveform for _, _, waveform in group])
+            for (start, end, _), prediction in zip(group, predictions, strict=True):
+                yield replace(prediction, file=str(row.file), start=start, end=end)
+
     @torch.inference_mode()
     def predict_waveforms(self, waveforms: Sequence[Tensor]) -> list[Prediction]:
         """Recognise one batch of (S,) float waveforms at 16 kHz, in one forward pass."""
@@ -534,7 +572,8 @@ def find_recording(index: int, item: Input, sampling_rate: int | None, max_secon
         if seconds > max_seconds:
             raise AudioError(
                 f"{name}: lasts {seconds:.1f} s; at most {max_seconds:g} s are recognised at once. "
-                "Cut it into utterances (one emotion is given for the whole), or raise max_seconds"
+                "Cut it into utterances (one emotion is given for the whole), recognise it window by window "
+                "(--window, predict_windows), or raise max_seconds"
             )
     except SerError as error:
         return replace(recording, samples=None, error=error)
