@@ -79,7 +79,7 @@ class Example:
     dimensions: list[float]
     target: list[int]
     error: str = ""  # why the recording could not be read; then all the rest is a stand-in that counts for nothing
-    num_samples: int = 0  # S
+    num_samples: int = 0  # S; 0: those of the waveform
     stored: Tensor | None = None  # in place of a waveform: see `Batch`
     kind: str = ""
 
@@ -149,7 +149,7 @@ class SpeechDataset(Dataset[Example]):
         utterance, stored, kind = self.utterances[index], None, ""
         if self.stored is not None:
             (stored, error), kind = self.stored(index), self.stored.kind
-            waveform, num_samples = torch.empty(0), self.lengths[index]
+            waveform = torch.empty(0)
         else:
             try:
                 waveform, error = load_audio(utterance.file, start=utterance.start, end=utterance.end), ""
@@ -158,7 +158,6 @@ class SpeechDataset(Dataset[Example]):
                 raise  # nothing is wrong with the recording
             except AudioError as bad:
                 waveform, error = torch.zeros(self.lengths[index]), str(bad)
-            num_samples = len(waveform)
         return Example(
             index,
             0.0 if error else weight,
@@ -168,7 +167,7 @@ class SpeechDataset(Dataset[Example]):
             [math.nan] * len(self.dimensions[index]) if error else self.dimensions[index],
             [] if error else self.targets[index],
             error,
-            num_samples,
+            self.lengths[index] if kind else 0,
             stored,
             kind,
         )
@@ -208,7 +207,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     """Pad examples on the right to one batch."""
     return Batch(
         waveforms=pad([e.waveform for e in examples]),
-        num_samples=torch.tensor([e.num_samples for e in examples]),
+        num_samples=torch.tensor([e.num_samples or len(e.waveform) for e in examples]),
         stored=pad([e.stored for e in examples if e.stored is not None]) if examples[0].kind else None,
         kind=examples[0].kind,
         emotions=torch.tensor([e.emotion for e in examples]),

@@ -372,13 +372,18 @@ def fill(module: nn.Module, files: TensorFiles, report: LoadReport, names: Itera
     if count > MAX_PARAMETERS:  # the file may be sparse, and take no room on the disk
         raise ModelFolderError(f"{files.folder}: {count:,} parameters; at most {MAX_PARAMETERS:,} are loaded")
     tensors = files.read(name for name in expected if name not in new)
-    infinite = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    infinite = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if infinite:
         raise ModelFolderError(f"{files.folder}: tensors hold NaN or infinity: {summary(infinite)}")
     report.matched += tensors
     report.new += new
     tensors |= {name: torch.empty(expected[name]).uniform_() for name in new}
     module.load_state_dict(tensors, assign=True, strict=names is None)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite. Their sum tells it in one pass, unless it overflows by itself."""
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def fill_encoder(encoder: Wav2Vec2, files: TensorFiles, report: LoadReport) -> None:

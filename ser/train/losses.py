@@ -57,16 +57,16 @@ def classification_loss(
     logits = at_least_float32(logits)
     known = (labels != NO_LABEL).to(logits.dtype)
     if utterance_weights is not None:
-        known = known * utterance_weights.to(logits)
+        known = known * utterance_weights.to(logits, non_blocking=True)
     losses = F.cross_entropy(
         logits,
         labels,
-        weight=None if class_weights is None else class_weights.to(logits),
+        weight=None if class_weights is None else class_weights.to(logits, non_blocking=True),
         reduction="none",
         label_smoothing=label_smoothing,
         ignore_index=NO_LABEL,
     )
-    per_label = 1.0 if class_weights is None else class_weights.to(logits)[labels.clamp(min=0)]
+    per_label = 1.0 if class_weights is None else class_weights.to(logits, non_blocking=True)[labels.clamp(min=0)]
     return (losses * known).sum(), (known * per_label).sum().detach()
 
 
@@ -139,7 +139,7 @@ def ctc_loss(
         )  # (B,)
         if per_character:
             losses = losses / lengths.clamp(min=1).to(losses)
-        used = weights.to(losses)
+        used = weights.to(losses, non_blocking=True)
         return (losses * used).sum(), used.sum().detach()
 
 
@@ -155,7 +155,11 @@ def ccc_moments(predictions: Tensor, labels: Tensor, utterance_weights: Tensor |
 def ccc_summands(predictions: Tensor, labels: Tensor, utterance_weights: Tensor | None = None) -> Tensor:
     """What each utterance adds to `ccc_moments`: (6, B, K)."""
     known = labels.isfinite()
-    weights = known.double() if utterance_weights is None else known * utterance_weights.to(labels)[:, None]
+    weights = (
+        known.double()
+        if utterance_weights is None
+        else known * utterance_weights.to(labels, non_blocking=True)[:, None]
+    )
     p, y = predictions.detach().double(), labels.double().masked_fill(~known, 0.0)
     return torch.stack([weights, weights * p, weights * y, weights * p * p, weights * y * y, weights * p * y])
 
@@ -199,7 +203,11 @@ def ccc_loss(
     p, y = p / n, y / n
     denominator = (pp / n - p * p) + (yy / n - y * y) + (p - y).square()
     known = labels.isfinite() & ccc.isfinite()
-    weights = known.double() if utterance_weights is None else known * utterance_weights.to(labels)[:, None]
+    weights = (
+        known.double()
+        if utterance_weights is None
+        else known * utterance_weights.to(labels, non_blocking=True)[:, None]
+    )
     wanted = labels.double().masked_fill(~known, 0.0) - y
     slope = 2 / (n * denominator) * (wanted - ccc * (predictions.detach().double() - y))  # (B, K)
     coefficients = -(weights * slope).masked_fill(~known, 0.0) / labels.shape[1]

@@ -59,7 +59,7 @@ class Objective:
                 batch.emotions,
                 class_weights=None
                 if self.class_weights is None
-                else self.class_weights.to(outputs.emotion.device),
+                else self.class_weights.to(outputs.emotion.device, non_blocking=True),
                 label_smoothing=self.label_smoothing,
                 utterance_weights=batch.weights,
             )
