@@ -61,15 +61,13 @@ from ser.train.folds import (
     ablation_markdown,
     ablation_summary,
     pooled_report,
-    shared_line,
     show,
     to_markdown,
-    trained_on_some,
     write_curves,
 )
 from ser.train.pictures import draw, draw_curves, needs_matplotlib
 from ser.train.processes import PREEMPTED, stop_on_signals
-from ser.train.report import Outcomes, table
+from ser.train.report import Outcomes, shared_line, table, trained_on_some
 
 HERE = Path(__file__).parent
 # What each fold is given; it must not come a second time.
@@ -303,20 +301,23 @@ def cross_validate(
             )
             for name in names
         }
-        try:
-            while waiting:
-                done, waiting = wait(waiting, timeout=POLL, return_when=FIRST_COMPLETED)
-                for job in done:
-                    job.result()
-                if asked and not commands.stopped:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    commands.stop(asked.signal)
-                    waiting = {job for job in waiting if not job.cancelled()}
-            if commands.stopped:  # after the last command of the last fold
-                raise Stopped
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # else the other folds are trained before anybody hears of it
-            raise
+        failure: BaseException | None = None
+        while waiting:
+            done, waiting = wait(waiting, timeout=POLL, return_when=FIRST_COMPLETED)
+            failed = [error for job in done if (error := job.exception()) is not None]
+            if asked and not commands.stopped:
+                commands.stop(asked.signal)
+            if failed or commands.stopped:  # no further fold begins
+                pool.shutdown(wait=False, cancel_futures=True)
+                waiting = {job for job in waiting if not job.cancelled()}
+            if failed and failure is None:
+                failure = failed[0]
+                if waiting and not commands.stopped:
+                    print(f"{failure}\n(the folds that run are finished first)", file=sys.stderr, flush=True)
+    if failure is not None:
+        raise failure
+    if commands.stopped:  # after the last command of the last fold
+        raise Stopped
     found = pooled_report(out, names, protocol, resamples=arguments.resamples)
     found |= {"weights": weights, "audit": audits, "repeat": provenance(arguments, rest, selection)}
     write_json(out / "report.json", found)
@@ -439,5 +440,8 @@ if __name__ == "__main__":
     except Stopped:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(PREEMPTED)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except ser.SerError as error:
         sys.exit(f"error: {error}")

@@ -248,7 +248,7 @@ def test_a_model_on_another_fold_reports_what_it_was_trained_on(corpus, trained,
     fold = ["--data", corpus / "train.csv", *FOLDS, "--resamples", 5]
     call(evaluate, "--model", trained / "last", *fold, "--fold", "s2", "--out", tmp_path / "out", "--card")
     shown = capsys.readouterr().out  # s2 is what the model of fold s0 was trained on
-    assert "recordings 100.0 %" in shown and "WARNING: recordings that the model was trained on" in shown
+    assert "recordings 100.0 %" in shown and "WARNING: trained on recordings that are judged" in shown
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["shared_with_training"]["recordings"] == 1.0 and report["fold"] == "s2"
     tested = [e["selection"]["fold"] for e in read_record(trained / "last")["evaluations"]]
@@ -350,9 +350,35 @@ def test_asked_to_stop_it_lets_what_trains_save_and_the_same_command_continues(c
     saved = list((out / "s0/run/checkpoints").iterdir())
     assert saved and not (out / "s0/run/last").exists() and not (out / "s0/report.json").exists()
     assert not (out / "s1/run").exists(), "no other fold was begun"
+    command.remove("s1")  # one will do
     subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
     assert "is resumed at update" in (out / "s0/train.log").read_text()
-    assert json.loads((out / "report.json").read_text())["folds"].keys() == {"s0", "s1"}
+    assert json.loads((out / "report.json").read_text())["folds"].keys() == {"s0"}
+
+
+def test_of_folds_at_once_one_that_fails_is_told_at_once_and_a_signal_still_reaches_the_other(corpus, tmp_path):
+    out = tmp_path / "out"
+    (out / "s1").mkdir(parents=True)
+    (out / "s1/run").write_text("a file is in the way")
+    options = ["--data", corpus / "train.csv", *FOLDS, "--out", out, "--parallel", 2, "--log-every", 1]
+    options += ["--init", corpus / "init", *QUICK, "--epochs", 1000]
+    command = [sys.executable, str(EXAMPLES / "crossval_iemocap.py"), *map(str, options)]
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
+    try:
+        deadline = time.monotonic() + 60
+        while "finished first" not in errors.read_text() or not (out / "s0/run/metrics.jsonl").is_file():
+            assert time.monotonic() < deadline and running.poll() is None, errors.read_text()
+            time.sleep(0.05)
+        assert "fold s1: train failed" in errors.read_text()
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=60) == 1
+    finally:
+        running.kill()
+    assert list((out / "s0/run/checkpoints").iterdir()) and not (out / "s0/run/last").exists()
+    assert not (out / "s2/run").exists(), "no other fold was begun"
+    assert errors.read_text().splitlines()[-1].startswith("  ") and "error: fold s1" in errors.read_text()
 
 
 # -------------------------------------------------------------------------------------------------- ablations

@@ -267,7 +267,7 @@ def judged(tmp_path_factory):
     return folder / "run", rows, valid
 
 
-@pytest.mark.parametrize("call", [1, 2, 5, 6])  # two batches in each evaluation; the last follows the last update
+@pytest.mark.parametrize("call", [1, 3, 5, 7, 9])  # of three batches in each of three evaluations
 def test_a_signal_during_an_evaluation_ends_it_and_the_continued_run_makes_it_up(
     judged, tmp_path, monkeypatch, call
 ):
@@ -284,6 +284,19 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_continued_run_makes_it_up
     best = [load_file(folder / "best/model.safetensors") for folder in (whole, tmp_path / "run")]
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
     assert [e["step"] for e in log(tmp_path / "run", "valid")] == [e["step"] for e in log(whole, "valid")]
+
+
+def test_an_evaluation_that_is_made_up_for_may_end_the_run_early(judged, tmp_path, monkeypatch):
+    _, rows, valid = judged
+    settings = quick(epochs=9, early_stop=1, rate=1e-9, metric="unweighted_accuracy", eval_seconds=1.0)
+    send_on_call(monkeypatch, Recognizer, "decode", 4, signal.SIGTERM)  # in the second evaluation
+    stopped = fit(toy_recognizer(), rows, valid, settings, tmp_path / "run").progress
+    assert stopped.step == 4 and stopped.evaluation_due and not stopped.finished
+    for _ in range(2):  # what came of it is saved
+        result = fit(toy_recognizer(), rows, valid, settings, tmp_path / "run")
+        assert result.progress.finished and result.progress.step == 4 and not result.progress.evaluation_due
+    assert (tmp_path / "run/last/model.safetensors").is_file()
+    assert [e["step"] for e in log(tmp_path / "run", "valid")] == [2, 4]
 
 
 def test_a_second_ctrl_c_interrupts_at_once(judged, tmp_path, monkeypatch):
