@@ -120,15 +120,28 @@ def judged_weights(protocol: Protocol, parts: dict[str, list[str]], asked: str) 
 
 
 def check_same(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on with a fold that was begun with other settings."""
+    """Refuse to go on with a fold that was trained or judged with other settings."""
     path = folder / "settings.json"
-    before = json.loads(path.read_text()) if path.is_file() else None
-    if before is not None and before != settings:
+    begun = path.is_file() and ((folder / "run/config.json").exists() or (folder / "report.json").exists())
+    try:
+        before = json.loads(path.read_text()) if begun else settings
+    except ValueError:
+        raise ConfigError(f"{path}: is damaged; remove {folder}, or choose another --out") from None
+    if before != settings:
         differing = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in settings.items() if before.get(k) != v]
         listed = "\n  ".join(differing)
         raise ConfigError(f"{folder}: was begun with other settings; choose another --out:\n  {listed}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
+
+
+def is_judged(folder: Path) -> bool:
+    """Whether a fold's report and all its predictions are there."""
+    try:
+        report = json.loads((folder / "report.json").read_text())
+        return len(Outcomes.read(folder / "predictions.csv")) == report["utterances"]
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+        return False
 
 
 def run_fold(
@@ -142,7 +155,9 @@ def run_fold(
 ) -> None:
     """Train and judge one fold in its folder, unless that is done."""
     fold = str(selection.fold)
-    if (folder / "report.json").is_file():
+    if commands.closed:
+        return
+    if is_judged(folder):
         print(f"{fold}: done already", flush=True)
         return
     environment = dict(os.environ)
@@ -151,6 +166,9 @@ def run_fold(
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     try:
         train_and_judge(arguments, rest, selection, weights, folder, environment, commands)
+    except BaseException:
+        commands.closed = True  # at once: this thread takes the next fold before anybody hears of this one
+        raise
     finally:
         devices.put(own)
 
@@ -208,6 +226,7 @@ class Commands:
 
     def __init__(self) -> None:
         self.running: set[subprocess.Popen[bytes]] = set()
+        self.closed = False  # no further fold begins
         self.stopped = ""
 
     def run(self, command: list[str], environment: dict[str, str], log: TextIO) -> int:
@@ -223,7 +242,7 @@ class Commands:
 
     def stop(self, signal: str) -> None:
         """Training saves and ends, and what judges is done again."""
-        self.stopped = signal
+        self.stopped, self.closed = signal, True
         print(f"{signal}: what trains saves and ends", file=sys.stderr, flush=True)
         for process in list(self.running):
             process.terminate()
@@ -307,12 +326,9 @@ def cross_validate(
             failed = [error for job in done if (error := job.exception()) is not None]
             if asked and not commands.stopped:
                 commands.stop(asked.signal)
-            if failed or commands.stopped:  # no further fold begins
-                pool.shutdown(wait=False, cancel_futures=True)
-                waiting = {job for job in waiting if not job.cancelled()}
             if failed and failure is None:
                 failure = failed[0]
-                if waiting and not commands.stopped:
+                if commands.running and not commands.stopped:
                     print(f"{failure}\n(the folds that run are finished first)", file=sys.stderr, flush=True)
     if failure is not None:
         raise failure

@@ -165,6 +165,29 @@ def test_the_same_command_trains_no_fold_again_and_other_settings_are_refused_wi
     assert capsys.readouterr().out.count("done already") == 10
     with pytest.raises(ConfigError, match=r"begun with other settings(.|\n)*--alpha"):
         call(crossval_iemocap, *options, "--alpha", 0)
+    whole = (folder / "02M/report.json").read_text(), (folder / "03F/predictions.csv").read_text()
+    (folder / "02M/report.json").write_text(whole[0][:100])
+    (folder / "03F/predictions.csv").write_text(whole[1][: len(whole[1]) // 2])
+    call(crossval_iemocap, *options)
+    assert capsys.readouterr().out.count("done already") == 8, "what was cut is judged again, and not trained"
+    assert ((folder / "02M/report.json").read_text(), (folder / "03F/predictions.csv").read_text()) == whole
+    assert (folder / "02M/train.log").read_text().count("nothing is left to do") == 1
+    settings = folder / "04F/settings.json"
+    text = settings.read_text()
+    settings.write_text(text[:50])
+    with pytest.raises(ConfigError, match=r"04F/settings\.json: is damaged"):
+        call(crossval_iemocap, *options)
+    settings.write_text(text)
+
+
+def test_a_fold_that_never_began_to_train_is_begun_with_other_settings(corpus, tmp_path):
+    options = ["--data", corpus / "train.csv", *FOLDS, "--out", tmp_path / "out"]
+    options += ["--init", corpus / "init", *QUICK, "--resamples", 5]
+    with pytest.raises(ConfigError, match=r"fold s0: train failed(.|\n)*unrecognized arguments: --eppochs 2"):
+        call(crossval_iemocap, *options, "--eppochs", 2)
+    assert not (tmp_path / "out/s1/train.log").exists(), "nor did any other"
+    call(crossval_iemocap, *options, "--folds", "s0")
+    assert (tmp_path / "out/report.json").is_file()
 
 
 @needs_iemocap
@@ -349,7 +372,7 @@ def test_asked_to_stop_it_lets_what_trains_save_and_the_same_command_continues(c
         os.kill(trains, 0)
     saved = list((out / "s0/run/checkpoints").iterdir())
     assert saved and not (out / "s0/run/last").exists() and not (out / "s0/report.json").exists()
-    assert not (out / "s1/run").exists(), "no other fold was begun"
+    assert not (out / "s1/train.log").exists(), "no other fold was begun"
     command.remove("s1")  # one will do
     subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
     assert "is resumed at update" in (out / "s0/train.log").read_text()
@@ -377,7 +400,7 @@ def test_of_folds_at_once_one_that_fails_is_told_at_once_and_a_signal_still_reac
     finally:
         running.kill()
     assert list((out / "s0/run/checkpoints").iterdir()) and not (out / "s0/run/last").exists()
-    assert not (out / "s2/run").exists(), "no other fold was begun"
+    assert not (out / "s2/train.log").exists(), "no other fold was begun"
     assert errors.read_text().splitlines()[-1].startswith("  ") and "error: fold s1" in errors.read_text()
 
 
