@@ -242,7 +242,7 @@ class Commands:
 
     def stop(self, signal: str) -> None:
         """Training saves and ends, and what judges is done again."""
-        self.stopped, self.closed = signal, True
+        self.stopped = signal
         print(f"{signal}: what trains saves and ends", file=sys.stderr, flush=True)
         for process in list(self.running):
             process.terminate()

@@ -5,6 +5,7 @@ The scripts' `main` is called in this process where only an answer or an error i
 
 import copy
 import csv
+import hashlib
 import json
 import os
 import re
@@ -124,7 +125,10 @@ def test_pooled_figures_are_right_over_all_folds_divided_by_all_utterances(paper
         sum((p.text["emotion"] == p.text["predicted"]).mean() for p in parts) / 10
     )
     assert found["weights"] == "last", "the best would be chosen on what is tested"
-    assert found["repeat"]["data"]["sha256"] and found["repeat"]["commit"]
+    manifest = folder.parent / "data/iemocap4.csv"
+    assert found["repeat"]["data"]["sha256"] == hashlib.sha256(manifest.read_bytes()).hexdigest()
+    assert found["repeat"]["commit"] and found["repeat"]["versions"] and found["repeat"]["command"]
+    assert found["repeat"]["training_options"][:2] == ["--epochs", "2"] and found["repeat"]["init"] == "small"
     text = (folder / "report.md").read_text()
     for piece in ("| 01F |", f"| pooled | {total} |", "mean ± spread", "What the parts share", "To repeat"):
         assert piece in text
@@ -373,6 +377,8 @@ def test_asked_to_stop_it_lets_what_trains_save_and_the_same_command_continues(c
     saved = list((out / "s0/run/checkpoints").iterdir())
     assert saved and not (out / "s0/run/last").exists() and not (out / "s0/report.json").exists()
     assert not (out / "s1/train.log").exists(), "no other fold was begun"
+    with pytest.raises(ConfigError, match="begun with other settings"):
+        call(crossval_iemocap, *options, "--alpha", 0)
     command.remove("s1")  # one will do
     subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
     assert "is resumed at update" in (out / "s0/train.log").read_text()

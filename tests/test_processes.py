@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,7 +47,7 @@ class Run:
         if torchrun:
             launcher = f"-m torch.distributed.run --standalone --nproc-per-node={processes}".split()
             launcher += [f"--max-restarts={restarts}", HERE / "training_process.py"]
-        elif processes == 1:
+        elif processes == 1 and "ENDPOINT" not in settings:
             launcher = [HERE / "training_process.py"]
         self.errors = out.parent / f"stderr{len(list(out.parent.glob('stderr*')))}"
         self.process = subprocess.Popen(
@@ -161,6 +162,26 @@ def test_six_kills_cost_six_restarts_and_end_in_the_same_weights_after_the_same_
             assert steps == list(range(steps[0], steps[-1] + 1))
     assert_identical(checkpoints(run.out)[-1], checkpoints(whole.out)[-1])
     assert [e["step"] for e in log(run.out, "train")] == list(range(1, UPDATES + 1))
+
+
+def test_on_two_nodes_a_kill_costs_one_restart_of_each(corpus, whole, tmp_path):
+    """Two launchers of one process each on this machine, as docs/reliability.md sets several nodes up."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    settings = {"ENDPOINT": endpoint, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PACE": "0.1"}
+    arguments = (corpus, tmp_path / "run", "--save-every", "1")
+    with (
+        Run(*arguments, processes=1, restarts=1, **settings) as first,
+        Run(*arguments, processes=1, restarts=1, **settings) as second,
+    ):
+        os.kill(first.await_update(1, after=4), signal.SIGKILL)
+        assert first.end() == second.end() == 0, first.said() + second.said()
+        for rank in (0, 1):
+            steps = [line["step"] for line in first.lines(rank)]
+            assert sorted(set(steps)) == list(range(UPDATES)) and len(steps) <= UPDATES + 1
+        assert same_utterances(first, whole)
+    assert_identical(checkpoints(first.out)[-1], checkpoints(whole.out)[-1])
 
 
 def test_workers_of_a_killed_launcher_save_and_end_within_five_seconds(corpus, whole, tmp_path):
