@@ -24,7 +24,7 @@ from toy import toy_recognizer, toy_rows, write_corpus
 import ser.errors
 from ser.data.dataset import SpeechDataset
 from ser.data.manifest import Utterance, read_manifest
-from ser.errors import AudioError, FileError, ResourceError, SerError
+from ser.errors import AudioError, FileError, ResourceError, RunFolderError, SerError
 from ser.train.bad_audio import BadAudio
 from ser.train.checkpoint import checkpoints
 from ser.train.config import TrainConfig
@@ -207,6 +207,18 @@ def test_a_mended_recording_is_taken_off_the_list_on_resuming(tmp_path):
     )
     fit(toy_recognizer(), train, [], settings, tmp_path / "run")
     assert listed(tmp_path / "run") == []
+
+
+def test_a_mended_header_gives_a_length_and_so_other_data_which_is_refused_and_said(tmp_path):
+    train, _ = corpus(tmp_path, train=())
+    whole = train[3].file.read_bytes()
+    train[3].file.write_bytes(b"not audio")
+    fit(toy_recognizer(), train, [], quick(on_bad_audio="skip", epochs=1), tmp_path / "run")
+    train[3].file.write_bytes(whole)
+    with pytest.raises(RunFolderError, match=r"data\.train: (.|\n)*a recording mended since may be longer"):
+        fit(toy_recognizer(), train, [], quick(on_bad_audio="skip", epochs=1), tmp_path / "run")
+    train[3].file.write_bytes(b"not audio")
+    assert fit(toy_recognizer(), train, [], quick(on_bad_audio="skip", epochs=1), tmp_path / "run").resumed
 
 
 def test_headers_that_cannot_be_read_are_skipped_before_training_up_to_the_limit(tmp_path, capsys):
