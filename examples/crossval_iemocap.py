@@ -61,15 +61,13 @@ from ser.train.folds import (
     ablation_markdown,
     ablation_summary,
     pooled_report,
-    shared_line,
     show,
     to_markdown,
-    trained_on_some,
     write_curves,
 )
 from ser.train.pictures import draw, draw_curves, needs_matplotlib
 from ser.train.processes import PREEMPTED, stop_on_signals
-from ser.train.report import Outcomes, table
+from ser.train.report import Outcomes, shared_line, table, trained_on_some
 
 HERE = Path(__file__).parent
 # What each fold is given; it must not come a second time.
@@ -122,15 +120,28 @@ def judged_weights(protocol: Protocol, parts: dict[str, list[str]], asked: str) 
 
 
 def check_same(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on with a fold that was begun with other settings."""
+    """Refuse to go on with a fold that was trained or judged with other settings."""
     path = folder / "settings.json"
-    before = json.loads(path.read_text()) if path.is_file() else None
-    if before is not None and before != settings:
+    begun = path.is_file() and ((folder / "run/config.json").exists() or (folder / "report.json").exists())
+    try:
+        before = json.loads(path.read_text()) if begun else settings
+    except ValueError:
+        raise ConfigError(f"{path}: is damaged; remove {folder}, or choose another --out") from None
+    if before != settings:
         differing = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in settings.items() if before.get(k) != v]
         listed = "\n  ".join(differing)
         raise ConfigError(f"{folder}: was begun with other settings; choose another --out:\n  {listed}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
+
+
+def is_judged(folder: Path) -> bool:
+    """Whether a fold's report and all its predictions are there."""
+    try:
+        report = json.loads((folder / "report.json").read_text())
+        return len(Outcomes.read(folder / "predictions.csv")) == report["utterances"]
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+        return False
 
 
 def run_fold(
@@ -144,7 +155,9 @@ def run_fold(
 ) -> None:
     """Train and judge one fold in its folder, unless that is done."""
     fold = str(selection.fold)
-    if (folder / "report.json").is_file():
+    if commands.closed:
+        return
+    if is_judged(folder):
         print(f"{fold}: done already", flush=True)
         return
     environment = dict(os.environ)
@@ -153,6 +166,9 @@ def run_fold(
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     try:
         train_and_judge(arguments, rest, selection, weights, folder, environment, commands)
+    except BaseException:
+        commands.closed = True  # at once: this thread takes the next fold before anybody hears of this one
+        raise
     finally:
         devices.put(own)
 
@@ -210,6 +226,7 @@ class Commands:
 
     def __init__(self) -> None:
         self.running: set[subprocess.Popen[bytes]] = set()
+        self.closed = False  # no further fold begins
         self.stopped = ""
 
     def run(self, command: list[str], environment: dict[str, str], log: TextIO) -> int:
@@ -303,20 +320,20 @@ def cross_validate(
             )
             for name in names
         }
-        try:
-            while waiting:
-                done, waiting = wait(waiting, timeout=POLL, return_when=FIRST_COMPLETED)
-                for job in done:
-                    job.result()
-                if asked and not commands.stopped:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    commands.stop(asked.signal)
-                    waiting = {job for job in waiting if not job.cancelled()}
-            if commands.stopped:  # after the last command of the last fold
-                raise Stopped
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # else the other folds are trained before anybody hears of it
-            raise
+        failure: BaseException | None = None
+        while waiting:
+            done, waiting = wait(waiting, timeout=POLL, return_when=FIRST_COMPLETED)
+            failed = [error for job in done if (error := job.exception()) is not None]
+            if asked and not commands.stopped:
+                commands.stop(asked.signal)
+            if failed and failure is None:
+                failure = failed[0]
+                if commands.running and not commands.stopped:
+                    print(f"{failure}\n(the folds that run are finished first)", file=sys.stderr, flush=True)
+    if failure is not None:
+        raise failure
+    if commands.stopped:  # after the last command of the last fold
+        raise Stopped
     found = pooled_report(out, names, protocol, resamples=arguments.resamples)
     found |= {"weights": weights, "audit": audits, "repeat": provenance(arguments, rest, selection)}
     write_json(out / "report.json", found)
@@ -439,5 +456,8 @@ if __name__ == "__main__":
     except Stopped:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(PREEMPTED)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except ser.SerError as error:
         sys.exit(f"error: {error}")

@@ -50,7 +50,7 @@ from ser.train.evaluation import judge
 from ser.train.loop import say
 from ser.train.pictures import draw
 from ser.train.processes import one_voice
-from ser.train.report import Outcomes, compare, report, shares, table, write_rows
+from ser.train.report import Outcomes, compare, report, shared_line, table, write_rows
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -240,16 +240,7 @@ def show_notes(found: dict[str, Any], recognizer: Recognizer) -> None:
         low, high = figure["interval_utterances"]
         turns = f"{on['utterances']} turns that were held out of the {on['speakers']} speakers in training"
         print(f"speaker accuracy on {turns}: {figure['value']:.4f} ({low:.4f} to {high:.4f})")
-    shared = found.get("shared_with_training")
-    if shared is None:
-        print("what these recordings share with training is not known: the model does not name it (--train does)")
-        return
-    assumed = " (taken to be the fold's: the model does not say)" if found.get("training_is_assumed") else ""
-    print(f"known from training{assumed}: {shares(shared)}")
-    if max(shared.get(kind) or 0.0 for kind in ("recordings", "copies")) > 0:
-        print(
-            "WARNING: recordings that the model was trained on are judged; these figures say nothing about others"
-        )
+    print(shared_line(found))
 
 
 def verify(arguments: argparse.Namespace, world: World) -> bool:

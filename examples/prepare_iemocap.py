@@ -102,5 +102,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ser.SerError, OSError) as error:
+    except ser.SerError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'writing'}: {error.strerror or error}")

@@ -1,9 +1,12 @@
-"""torchrun's own agent on one node, whose workers fork: a restart costs no seconds of imports.
+"""torchrun's own agent, whose workers fork: a restart costs no seconds of imports.
 
 python forking_agent.py PROCESSES RESTARTS ARGUMENTS OF examples/train_iemocap.py ...
+
+    ENDPOINT  HOST:PORT where two of these meet, as two nodes; without it one stands for itself
 """
 
 import ctypes
+import os
 import signal
 import sys
 import uuid
@@ -27,14 +30,15 @@ def worker(*arguments: str) -> None:
 
 if __name__ == "__main__":
     processes, restarts, *arguments = sys.argv[1:]
+    endpoint = os.environ.get("ENDPOINT", "")
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=2 if endpoint else 1,
+        max_nodes=2 if endpoint else 1,
         nproc_per_node=int(processes),
         max_restarts=int(restarts),
         start_method="fork",
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=str(uuid.uuid4()),
+        rdzv_endpoint=endpoint or "localhost:0",
+        run_id=endpoint or str(uuid.uuid4()),
     )
     elastic_launch(config, worker)(*arguments)

@@ -24,13 +24,15 @@ from toy import toy_recognizer, toy_rows, write_corpus
 import ser.errors
 from ser.data.dataset import SpeechDataset
 from ser.data.manifest import Utterance, read_manifest
-from ser.errors import AudioError, FileError, ResourceError, SerError
+from ser.errors import AudioError, FileError, ResourceError, RunFolderError, SerError
 from ser.train.bad_audio import BadAudio
 from ser.train.checkpoint import checkpoints
 from ser.train.config import TrainConfig
 from ser.train.distributed import World
 from ser.train.evaluation import evaluate
 from ser.train.loop import fit
+from ser.train.processes import one_voice
+from ser.train.resources import worker_death_explained
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_iemocap.py"
 LARGE_STYLE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
@@ -169,6 +171,30 @@ def test_a_header_damaged_while_the_run_stood_still_does_not_change_its_order(tm
     assert_same_weights(checkpoints(run)[-1], checkpoints(tmp_path / "whole")[-1])
 
 
+@pytest.mark.parametrize(
+    "left", ["{", "[]", '{"valid": []}', '{"train": 3}', "stale", "a text", "zero", "no file"]
+)
+def test_lengths_that_are_not_those_of_this_data_are_not_used(tmp_path, left):
+    """A header is damaged; what stands in the folder for its length is cut, of other data, or no length."""
+    train, _ = corpus(tmp_path, train=())
+    dataset = toy_recognizer().dataset(train)
+    true = list(dataset.lengths)
+    train[4].file.write_bytes(b"not audio at all")
+    made_up = {"stale": true[:-1], "a text": [*true[:-1], "9"], "zero": [*true[:-1], 0]}
+    if left != "no file":
+        text = json.dumps({"train": made_up[left]}) if left in made_up else left
+        (tmp_path / "lengths.json").write_text(text)
+    bad = BadAudio(World(), policy="skip", limit=0.5, run=tmp_path)
+    fresh = toy_recognizer().dataset(train)
+    bad.read_lengths("train", fresh, least=400)
+    assert fresh.lengths == [*true[:4], 400, *true[5:]]
+    (tmp_path / "lengths.json").write_text(json.dumps({"train": true}))
+    for anew in (False, True):
+        fresh = toy_recognizer().dataset(train)
+        bad.read_lengths("train", fresh, least=400, anew=anew)
+        assert fresh.lengths[4] == (400 if anew else true[4]), "a run that is overwritten leaves nothing"
+
+
 def test_a_mended_recording_is_taken_off_the_list_on_resuming(tmp_path):
     train, _ = corpus(tmp_path)
     settings = quick(on_bad_audio="skip", epochs=1)
@@ -181,6 +207,18 @@ def test_a_mended_recording_is_taken_off_the_list_on_resuming(tmp_path):
     )
     fit(toy_recognizer(), train, [], settings, tmp_path / "run")
     assert listed(tmp_path / "run") == []
+
+
+def test_a_mended_header_gives_a_length_and_so_other_data_which_is_refused_and_said(tmp_path):
+    train, _ = corpus(tmp_path, train=())
+    whole = train[3].file.read_bytes()
+    train[3].file.write_bytes(b"not audio")
+    fit(toy_recognizer(), train, [], quick(on_bad_audio="skip", epochs=1), tmp_path / "run")
+    train[3].file.write_bytes(whole)
+    with pytest.raises(RunFolderError, match=r"data\.train: (.|\n)*a recording mended since may be longer"):
+        fit(toy_recognizer(), train, [], quick(on_bad_audio="skip", epochs=1), tmp_path / "run")
+    train[3].file.write_bytes(b"not audio")
+    assert fit(toy_recognizer(), train, [], quick(on_bad_audio="skip", epochs=1), tmp_path / "run").resumed
 
 
 def test_headers_that_cannot_be_read_are_skipped_before_training_up_to_the_limit(tmp_path, capsys):
@@ -266,8 +304,19 @@ def on_each_rank(world, folder: str):
     found["fail"] = message_of(lambda: run("fail", workers=1))
     found["limit"] = message_of(lambda: run("limit", on_bad_audio="skip", max_bad_audio=0.05))
     found["valid"] = message_of(lambda: run("valid", rows=train[:4], others=valid))
+    found["disk"] = message_of(lambda: full_disk(world, folder, train))
     found["memory"] = out_of_memory(folder) if world.rank == 0 else ""
     return found
+
+
+def full_disk(world: World, folder: Path, rows) -> None:
+    """The second rank meets a damaged recording, and the first cannot note that."""
+    bad = BadAudio(world, policy="skip", limit=0.5, run=folder / "full")
+    if world.is_main:
+        (folder / "full").mkdir()
+        (folder / "full/skipped.jsonl").symlink_to("/dev/full")
+    bad.begun = True
+    bad.agree("train", toy_recognizer().dataset(rows), {4: "damaged"} if world.rank else {})
 
 
 def out_of_memory(folder: Path) -> str:
@@ -316,11 +365,74 @@ def test_two_ranks_end_with_the_same_message_though_one_of_them_read_the_file(tw
     assert file in first and "truncated or damaged" in first
 
 
+def test_two_ranks_end_with_the_same_message_where_the_list_cannot_be_written(two_ranks):
+    first, second = (found["disk"] for found in two_ranks[1])
+    assert first == second and first.startswith("FileError: ") and "skipped.jsonl: cannot be written" in first
+
+
 def test_out_of_memory_names_the_utterance_its_seconds_and_what_to_change(two_ranks):
     message = two_ranks[1][0]["memory"]
     assert message.startswith(f"{ResourceError.__name__}: out of memory")
     for words in ("long (120.0 s)", "--micro-batch 1", "--max-seconds", "--activation-checkpointing", "--amp"):
         assert words in message
+
+
+# ---------------------------------------------------------------------------------------- workers
+
+
+def test_a_loader_worker_that_hangs_in_an_evaluation_is_given_up_after_the_timeout(tmp_path, monkeypatch):
+    train, valid = corpus(tmp_path, train=(), valid=())
+    read, names = SpeechDataset.__getitem__, {row.id for row in valid}
+
+    def hangs(self, asked):
+        if self.utterances[0].id in names:
+            time.sleep(20)
+        return read(self, asked)
+
+    monkeypatch.setattr(SpeechDataset, "__getitem__", hangs)
+    with pytest.raises(ResourceError, match=r"gave nothing within --timeout.* after 2\.0 seconds"):
+        fit(toy_recognizer(), train[:4], valid, quick(workers=1, timeout=2.0, epochs=1), tmp_path / "run")
+
+
+def ends_while_it_tells(folder: Path) -> None:
+    """One loader worker is killed, and the other while that is being told."""
+    rows = read_manifest(folder / "train.csv")
+    loader = torch.utils.data.DataLoader(toy_recognizer().dataset(rows), batch_size=None, num_workers=2)
+    batches = iter(loader)
+    next(batches)
+    first, second = (worker.pid for worker in batches._workers)
+
+    class Told:
+        def write(self, text: str) -> None:
+            os.kill(second, signal.SIGKILL)
+            time.sleep(0.3)
+            with (folder / "told").open("a") as file:
+                file.write(text)
+
+        def flush(self) -> None:
+            pass
+
+    sys.stderr = Told()
+    with one_voice(), worker_death_explained():
+        os.kill(first, signal.SIGKILL)
+        while True:
+            next(batches)
+
+
+def test_workers_that_die_while_the_death_of_the_first_is_told_do_not_interrupt_that(tmp_path):
+    write_corpus(tmp_path, 12)
+    child = os.fork()
+    if not child:
+        status = 99
+        try:
+            ends_while_it_tells(tmp_path)
+        except SystemExit as end:
+            status = end.code
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    told = (tmp_path / "told").read_text()
+    assert told.startswith("error: a process that decodes audio died") and told.endswith("to continue\n")
 
 
 # ---------------------------------------------------------------------------------------- torchrun

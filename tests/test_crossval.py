@@ -5,6 +5,7 @@ The scripts' `main` is called in this process where only an answer or an error i
 
 import copy
 import csv
+import hashlib
 import json
 import os
 import re
@@ -124,7 +125,10 @@ def test_pooled_figures_are_right_over_all_folds_divided_by_all_utterances(paper
         sum((p.text["emotion"] == p.text["predicted"]).mean() for p in parts) / 10
     )
     assert found["weights"] == "last", "the best would be chosen on what is tested"
-    assert found["repeat"]["data"]["sha256"] and found["repeat"]["commit"]
+    manifest = folder.parent / "data/iemocap4.csv"
+    assert found["repeat"]["data"]["sha256"] == hashlib.sha256(manifest.read_bytes()).hexdigest()
+    assert found["repeat"]["commit"] and found["repeat"]["versions"] and found["repeat"]["command"]
+    assert found["repeat"]["training_options"][:2] == ["--epochs", "2"] and found["repeat"]["init"] == "small"
     text = (folder / "report.md").read_text()
     for piece in ("| 01F |", f"| pooled | {total} |", "mean ± spread", "What the parts share", "To repeat"):
         assert piece in text
@@ -165,6 +169,29 @@ def test_the_same_command_trains_no_fold_again_and_other_settings_are_refused_wi
     assert capsys.readouterr().out.count("done already") == 10
     with pytest.raises(ConfigError, match=r"begun with other settings(.|\n)*--alpha"):
         call(crossval_iemocap, *options, "--alpha", 0)
+    whole = (folder / "02M/report.json").read_text(), (folder / "03F/predictions.csv").read_text()
+    (folder / "02M/report.json").write_text(whole[0][:100])
+    (folder / "03F/predictions.csv").write_text(whole[1][: len(whole[1]) // 2])
+    call(crossval_iemocap, *options)
+    assert capsys.readouterr().out.count("done already") == 8, "what was cut is judged again, and not trained"
+    assert ((folder / "02M/report.json").read_text(), (folder / "03F/predictions.csv").read_text()) == whole
+    assert (folder / "02M/train.log").read_text().count("nothing is left to do") == 1
+    settings = folder / "04F/settings.json"
+    text = settings.read_text()
+    settings.write_text(text[:50])
+    with pytest.raises(ConfigError, match=r"04F/settings\.json: is damaged"):
+        call(crossval_iemocap, *options)
+    settings.write_text(text)
+
+
+def test_a_fold_that_never_began_to_train_is_begun_with_other_settings(corpus, tmp_path):
+    options = ["--data", corpus / "train.csv", *FOLDS, "--out", tmp_path / "out"]
+    options += ["--init", corpus / "init", *QUICK, "--resamples", 5]
+    with pytest.raises(ConfigError, match=r"fold s0: train failed(.|\n)*unrecognized arguments: --eppochs 2"):
+        call(crossval_iemocap, *options, "--eppochs", 2)
+    assert not (tmp_path / "out/s1/train.log").exists(), "nor did any other"
+    call(crossval_iemocap, *options, "--folds", "s0")
+    assert (tmp_path / "out/report.json").is_file()
 
 
 @needs_iemocap
@@ -248,7 +275,7 @@ def test_a_model_on_another_fold_reports_what_it_was_trained_on(corpus, trained,
     fold = ["--data", corpus / "train.csv", *FOLDS, "--resamples", 5]
     call(evaluate, "--model", trained / "last", *fold, "--fold", "s2", "--out", tmp_path / "out", "--card")
     shown = capsys.readouterr().out  # s2 is what the model of fold s0 was trained on
-    assert "recordings 100.0 %" in shown and "WARNING: recordings that the model was trained on" in shown
+    assert "recordings 100.0 %" in shown and "WARNING: trained on recordings that are judged" in shown
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["shared_with_training"]["recordings"] == 1.0 and report["fold"] == "s2"
     tested = [e["selection"]["fold"] for e in read_record(trained / "last")["evaluations"]]
@@ -349,10 +376,38 @@ def test_asked_to_stop_it_lets_what_trains_save_and_the_same_command_continues(c
         os.kill(trains, 0)
     saved = list((out / "s0/run/checkpoints").iterdir())
     assert saved and not (out / "s0/run/last").exists() and not (out / "s0/report.json").exists()
-    assert not (out / "s1/run").exists(), "no other fold was begun"
+    assert not (out / "s1/train.log").exists(), "no other fold was begun"
+    with pytest.raises(ConfigError, match="begun with other settings"):
+        call(crossval_iemocap, *options, "--alpha", 0)
+    command.remove("s1")  # one will do
     subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
     assert "is resumed at update" in (out / "s0/train.log").read_text()
-    assert json.loads((out / "report.json").read_text())["folds"].keys() == {"s0", "s1"}
+    assert json.loads((out / "report.json").read_text())["folds"].keys() == {"s0"}
+
+
+def test_of_folds_at_once_one_that_fails_is_told_at_once_and_a_signal_still_reaches_the_other(corpus, tmp_path):
+    out = tmp_path / "out"
+    (out / "s1").mkdir(parents=True)
+    (out / "s1/run").write_text("a file is in the way")
+    options = ["--data", corpus / "train.csv", *FOLDS, "--out", out, "--parallel", 2, "--log-every", 1]
+    options += ["--init", corpus / "init", *QUICK, "--epochs", 1000]
+    command = [sys.executable, str(EXAMPLES / "crossval_iemocap.py"), *map(str, options)]
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
+    try:
+        deadline = time.monotonic() + 60
+        while "finished first" not in errors.read_text() or not (out / "s0/run/metrics.jsonl").is_file():
+            assert time.monotonic() < deadline and running.poll() is None, errors.read_text()
+            time.sleep(0.05)
+        assert "fold s1: train failed" in errors.read_text()
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=60) == 1
+    finally:
+        running.kill()
+    assert list((out / "s0/run/checkpoints").iterdir()) and not (out / "s0/run/last").exists()
+    assert not (out / "s2/train.log").exists(), "no other fold was begun"
+    assert errors.read_text().splitlines()[-1].startswith("  ") and "error: fold s1" in errors.read_text()
 
 
 # -------------------------------------------------------------------------------------------------- ablations

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,7 +47,7 @@ class Run:
         if torchrun:
             launcher = f"-m torch.distributed.run --standalone --nproc-per-node={processes}".split()
             launcher += [f"--max-restarts={restarts}", HERE / "training_process.py"]
-        elif processes == 1:
+        elif processes == 1 and "ENDPOINT" not in settings:
             launcher = [HERE / "training_process.py"]
         self.errors = out.parent / f"stderr{len(list(out.parent.glob('stderr*')))}"
         self.process = subprocess.Popen(
@@ -163,6 +164,26 @@ def test_six_kills_cost_six_restarts_and_end_in_the_same_weights_after_the_same_
     assert [e["step"] for e in log(run.out, "train")] == list(range(1, UPDATES + 1))
 
 
+def test_on_two_nodes_a_kill_costs_one_restart_of_each(corpus, whole, tmp_path):
+    """Two launchers of one process each on this machine, as docs/reliability.md sets several nodes up."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    settings = {"ENDPOINT": endpoint, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PACE": "0.1"}
+    arguments = (corpus, tmp_path / "run", "--save-every", "1")
+    with (
+        Run(*arguments, processes=1, restarts=1, **settings) as first,
+        Run(*arguments, processes=1, restarts=1, **settings) as second,
+    ):
+        os.kill(first.await_update(1, after=4), signal.SIGKILL)
+        assert first.end() == second.end() == 0, first.said() + second.said()
+        for rank in (0, 1):
+            steps = [line["step"] for line in first.lines(rank)]
+            assert sorted(set(steps)) == list(range(UPDATES)) and len(steps) <= UPDATES + 1
+        assert same_utterances(first, whole)
+    assert_identical(checkpoints(first.out)[-1], checkpoints(whole.out)[-1])
+
+
 def test_workers_of_a_killed_launcher_save_and_end_within_five_seconds(corpus, whole, tmp_path):
     with Run(corpus, tmp_path / "run", "--save-every", "99", PACE="0.3") as run:
         pids = [run.await_update(rank, after=1) for rank in (0, 1)]
@@ -267,7 +288,7 @@ def judged(tmp_path_factory):
     return folder / "run", rows, valid
 
 
-@pytest.mark.parametrize("call", [1, 2, 5, 6])  # two batches in each evaluation; the last follows the last update
+@pytest.mark.parametrize("call", [1, 3, 5, 7, 9])  # of three batches in each of three evaluations
 def test_a_signal_during_an_evaluation_ends_it_and_the_continued_run_makes_it_up(
     judged, tmp_path, monkeypatch, call
 ):
@@ -284,6 +305,19 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_continued_run_makes_it_up
     best = [load_file(folder / "best/model.safetensors") for folder in (whole, tmp_path / "run")]
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
     assert [e["step"] for e in log(tmp_path / "run", "valid")] == [e["step"] for e in log(whole, "valid")]
+
+
+def test_an_evaluation_that_is_made_up_for_may_end_the_run_early(judged, tmp_path, monkeypatch):
+    _, rows, valid = judged
+    settings = quick(epochs=9, early_stop=1, rate=1e-9, metric="unweighted_accuracy", eval_seconds=1.0)
+    send_on_call(monkeypatch, Recognizer, "decode", 4, signal.SIGTERM)  # in the second evaluation
+    stopped = fit(toy_recognizer(), rows, valid, settings, tmp_path / "run").progress
+    assert stopped.step == 4 and stopped.evaluation_due and not stopped.finished
+    for _ in range(2):  # what came of it is saved
+        result = fit(toy_recognizer(), rows, valid, settings, tmp_path / "run")
+        assert result.progress.finished and result.progress.step == 4 and not result.progress.evaluation_due
+    assert (tmp_path / "run/last/model.safetensors").is_file()
+    assert [e["step"] for e in log(tmp_path / "run", "valid")] == [2, 4]
 
 
 def test_a_second_ctrl_c_interrupts_at_once(judged, tmp_path, monkeypatch):

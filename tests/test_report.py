@@ -101,9 +101,18 @@ def test_the_calibration_error_is_the_written_out_sum_over_bins():
         inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
         if inside.any():
             expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    assert expected_calibration_error(confidence, right) == pytest.approx(expected)
-    assert expected_calibration_error(np.full(4, 0.75), np.array([True, True, True, False])) == pytest.approx(0)
-    assert math.isnan(expected_calibration_error(np.zeros(0), np.zeros(0, bool)))
+
+    def ece(confidence, right) -> float:
+        rows = [
+            {"emotion": "sad", "predicted": "sad" if r else "angry", "confidence": c}
+            for c, r in zip(confidence, right, strict=True)
+        ]
+        return Figures(Outcomes.of(EMOTIONS, rows))()["ece"]
+
+    assert ece(confidence, right) == pytest.approx(expected)
+    assert ece(np.full(4, 0.75), [True, True, True, False]) == pytest.approx(0)
+    (undefined,) = expected_calibration_error(np.zeros((1, 45)))
+    assert math.isnan(undefined)
 
 
 def test_weights_count_an_utterance_as_often_as_they_say():

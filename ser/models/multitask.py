@@ -159,11 +159,6 @@ class MultiTaskModel(nn.Module):
             frozen.requires_grad_(False)
         self.train(self.training)
 
-    @property
-    def encoder_frozen(self) -> bool:
-        """Whether no part of wav2vec 2.0 is trained."""
-        return not any(p.requires_grad for p in self.wav2vec2.parameters())
-
     def train(self, mode: bool = True) -> MultiTaskModel:
         """As `nn.Module.train`, but frozen parts stay in eval mode."""
         super().train(mode)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from ser.data.dataset import Batch, SpeechDataset, listed
-from ser.errors import AudioError
+from ser.errors import AudioError, FileError
 from ser.files import replace_file, written
 from ser.train.distributed import World
 
@@ -74,9 +74,8 @@ class BadAudio:
             self.rows.append(row)
             if self.world.is_main:
                 tqdm.write(f"skipped ({name}, {len(skipped)} of {len(dataset)}): {found[i]}", file=sys.stderr)
-        if new and self.begun and self.world.is_main and self.run is not None:
-            with written(self.run / "skipped.jsonl") as path, path.open("a", encoding="utf-8") as file:
-                file.writelines(to_line(self.rows[k]) for k in range(-len(new), 0))
+        if new and self.begun:
+            self.write(lambda run: append(run / "skipped.jsonl", self.rows[-len(new) :]))
         if len(skipped) > self.limit * len(dataset) or len(skipped) == len(dataset):
             raise AudioError(
                 f"{len(skipped)} of {len(dataset)} recordings of {name} cannot be used; "
@@ -123,19 +122,38 @@ class BadAudio:
             tried = ((i, dataset[i].error) for i in again[self.world.rank :: self.world.size])
             self.agree(name, dataset, {i: why for i, why in tried if why})
         self.begun = True
-        if not self.world.is_main:
-            return
-        if not (self.run / "lengths.json").exists():
-            with written(self.run / "lengths.json") as new, replace_file(new) as file:
-                file.write(json.dumps(lengths))
-        if self.rows or path.exists():
-            with written(path), replace_file(path) as file:
-                file.writelines(map(to_line, self.rows))
+
+        def note(run: Path) -> None:
+            if not (run / "lengths.json").exists():
+                with written(run / "lengths.json") as new, replace_file(new) as file:
+                    file.write(json.dumps(lengths))
+            if self.rows or path.exists():
+                with written(path), replace_file(path) as file:
+                    file.writelines(map(to_line, self.rows))
+
+        self.write(note)
+
+    def write(self, work: Callable[[Path], None]) -> None:
+        """Let the main rank write into the run's folder; a FileError of it is one on every rank."""
+        failure: FileError | None = None
+        if self.world.is_main and self.run is not None:
+            try:
+                work(self.run)
+            except FileError as error:
+                failure = error
+        if (told := self.world.gather(failure)[0]) is not None:
+            raise told
 
 
 def errors_of(batches: Iterable[Batch]) -> dict[int, str]:
     """Position in the dataset -> why its recording could not be read."""
     return {i: why for batch in batches for i, why in batch.errors.items()}
+
+
+def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Further lines of a JSON lines file."""
+    with written(path), path.open("a", encoding="utf-8") as file:
+        file.writelines(map(to_line, rows))
 
 
 def to_line(row: dict[str, Any]) -> str:

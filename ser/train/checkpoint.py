@@ -399,7 +399,12 @@ def open_run(
     if refused:
         askable = sorted(refused.keys() & CHANGEABLE)
         hint = f"--allow-changes {' '.join(askable)} if that is meant, " if askable else ""
-        listed = "\n  ".join(refused.values())
+        told = list(refused.values())
+        if any(key.startswith("data.") for key in refused):
+            told += [
+                "(of order, ids, excerpts, labels, texts and lengths; a recording mended since may be longer)"
+            ]
+        listed = "\n  ".join(told)
         raise RunFolderError(
             f"{checkpoint}: is of a run with other settings; resume it with the same, {hint}choose another "
             f"folder, or --overwrite:\n  {listed}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from ser.data.protocols import Protocol
 from ser.files import replace_file
-from ser.train.report import Outcomes, compare, report, shares, table
+from ser.train.report import Outcomes, compare, report, shared_line, table
 
 SHORT = {"WA": "accuracy", "UA": "unweighted_accuracy", "WER": "wer", "speaker": "speaker_accuracy"}
 
@@ -89,22 +89,6 @@ def pooled_report(out: Path, folds: Sequence[str], protocol: Protocol, *, resamp
         value = sum(value * count for value, count in known) / turns
         found["speaker_accuracy_on_known_turns"] = {"value": value, "utterances": turns}
     return found
-
-
-def trained_on_some(judged: Mapping[str, Any]) -> bool:
-    """Whether the model of a fold's report was trained on recordings that it is judged on."""
-    shared = judged.get("shared_with_training") or {}
-    return max((shared.get(kind) or 0.0 for kind in ("recordings", "copies")), default=0.0) > 0
-
-
-def shared_line(judged: Mapping[str, Any]) -> str:
-    """What the model of a fold's report shares with what it is judged on, in a line."""
-    shared = judged.get("shared_with_training")
-    if shared is None:
-        return "what the model was trained on is not known"
-    assumed = " (taken to be the fold's: the model does not say)" if judged.get("training_is_assumed") else ""
-    warning = "WARNING: trained on recordings that are judged. " if trained_on_some(judged) else ""
-    return f"{warning}known from training{assumed}: {shares(shared)}"
 
 
 def show(value: float | None) -> str:

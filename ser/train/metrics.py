@@ -165,12 +165,12 @@ class ClassificationCounts:
     @property
     def recall(self) -> NDArray[np.float64]:
         """(K,) in 0..1: the share of each class's utterances that are found. nan for a class that has none."""
-        return _ratio(self.confusion.diagonal(), self.confusion.sum(axis=1))
+        return ratio(self.confusion.diagonal(), self.confusion.sum(axis=1))
 
     @property
     def precision(self) -> NDArray[np.float64]:
         """(K,) in 0..1: the share of each class's predictions that are right. nan for one never predicted."""
-        return _ratio(self.confusion.diagonal(), self.confusion.sum(axis=0))
+        return ratio(self.confusion.diagonal(), self.confusion.sum(axis=0))
 
     @property
     def unweighted_accuracy(self) -> float:
@@ -188,8 +188,9 @@ class ClassificationCounts:
         if not self.count:
             return math.nan
         either = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
-        return float(np.nan_to_num(_ratio(2 * self.confusion.diagonal(), either)).mean())
+        return float(np.nan_to_num(ratio(2 * self.confusion.diagonal(), either)).mean())
 
 
-def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
-    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+def ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
+    """part / whole, NaN where the whole is 0."""
+    return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0)

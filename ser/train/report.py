@@ -23,7 +23,7 @@ from ser.errors import ConfigError
 from ser.files import replace_file
 from ser.recognizer import Prediction, Recognizer
 from ser.train.losses import ccc_summands, concordance
-from ser.train.metrics import character_errors, word_errors
+from ser.train.metrics import character_errors, ratio, word_errors
 
 CHUNK = 8192  # utterances that are evaluated together: what is held at once
 CALIBRATION_BINS = 15  # as in Guo et al., 2017
@@ -171,14 +171,6 @@ def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, predict
 # -------------------------------------------------------------------------------------------------- figures
 
 
-def expected_calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
-    """ECE, 0..1: the mean over equal bins of confidence of |accuracy - confidence|, weighted by their sizes.
-
-    Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, eq. 3, with 15 bins. NaN without utterances.
-    """
-    return float(_calibration_error(_calibration_summands(confidence, right).sum(0, keepdims=True))[0])
-
-
 def _calibration_summands(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.float64]:
     """(N,) each -> (N, 3 * bins): in the columns of an utterance's bin 1, whether it is right, its confidence."""
     place = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
@@ -188,14 +180,14 @@ def _calibration_summands(confidence: NDArray[np.float64], right: NDArray[np.boo
     )
 
 
-def _calibration_error(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(R, 3 * bins) -> (R,)."""
+def expected_calibration_error(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """ECE, 0..1: the mean over equal bins of confidence of |accuracy - confidence|, weighted by their sizes.
+
+    Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, eq. 3, with 15 bins. NaN without utterances.
+    (R, 3 * bins) sums of `_calibration_summands` -> (R,).
+    """
     count, right, confidence = np.split(totals, 3, axis=1)
-    return _ratio(np.abs(right - confidence).sum(1), count.sum(1))
-
-
-def _ratio(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0)
+    return ratio(np.abs(right - confidence).sum(1), count.sum(1))
 
 
 class Figures:
@@ -277,19 +269,19 @@ class Figures:
         confusion, binned = next(blocks).reshape(len(totals), size, size), next(blocks)
         if self.judged.any():
             diagonal, count = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum((1, 2))
-            recall, precision = (_ratio(diagonal, confusion.sum(axis)) for axis in (2, 1))
-            f1 = np.nan_to_num(_ratio(2 * diagonal, confusion.sum(1) + confusion.sum(2))).mean(1)
+            recall, precision = (ratio(diagonal, confusion.sum(axis)) for axis in (2, 1))
+            f1 = np.nan_to_num(ratio(2 * diagonal, confusion.sum(1) + confusion.sum(2))).mean(1)
             found |= {
-                "accuracy": _ratio(diagonal.sum(1), count),
+                "accuracy": ratio(diagonal.sum(1), count),
                 # As `ClassificationCounts`: over the classes that occur, and over all.
-                "unweighted_accuracy": _ratio(np.nan_to_num(recall).sum(1), np.isfinite(recall).sum(1)),
+                "unweighted_accuracy": ratio(np.nan_to_num(recall).sum(1), np.isfinite(recall).sum(1)),
                 "macro_f1": np.where(count > 0, f1, np.nan),
-                "ece": _calibration_error(binned),
+                "ece": expected_calibration_error(binned),
             }
             found |= {f"precision {name}": precision[:, i] for i, name in enumerate(self.emotions)}
             found |= {f"recall {name}": recall[:, i] for i, name in enumerate(self.emotions)}
         for name in self.rates:
-            found[name] = _ratio(*next(blocks).T)
+            found[name] = ratio(*next(blocks).T)
         for name in self.dimensions:
             found[f"ccc {name}"] = concordance(torch.from_numpy(next(blocks).T.copy())).numpy()
         return found
@@ -445,6 +437,22 @@ TITLES = {
 def shares(kinds: Mapping[str, float | None]) -> str:
     """By kind (speakers, transcripts, ...), the share that stands in another part too; None where unknown."""
     return ", ".join(f"{kind} {'unknown' if s is None else f'{100 * s:.1f} %'}" for kind, s in kinds.items())
+
+
+def trained_on_some(found: Mapping[str, Any]) -> bool:
+    """Whether the model of a report was trained on recordings that it is judged on."""
+    shared = found.get("shared_with_training") or {}
+    return max((shared.get(kind) or 0.0 for kind in ("recordings", "copies")), default=0.0) > 0
+
+
+def shared_line(found: Mapping[str, Any]) -> str:
+    """What the model of a report knows from training of what it is judged on, in a line."""
+    shared = found.get("shared_with_training")
+    if shared is None:
+        return "what the model was trained on is not known: it does not name it (evaluate.py --train does)"
+    assumed = " (taken to be the fold's: the model does not say)" if found.get("training_is_assumed") else ""
+    warning = "WARNING: trained on recordings that are judged, so these figures say nothing about others. "
+    return f"{warning if trained_on_some(found) else ''}known from training{assumed}: {shares(shared)}"
 
 
 def table(found: Mapping[str, Any]) -> str:

@@ -38,13 +38,21 @@ def memory_explained(batch: Batch, names: Sequence[str], advice: str) -> Iterato
 
 @contextmanager
 def worker_death_explained() -> Iterator[None]:
-    """A loader worker that is killed is a ResourceError. torch raises it wherever this process happens to be."""
+    """A loader worker that is killed, or hangs, is a ResourceError.
+
+    torch raises it wherever this process happens to be.
+    """
     try:
         yield
     except RuntimeError as error:
         if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
             raise
         reason = str(error).splitlines()[0].strip().rstrip(".")
+        if reason.startswith("DataLoader timed out"):
+            raise ResourceError(
+                f"a process that decodes audio gave nothing within --timeout: {reason}. Does the file "
+                "system answer? The same command continues"
+            ) from error
         raise ResourceError(
             f"a process that decodes audio died: {reason}. If the system killed it for lack of memory, lower "
             "--workers (0: the training process decodes); then give the same command again to continue"
