@@ -60,7 +60,8 @@ def updated(device, micro_batch, *, amp="off", config=None):
     optimizer = make_optimizer(model, rate=1.0, head_rate=0.0, weight_decay=0.0, beta2=0.999)
     steps = cut_update(ALL, LENGTHS, world_size=1, micro_batch=micro_batch)
     scaler = torch.amp.GradScaler(device.type, init_scale=16.0, enabled=amp == "fp16")
-    batches = batches_of([ranks[0] for ranks in steps], examples(dtype=dtype))
+    pool = [replace(example, waveform=example.waveform.to(dtype)) for example in examples()]
+    batches = batches_of([ranks[0] for ranks in steps], pool)
     result = run_update(
         model, model, optimizer, batches, OBJECTIVE, World(device=device), scaler=scaler, amp=amp, seed=5, epoch=2
     )
@@ -76,10 +77,10 @@ def test_the_gradient_is_that_of_a_cpu_however_the_update_is_cut(norm):
         assert found.keys() == expected.keys()
         whole = torch.stack([grad.norm() for grad in expected.values()]).norm()
         for name, reference in expected.items():
-            assert (found[name] - reference).norm() <= 1e-9 * reference.norm() + 1e-8 * whole, name
+            assert (found[name] - reference).norm() <= 1e-9 * reference.norm() + 1e-7 * whole, name
 
 
-@pytest.mark.parametrize(("amp", "tolerance"), [("bf16", 0.3), ("fp16", 0.05)])
+@pytest.mark.parametrize(("amp", "tolerance"), [("bf16", 0.1), ("fp16", 0.05)])
 def test_mixed_precision_gives_about_the_same_gradient(amp, tolerance):
     expected, _ = gradients(World(), ALL, 8)
     found, result = updated(DEVICE, 4, amp=amp)
