@@ -218,6 +218,59 @@ def test_ranks_share_the_work_and_what_comes_of_it_and_the_split_does_not_matter
     assert moved > 0 and apart <= 1e-4 * moved, apart / moved
 
 
+def told_on_ranks(world, folder):
+    """What a rank is told: each has a cache of its own; the main rank alone has all; one's values are large."""
+    recognizer = toy_recognizer()
+    dataset = recognizer.dataset(read_manifest(Path(folder) / "train.csv"))
+
+    def told(name, world):
+        try:
+            fill(opened(Path(folder) / name, recognizer.model, dtype="fp16"), dataset, world, lambda _: None, "x")
+        except FileError as error:
+            return str(error)
+        return ""
+
+    own = f"own{world.rank}"
+    apart = told(own, world)
+    if world.is_main:
+        told(own, World())
+    else:
+        shutil.rmtree(Path(folder) / own)
+    world.barrier()
+    alone = told(own, world)
+    if not world.is_main:
+        with torch.no_grad():
+            recognizer.model.wav2vec2.feature_extractor.conv_layers[-1].conv.weight *= 1e7
+    return apart, alone, told("shared", world)
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    toy_rows(folder, 10)
+    return list(zip(*run_ranks(told_on_ranks, 2, folder, str(folder)), strict=True))
+
+
+def test_ranks_that_do_not_share_a_disk_are_told_and_none_trains_on_zeros(told):
+    assert all("does not see 5 of 10 utterances" in line for line in told[0])
+    assert all("process 1 of 2 does not see 10 of 10 utterances" in line for line in told[1])
+
+
+def test_what_fails_on_one_rank_while_filling_is_told_on_all(told):
+    assert all("do not fit into float16" in line for line in told[2])
+
+
+def test_copies_of_a_recording_that_cannot_be_read_are_each_told_by_name(tmp_path, rows):
+    train = rows[0]
+    cut_behind_its_header(train[4].file)
+    shutil.copy(train[4].file, tmp_path / "copy.wav")
+    train = [*train, replace(train[4], id="copy", file=tmp_path / "copy.wav")]
+    recognizer = toy_recognizer()
+    stored = fill(opened(tmp_path / "c", recognizer.model), recognizer.dataset(train), World(), print, "train")
+    assert stored.errors.keys() == {4, 10}
+    assert "train4.wav" in stored(4)[1] and "copy.wav" in stored(10)[1]
+
+
 def test_a_fill_that_was_killed_is_continued_and_half_a_shard_is_never_read(tmp_path):
     """SIGKILL while it fills, with a shard for each utterance."""
     rows = toy_rows(tmp_path, 40)

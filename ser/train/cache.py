@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -135,13 +136,49 @@ class Stored:
 
     def __call__(self, index: int) -> tuple[Tensor, str]:
         """(T, C) or (N, D), as it is kept, and an error; with one, zeros of that shape."""
-        error, path = self.errors.get(index, ""), self.shards.get(self.keys[index])
-        if error or path is None:
+        if error := self.errors.get(index, ""):
             return torch.zeros(self.shape(self.lengths[index])), error
+        path = self.shards[self.keys[index]]
         place = os.getpid(), path
         if place not in self.files:
             self.files[place] = safe_open(path, "pt")
         return self.files[place].get_tensor(self.keys[index]), ""
+
+
+def compute(
+    cache: Cache,
+    dataset: SpeechDataset,
+    share: list[int],
+    keys: list[str],
+    wanted: dict[str, list[int]],
+    world: World,
+    bar: tqdm[Any],
+) -> dict[int, str]:
+    """Compute and write one rank's share. Returns the errors of what cannot be read. Raises FileError."""
+    broken: dict[int, str] = {}
+    waiting: dict[str, Tensor] = {}
+    for i in share:
+        example = dataset[i]
+        found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
+        if found is None or tuple(found.shape) != cache.shape(dataset.lengths[i]):
+            for j in wanted[keys[i]]:  # each under its own name
+                late = f"{dataset.utterances[j].file}: is not as long as its header says"
+                broken[j] = dataset[j].error or late
+            continue
+        kept = found.to(cache.dtype)
+        if not bool(kept.isfinite().all()) and bool(found.isfinite().all()):
+            raise FileError(
+                f"{dataset.utterances[i].id}: values up to {found.abs().max():.3g} do not fit into float16; "
+                "use --cache-dtype fp32"
+            )
+        waiting[keys[i]] = kept
+        if sum(tensor.nbytes for tensor in waiting.values()) >= SHARD_BYTES:
+            cache.write(waiting)
+            waiting = {}
+        bar.update(round(dataset.lengths[i] / SAMPLE_RATE * world.size))
+    if waiting:
+        cache.write(waiting)
+    return broken
 
 
 def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str], None], name: str) -> Stored:
@@ -150,7 +187,8 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
     ``say`` prints a line. Recordings that cannot be read are in the result's ``errors``, on all ranks.
 
     Raises:
-        FileError: the disk has too little room, before anything is computed, or it fails.
+        FileError: the disk has too little room, before anything is computed; it fails; or a process does not see
+            what others wrote. On all ranks, whichever met it.
     """
     started = time.perf_counter()
     with written(cache.folder):
@@ -161,9 +199,12 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
                 path.unlink(missing_ok=True)
     keys, errors = content_keys(dataset, world)
     cache.find()
-    wanted = {keys[i]: i for i in range(len(dataset)) if i not in errors}
+    wanted: dict[str, list[int]] = {}  # content -> the utterances of it
+    for i in range(len(dataset)):
+        if i not in errors:
+            wanted.setdefault(keys[i], []).append(i)
     missing = sorted(
-        (i for key, i in wanted.items() if key not in cache.shards), key=lambda i: -dataset.lengths[i]
+        (same[0] for key, same in wanted.items() if key not in cache.shards), key=lambda i: -dataset.lengths[i]
     )
     missing = world.gather(missing)[0]  # what one rank found, for another may have looked later
     if missing:
@@ -175,34 +216,16 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
                 f"{cache.folder}: the cache needs {size / 1e9:.2f} GB for {len(missing)} utterances, and "
                 f"{free / 1e9:.2f} GB are free; make room, choose another --cache, or leave it out"
             )
-        broken: dict[int, str] = {}
-        waiting: dict[str, Tensor] = {}
         seconds = sum(dataset.lengths[i] for i in missing) / SAMPLE_RATE
-        bar = tqdm(total=round(seconds), unit="s", desc=f"caching {name}", leave=False,
-                   disable=not (world.is_main and sys.stderr.isatty()))  # fmt: skip
-        for i in missing[world.rank :: world.size]:
-            example = dataset[i]
-            if example.error:
-                broken[i] = example.error
-                continue
-            found = cache.compute(example.waveform[None].to(world.device)).cpu()
-            if tuple(found.shape) != cache.shape(dataset.lengths[i]):
-                broken[i] = f"{dataset.utterances[i].file}: is not as long as its header says"
-                continue
-            kept = found.to(cache.dtype)
-            if not bool(kept.isfinite().all()) and bool(found.isfinite().all()):
-                raise FileError(
-                    f"{dataset.utterances[i].id}: values up to {found.abs().max():.3g} do not fit into float16; "
-                    "use --cache-dtype fp32"
-                )
-            waiting[keys[i]] = kept
-            if sum(tensor.nbytes for tensor in waiting.values()) >= SHARD_BYTES:
-                cache.write(waiting)
-                waiting = {}
-            bar.update(round(dataset.lengths[i] / SAMPLE_RATE * world.size))
-        bar.close()
-        if waiting:
-            cache.write(waiting)
+        broken, failure = {}, ""
+        with tqdm(total=round(seconds), unit="s", desc=f"caching {name}", leave=False,
+                  disable=not (world.is_main and sys.stderr.isatty())) as bar:  # fmt: skip
+            try:
+                broken = compute(cache, dataset, missing[world.rank :: world.size], keys, wanted, world, bar)
+            except FileError as error:
+                failure = str(error)
+        for why in filter(None, world.gather(failure)):  # one rank's is all ranks': none waits for another
+            raise FileError(why)
         errors |= {i: why for part in world.gather(broken) for i, why in part.items()}
         cache.find()
         took = time.perf_counter() - started
@@ -212,6 +235,13 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
         )
     else:
         say(f"cache of {name}: all {len(wanted)} recordings found in {cache.folder}")
+    unseen = world.gather(sum(keys[i] not in cache.shards for i in range(len(dataset)) if i not in errors))
+    if any(unseen):
+        rank = unseen.index(max(unseen))
+        raise FileError(
+            f"{cache.folder}: process {rank} of {world.size} does not see {unseen[rank]} of {len(dataset)} "
+            "utterances that should be there; choose a --cache on a disk that all processes share"
+        )
     return Stored(cache, keys, dataset.lengths, errors)
 
 
