@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -437,6 +438,18 @@ def test_a_full_disk_ends_training_with_one_error_and_loses_nothing(trained, tmp
     finally:
         if how == "a full file system":
             subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_save_that_failed_ends_training_before_the_next_one(trained, tmp_path):
+    whole, rows = trained
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "checkpoints/.step-00000020.new").write_text("a file is in the way")
+    settings = replace(CONFIG, epochs=60, save_every="20")
+    with pytest.raises(FileError, match="step-00000020: cannot be written: File exists"):
+        fit(toy_recognizer(), rows, [], settings, run, allow_changes=["epochs"])
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert 20 <= steps[-1] < 40
 
 
 def save_one_epoch(run: Path, rows) -> None:
