@@ -55,8 +55,8 @@ def choose_kind(model: MultiTaskModel, freeze: str) -> tuple[str, str]:
         "the feature encoder alone is frozen": freeze != "encoder",
         "CTC reads every frame": model.lm_head is not None,
         f"pooling is {model.pooling.method}, not mean": model.pooling.method != "mean",
-        f"final_dropout is {model.dropout.p:g}, which drops parts of frames before the mean (0 in --init's config.json "
-        "would let means be kept)": model.dropout.p > 0,
+        f"final_dropout is {model.dropout.p:g}, which drops parts of frames before the mean (with 0 in --init's "
+        "config.json means would be kept)": model.dropout.p > 0,
     }
     why = [reason for reason, holds in reasons.items() if holds]
     return ("features", why[0]) if why else ("pooled", "")
