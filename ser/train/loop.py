@@ -207,6 +207,7 @@ def _fit(
     model = recognizer.model
     effective_batch = config.resolved_effective_batch(world.size)
     trained = trained_heads(recognizer, config)
+    kind, why = choose_kind(model, config.freeze) if config.cache else ("", "")
 
     dataset, validation = recognizer.dataset(train), recognizer.dataset(valid)
     bad_audio = BadAudio(world, policy=config.on_bad_audio, limit=config.max_bad_audio, run=run)
@@ -253,18 +254,6 @@ def _fit(
     model.freeze(config.freeze)
     for parameter in model.untrained_by([name for name, weight in trained.items() if weight]):
         parameter.requires_grad_(False)  # has no gradient, so it is no part of what is trained
-    if config.cache:
-        kind, why = choose_kind(model, config.freeze)
-        note = f": the layers' means are not kept, as {why}" if config.freeze == "encoder" and why else ""
-        say(world, f"cache of {'the feature encoder' if kind == 'features' else 'pooled layers'}{note}")
-        store = Cache.of(
-            model, config.cache, kind=kind, dtype=config.cache_dtype, do_normalize=recognizer.do_normalize
-        )
-        for name, part in {"train": dataset, "valid": validation}.items():
-            if len(part):
-                stored = fill(store, part, world, partial(say, world), name)
-                bad_audio.agree(name, part, stored.errors if world.is_main else {})
-                part.stored = stored
     if model.config.has_mask_embedding and not model.config.apply_spec_augment:
         model.wav2vec2.masked_spec_embed.requires_grad_(False)
     model.train()
@@ -311,6 +300,17 @@ def _fit(
         what = "is finished, nothing is left to do; it ended" if progress.finished else "is resumed"
         say(world, f"{run} {what} at update {progress.step} of {total}, from {opened.checkpoint.name}")
     finished_before = progress.finished
+    if config.cache and not progress.finished:  # of the checkpoint's weights, which are there by now
+        note = f": the layers' means are not kept, as {why}" if config.freeze == "encoder" and why else ""
+        say(world, f"cache of {'the feature encoder' if kind == 'features' else 'pooled layers'}{note}")
+        store = Cache.of(
+            model, config.cache, kind=kind, dtype=config.cache_dtype, do_normalize=recognizer.do_normalize
+        )
+        for name, part in {"train": dataset, "valid": validation}.items():
+            if len(part):
+                stored = fill(store, part, world, partial(say, world), name)
+                bad_audio.agree(name, part, stored.errors if world.is_main else {})
+                part.stored = stored
     log = Log(run / "metrics.jsonl", world, progress)
     about = training_record(recognizer, dataset.utterances, lengths, recorded)
     audio_hours = sum(lengths) / SAMPLE_RATE / 3600
