@@ -135,6 +135,15 @@ def check_same(folder: Path, settings: dict[str, Any]) -> None:
     write_json(path, settings)
 
 
+def device_shares(gpus: list[str], *, folds: int, processes: int) -> list[list[str]]:
+    """The GPUs that each of several folds at once sees, one per process; none where it sees all that there are."""
+    if not gpus or folds == 1:
+        return [[] for _ in range(folds)]
+    if len(gpus) < folds * processes:
+        raise ConfigError(f"{folds} folds at once need {processes} GPUs each, but there are {', '.join(gpus)}")
+    return [gpus[first : first + processes] for first in range(0, folds * processes, processes)]
+
+
 def is_judged(folder: Path) -> bool:
     """Whether a fold's report and all its predictions are there."""
     try:
@@ -306,12 +315,10 @@ def cross_validate(
         model = {"model_sha256": weights_sha256(arguments.evaluate_only / name)} if arguments.evaluate_only else {}
         check_same(out / name, settings | {"weights": weights} | model)
     devices: Queue[list[str]] = Queue()
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    for slot in range(arguments.parallel):
-        share = gpus[slot * arguments.processes : (slot + 1) * arguments.processes]
-        if torch.cuda.device_count() and arguments.parallel > 1 and len(share) < arguments.processes:
-            raise ConfigError(f"{arguments.parallel} folds at once need {arguments.processes} GPUs each: {gpus}")
-        devices.put(share if arguments.parallel > 1 and torch.cuda.device_count() else [])
+    count = torch.cuda.device_count()
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",") if count else []
+    for share in device_shares(gpus, folds=arguments.parallel, processes=arguments.processes):
+        devices.put(share)
     commands = Commands()
     with stop_on_signals() as asked, ThreadPoolExecutor(arguments.parallel) as pool:
         waiting: set[Future[None]] = {

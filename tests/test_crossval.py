@@ -20,6 +20,7 @@ import crossval_iemocap
 import evaluate
 import pytest
 import train_iemocap
+from crossval_iemocap import device_shares
 from iemocap_tree import needs_iemocap, write_tree
 from toy import toy_recognizer, write_corpus
 
@@ -191,7 +192,9 @@ def test_a_fold_that_never_began_to_train_is_begun_with_other_settings(corpus, t
         call(crossval_iemocap, *options, "--eppochs", 2)
     assert not (tmp_path / "out/s1/train.log").exists(), "nor did any other"
     call(crossval_iemocap, *options, "--folds", "s0")
-    assert (tmp_path / "out/report.json").is_file()
+    repeat = json.loads((tmp_path / "out/report.json").read_text())["repeat"]
+    weights = hashlib.sha256((corpus / "init/model.safetensors").read_bytes()).digest()
+    assert repeat["init_sha256"] == hashlib.sha256(b"model.safetensors" + weights).hexdigest()
 
 
 @needs_iemocap
@@ -408,6 +411,15 @@ def test_of_folds_at_once_one_that_fails_is_told_at_once_and_a_signal_still_reac
     assert list((out / "s0/run/checkpoints").iterdir()) and not (out / "s0/run/last").exists()
     assert not (out / "s2/train.log").exists(), "no other fold was begun"
     assert errors.read_text().splitlines()[-1].startswith("  ") and "error: fold s1" in errors.read_text()
+
+
+def test_folds_at_once_have_gpus_of_their_own_one_per_process():
+    gpus = ["2", "3", "5", "7", "9"]
+    assert device_shares(gpus, folds=2, processes=2) == [["2", "3"], ["5", "7"]]
+    assert device_shares(gpus, folds=1, processes=2) == [[]], "all"
+    assert device_shares([], folds=3, processes=2) == [[], [], []], "on CPUs"
+    with pytest.raises(ConfigError, match="3 folds at once need 2 GPUs each, but there are 2, 3, 5, 7, 9"):
+        device_shares(gpus, folds=3, processes=2)
 
 
 # -------------------------------------------------------------------------------------------------- ablations
