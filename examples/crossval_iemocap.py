@@ -56,6 +56,7 @@ from ser.errors import ConfigError, FileError
 from ser.files import write_json
 from ser.models.pretrained import find_folder
 from ser.recognizer import is_preset
+from ser.train.checkpoint import MAY_CHANGE
 from ser.train.folds import (
     SHORT,
     ablation_markdown,
@@ -117,6 +118,18 @@ def judged_weights(protocol: Protocol, parts: dict[str, list[str]], asked: str) 
         return asked
     chosen_on_test = "recordings" in protocol.declares.get(("valid", "test"), ())
     return "last" if chosen_on_test or "valid" not in parts else "best"
+
+
+def lasting(options: list[str]) -> list[str]:
+    """Training options in one order, without those that may change while a run goes on."""
+    groups: list[list[str]] = []
+    for word in options:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1] += word.split("=", 1)
+    names = [group[0].lstrip("-").replace("-", "_") for group in groups]
+    kept = [group for name, group in zip(names, groups, strict=True) if name not in MAY_CHANGE]
+    return [word for group in sorted(kept) for word in group]
 
 
 def check_same(folder: Path, settings: dict[str, Any]) -> None:
@@ -309,8 +322,9 @@ def cross_validate(
             )
     print(f"{protocol.name}: {protocol.description}\n{audits}\nthe {weights} weights of each fold are judged")
     settings = provenance(arguments, rest, selection)
-    for name in ("command", "commit", "versions"):  # may differ
+    for name in ("command", "commit", "versions", "processes"):  # may differ
         del settings[name]
+    settings["training_options"] = lasting(rest)
     for name in names:
         model = {"model_sha256": weights_sha256(arguments.evaluate_only / name)} if arguments.evaluate_only else {}
         check_same(out / name, settings | {"weights": weights} | model)

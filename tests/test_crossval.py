@@ -185,13 +185,20 @@ def test_the_same_command_trains_no_fold_again_and_other_settings_are_refused_wi
     settings.write_text(text)
 
 
-def test_a_fold_that_never_began_to_train_is_begun_with_other_settings(corpus, tmp_path):
+def test_a_fold_that_never_began_to_train_is_begun_with_other_settings_and_one_that_did_with_some(
+    corpus, tmp_path, capsys
+):
     options = ["--data", corpus / "train.csv", *FOLDS, "--out", tmp_path / "out"]
     options += ["--init", corpus / "init", *QUICK, "--resamples", 5]
     with pytest.raises(ConfigError, match=r"fold s0: train failed(.|\n)*unrecognized arguments: --eppochs 2"):
         call(crossval_iemocap, *options, "--eppochs", 2)
     assert not (tmp_path / "out/s1/train.log").exists(), "nor did any other"
     call(crossval_iemocap, *options, "--folds", "s0")
+    same = ["--effective-batch=4", "--rate", "1e-3", "--epochs", "1", "--micro-batch", 2, "--processes", 2]
+    call(crossval_iemocap, *options[: -len(QUICK) - 2], *same, "--resamples", 5, "--folds", "s0")
+    assert "s0: done already" in capsys.readouterr().out, (
+        "what may change, for want of memory say, may change here"
+    )
     repeat = json.loads((tmp_path / "out/report.json").read_text())["repeat"]
     weights = hashlib.sha256((corpus / "init/model.safetensors").read_bytes()).digest()
     assert repeat["init_sha256"] == hashlib.sha256(b"model.safetensors" + weights).hexdigest()
