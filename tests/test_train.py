@@ -178,7 +178,8 @@ def test_a_finished_run_says_so_and_does_nothing_more(uninterrupted, tmp_path, c
 def test_a_run_with_other_settings_is_refused_and_the_differences_are_listed(uninterrupted):
     folder, train, valid = uninterrupted
     with pytest.raises(RunFolderError) as caught:
-        fit(toy_recognizer(), train, valid, quick(rate=1e-2, seed=7), folder / "run")
+        fit(toy_recognizer(), train, valid, quick(rate=1e-2, seed=7, effective_batch=2), folder / "run")
+    assert "effective_batch: 4 then, 2 now" in str(caught.value)
     assert "rate: 0.003 then, 0.01 now" in str(caught.value) and "seed: 0 then, 7 now" in str(caught.value)
 
 
