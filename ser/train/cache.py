@@ -205,7 +205,6 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
                 path.unlink(missing_ok=True)
     keys, errors = content_keys(dataset, world)
     cache.find()
-<<<<<<< Updated upstream
     wanted: dict[str, list[int]] = {}  # content -> the utterances of it
     for i in range(len(dataset)):
         if i not in errors:
@@ -213,10 +212,6 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
     missing = sorted(
         (same[0] for key, same in wanted.items() if key not in cache.shards), key=lambda i: -dataset.lengths[i]
     )
-=======
-    wanted = [i for i in range(len(dataset)) if i not in errors]
-    missing = sorted((i for i in wanted if keys[i] not in cache.shards), key=lambda i: -dataset.lengths[i])
->>>>>>> Stashed changes
     missing = world.gather(missing)[0]  # what one rank found, for another may have looked later
     if missing:
         size = sum(len_ * width for len_, width in (cache.shape(dataset.lengths[i]) for i in missing))
@@ -246,20 +241,12 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
         )
     else:
         say(f"cache of {name}: all {len(wanted)} recordings found in {cache.folder}")
-<<<<<<< Updated upstream
     unseen = world.gather(sum(keys[i] not in cache.shards for i in range(len(dataset)) if i not in errors))
     if any(unseen):
         rank = unseen.index(max(unseen))
         raise FileError(
             f"{cache.folder}: process {rank} of {world.size} does not see {unseen[rank]} of {len(dataset)} "
             "utterances that should be there; choose a --cache on a disk that all processes share"
-=======
-    there = all(keys[i] in cache.shards for i in wanted if i not in errors)
-    if blind := [rank for rank, sees in enumerate(world.gather(there)) if not sees]:
-        raise FileError(
-            f"{cache.folder}: process {blind[0]} does not find there what others wrote; --cache has to be a folder on "
-            "a disk that all processes share"
->>>>>>> Stashed changes
         )
     return Stored(cache, keys, dataset.lengths, errors)
 
