@@ -188,6 +188,24 @@ def test_a_run_with_a_cache_resumes_exactly_also_where_the_cache_is_gone(tmp_pat
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
+def test_a_resumed_run_keeps_what_its_checkpoint_gives_whatever_weights_it_was_started_with(tmp_path, rows):
+    config = settings(freeze="feature-encoder", cache=str(tmp_path / "cache"))
+    fit(toy_recognizer(), *rows, config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for path in checkpoints(tmp_path / "cut")[2:]:
+        shutil.rmtree(path)
+    assert fit(toy_recognizer(seed=99), *rows, config, tmp_path / "cut").resumed
+    one, two = (state(checkpoints(tmp_path / name)[-1]) for name in ("whole", "cut"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_cache_of_nothing_frozen_is_refused_before_the_run_has_a_folder(tmp_path, rows):
+    with pytest.raises(ConfigError, match="freeze is none"):
+        fit(toy_recognizer(), *rows, settings(cache=str(tmp_path / "cache")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def trained_on_ranks(world, folder):
     """How many utterances this rank computed, how many it can read, and the weights after a run."""
     rows = read_manifest(Path(folder) / "train.csv")
