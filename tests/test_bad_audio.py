@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -428,9 +429,12 @@ def test_workers_that_die_while_the_death_of_the_first_is_told_do_not_interrupt_
             ends_while_it_tells(tmp_path)
         except SystemExit as end:
             status = end.code
+        except BaseException:
+            (tmp_path / "failed").write_text(traceback.format_exc())
         finally:
             os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 1, (tmp_path / "failed").read_text()
     told = (tmp_path / "told").read_text()
     assert told.startswith("error: a process that decodes audio died") and told.endswith("to continue\n")
 

@@ -44,10 +44,12 @@ def worker_death_explained() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # What a dead worker had sent is fetched from it through a socket, which may fail before torch tells of it.
+        lost = isinstance(error, ConnectionError | EOFError)
+        if not lost and not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
             raise
-        reason = str(error).splitlines()[0].strip().rstrip(".")
+        reason = (str(error).splitlines() or ["its connection ended"])[0].strip().rstrip(".")
         if reason.startswith("DataLoader timed out"):
             raise ResourceError(
                 f"a process that decodes audio gave nothing within --timeout: {reason}. Does the file "
