@@ -286,6 +286,13 @@ def test_rotation_keeps_the_newest_the_best_and_others_in_500_random_lives_of_a_
         shutil.rmtree(tmp_path / "run")
 
 
+def test_rotation_never_removes_what_was_just_written(saved, recognizer, tmp_path):
+    run = copy_of(saved, tmp_path / "run")
+    save(run, recognizer, 7)
+    written = save(run, recognizer, 3, keep=1)
+    assert checkpoints(run.folder) == [written, run.path(7)]
+
+
 def test_rotation_leaves_another_runs_checkpoints_and_damaged_manifests_alone(saved, recognizer, tmp_path):
     run = copy_of(saved, tmp_path / "run")
     other = Run(run.folder, settings={"epochs": 9})

@@ -342,6 +342,8 @@ def test_an_error_on_one_rank_ends_torchrun_within_fifteen_seconds_and_is_told_f
     assert "lost" not in said, "the other rank has nothing to add"
     assert "broken.wav: cannot be decoded" in summary, "torchrun's closing lines have it too"
     assert "\r" not in said and "%|" not in said
+    for line in ("trained parameters", "train epoch 1 update 2"):
+        assert said.count(line) == 1, "one rank speaks"
 
 
 def test_a_rank_that_hangs_is_given_up_after_the_timeout_that_was_set(corpus, tmp_path):
