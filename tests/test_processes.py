@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -193,6 +194,13 @@ def test_workers_of_a_killed_launcher_save_and_end_within_five_seconds(corpus, w
         assert_identical(saved, whole.out / "checkpoints" / saved.name)
 
 
+def test_a_worker_that_hangs_when_its_launcher_is_killed_is_killed_too(corpus, tmp_path):
+    with Run(corpus, tmp_path / "run", FAULT="0:2:hang") as run:
+        pids = [run.await_update(rank, after=1) for rank in (0, 1)]
+        run.process.kill()
+        assert seconds_until(lambda: not any(map(alive, pids)), 10) < 5
+
+
 def test_a_second_run_in_a_folder_is_refused_once_by_name_of_the_holder_until_that_is_killed(corpus, tmp_path):
     with Run(corpus, tmp_path / "run", processes=1, FAULT="0:1:hang") as run:
         pid = run.await_update(0)
@@ -299,12 +307,18 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_continued_run_makes_it_up
     stopped = fit(toy_recognizer(), rows, valid, settings, tmp_path / "run")
     assert stopped.stopped and stopped.progress.evaluation_due and not (tmp_path / "run/last").exists()
     assert signal.getsignal(signal.SIGTERM) == before
+    shutil.copytree(tmp_path / "run", tmp_path / "stopped")
     result = fit(toy_recognizer(), rows, valid, settings, tmp_path / "run")
     assert result.resumed and result.progress.finished
     assert_identical(checkpoints(tmp_path / "run")[-1], checkpoints(whole)[-1])
     best = [load_file(folder / "best/model.safetensors") for folder in (whole, tmp_path / "run")]
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
-    assert [e["step"] for e in log(tmp_path / "run", "valid")] == [e["step"] for e in log(whole, "valid")]
+    expected = [e["step"] for e in log(whole, "valid")]
+    assert [e["step"] for e in log(tmp_path / "run", "valid")] == expected
+    # Killed after the evaluation was logged and before that was saved, it logs it once all the same.
+    shutil.copy(tmp_path / "run/metrics.jsonl", tmp_path / "stopped")
+    fit(toy_recognizer(), rows, valid, settings, tmp_path / "stopped")
+    assert [e["step"] for e in log(tmp_path / "stopped", "valid")] == expected
 
 
 def test_an_evaluation_that_is_made_up_for_may_end_the_run_early(judged, tmp_path, monkeypatch):

@@ -173,6 +173,10 @@ def test_a_finished_run_says_so_and_does_nothing_more(uninterrupted, tmp_path, c
     assert "is finished, nothing is left to do; it ended at update 9 of 9" in capsys.readouterr().err
     after = state(checkpoints(tmp_path / "run")[-1])
     assert all(torch.equal(before[name], after[name]) for name in before)
+    last = (tmp_path / "run/last/model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run/last")  # as if killed just before it was written
+    fit(toy_recognizer(), train, valid, QUICK, tmp_path / "run")
+    assert (tmp_path / "run/last/model.safetensors").read_bytes() == last
 
 
 def test_a_run_with_other_settings_is_refused_and_the_differences_are_listed(uninterrupted):
