@@ -99,6 +99,13 @@ def test_a_full_disk_under_the_list_of_what_is_skipped_is_told_with_the_free_spa
         bad.agree("train", toy_recognizer().dataset(toy_rows(tmp_path, 4)), {1: "damaged"})
 
 
+def test_a_set_of_which_nothing_can_be_read_ends_the_run_whatever_the_limit(tmp_path):
+    dataset, bad = toy_recognizer().dataset(toy_rows(tmp_path, 2)), BadAudio(World(), policy="skip", limit=1.0)
+    assert bad.agree("train", dataset, {0: "damaged"}) == {0: "damaged"}
+    with pytest.raises(AudioError, match="2 of 2 recordings of train cannot be used"):
+        bad.agree("train", dataset, {1: "damaged"})
+
+
 @pytest.fixture(scope="module")
 def skipping(tmp_path_factory):
     """A run that skipped a training and a validation recording, and what it said."""
