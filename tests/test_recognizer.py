@@ -588,10 +588,11 @@ def test_batches_are_of_like_length_and_bounded(recognizer, monkeypatch):
         return real(self, waveforms)
 
     monkeypatch.setattr(Recognizer, "predict_waveforms", spy)
-    monkeypatch.setattr("ser.recognizer.BATCH_SECONDS", 1.0)
+    monkeypatch.setitem(BATCH_SECONDS, "cpu", 1.0)
     recognizer.predict([noise(n) for n in [400, 16000, 500, 15000, 8000, 8000, 600, 20000]], 16000)
     assert sizes == [[20000], [16000], [15000], [8000, 8000], [600, 500, 400]]
-    assert BATCH_SECONDS == 64
+    monkeypatch.undo()
+    assert recognizer.batch_seconds == 16
 
 
 def test_predicting_leaves_the_model_in_the_mode_it_was_in(recognizer, recordings):

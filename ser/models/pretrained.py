@@ -16,6 +16,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -293,20 +294,23 @@ class TensorFiles:
         """The named tensors as float32.
 
         Copied, for safetensors only maps the file: were it cut or written over later, the process would die of
-        SIGBUS. Opened for each, which unmaps the last one, so that file and copy are not both in memory.
+        SIGBUS. Opened for each, which unmaps the last one, so that file and copy are not both in memory. Two at a
+        time, for most of it is waiting for pages.
         """
-        tensors = {}
-        for name in names:
+
+        def read(name: str) -> Tensor:
             path, key = self.names[name]
             with opened(path) as file:
                 tensor = file.get_tensor(key)
                 if name.endswith(".num_batches_tracked"):  # a batch norm's counter, which decides nothing
-                    tensors[name] = tensor.to(torch.int64, copy=True)
-                    continue
+                    return tensor.to(torch.int64, copy=True)
                 if not tensor.is_floating_point():
                     raise ModelFolderError(f"{path}: {name} holds {tensor.dtype}; expected floating point")
-                tensors[name] = tensor.to(torch.float32, copy=True)
-        return tensors
+                return tensor.to(torch.float32, copy=True)
+
+        names = list(names)
+        with ThreadPoolExecutor(2) as pool:
+            return dict(zip(names, pool.map(read, names), strict=True))
 
 
 def opened(path: Path):
