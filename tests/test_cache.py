@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -170,6 +171,13 @@ def test_each_utterance_is_kept_as_it_is_alone(tmp_path, rows):
         with torch.no_grad():
             expected, _ = recognizer.model.wav2vec2.feature_extractor(waveform, torch.tensor([waveform.shape[1]]))
         assert torch.equal(stored(i)[0], expected[0])
+
+
+def test_a_dataset_that_has_read_its_cache_can_be_sent_to_a_worker(tmp_path, rows):
+    dataset = toy_recognizer().dataset(rows[0])
+    dataset.stored = fill(opened(tmp_path / "c", toy_recognizer().model), dataset, World(), print, "train")
+    first = dataset[0].stored
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[0].stored, first)
 
 
 def test_a_run_with_a_cache_resumes_exactly_also_where_the_cache_is_gone(tmp_path, rows):

@@ -199,6 +199,15 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder, value):
         load_encoder(folder)
 
 
+def test_finite_weights_whose_sum_is_not_are_loaded(folder):
+    def enlarge(tensors):
+        tensors["encoder.layers.1.final_layer_norm.weight"].fill_(3e38)
+        return tensors
+
+    rewrite(folder, enlarge)
+    assert float(load_encoder(folder).encoder.layers[1].final_layer_norm.weight[0]) == pytest.approx(3e38)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
 def test_weights_that_are_not_floating_point_are_refused(folder, dtype):
     rewrite(folder, lambda tensors: {**tensors, MASK: torch.zeros(16, dtype=dtype)})

@@ -197,7 +197,9 @@ class MultiTaskModel(nn.Module):
             return Outputs(None, ctc, None, None, num_frames)
         return self.judge(self.pool(outputs, raw, last, num_frames), ctc, num_frames)
 
-    def encode(self, waveforms: Tensor | None, num_samples: Tensor | None, **rest: Tensor | None):
+    def encode(
+        self, waveforms: Tensor | None, num_samples: Tensor | None, **rest: Tensor | None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         """The layers that are needed, the last of them before a pre-norm encoder's final norm, and num_frames."""
         outputs, num_frames = self.wav2vec2.layers(
             waveforms,

@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,14 +78,15 @@ class Cache:
         """What belongs to this model's weights, under ``folder``."""
         config, minimum = model.config, model.config.min_samples
         part = model.wav2vec2.feature_extractor if kind == "features" else model.wav2vec2
-        about = [FORMAT, kind, SAMPLE_RATE, do_normalize, config.to_dict() if kind == "pooled" else None]
-        about += [model.layer, model.heads_config.weighted_final_norm] if kind == "pooled" else []
+        about: list[Any] = [FORMAT, kind, SAMPLE_RATE, do_normalize]
+        if kind == "pooled":
+            about += [config.to_dict(), model.layer, model.heads_config.weighted_final_norm]
+        else:
+            about += [config.conv_kernel, config.conv_stride, config.feat_extract_norm]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         for name, tensor in part.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        if kind == "features":
-            digest.update(repr((config.conv_kernel, config.conv_stride, config.feat_extract_norm)).encode())
 
         @torch.no_grad()
         def compute(waveform: Tensor) -> Tensor:
@@ -131,24 +132,27 @@ class Stored:
     """What a `SpeechDataset` reads in place of recordings."""
 
     def __init__(self, cache: Cache, keys: list[str], lengths: list[int], errors: dict[int, str]) -> None:
-        self.kind, self.keys, self.lengths, self.errors = cache.kind, keys, lengths, errors
-        self.shards, self.shape = cache.shards, cache.shape
-        self.files: dict[tuple[int, Path], safe_open] = {}  # by process: a map is not passed on to a worker
+        self.kind, self.keys, self.shards, self.errors = cache.kind, keys, cache.shards, errors
+        self.shapes = {i: cache.shape(lengths[i]) for i in errors}  # of stand-ins
+        self.files: dict[Path, safe_open] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker that is not forked: it opens its own."""
+        return vars(self) | {"files": {}}
 
     def __call__(self, index: int) -> tuple[Tensor, str]:
         """(T, C) or (N, D), as it is kept, and an error; with one, zeros of that shape."""
         if error := self.errors.get(index, ""):
-            return torch.zeros(self.shape(self.lengths[index])), error
+            return torch.zeros(self.shapes[index]), error
         path = self.shards[self.keys[index]]
-        place = os.getpid(), path
-        if place not in self.files:
+        if path not in self.files:
             try:
-                self.files[place] = safe_open(path, "pt")
+                self.files[path] = safe_open(path, "pt")
             except (SafetensorError, OSError) as lost:
                 raise FileError(
                     f"{path}: is lost ({lost}); the same command fills the cache and goes on"
                 ) from lost
-        return self.files[place].get_tensor(self.keys[index]), ""
+        return self.files[path].get_tensor(self.keys[index]), ""
 
 
 def compute(
@@ -163,6 +167,7 @@ def compute(
     """Compute and write one rank's share. Returns the errors of what cannot be read. Raises FileError."""
     broken: dict[int, str] = {}
     waiting: dict[str, Tensor] = {}
+    held = 0  # bytes
     for i in share:
         example = dataset[i]
         found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
@@ -178,9 +183,10 @@ def compute(
                 "use --cache-dtype fp32"
             )
         waiting[keys[i]] = kept
-        if sum(tensor.nbytes for tensor in waiting.values()) >= SHARD_BYTES:
+        held += kept.nbytes
+        if held >= SHARD_BYTES:
             cache.write(waiting)
-            waiting = {}
+            waiting, held = {}, 0
         bar.update(round(dataset.lengths[i] / SAMPLE_RATE * world.size))
     if waiting:
         cache.write(waiting)
@@ -252,29 +258,23 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
 
 
 def content_keys(dataset: SpeechDataset, world: World) -> tuple[list[str], dict[int, str]]:
-    """The sha256 of each utterance's file and excerpt, and the errors of files that cannot be opened."""
+    """The sha256 of each utterance's file and excerpt, and the errors of files that cannot be opened.
+
+    Each rank reads a share, and each file once, though many utterances may be cut from it.
+    """
+    digests: dict[Path, str] = {}
     keys: dict[int, str] = {}
     errors: dict[int, str] = {}
-    for i, digest in hashed(dataset, range(world.rank, len(dataset), world.size)):
-        if isinstance(digest, OSError):
-            errors[i] = f"{dataset.utterances[i].file}: {digest.strerror or digest}"
+    for i in range(world.rank, len(dataset), world.size):
+        u = dataset.utterances[i]
+        try:
+            if u.file not in digests:
+                with u.file.open("rb") as file:
+                    digests[u.file] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            errors[i] = f"{u.file}: {error.strerror or error}"
         else:
-            u = dataset.utterances[i]
-            keys[i] = hashlib.sha256(f"{digest} {u.start} {u.end}".encode()).hexdigest()
+            keys[i] = hashlib.sha256(f"{digests[u.file]} {u.start} {u.end}".encode()).hexdigest()
     keys = {i: key for part in world.gather(keys) for i, key in part.items()}
     errors = {i: why for part in world.gather(errors) for i, why in part.items()}
     return [keys.get(i, "") for i in range(len(dataset))], errors
-
-
-def hashed(dataset: SpeechDataset, indices: range) -> Iterator[tuple[int, str | OSError]]:
-    """Each file once, though many utterances may be cut from it."""
-    known: dict[Path, str | OSError] = {}
-    for i in indices:
-        path = Path(dataset.utterances[i].file)
-        if path not in known:
-            try:
-                with path.open("rb") as file:
-                    known[path] = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                known[path] = error
-        yield i, known[path]

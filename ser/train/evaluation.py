@@ -80,7 +80,7 @@ def evaluate(
     *,
     world: World | None = None,
     objective: Objective | None = None,
-    batch_seconds: float = 64.0,
+    batch_seconds: float | None = None,
     workers: int = 0,
     keep_rows: bool = False,
     progress: bool = False,
@@ -96,7 +96,7 @@ def evaluate(
             the model does not know, are left out of that task's figures, which say how many they count.
         world: the ranks that share the work; None: this process alone.
         objective: for the losses; None: each task at weight 1.
-        batch_seconds: padded seconds per forward pass.
+        batch_seconds: padded seconds per forward pass; None: as in prediction, `Recognizer.batch_seconds`.
         workers: processes per rank that decode audio.
         keep_rows: also return the prediction for every utterance, on every rank, in their order.
         progress: show a progress bar.
@@ -114,7 +114,7 @@ def evaluate(
         bad_audio.read_lengths("valid", dataset, least=model.config.min_samples)
     batches = evaluation_batches(
         dataset.lengths,
-        batch_samples=int(batch_seconds * SAMPLE_RATE),
+        batch_samples=int((batch_seconds or recognizer.batch_seconds) * SAMPLE_RATE),
         rank=world.rank,
         world_size=world.size,
     )

@@ -152,14 +152,17 @@ def ccc_moments(predictions: Tensor, labels: Tensor, utterance_weights: Tensor |
     return ccc_summands(predictions, labels, utterance_weights).sum(1)
 
 
+def weighted(known: Tensor, utterance_weights: Tensor | None) -> Tensor:
+    """known (B, K) bool -> (B, K) float64: the weight of each label that is known, 0 for the others."""
+    if utterance_weights is None:
+        return known.double()
+    return known * utterance_weights.to(known.device, torch.float64, non_blocking=True)[:, None]
+
+
 def ccc_summands(predictions: Tensor, labels: Tensor, utterance_weights: Tensor | None = None) -> Tensor:
     """What each utterance adds to `ccc_moments`: (6, B, K)."""
     known = labels.isfinite()
-    weights = (
-        known.double()
-        if utterance_weights is None
-        else known * utterance_weights.to(labels, non_blocking=True)[:, None]
-    )
+    weights = weighted(known, utterance_weights)
     p, y = predictions.detach().double(), labels.double().masked_fill(~known, 0.0)
     return torch.stack([weights, weights * p, weights * y, weights * p * p, weights * y * y, weights * p * y])
 
@@ -203,11 +206,7 @@ def ccc_loss(
     p, y = p / n, y / n
     denominator = (pp / n - p * p) + (yy / n - y * y) + (p - y).square()
     known = labels.isfinite() & ccc.isfinite()
-    weights = (
-        known.double()
-        if utterance_weights is None
-        else known * utterance_weights.to(labels, non_blocking=True)[:, None]
-    )
+    weights = weighted(known, utterance_weights)
     wanted = labels.double().masked_fill(~known, 0.0) - y
     slope = 2 / (n * denominator) * (wanted - ccc * (predictions.detach().double() - y))  # (B, K)
     coefficients = -(weights * slope).masked_fill(~known, 0.0) / labels.shape[1]
