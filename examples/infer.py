@@ -171,12 +171,17 @@ def as_record(source: str | Utterance, result: Prediction | SerError) -> Record:
     }
     if isinstance(result, Prediction) and result.start is not None and result.end is not None:  # a window
         name = record["id"] or os.path.basename(record["file"])  # noqa: PTH119
-        part = f"{name}:{result.start:g}-{result.end:g}"
+        part = f"{name}:{decimal(result.start)}-{decimal(result.end)}"
         record |= {"id": part, "start": result.start, "end": result.end}
     if isinstance(result, SerError):
         nothing = Prediction(file=None, seconds=0.0).to_dict()
         return {**dict.fromkeys(nothing), **record, "error": str(result)}
     return {**result.to_dict(), **record, "error": None}
+
+
+def decimal(seconds: float) -> str:
+    """To the millisecond, however long the recording is, without zeros at the end: 2, 7200.25."""
+    return f"{seconds:.3f}".rstrip("0").rstrip(".")
 
 
 def json_list(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
@@ -290,6 +295,10 @@ def main() -> int:
     inputs = find_inputs(arguments)
     if arguments.hop is not None and arguments.window is None:
         raise ConfigError("--hop is between windows: give --window too")
+    if arguments.window is not None and arguments.workers:
+        raise ConfigError("--workers decode whole recordings: with --window this process does, leave it out")
+    if arguments.window is not None and arguments.max_seconds != MAX_SECONDS:
+        raise ConfigError("--max-seconds is for whole recordings: with --window none is too long")
     if arguments.window is not None and arguments.format == "paper":
         raise ConfigError("the paper's format has no place for windows: use csv or jsonl")
     if arguments.output is not None and (arguments.output.is_dir() or not arguments.output.parent.is_dir()):
@@ -307,10 +316,10 @@ def main() -> int:
     silent = to_terminal or not sys.stderr.isatty()
     total = len(inputs) if arguments.window is None else sum(map(seconds_of, inputs))
     bar = tqdm(total=total, unit="file" if arguments.window is None else "s", disable=silent)
-    failed = 0
+    failed, reached = 0, 0.0  # of the recording at work, in seconds
 
     def records() -> Iterator[Record]:
-        nonlocal failed
+        nonlocal failed, reached
         for source, result in results:
             record = as_record(source, result)
             failed += record["error"] is not None
@@ -321,7 +330,9 @@ def main() -> int:
             if arguments.window is None:
                 bar.update()
             elif record["error"] is None:
-                bar.update(min(record["seconds"], arguments.hop or arguments.window))
+                end = record["end"] - ((source.start or 0.0) if isinstance(source, Utterance) else 0.0)
+                bar.update(end - reached if end > reached else end)
+                reached = end
             yield record
 
     with bar, opened(arguments.output, as_table=arguments.format == "table") as file:

@@ -763,7 +763,8 @@ def load_windows(
 
     Args:
         path, start, end: as for :func:`audio_info`; no length is too long.
-        window: seconds of each; a remainder under a second at the end makes the last window longer.
+        window: seconds of each; a remainder at the end under a second, or under a window where that is shorter,
+            makes the last window longer.
         hop: seconds from the start of one to the start of the next; above 0, at most ``window``.
 
     Yields:
@@ -779,7 +780,7 @@ def load_windows(
         rate = info.sample_rate
         size, step = (max(1, round(seconds * rate)) for seconds in (window, hop))
         for position in range(0, info.frames, step):
-            last = position + size + rate > info.frames  # what is left after it is under a second
+            last = position + size + min(rate, size) > info.frames  # what is left after it is too short
             frames = info.frames - position if last else size
             part = replace(info, frames=frames)
             at = first + position

@@ -462,7 +462,8 @@ class Recognizer:
 
         Args:
             source: a path, or a manifest row, of whose excerpt the windows are then.
-            window: seconds of each, at most 120. A remainder of under a second makes the last one longer.
+            window: seconds of each, at most 120. A remainder of under a second (or under a window, where that is
+                shorter) makes the last one longer.
             hop: seconds from the start of one window to the start of the next; None: ``window``, without overlap.
 
         Yields:
@@ -479,10 +480,20 @@ class Recognizer:
             row.file, window=window, hop=window if hop is None else hop, start=row.start, end=row.end
         )
         at_once = max(1, int(self.batch_seconds // window))
-        while group := list(islice(windows, at_once)):
+        damage: AudioError | None = None
+        while damage is None:
+            group: list[tuple[float, float, Tensor]] = []
+            try:
+                group.extend(islice(windows, at_once))  # those before the damage stay in it
+            except AudioError as error:
+                damage = error
+            if not group:
+                break
             predictions = self.predict_waveforms([waveform for _, _, waveform in group])
             for (start, end, _), prediction in zip(group, predictions, strict=True):
                 yield replace(prediction, file=str(row.file), start=start, end=end)
+        if damage is not None:
+            raise damage
 
     @torch.inference_mode()
     def predict_waveforms(self, waveforms: Sequence[Tensor]) -> list[Prediction]:

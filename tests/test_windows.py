@@ -62,6 +62,12 @@ def test_windows_cover_the_recording_without_a_gap(tmp_path, seconds, expected):
     assert torch.equal(torch.cat([waveform for *_, waveform in found]), load_audio(file))
 
 
+def test_a_window_of_under_a_second_is_never_followed_by_one_of_several(tmp_path):
+    file = recording(tmp_path / "a.wav", 1.3)
+    found = list(load_windows(file, window=0.25, hop=0.25))
+    assert [(a, b) for a, b, _ in found] == [(0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0), (1.0, 1.3)]
+
+
 def test_the_windows_of_an_excerpt_stay_within_it(tmp_path):
     file = recording(tmp_path / "a.wav", 9.0)
     row = Utterance(id="x", file=file, start=2.5, end=6.5)
@@ -86,6 +92,12 @@ def test_a_damaged_recording_gives_what_is_before_the_damage_and_then_its_error(
         for waveform in load_windows(file, window=1.0, hop=1.0):
             found.append(waveform)
     assert 4 <= len(found) < 9
+    recognizer, predicted = toy_recognizer(), []
+    assert recognizer.batch_seconds > 9, "so all windows are of one forward pass"
+    with pytest.raises(AudioError, match=r"a\.flac: truncated or damaged"):
+        for prediction in recognizer.predict_windows(file, window=1.0):
+            predicted.append(prediction.end)
+    assert predicted == [end for _, end, _ in found]
     (tmp_path / "empty.wav").write_bytes(b"")
     with pytest.raises(AudioError, match="the file is empty"):
         list(toy_recognizer().predict_windows(tmp_path / "empty.wav"))
@@ -130,6 +142,8 @@ def test_infer_writes_a_line_for_each_window_and_goes_on_after_a_bad_recording(t
         (["--hop", "2"], "--hop is between windows: give --window too"),
         (["--window", "2", "--hop", "0"], "expected 0 < hop <= window"),
         (["--window", "2", "--format", "paper"], "no place for windows"),
+        (["--window", "2", "--workers", "2"], "with --window this process does"),
+        (["--window", "2", "--max-seconds", "9"], "with --window none is too long"),
     ],
 )
 def test_infer_refuses_what_makes_no_sense(tmp_path, options, message):
@@ -142,3 +156,14 @@ def test_a_recording_that_is_too_long_at_once_points_to_windows(tmp_path):
     file = recording(tmp_path / "a.wav", 3.0)
     with pytest.raises(AudioError, match=r"window by window \(--window, predict_windows\)"):
         toy_recognizer().predict(file, max_seconds=2.0)
+
+
+def test_windows_far_into_a_recording_have_names_of_their_own(tmp_path):
+    toy_recognizer().save(tmp_path / "m")
+    file = tmp_path / "long.wav"
+    soundfile.write(file, np.zeros(1001 * 4000), 4000)
+    rows = tmp_path / "rows.csv"
+    rows.write_text(f"id,file,start,end\nx,{file},1000,1000.5\n")
+    done = infer(tmp_path, rows, "--window", 0.125, "--format", "jsonl")
+    names = [json.loads(line)["id"] for line in done.stdout.splitlines()]
+    assert names == ["x:1000-1000.125", "x:1000.125-1000.25", "x:1000.25-1000.375", "x:1000.375-1000.5"]
