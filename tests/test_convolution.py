@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ser.models import wav2vec2
 from ser.models.config import PRESETS
-from ser.models.convolution import Kernel, StridedConv, strided_conv, windows_of
+from ser.models.convolution import Kernel, StridedConv, grouped_conv, strided_conv, windows_of
 from ser.models.wav2vec2 import Wav2Vec2
 
 GEOMETRIES = [(10, 5), (3, 2), (2, 2), (3, 1), (7, 3), (2, 3), (1, 1)]  # kernel, stride
@@ -123,3 +123,30 @@ def test_features_in_pieces_are_those_of_the_whole(monkeypatch, randomise, norm,
         assert_close(pieces[row, :count], whole[row, :count], 1e-5)
     model.feature_extractor.requires_grad_(False)
     assert torch.equal(model.feature_extractor(x, lengths)[0], pieces), "a frozen encoder needs no gradient either"
+
+
+@pytest.mark.parametrize(("size", "groups"), [(16, 4), (5, 2), (128, 1)])
+@pytest.mark.parametrize("frames", [1, 7, 40])
+def test_a_grouped_convolution_and_its_gradients_are_torch_s(size, groups, frames):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv1d(8, 12, size, padding=size // 2, groups=groups).double()
+    x = sound(2, frames, 8).double().requires_grad_()
+    expected = conv(x.transpose(1, 2)).transpose(1, 2)
+    found = grouped_conv(x, conv)
+    assert found.shape == expected.shape
+    assert_close(found, expected, 1e-12)
+    weights = sound(*expected.shape, seed=3).double()
+    wanted = torch.autograd.grad((expected * weights).sum(), [x, conv.weight, conv.bias])
+    grads = torch.autograd.grad((found * weights).sum(), [x, conv.weight, conv.bias])
+    for grad, reference in zip(grads, wanted, strict=True):
+        assert_close(grad, reference, 1e-12)
+
+
+def test_a_grouped_convolution_runs_in_the_precision_of_autocast():
+    conv = torch.nn.Conv1d(8, 8, 4, padding=2, groups=2)
+    x = sound(2, 20, 8).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = grouped_conv(x, conv)
+    found.float().sum().backward()
+    assert found.dtype == torch.bfloat16
+    assert x.grad.dtype == conv.weight.grad.dtype == torch.float32

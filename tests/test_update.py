@@ -1,6 +1,10 @@
 """What one update computes does not depend on how its work is split (N3; FAULTS D2, D3, F1)."""
 
 import math
+import platform
+import resource
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -454,3 +458,34 @@ def test_bf16_autocast_gives_nearly_the_float32_gradient():
         )
         found[amp] = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert 0 < (found["off"] - found["bf16"]).norm() < 0.1 * found["off"].norm()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+def test_training_has_the_memory_that_tensors_gave_back_without_new_page_faults():
+    """In a process of its own, as the setting is one of the whole process; at the end it is given back."""
+    program = """
+import resource, torch
+from ser.train.resources import freed_memory_kept
+torch.set_num_threads(1)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+size = 64 << 20
+def of_four_uses():
+    torch.zeros(size, dtype=torch.uint8).fill_(1)
+    before = faults()
+    for _ in range(4):
+        torch.empty(size, dtype=torch.uint8).fill_(1)
+    return faults() - before
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+with freed_memory_kept(torch.device("cpu")):
+    of_four_uses()
+    inside, before = of_four_uses(), resident()
+print(inside, of_four_uses(), (before - resident()) / size)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    inside, outside, given_back = map(float, done.stdout.split())
+    pages = 4 * (64 << 20) / resource.getpagesize()
+    assert inside < 0.01 * pages
+    assert outside > 0.9 * pages
+    assert given_back > 0.9

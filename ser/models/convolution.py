@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv1d_weight, conv2d_input
 
 
 class Kernel(NamedTuple):
@@ -122,3 +123,53 @@ class StridedConv(torch.autograd.Function):
             for rows, view in StridedConv.parts(x, *shape):
                 torch.sum(torch.bmm(view.transpose(1, 2), grad), 0, out=grad_matrix[rows])
         return grad_x, grad_matrix, None, None
+
+
+def grouped_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """A convolution of stride 1 in groups, such as that of positions: x (B, T, C) -> (B, N, O)."""
+    if x.device.type != "cpu":
+        return conv(x.transpose(1, 2)).transpose(1, 2)
+    weight, bias = conv.weight, conv.bias
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        x, weight = x.to(dtype), weight.to(dtype)
+    x = GroupedConv.apply(x, weight, int(conv.padding[0]), conv.groups)
+    return x if bias is None else x + bias.to(x.dtype)
+
+
+class GroupedConv(torch.autograd.Function):
+    """`grouped_conv` on a CPU: oneDNN's kernels for images of one column, channels last, take half the time.
+
+    Not so for the gradient of the weights, which take more than twice the time there: that one is `F.conv1d`'s.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, padding: int, groups: int) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(x, weight)
+        ctx.padding, ctx.groups = padding, groups
+        y = nn.functional.conv2d(column(x), channels_last(weight), padding=(padding, 0), groups=groups)
+        return y.squeeze(-1).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # noqa: D102
+        (x, weight), grad = ctx.saved_tensors, grad.contiguous()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            options = {"padding": (ctx.padding, 0), "groups": ctx.groups}
+            image = conv2d_input(column(x).shape, channels_last(weight), column(grad), **options)
+            grad_x = image.squeeze(-1).transpose(1, 2)
+        if ctx.needs_input_grad[1]:
+            options = {"padding": ctx.padding, "groups": ctx.groups}
+            grad_weight = conv1d_weight(x.transpose(1, 2), weight.shape, grad.transpose(1, 2), **options)
+        return grad_x, grad_weight, None, None
+
+
+def column(x: Tensor) -> Tensor:
+    """(B, T, C) -> (B, C, T, 1), a view with strides that oneDNN takes for channels last."""
+    return x.contiguous()[:, :, None].permute(0, 3, 1, 2)
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """(O, C / groups, K) -> (O, C / groups, K, 1), laid out so."""
+    return weight[..., None].contiguous(memory_format=torch.channels_last)

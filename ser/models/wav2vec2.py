@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from ser.errors import AudioError, ConfigError
 from ser.models.attention import Attention, GatedAttention
 from ser.models.config import Wav2Vec2Config, conv_length
-from ser.models.convolution import Kernel, strided_conv
+from ser.models.convolution import Kernel, grouped_conv, strided_conv
 from ser.models.dropout import Dropout
 
 # Numbers of the first convolution's output that are computed at a time where no gradient is needed: 4 MiB, of the
@@ -189,8 +189,8 @@ class PositionalConvolution(nn.Module):
             hidden = F.batch_norm(
                 hidden.transpose(1, 2), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
             ).transpose(1, 2)
-        x = self.conv(zero_padding(hidden, padding).transpose(1, 2))
-        return F.gelu(x[..., : hidden.shape[1]]).transpose(1, 2)  # an even kernel gives one frame too many
+        x = grouped_conv(zero_padding(hidden, padding), self.conv)
+        return F.gelu(x[:, : hidden.shape[1]])  # an even kernel gives one frame too many
 
 
 class PositionalLayer(nn.Module):
@@ -208,8 +208,8 @@ class PositionalLayer(nn.Module):
 
     def forward(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
         """hidden (B, T, D), padding (B, T) -> (B, T, D)."""
-        x = self.conv(zero_padding(hidden, padding).transpose(1, 2))[..., : hidden.shape[1]]
-        return F.gelu(F.layer_norm(x.transpose(1, 2), x.shape[1:2]))
+        x = grouped_conv(zero_padding(hidden, padding), self.conv)[:, : hidden.shape[1]]
+        return F.gelu(F.layer_norm(x, x.shape[2:]))
 
 
 class PositionalStack(nn.Module):

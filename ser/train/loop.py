@@ -44,7 +44,7 @@ from ser.train.evaluation import Evaluation, evaluate
 from ser.train.optim import make_optimizer, rate_factor, set_rate
 from ser.train.processes import outlive_signals, own_run, stop_on_signals
 from ser.train.report import Outcomes, as_row, report
-from ser.train.resources import memory_gib, worker_death_explained
+from ser.train.resources import freed_memory_kept, memory_gib, worker_death_explained
 from ser.train.update import Objective, UpdateResult, run_update
 
 
@@ -182,7 +182,7 @@ def fit(
     """
     world = world or World(device=choose_device(config.device, 0))
     open_ = partial(open_run, overwrite=overwrite, resume_from=resume_from, allow_changes=allow_changes)
-    with ExitStack() as held:
+    with freed_memory_kept(world.device), ExitStack() as held:
         return _fit(
             recognizer, train, valid, config, Path(run), world, settings or {}, open_, held,
             anew=overwrite, verbose=verbose,
