@@ -23,8 +23,12 @@ SHOWN = ["loss_emotion", "loss_ctc", "loss_speaker", "loss_dimensions", "grad_no
 
 
 def here() -> dict[str, str]:
-    """What the last bits of a sum depend on."""
-    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    """What the last bits of a sum depend on: oneDNN and MKL choose their kernels by the model of the CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    cpu = " ".join(fields.get(name, "unknown") for name in ("vendor_id", "cpu family", "model"))
+    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cpu": cpu}
 
 
 def train(folder: Path) -> dict[str, list[float]]:

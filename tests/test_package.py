@@ -1,13 +1,17 @@
 """The package: installs by itself, imports without side effects or optional libraries, layers as designed."""
 
 import ast
+import json
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+from toy import toy_recognizer
 
 import ser
 
@@ -190,6 +194,28 @@ def test_import_has_no_side_effects(tmp_path):
     names = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for p in MODULES]
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{textwrap.dedent(code)}"
     assert python(code, *names, cwd=tmp_path) == ["[]", "[]"]
+
+
+def test_recognising_a_file_loads_nothing_heavy_beside_torch(tmp_path):
+    """A cold start is what `torch` takes and little more."""
+    toy_recognizer().save(tmp_path / "model")
+    soundfile.write(tmp_path / "turn.wav", 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
+    code = """
+    import runpy, sys, torch, numpy
+    before = set(sys.modules)
+    sys.argv[1:] = ["turn.wav", "--model", "model", "--format", "jsonl"]
+    try:
+        runpy.run_path(PATH, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, end.code
+    new = set(sys.modules) - before
+    print(sorted({name.partition(".")[0] for name in new} & set(LIBRARIES)))
+    print(sorted(name for name in new if name.startswith("ser.train")))
+    """
+    libraries = ["tqdm", "torchaudio", "pandas", "matplotlib", "scipy", "sklearn", "transformers", "sympy"]
+    given = f"PATH, LIBRARIES = {str(ROOT / 'examples' / 'infer.py')!r}, {libraries!r}\n"
+    said, *found = python(given + textwrap.dedent(code), cwd=tmp_path)
+    assert json.loads(said)["emotion"] and found == ["[]", "[]"]
 
 
 def test_the_public_names_are_there_and_documented():

@@ -103,7 +103,8 @@ class TrainConfig:
     metric: str = option("auto", "what the best model is chosen by on validation data; auto: unweighted_accuracy,"
                                  " else wer", ("auto", *METRICS))  # fmt: skip
     early_stop: int = option(0, "end after N evaluations without improvement; 0: never")
-    eval_seconds: float = option(64.0, "padded seconds of audio per forward pass in evaluation")
+    eval_seconds: float = option(0.0, "padded seconds of audio per forward pass in evaluation; 0: as in "
+                                      "prediction, 16 on a CPU and 64 on a GPU")  # fmt: skip
 
     def __post_init__(self) -> None:
         """Refuse values out of range, before anything is read."""
@@ -123,7 +124,6 @@ class TrainConfig:
             "log_every",
             "keep",
             "rate",
-            "eval_seconds",
             "timeout",
             "max_skipped",
         ):

@@ -354,7 +354,7 @@ def _fit(
             validation,
             world=world,
             objective=objective,
-            batch_seconds=config.eval_seconds,
+            batch_seconds=config.eval_seconds or None,
             workers=config.workers,
             keep_rows=True,
             bad_audio=bad_audio,
@@ -463,7 +463,7 @@ def _fit(
     if not finished_before or world.gather(not (run / "last" / RECORD).is_file())[0]:
         if valid and evaluation is None:
             evaluation = evaluate(
-                recognizer, validation, world=world, batch_seconds=config.eval_seconds, keep_rows=True,
+                recognizer, validation, world=world, batch_seconds=config.eval_seconds or None, keep_rows=True,
                 bad_audio=bad_audio,
             )  # fmt: skip
         save_model("last", evaluation)
