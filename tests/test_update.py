@@ -469,17 +469,16 @@ from ser.train.resources import freed_memory_kept
 torch.set_num_threads(1)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 size = 64 << 20
-def of_four_uses():
-    torch.zeros(size, dtype=torch.uint8).fill_(1)
+def of_uses(count):
     before = faults()
-    for _ in range(4):
+    for _ in range(count):
         torch.empty(size, dtype=torch.uint8).fill_(1)
     return faults() - before
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 with freed_memory_kept(torch.device("cpu")):
-    of_four_uses()
-    inside, before = of_four_uses(), resident()
+    of_uses(4)
+    inside, before = of_uses(4), resident()
 print(inside, (before - resident()) / size)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
