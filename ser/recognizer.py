@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -99,8 +99,10 @@ class Recognizer:
         vocabulary: CTC symbols, or None without a CTC head.
         orthography, tags: how training cleaned its text (see `ser.data.text`).
         do_normalize: whether waveforms are made zero mean and unit variance.
-        precision: in which the model runs when it predicts: torch.float32, or torch.bfloat16 (by autocast), which
-            is faster where the processor has the instructions, and leaves scores two to three digits.
+        precision: in which the model predicts: torch.float32, or torch.bfloat16, which is faster where the
+            processor has the instructions, and leaves scores two to three digits. Loaded so, the transformer's
+            matrices are in bfloat16: for predictions and evaluation, and not to be saved or trained. Call the
+            model itself inside of `autocast`.
     """
 
     precision = torch.float32
@@ -255,8 +257,25 @@ class Recognizer:
         model, report = recognizer.model, LoadReport(folder)
         fill_encoder(model.wav2vec2, files, report)
         fill(model, files, report, [name for name in model.state_dict() if not name.startswith("wav2vec2.")])
+        for layer in model.wav2vec2.encoder.modules():
+            if isinstance(
+                layer, nn.Linear
+            ):  # nine tenths of all weights, which autocast would cast for each batch
+                layer.to(dtype)
         model.eval().to(device)
         return recognizer
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the model computes in `precision`; of no effect at float32."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+
+    def require_float32(self, purpose: str) -> None:
+        """Raise ConfigError where weights were rounded when they were loaded."""
+        if any(p.dtype == torch.bfloat16 for p in self.model.parameters()):
+            raise ConfigError(
+                "the model was loaded in bf16, for predictions: its weights are rounded. "
+                f"Load it in float32 {purpose}"
+            )
 
     def save(
         self,
@@ -274,6 +293,8 @@ class Recognizer:
         `transformers` loads the encoder from it with its Model class and the CTC head with ForCTC; where
         config.json names ForSequenceClassification, also as that.
         """
+        if tensors is None:
+            self.require_float32("to save it")
         folder = Path(folder)
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             try:
@@ -510,7 +531,7 @@ class Recognizer:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            with self.autocast():
                 outputs = self.model(pad(prepared).to(self.device), torch.tensor([len(x) for x in prepared]))
         finally:
             self.model.train(was_training)
@@ -664,6 +685,7 @@ def load(
         device: "cpu", "cuda", "cuda:1", as torch names it.
         revision: branch, tag or commit on the hub.
         precision: "float32"; "bf16", faster on processors with the instructions; or "auto", which knows them.
+            In bf16 the recognizer predicts and is evaluated, but neither trained nor saved.
 
     Raises:
         ModelFolderError: the folder is incomplete or not what it claims to be.

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file, save_file
+from toy import toy_rows
 
 import ser
 from ser.data.manifest import Utterance
@@ -18,6 +19,9 @@ from ser.errors import AudioError, ConfigError, FileError, ModelFolderError, Ser
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.models.precision import has_fast_bf16
 from ser.recognizer import BATCH_SECONDS, MAX_SECONDS, WINDOW, Prediction, Recognizer
+from ser.train.config import TrainConfig
+from ser.train.evaluation import evaluate
+from ser.train.loop import fit
 
 EMOTIONS, SPEAKERS = ["sad", "happy", "cross"], ["Ann", "Bo"]
 LIBRISPEECH = Vocabulary.librispeech()
@@ -100,6 +104,29 @@ def test_bf16_predicts_what_float32_does_to_two_digits_and_float32_is_what_one_g
     assert sum(rough.probabilities.values()) == pytest.approx(1)
     with pytest.raises(ConfigError, match=r"precision is 'int8'.*float32, bf16 or auto"):
         ser.load(tmp_path / "m", precision="int8")
+
+
+def test_weights_rounded_at_loading_predict_as_those_that_autocast_rounds(make, tmp_path):
+    make().save(tmp_path / "m")
+    samples = [noise(16_000), noise(9_000)]
+    once, each_time = ser.load(tmp_path / "m", precision="bf16"), ser.load(tmp_path / "m")
+    each_time.precision = torch.bfloat16
+    assert once.predict(samples, 16_000) == each_time.predict(samples, 16_000)
+    assert {p.dtype for p in once.model.wav2vec2.encoder.layers.parameters()} == {torch.float32, torch.bfloat16}
+
+
+def test_a_model_loaded_in_bf16_is_evaluated_in_it_and_neither_saved_nor_trained(make, tmp_path):
+    make().save(tmp_path / "m")
+    rows = toy_rows(tmp_path / "corpus", 6)
+    half = ser.load(tmp_path / "m", precision="bf16")
+    scored = [prediction.probabilities for _, _, prediction in evaluate(half, rows, keep_rows=True).rows]
+    assert scored == [p.probabilities for p in half.predict(rows)]
+    assert scored != [p.probabilities for p in ser.load(tmp_path / "m").predict(rows)]
+    with pytest.raises(ConfigError, match=r"loaded in bf16.*Load it in float32 to save it"):
+        half.save(tmp_path / "copy")
+    with pytest.raises(ConfigError, match=r"loaded in bf16.*Load it in float32 to train it"):
+        fit(half, rows, [], TrainConfig(epochs=1), tmp_path / "run")
+    assert not (tmp_path / "copy").exists() and not list((tmp_path / "run").glob("*"))
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,8 @@ def evaluate(
             break  # to where the ranks meet
         with memory_explained(batch, names, "Try a lower --eval-seconds"):
             batch = batch.to(world.device)
-            outputs = model(**batch.inputs)
+            with recognizer.autocast():
+                outputs = model(**batch.inputs)
         for name, (total, count) in objective.sums(outputs, batch).items():
             place = list(HEADS).index(name)
             sums[place] += total.double().cpu()
