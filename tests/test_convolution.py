@@ -142,6 +142,24 @@ def test_a_grouped_convolution_and_its_gradients_are_torch_s(size, groups, frame
         assert_close(grad, reference, 1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("batch", "frames"), [(1, 224), (2, 99)])
+@pytest.mark.parametrize(("channels", "size"), [(768, 128), (1024, 128), (768, 19)])
+def test_a_grouped_convolution_of_real_size_is_torch_s(channels, size, batch, frames, dtype, tolerance):
+    """oneDNN chooses its kernels by size and type, and not all of them are right."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv1d(channels, channels, size, padding=size // 2, groups=16)
+    x = sound(batch, frames, channels).requires_grad_()
+    expected = conv(x.transpose(1, 2)).transpose(1, 2)
+    weights = sound(*expected.shape, seed=3)
+    wanted = torch.autograd.grad(expected, [x, conv.weight], weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = grouped_conv(x, conv)
+    grads = torch.autograd.grad(found, [x, conv.weight], weights.to(found.dtype))
+    for mine, reference in zip([found, *grads], [expected, *wanted], strict=True):
+        assert_close(mine.float(), reference, tolerance)
+
+
 def test_a_grouped_convolution_runs_in_the_precision_of_autocast():
     conv = torch.nn.Conv1d(8, 8, 4, padding=2, groups=2)
     x = sound(2, 20, 8).requires_grad_()
