@@ -263,12 +263,25 @@ def parse(doc: str, *, turns: int = 8, repeats: int = 1) -> argparse.Namespace:
     parser.add_argument(
         "--shape", choices=["base", "tiny"], default="base", help="of the model; tiny is for tests"
     )
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"],
-                        help="that each side may compute in (default: both)")  # fmt: skip
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], metavar="DTYPE",
+                        help="that each side may compute in: float32, bfloat16 (default: both, or for one repeat "
+                             "the faster on this machine)")  # fmt: skip
     parser.add_argument("--only", metavar="REGEX", default="",
                         help="measure the rows where it is found in 'WORK: NAME'")  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks", help="folder for the JSON file")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.dtypes is None:
+        arguments.dtypes = ["float32", "bfloat16"] if arguments.repeats > 1 else [fast_dtype(arguments.device)]
+    return arguments
+
+
+def fast_dtype(device: str) -> str:
+    """That of `--precision auto`."""
+    import torch
+
+    from ser.models.precision import choose_precision
+
+    return str(choose_precision("auto", torch.device(device))).removeprefix("torch.")
 
 
 def serve(functions: dict[str, Callable[..., Any]]) -> None:

@@ -1,7 +1,7 @@
 """Recognition beside `transformers`: recordings per second, and one long recording in windows.
 
     python benchmarks/inference.py                            # 8 turns, once; a recording of 1 and 2 minutes
-    python benchmarks/inference.py --turns 48 --repeats 3     # and of 15, 30 and 60 minutes
+    python benchmarks/inference.py --turns 48 --repeats 3     # and of 5, 15 and 60 minutes
     python benchmarks/inference.py --turns 48 --repeats 3 --device cuda
 
 Ours is `Recognizer.predict` as anybody calls it, on arrays; theirs is in `rival.py`. Both go from samples to
@@ -44,7 +44,7 @@ def predict(*, folder: str, shape: str, threads: int, device: str, repeat: int, 
 def windows(
     *, folder: str, shape: str, threads: int, device: str, repeat: int, minutes: float, **options: Any
 ) -> dict[str, Any]:
-    """One recording of noise to its windows; the peak is of the whole process, model included."""
+    """One recording of noise to its windows, in the device's own precision; the peak is of the whole process."""
     import soundfile
     import torch
 
@@ -55,7 +55,7 @@ def windows(
     with soundfile.SoundFile(file, "w", SAMPLE_RATE, 1) as recording:
         for _ in range(round(minutes * 60)):
             recording.write(0.1 * generator.standard_normal(SAMPLE_RATE))
-    recognizer: Any = Recognizer.load(Path(folder) / shape, device=device)
+    recognizer: Any = Recognizer.load(Path(folder) / shape, device=device, precision="auto")
     with common.timed(device) as seconds:
         count = sum(1 for _ in recognizer.predict_windows(file, **options))
     file.unlink()
@@ -127,7 +127,7 @@ def main() -> None:
     common.serve({"prepare": common.prepare, "ceiling": common.ceiling, "check": check, "predict": predict,
                   "theirs": theirs, "windows": windows})  # fmt: skip
     arguments = common.parse(__doc__ or "")
-    rows = make_rows(arguments.shape, arguments.dtypes, [15, 30, 60] if arguments.repeats > 1 else [1, 2])
+    rows = make_rows(arguments.shape, arguments.dtypes, [5, 15, 60] if arguments.repeats > 1 else [1, 2])
     ours, paper, best = (
         [r.name for r in rows if (r.side, r.work) == (side, "turns")] for side in ("ours", "paper", "best")
     )
