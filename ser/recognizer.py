@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -100,9 +100,9 @@ class Recognizer:
         orthography, tags: how training cleaned its text (see `ser.data.text`).
         do_normalize: whether waveforms are made zero mean and unit variance.
         precision: in which the model predicts: torch.float32, or torch.bfloat16, which is faster where the
-            processor has the instructions, and leaves scores two to three digits. Loaded so, the transformer's
-            matrices are in bfloat16: for predictions and evaluation, and not to be saved or trained. Call the
-            model itself inside of `autocast`.
+            processor has the instructions, and leaves scores two to three digits. Loaded so, the encoder's
+            weights are rounded: for predictions and evaluation, and not to be saved or trained. Call the model
+            itself inside of `autocast`.
     """
 
     precision = torch.float32
@@ -257,11 +257,8 @@ class Recognizer:
         model, report = recognizer.model, LoadReport(folder)
         fill_encoder(model.wav2vec2, files, report)
         fill(model, files, report, [name for name in model.state_dict() if not name.startswith("wav2vec2.")])
-        for layer in model.wav2vec2.encoder.modules():
-            if isinstance(
-                layer, nn.Linear
-            ):  # nine tenths of all weights, which autocast would cast for each batch
-                layer.to(dtype)
+        if dtype != torch.float32:
+            model.wav2vec2.round_weights(dtype)
         model.eval().to(device)
         return recognizer
 

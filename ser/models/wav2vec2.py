@@ -360,6 +360,24 @@ class Wav2Vec2(nn.Module):
         if self.config.has_mask_embedding:
             nn.init.uniform_(self.masked_spec_embed)
 
+    @torch.no_grad()
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """Hold matrices in ``dtype`` and kernels as they are multiplied: to predict under autocast, and no more.
+
+        Outputs stay what they are; autocast and the convolutions would do the same again for each batch.
+        """
+        for module in [*self.encoder.modules()]:
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+            elif isinstance(module, nn.Conv1d):
+                if nn.utils.parametrize.is_parametrized(module):
+                    nn.utils.parametrize.remove_parametrizations(module, "weight")
+                module.weight.data = module.weight.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        for layer in [*self.feature_extractor.conv_layers][1:]:  # the norm of the first one needs it exactly
+            assert isinstance(layer, ConvLayer)
+            weight = layer.conv.weight
+            weight.data = weight.to(dtype).permute(2, 1, 0).contiguous().permute(2, 1, 0)
+
     def activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
         self.feature_extractor.activation_checkpointing = enabled
