@@ -30,6 +30,7 @@ from ser.data.text import ORTHOGRAPHIES, Vocabulary
 from ser.errors import AudioError, ConfigError, ModelFolderError, SerError
 from ser.files import write_folder_atomically, write_json, write_tensors
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
+from ser.models.memory import freed_memory_kept
 from ser.models.multitask import HEADS, HeadsConfig, MultiTaskModel, Outputs
 from ser.models.precision import choose_precision
 from ser.models.pretrained import (
@@ -456,15 +457,16 @@ class Recognizer:
         # Batches come by length, results go out in the order of the inputs.
         waiting: dict[int, Prediction | SerError] = {}
         position = 0
-        for batch in loader:
-            waiting.update(batch.errors)
-            if batch.recordings:
-                predictions = self.predict_waveforms(batch.samples.split(batch.lengths))
-                for (index, file), prediction in zip(batch.recordings, predictions, strict=True):
-                    waiting[index] = replace(prediction, file=file)
-            while position in waiting:
-                yield waiting.pop(position)
-                position += 1
+        with freed_memory_kept(self.device):
+            for batch in loader:
+                waiting.update(batch.errors)
+                if batch.recordings:
+                    predictions = self.predict_waveforms(batch.samples.split(batch.lengths))
+                    for (index, file), prediction in zip(batch.recordings, predictions, strict=True):
+                        waiting[index] = replace(prediction, file=file)
+                while position in waiting:
+                    yield waiting.pop(position)
+                    position += 1
 
     def predict_windows(
         self, source: str | Path | Utterance, *, window: float = 20.0, hop: float | None = None
@@ -499,17 +501,18 @@ class Recognizer:
         )
         at_once = max(1, int(self.batch_seconds // window))
         damage: AudioError | None = None
-        while damage is None:
-            group: list[tuple[float, float, Tensor]] = []
-            try:
-                group.extend(islice(windows, at_once))  # those before the damage stay in it
-            except AudioError as error:
-                damage = error
-            if not group:
-                break
-            predictions = self.predict_waveforms([waveform for _, _, waveform in group])
-            for (start, end, _), prediction in zip(group, predictions, strict=True):
-                yield replace(prediction, file=str(row.file), start=start, end=end)
+        with freed_memory_kept(self.device):
+            while damage is None:
+                group: list[tuple[float, float, Tensor]] = []
+                try:
+                    group.extend(islice(windows, at_once))  # those before the damage stay in it
+                except AudioError as error:
+                    damage = error
+                if not group:
+                    break
+                predictions = self.predict_waveforms([waveform for _, _, waveform in group])
+                for (start, end, _), prediction in zip(group, predictions, strict=True):
+                    yield replace(prediction, file=str(row.file), start=start, end=end)
         if damage is not None:
             raise damage
 

@@ -33,6 +33,7 @@ from ser.data.sampler import LengthBucketBatchSampler
 from ser.data.text import minimum_frames
 from ser.errors import ConfigError, RunFolderError, SerError
 from ser.files import replace_file, written
+from ser.models.memory import freed_memory_kept
 from ser.recognizer import Recognizer
 from ser.train.bad_audio import BadAudio, errors_of
 from ser.train.cache import Cache, choose_kind, fill
@@ -44,7 +45,7 @@ from ser.train.evaluation import Evaluation, evaluate
 from ser.train.optim import make_optimizer, rate_factor, set_rate
 from ser.train.processes import outlive_signals, own_run, stop_on_signals
 from ser.train.report import Outcomes, as_row, report
-from ser.train.resources import freed_memory_kept, memory_gib, worker_death_explained
+from ser.train.resources import memory_gib, worker_death_explained
 from ser.train.update import Objective, UpdateResult, run_update
 
 

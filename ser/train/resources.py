@@ -1,9 +1,7 @@
-"""What a run has of the machine: its memory, and in words what may happen to it and to loader workers."""
+"""How much memory a run has taken, and in words what may happen to it and to loader workers."""
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import resource
 import sys
 from collections.abc import Iterator, Sequence
@@ -61,29 +59,6 @@ def worker_death_explained() -> Iterator[None]:
             f"a process that decodes audio died: {reason}. If the system killed it for lack of memory, lower "
             "--workers (0: the training process decodes); then give the same command again to continue"
         ) from error
-
-
-@contextmanager
-def freed_memory_kept(device: torch.device) -> Iterator[None]:
-    """On a CPU: what tensors give back in here is kept for the next ones, and given back at the end.
-
-    glibc returns large blocks to the system at once and has them again as pages that are mapped and zeroed one by
-    one: 170,000 page faults for an update of base, which cost it 3 % on a quiet machine and a quarter on a virtual
-    one. Other libraries of C, and GPUs, whose memory torch keeps itself, are left as they are.
-    """
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    libc.mallopt(trim_threshold, -1)
-    libc.mallopt(mmap_max, 0)
-    try:
-        yield
-    finally:
-        libc.mallopt(trim_threshold, 128 * 1024)  # glibc's defaults
-        libc.mallopt(mmap_max, 65536)
-        libc.malloc_trim(0)
 
 
 def memory_gib(device: torch.device) -> float:
