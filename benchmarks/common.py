@@ -424,8 +424,12 @@ def to_markdown(result: dict[str, Any]) -> str:
         "",
     ]
     if result.get("agreement"):
-        apart = ", ".join(f"{key} {value:.1e}" for key, value in result["agreement"].items())
-        lines += [f"Largest relative difference between the two sides on one unpadded turn: {apart}.", ""]
+        shown = {key: f"{key} {value:.1e}" for key, value in result["agreement"].items()}
+        apart = ", ".join(text for key, text in shown.items() if "bf16" not in key)
+        rounded = "; ".join(text for key, text in shown.items() if "bf16" in key)
+        lines += [f"Largest relative difference between the two sides on one unpadded turn: {apart}."]
+        lines += [f"Of each side to itself in float32: {rounded}."] if rounded else []
+        lines += [""]
     columns = [key for key in COLUMNS if any(row["medians"].get(key) is not None for row in result["rows"])]
     lines += [
         "| work | row | " + " | ".join(COLUMNS[key][0] for key in columns) + " |",
