@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import ser
 from ser.data.manifest import Utterance
 from ser.data.text import Vocabulary
 from ser.errors import AudioError, ConfigError, FileError, ModelFolderError, SerError
+from ser.models import memory
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.models.precision import has_fast_bf16
 from ser.recognizer import BATCH_SECONDS, MAX_SECONDS, WINDOW, Prediction, Recognizer
@@ -113,6 +115,22 @@ def test_weights_rounded_at_loading_predict_as_those_that_autocast_rounds(make, 
     each_time.precision = torch.bfloat16
     assert once.predict(samples, 16_000) == each_time.predict(samples, 16_000)
     assert {p.dtype for p in once.model.wav2vec2.encoder.layers.parameters()} == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+def test_freed_memory_is_kept_while_predictions_go_on_and_no_longer(recognizer, tmp_path):
+    soundfile.write(tmp_path / "long.wav", noise(64_000), 16_000)
+    streams = [
+        recognizer.stream([noise(9000), noise(9000)], 16_000),
+        recognizer.predict_windows(tmp_path / "long.wav", window=1),
+    ]
+    assert memory._inside == 0
+    for count, stream in enumerate(streams, 1):
+        next(stream)
+        assert memory._inside == count
+    assert len(list(streams[0])) == 1 and memory._inside == 1
+    streams[1].close()
+    assert memory._inside == 0, "one that is given up gives it back too"
 
 
 def test_a_model_loaded_in_bf16_is_evaluated_in_it_and_neither_saved_nor_trained(make, tmp_path):
