@@ -42,9 +42,10 @@ def train(
     repeat: int,
     dtype: str = "float32",
     freeze: str = "none",
+    epochs: int = 2,
     **settings: Any,
 ) -> dict[str, Any] | None:
-    """Two epochs of `fit`; the figures of the second. Under torchrun the first rank alone gives them."""
+    """Some epochs of `fit`; the figures of the last. Under torchrun the first rank alone gives them."""
     import torch
 
     from ser.data.manifest import read_manifest
@@ -61,7 +62,7 @@ def train(
     config = TrainConfig(
         alpha=ALPHA,
         freeze=freeze,
-        epochs=2,
+        epochs=epochs,
         effective_batch=EFFECTIVE_BATCH,
         amp={"float32": "off", "bfloat16": "bf16"}[dtype],
         device=device,
@@ -84,12 +85,13 @@ def train(
     if "cache" in settings:
         shutil.rmtree(settings["cache"])  # so that each repeat fills one
     # A line is written after every update; nothing but training happens between the last ones of two epochs.
-    first, last = ([e for e in entries if e["epoch"] == epoch][-1] for epoch in (0, 1))
+    ends = [[e for e in entries if e["epoch"] == epoch][-1] for epoch in range(epochs)]
+    first, before, last = ends[0], ends[-2], ends[-1]
     cached = "cache" in settings
     flop = common.training_flop(common.shape_config(shape), lengths, frozen=freeze != "none", cached=cached)
     padded = sum(lengths) / SAMPLE_RATE / (1 - last["padding"])
     found = common.figures(
-        last["time"] - first["time"], lengths, device=device, dtype=dtype, flop=flop, padded_seconds=padded
+        last["time"] - before["time"], lengths, device=device, dtype=dtype, flop=flop, padded_seconds=padded
     )
     return found | {
         "peak_gib": last["memory_gib"],  # before anything is saved, which the rival does not

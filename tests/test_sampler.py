@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ser.data.sampler import LengthBucketBatchSampler, cut_update, evaluation_batches, plan_epoch
+from ser.data.sampler import (
+    LengthBucketBatchSampler,
+    cut_update,
+    deal_evenly,
+    evaluation_batches,
+    padded_samples,
+    plan_epoch,
+)
 from ser.errors import ConfigError
 
 lengths_strategy = st.lists(st.integers(400, 500_000), min_size=1, max_size=70)
@@ -157,6 +164,32 @@ def test_ranks_work_on_like_lengths_at_each_step():
         for a, b in zip(*ranks, strict=True)
     ]
     assert sorted(ratios)[len(ratios) // 2] < 1.1
+
+
+@pytest.mark.parametrize("ranks, most", [(2, 1.01), (4, 1.03)])
+def test_ranks_compute_nearly_as_many_padded_samples_in_an_update(ranks, most):
+    lengths = spread_lengths(160)  # few, so neighbours in an update differ
+    sampler = LengthBucketBatchSampler(lengths, seed=0, effective_batch=16, micro_batch=2, world_size=ranks)
+    dearest = mean = 0
+    for steps in sampler.steps:
+        sums = [sum(padded_samples(step[rank], lengths) for step in steps) for rank in range(ranks)]
+        dearest += max(sums)
+        mean += sum(sums) / ranks
+    assert dearest < most * mean
+
+
+@quick
+@given(st.lists(st.integers(1, 1000), min_size=5, max_size=40), st.integers(1, 5))
+def test_no_swap_brings_the_dearest_rank_and_the_cheapest_nearer(costs, ranks):
+    each = len(costs) // ranks
+    hands = deal_evenly(costs[: each * ranks], ranks)
+    assert sorted(itertools.chain.from_iterable(hands)) == list(range(each * ranks))
+    assert {len(hand) for hand in hands} == {each}
+    assert all(hand == sorted(hand) for hand in hands), "in the order of the plan, the longest first"
+    sums = [sum(costs[k] for k in hand) for hand in hands]
+    low, high = (hands[sums.index(find(sums))] for find in (min, max))
+    gap = max(sums) - min(sums)
+    assert all(abs(gap - 2 * (costs[a] - costs[b])) >= gap for a in high for b in low)
 
 
 def test_a_count_that_divides_evenly_adds_no_batch():

@@ -5,12 +5,13 @@ effective batch) and of nothing else. World size and micro-batch only cut each u
 micro-batches per rank:
 
     plan       [ update 0: a b c d e f g h ] [ update 1: i j k l m n o p ] ... [ last, small: y z ]
-    2 ranks,   rank 0: (a b) (e f)           (i j) (m n)                       (y)
-    2 a batch  rank 1: (c d) (g h)           (k l) (o p)                       (z)
+    2 ranks,   rank 0: (a b) (g h)           (i j) (o p)                       (y)
+    2 a batch  rank 1: (c d) (e f)           (k l) (m n)                       (z)
 
 So another number of ranks computes the same updates in the same order; every utterance has one weighted place
 per epoch; and a run can continue at any update without saved state. A rank that the last update leaves without
-work runs one of its utterances at weight 0, so that all ranks take equally many steps.
+work runs one of its utterances at weight 0, so that all ranks take equally many steps. As ranks wait for each
+other once per update, its micro-batches are dealt so that all compute nearly as many padded samples.
 
 Updates hold utterances of like length, which keeps padding near nothing: IEMOCAP's turns, whose lengths vary
 sixtyfold, cost 2.2 times their real work in random batches of 8. Order is random all the same: lengths are
@@ -103,7 +104,7 @@ def cut_update(
     Args:
         update: utterance numbers, in the order of `plan_epoch`.
         lengths: samples of each utterance.
-        world_size: number of ranks; all get equally many micro-batches, at each step of like length.
+        world_size: number of ranks; all get equally many micro-batches, and nearly as many padded samples.
         micro_batch: most utterances in one; or None.
         micro_samples: most padded samples in one (a single utterance may exceed it); or None.
     """
@@ -122,13 +123,38 @@ def cut_update(
         steps += 1
     # The shortest utterance stands last: the cheapest one to keep a rank busy with.
     items: list[list[Item]] = [[(i, 1.0) for i in group] or [(update[-1], 0.0)] for group in groups]
-    return [items[k : k + world_size] for k in range(0, len(items), world_size)]
+    ranks = deal_evenly([padded_samples(batch, lengths) for batch in items], world_size)
+    return [[items[k] for k in step] for step in zip(*ranks, strict=True)]
+
+
+def padded_samples(batch: Sequence[Item], lengths: Sequence[int]) -> int:
+    """What a micro-batch costs to compute: utterances times the longest."""
+    return len(batch) * max(lengths[i] for i, _ in batch)
 
 
 def split_evenly(values: Sequence[int], parts: int) -> list[list[int]]:
     """``parts`` consecutive groups whose sizes differ by at most one, the larger ones last (they are shorter)."""
     bounds = [len(values) * k // parts for k in range(parts + 1)]
     return [list(values[a:b]) for a, b in pairwise(bounds)]
+
+
+def deal_evenly(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Deal numbers 0, 1, ... in order to ``ranks`` of equally many, whose sums of ``costs`` are near each other.
+
+    Dealt by turns, the first rank would have the longer one at every step. So the dearest rank and the cheapest
+    swap what brings them nearest, for as long as that helps. With IEMOCAP on two ranks the dearer one then has
+    1.1 % more than half in place of 1.5 %; with 48 of its turns, which are less alike, 4 % in place of 8 %.
+    """
+    hands = [list(range(rank, len(costs), ranks)) for rank in range(ranks)]
+    while True:
+        hands.sort(key=lambda hand: sum(costs[k] for k in hand))
+        low, high = hands[0], hands[-1]
+        gap = sum(costs[k] for k in high) - sum(costs[k] for k in low)
+        swaps = [(abs(gap - 2 * (costs[a] - costs[b])), a, b) for a in high for b in low]
+        left, a, b = min(swaps)
+        if left >= gap:
+            return [sorted(hand) for hand in sorted(hands, key=min)]
+        high[high.index(a)], low[low.index(b)] = b, a
 
 
 class LengthBucketBatchSampler(Sampler[list[Item]]):
@@ -206,7 +232,7 @@ class LengthBucketBatchSampler(Sampler[list[Item]]):
         for steps in self.steps:
             for batch in (batch for ranks in steps for batch in ranks):
                 real += sum(int(weight) * self.lengths[i] for i, weight in batch)
-                padded += len(batch) * max(self.lengths[i] for i, _ in batch)
+                padded += padded_samples(batch, self.lengths)
         return 1 - real / padded if padded else 0.0
 
 
