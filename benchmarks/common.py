@@ -360,6 +360,8 @@ def run(
     path = arguments.out / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(to_markdown(result))
+    if judged := bars_to_markdown(result["bars"]):
+        print(f"\n{judged}")
     print(f"\nwritten: {path}", file=sys.stderr)
     return result
 
@@ -441,22 +443,29 @@ def to_markdown(result: dict[str, Any]) -> str:
         if row["skipped"]:
             cells[0] = f"none: {row['skipped']}"
         lines.append(f"| {row['work']} | {row['name']} | " + " | ".join(cells) + " |")
-    if result["bars"]:
-        lines += ["", "| measure | ours | rival | ratio | at least |", "|---|---|---|---|---|"]
-    for bar in result["bars"]:
-        ratio = "" if bar["ratio"] is None else f"{bar['ratio']:.2f}"
-        least = "" if bar["at_least"] is None else f"{bar['at_least']:g}"
-        lines.append(f"| {bar['measure']} | {bar['ours'] or ''} | {bar['rival'] or ''} | {ratio} | {least} |")
     if result["extra"]:
         lines += ["", *(f"* {key}: {value}" for key, value in result["extra"].items())]
     return "\n".join(lines)
 
 
+def bars_to_markdown(bars: Sequence[dict[str, Any]]) -> str:
+    """The table of what is judged; bars whose rows were not measured are left out, and empty without any."""
+    lines = []
+    for bar in bars:
+        if bar["ratio"] is not None:
+            least = "" if bar["at_least"] is None else f"{bar['at_least']:g}"
+            lines.append(f"| {bar['measure']} | {bar['ours']} | {bar['rival']} | {bar['ratio']:.2f} | {least} |")
+    head = ["| measure | ours | rival | ratio | at least |", "|---|---|---|---|---|"]
+    return "\n".join(head + lines) if lines else ""
+
+
 def write_report(results: Sequence[Path], page: Path) -> None:
-    """Put the tables between the two markers of a page; what the page says around them is kept."""
+    """Put all bars and then the tables between the two markers of a page; what stands around them is kept."""
     text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
     before, _, rest = text.partition(BEGIN)
-    tables = "\n\n".join(to_markdown(json.loads(path.read_text(encoding="utf-8"))) for path in results)
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in results]
+    bars = bars_to_markdown([bar for result in found for bar in result["bars"]])
+    tables = "\n\n".join(filter(None, [bars, *map(to_markdown, found)]))
     page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 

@@ -184,6 +184,13 @@ def test_the_script_prints_a_table_and_writes_json_and_the_report_replaces_what_
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert done.stdout.strip() in text
 
+    result["bars"][0] |= {"ours": "this", "rival": "that", "ratio": 6.543}
+    (tmp_path / "judged.json").write_text(json.dumps(result))
+    common.write_report([tmp_path / "training.json", tmp_path / "judged.json"], page)
+    bars = page.read_text().partition(BEGIN)[2].partition("###")[0]
+    assert "| epoch, frozen, beside the paper's settings | this | that | 6.54 | 6 |" in bars
+    assert bars.count("\n| ") == 2, "bars without a ratio stand in no table"
+
 
 def test_a_row_that_fails_stands_in_the_table_with_its_reason(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "training.py")])
