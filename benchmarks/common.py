@@ -267,12 +267,17 @@ def parse(doc: str, *, turns: int = 8, repeats: int = 1) -> argparse.Namespace:
                         help="that each side may compute in: float32, bfloat16 (default: both, or for one repeat "
                              "the faster on this machine)")  # fmt: skip
     parser.add_argument("--only", metavar="REGEX", default="",
-                        help="measure the rows where it is found in 'WORK: NAME'")  # fmt: skip
+                        help="of all rows, measure those where it is found in 'WORK: NAME'")  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks", help="folder for the JSON file")
     arguments = parser.parse_args()
     if arguments.dtypes is None:
         arguments.dtypes = ["float32", "bfloat16"] if arguments.repeats > 1 else [fast_dtype(arguments.device)]
     return arguments
+
+
+def all_rows(arguments: argparse.Namespace) -> bool:
+    """Whether there are all rows to measure (or to choose from), not those alone that are likely to be best."""
+    return arguments.repeats > 1 or bool(arguments.only)
 
 
 def fast_dtype(device: str) -> str:

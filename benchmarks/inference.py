@@ -127,7 +127,7 @@ def main() -> None:
     common.serve({"prepare": common.prepare, "ceiling": common.ceiling, "check": check, "predict": predict,
                   "theirs": theirs, "windows": windows})  # fmt: skip
     arguments = common.parse(__doc__ or "")
-    rows = make_rows(arguments.shape, arguments.dtypes, [5, 15, 60] if arguments.repeats > 1 else [1, 2])
+    rows = make_rows(arguments.shape, arguments.dtypes, [5, 15, 60] if common.all_rows(arguments) else [1, 2])
     ours, paper, best = (
         [r.name for r in rows if (r.side, r.work) == (side, "turns")] for side in ("ours", "paper", "best")
     )

@@ -40,7 +40,7 @@ def main() -> None:
     arguments = common.parse(__doc__ or "")
     arguments.dtypes, arguments.threads = ["float32"], 1
     rows = make_rows(
-        arguments.shape, ["none", "feature-encoder"] if arguments.repeats > 1 else ["feature-encoder"]
+        arguments.shape, ["none", "feature-encoder"] if common.all_rows(arguments) else ["feature-encoder"]
     )
     bars = [
         Bar(f"two processes beside one, {work}", 1.8, [f"{work}, 2 processes"], [f"{work}, 1 process"])

@@ -218,7 +218,7 @@ def main() -> None:
     common.serve({"prepare": common.prepare, "ceiling": common.ceiling, "check": check, "train": train,
                   "theirs": theirs, "decode": decode})  # fmt: skip
     arguments = common.parse(__doc__ or "")
-    rows = make_rows(arguments.shape, arguments.dtypes, whole=arguments.repeats > 1)
+    rows = make_rows(arguments.shape, arguments.dtypes, whole=common.all_rows(arguments))
     common.run("training", arguments, rows, make_bars(rows), rates=RATES, check="check", extra=further)
 
 
