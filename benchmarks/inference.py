@@ -88,9 +88,10 @@ def make_rows(shape: str, dtypes: list[str], minutes: list[float]) -> list[Row]:
     plain = {"batch": 8, "order": "random", "dtype": "float32"}
     rows.append(Row("transformers, float32, by 8 in random order", "paper", "turns", "theirs", plain))
     for dtype in dtypes:
-        for batch in (4, 8):
-            values = {"batch": batch, "order": "sorted", "dtype": dtype}
-            rows.append(Row(f"transformers, {dtype}, sorted by {batch}", "best", "turns", "theirs", values))
+        for batch, attention in ((4, "sdpa"), (4, "eager"), (8, "sdpa")):
+            name = f"transformers, {dtype}, sorted by {batch}, {attention}"
+            values = {"batch": batch, "order": "sorted", "dtype": dtype, "attention": attention}
+            rows.append(Row(name, "best", "turns", "theirs", values))
     rows += [
         Row(f"ser, {m:g} minutes", "ours", "windows", "windows", {"minutes": m}, no_windows()) for m in minutes
     ]

@@ -152,11 +152,21 @@ def train(
 
 @torch.inference_mode()
 def infer(
-    *, folder: str, shape: str, threads: int, device: str, repeat: int, dtype: str, batch: int, order: str
+    *,
+    folder: str,
+    shape: str,
+    threads: int,
+    device: str,
+    repeat: int,
+    dtype: str,
+    batch: int,
+    order: str,
+    attention: str = "sdpa",
 ) -> dict[str, Any]:
     """All turns to probabilities and transcripts, after a warm-up with the last batch."""
     torch.set_num_threads(threads)
-    model, recognizer = load(Path(folder) / shape, device=device).eval(), Recognizer.load(Path(folder) / shape)
+    model = load(Path(folder) / shape, device=device, attention=attention).eval()
+    recognizer = Recognizer.load(Path(folder) / shape)
     turns = dataset(Path(folder), recognizer)
     waveforms = [turns[i].waveform for i in range(len(turns))]
     batches = grouped(turns.lengths, batch, order=order, seed=repeat)
