@@ -105,6 +105,7 @@ def globals_of_zip(path: Path) -> set[str]:
                 raise ModelFolderError(f"{path}: is two archives in one, which torch.save never writes")
             return globals_of_pickle(io.BytesIO(content))
     except (zipfile.BadZipFile, ValueError, OSError, RuntimeError, NotImplementedError) as error:
+        # The last is what zipfile raises for a compression that it does not know.
         raise ModelFolderError(f"{path}: is not a sound file of torch.save: {brief(error)}") from None
 
 
