@@ -29,7 +29,7 @@ def make_rows(shape: str, parts: list[str]) -> list[Row]:
         for count in (1, 2):
             name = f"{work}, {count} process{'es' if count > 1 else ''}"
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-            values: dict[str, Any] = {"shape": shape, "freeze": freeze, "epochs": 3}
+            values: dict[str, Any] = {"shape": shape, "freeze": freeze}
             rows.append(Row(name, "ours", work, "train", values | {"launcher": launcher, "threads": 1}))
     return rows
 

@@ -8,7 +8,7 @@ from compare import assert_close, sound
 from torch.nn import functional as F
 
 from ser.models.attention import attention
-from ser.models.dropout import LEVELS, Dropout, dropout
+from ser.models.dropout import PERIOD, Dropout, dropout, dropout_matmul
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -16,20 +16,54 @@ def test_elements_are_dropped_as_often_as_asked_and_the_rest_scaled_for_it(p):
     torch.manual_seed(0)
     x = torch.ones(1000, 1000)
     y = dropout(x, p)
-    share = round(p * LEVELS) / LEVELS
-    assert y.unique().tolist() == pytest.approx([0, 1 / (1 - share)], rel=1e-6)
+    assert y.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-6)
     assert abs(float((y == 0).double().mean()) - p) < 5 * math.sqrt(p * (1 - p) / x.numel())
-    for lane in range(4):  # of the word
-        dropped = float((y.flatten()[lane::4] == 0).double().mean())
-        assert abs(dropped - p) < 5 * math.sqrt(p * (1 - p) / (x.numel() / 4))
+    for lane in range(8):  # of the word
+        dropped = float((y.flatten()[lane::8] == 0).double().mean())
+        assert abs(dropped - p) < 5 * math.sqrt(p * (1 - p) / (x.numel() / 8))
 
 
-def test_neighbours_are_dropped_independently():
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_neighbours_are_dropped_independently(p):
     torch.manual_seed(0)
-    dropped = (dropout(torch.ones(1 << 20), 0.5) == 0).double() - 0.5
-    for distance in (1, 2, 3, 4, 8, 768):
-        correlation = float((dropped[:-distance] * dropped[distance:]).mean()) * 4
+    dropped = (dropout(torch.ones(1 << 20), p) == 0).double() - p
+    for distance in (1, 2, 3, 4, 8, 768, PERIOD):
+        correlation = float((dropped[:-distance] * dropped[distance:]).mean()) / (p * (1 - p))
         assert abs(correlation) < 5 / math.sqrt(len(dropped))
+
+
+def test_an_element_s_probability_is_exact_over_draws_whatever_its_place():
+    """Its threshold is one of two neighbours; drawn once for all, some elements would be dropped more often."""
+    torch.manual_seed(0)
+    p, draws = 0.1, 4000
+    often = sum((dropout(torch.ones(64), p) == 0).double() for _ in range(draws)) / draws
+    assert float((often - p).abs().max()) < 5 * math.sqrt(p * (1 - p) / draws)
+    assert abs(float(often.mean()) - p) < 5 * math.sqrt(p * (1 - p) / draws / 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_type_keeps_its_values_under_the_same_mask(dtype):
+    x = sound(33, 65).to(dtype)
+    torch.manual_seed(0)
+    y = dropout(x, 0.25)
+    torch.manual_seed(0)
+    kept = dropout(torch.ones(33, 65), 0.25) > 0
+    assert y.dtype == dtype and torch.equal(y, torch.where(kept, x * (4 / 3), 0))
+
+
+def test_a_product_with_dropout_is_the_product_after_dropout():
+    x, y = (sound(*size, seed=i).double().requires_grad_() for i, size in enumerate([(3, 5, 7), (3, 7, 4)]))
+    torch.manual_seed(0)
+    found = dropout_matmul(x, y, 0.3)
+    torch.manual_seed(0)
+    expected = dropout(x, 0.3) @ y
+    assert_close(found, expected, 1e-12)
+    for grad, wanted in zip(
+        torch.autograd.grad(found.square().sum(), (x, y)),
+        torch.autograd.grad(expected.square().sum(), (x, y)),
+        strict=True,
+    ):
+        assert_close(grad, wanted, 1e-12)
 
 
 def test_the_gradient_goes_where_the_values_went():
@@ -39,7 +73,7 @@ def test_the_gradient_goes_where_the_values_went():
     assert_close(torch.autograd.grad(y.sum(), x)[0], y.detach() / x.detach(), 1e-12)
 
 
-@pytest.mark.parametrize("size", [0, 1, 3, 4, 5])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, PERIOD - 1, PERIOD, PERIOD + 1])
 def test_any_number_of_elements_is_possible(size):
     assert dropout(torch.ones(size), 0.5).shape == (size,)
 
@@ -55,7 +89,7 @@ def test_masks_are_a_function_of_the_seed():
 def test_nothing_is_dropped_in_evaluation_and_all_at_probability_one():
     x = torch.ones(10)
     assert Dropout(0.5).eval()(x) is x and dropout(x, 0.0) is x
-    assert not dropout(x, 1.0).any()
+    assert not dropout(x, 1.0).any() and not dropout_matmul(sound(4, 4), sound(4, 4), 1.0).any()
 
 
 @pytest.mark.parametrize("kind", ["none", "padding", "bias"])

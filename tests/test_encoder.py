@@ -16,7 +16,7 @@ from ser.errors import AudioError, ConfigError
 from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.heads import Pooling
 from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.models.wav2vec2 import ConvLayer, Wav2Vec2
+from ser.models.wav2vec2 import ConvLayer, Wav2Vec2, pack, padding_mask, unpack
 from ser.train.losses import classification_loss, ctc_loss
 
 HEADS = HeadsConfig(num_emotions=4, vocab_size=9, num_speakers=3, pooling="mean+std")
@@ -143,6 +143,31 @@ def test_company_matters_little_under_autocast(config, randomise, dtype):
 
 
 # ---------------------------------------------------------------------------------------- lengths and bad input
+
+
+def test_layers_on_a_cpu_see_no_padding(config, randomise):
+    model = randomise(Wav2Vec2(config)).eval()
+    seen = []
+    for layer in model.encoder.layers:
+        layer.feed_forward.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1]))
+    batch, num_samples = batch_of([sound(n) for n in (3000, 1000, 2000)])
+    _, num_frames = model(batch, num_samples)
+    assert seen == [(1, int(num_frames.sum()))] * config.num_hidden_layers
+
+
+def test_utterances_one_after_another_attend_as_in_a_padded_batch(config, randomise):
+    """The one is what a CPU computes, the other a GPU."""
+    model = randomise(Wav2Vec2(config)).eval()
+    attention, lengths = model.encoder.layers[0].attention, [7, 12, 1]
+    padded = sound(3, 12, config.hidden_size)
+    attend = ~padding_mask(torch.tensor(lengths), 12, padded.device)[:, None, None]
+    bias = attention.position_bias(12) if config.model_type == "wavlm" else None
+    expected = pack(attention(padded, attend, bias), lengths)
+    found = attention(pack(padded, lengths), None, bias, lengths)
+    assert found.shape == (1, 20, config.hidden_size)
+    assert_close(found, expected)
+    for row, length, again in zip(padded, lengths, unpack(pack(padded, lengths), lengths, 12), strict=True):
+        assert torch.equal(again[:length], row[:length]) and not again[length:].any()
 
 
 def test_frames_of_each_length():

@@ -514,11 +514,11 @@ def test_the_effective_batch_follows_from_what_is_given(changes, world, expected
 @pytest.mark.parametrize(
     ("changes", "limits"),
     [
-        ({}, (None, 320_000)),
+        ({}, (None, 640_000)),
         ({"micro_seconds": 0.0}, (None, None)),
         ({"micro_batch": 4}, (4, None)),
         ({"accumulate": 4}, (1, None)),
-        ({"batch_seconds": 120.0}, (None, 320_000)),
+        ({"batch_seconds": 120.0}, (None, 640_000)),
         ({"batch_seconds": 120.0, "accumulate": 3}, (None, 320_000)),  # of two ranks
     ],
 )

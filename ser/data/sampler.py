@@ -106,7 +106,8 @@ def cut_update(
         lengths: samples of each utterance.
         world_size: number of ranks; all get equally many micro-batches, and nearly as many padded samples.
         micro_batch: most utterances in one; or None.
-        micro_samples: most padded samples in one (a single utterance may exceed it); or None.
+        micro_samples: most padded samples in one (a single utterance may exceed it); or None. With it, several
+            ranks get at least two, where there are utterances enough.
     """
 
     def fits(group: Sequence[int]) -> bool:
@@ -115,7 +116,8 @@ def cut_update(
         small = micro_batch is None or len(group) <= micro_batch
         return small and (micro_samples is None or padded_samples(group, lengths) <= micro_samples)
 
-    steps = 1
+    # Of one micro-batch each, a rank would have all the long utterances; two can be dealt evenly.
+    steps = 2 if world_size > 1 and micro_samples is not None and len(update) >= 2 * world_size else 1
     while True:
         groups = split_evenly(update, steps * world_size)
         if all(map(fits, groups)):

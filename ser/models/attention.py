@@ -6,13 +6,14 @@ Shapes: B batch, T frames, D hidden size, H attention heads. ``attend`` is True 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ser.models.config import Wav2Vec2Config
-from ser.models.dropout import dropout
+from ser.models.dropout import dropout_matmul
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
@@ -26,7 +27,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) ->
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
     if mask is not None:
         scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return dropout(scores.softmax(-1).to(v.dtype), p) @ v
+    weights = scores.softmax(-1).to(v.dtype)
+    return dropout_matmul(weights, v, p) if p > 0 else weights @ v
 
 
 class Attention(nn.Module):
@@ -49,16 +51,36 @@ class Attention(nn.Module):
         """What `scaled_dot_product_attention` takes: here a boolean mask, and no position bias."""
         return attend
 
-    def forward(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None = None) -> Tensor:
-        """hidden (B, T, D), attend (B, 1, 1, T) or None, bias (1, H, T, T) or None -> (B, T, D)."""
+    def forward(
+        self,
+        hidden: Tensor,
+        attend: Tensor | None,
+        bias: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """hidden (B, T, D), attend (B, 1, 1, T) or None, bias (1, H, T, T) or None -> (B, T, D).
+
+        With ``lengths`` hidden is (1, sum of lengths, D), utterances one after another, each of which attends to
+        itself.
+        """
         if torch.is_autocast_enabled(hidden.device.type):  # once, and not for each of the three
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         q, k, v = (self.split_heads(p(hidden)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B,H,T,D/H)
+        if lengths is None:
+            x = self.attended(attend, bias, hidden, q, k, v).transpose(1, 2)  # (B, T, H, D/H)
+        else:
+            parts = zip(hidden.split(lengths, 1), *(each.split(lengths, 2) for each in (q, k, v)), strict=True)
+            x = torch.cat([self.attended(None, bias, *part).transpose(1, 2) for part in parts], dim=1)
+        return self.out_proj(x.flatten(2))
+
+    def attended(
+        self, attend: Tensor | None, bias: Tensor | None, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """`attention` of whole utterances, (B, H, T, D/H), as the configuration has it."""
         mask = self.mask(hidden, attend, bias)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)  # half precision under autocast
-        x = attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D/H)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+        return attention(q, k, v, mask, self.dropout if self.training else 0.0)
 
 
 class GatedAttention(Attention):
@@ -101,6 +123,7 @@ class GatedAttention(Attention):
     def mask(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None) -> Tensor | None:
         """The gated bias, (B, H, T, T), minus infinity where a key is padding."""
         assert bias is not None
+        bias = bias[..., : hidden.shape[1], : hidden.shape[1]]  # that of a shorter utterance
         gates = self.gru_rel_pos_linear(self.split_heads(hidden)).unflatten(-1, (2, 4)).sum(-1)  # (B, H, T, 2)
         update, reset = gates.sigmoid().split(1, dim=-1)  # (B, H, T, 1)
         mask = (update * (reset * self.gru_rel_pos_const - 1.0) + 2.0) * bias  # (B, H, T, T)

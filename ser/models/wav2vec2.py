@@ -23,7 +23,7 @@ Conventions:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,17 @@ def padding_mask(lengths: Tensor, size: int, device: torch.device) -> Tensor | N
     if bool((lengths >= size).all()):
         return None
     return torch.arange(size, device=device) >= lengths.to(device, non_blocking=True)[:, None]
+
+
+def pack(padded: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(B, T, D) -> (1, sum of lengths, D), valid frames alone."""
+    return torch.cat([row[:length] for row, length in zip(padded.unbind(), lengths, strict=True)])[None]
+
+
+def unpack(packed: Tensor, lengths: Sequence[int], size: int) -> Tensor:
+    """(1, sum of lengths, D) -> (B, size, D), zero where an utterance has ended."""
+    rows = packed[0].split(lengths)
+    return torch.stack([F.pad(row, (0, 0, 0, size - length)) for row, length in zip(rows, lengths, strict=True)])
 
 
 def untouched(module: nn.Module) -> Tensor:
@@ -257,12 +268,12 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None) -> Tensor:
-        """hidden (B, T, D), attend (B, 1, 1, T), bias (1, H, T, T), both as in `Attention` -> (B, T, D)."""
+    def forward(self, hidden: Tensor, *context: Any) -> Tensor:
+        """hidden (B, T, D), and the rest of what `Attention` takes -> (B, T, D)."""
         if self.pre_norm:
-            hidden = hidden + self.dropout(self.attention(self.layer_norm(hidden), attend, bias))
+            hidden = hidden + self.dropout(self.attention(self.layer_norm(hidden), *context))
             return hidden + self.feed_forward(self.final_layer_norm(hidden))
-        hidden = self.layer_norm(hidden + self.dropout(self.attention(hidden, attend, bias)))
+        hidden = self.layer_norm(hidden + self.dropout(self.attention(hidden, *context)))
         return self.final_layer_norm(hidden + self.feed_forward(hidden))
 
 
@@ -299,6 +310,11 @@ class Transformer(nn.Module):
         # WavLM: computed once from the first layer's embedding, for all layers.
         bias = first.position_bias(hidden.shape[1]) if isinstance(first, GatedAttention) else None  # (1, H, T, T)
 
+        # On a CPU the layers see no padding. A GPU would have a launch for each utterance and shapes ever new.
+        size, lengths = hidden.shape[1], None
+        if padding is not None and padding.device.type == "cpu":
+            lengths = (~padding).sum(1).tolist()
+            hidden, attend = pack(hidden, lengths), None
         outputs = [hidden]
         for layer in self.layers[:num_layers]:
             # LayerDrop (Fan et al., 2020). A skipped layer still takes part in the graph, so that
@@ -306,9 +322,9 @@ class Transformer(nn.Module):
             if self.training and self.layerdrop > 0 and float(torch.rand(())) < self.layerdrop:
                 hidden = hidden + untouched(layer).to(hidden.device)
             else:
-                hidden = maybe_checkpoint(self, layer, hidden, attend, bias)
+                hidden = maybe_checkpoint(self, layer, hidden, attend, bias, lengths)
             outputs.append(hidden)
-        return outputs
+        return outputs if lengths is None else [unpack(output, lengths, size) for output in outputs]
 
 
 class Wav2Vec2(nn.Module):

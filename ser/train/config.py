@@ -71,7 +71,7 @@ class TrainConfig:
     # how the work is cut
     micro_batch: int = option(0, "most utterances in one forward pass of one process (not with batch-seconds); 0: "
                                  "as many as micro-seconds allows, or 1 where accumulate is given")  # fmt: skip
-    micro_seconds: float = option(20.0, "where neither micro-batch nor accumulate is given, most padded seconds "
+    micro_seconds: float = option(40.0, "where neither micro-batch nor accumulate is given, most padded seconds "
                                         "of audio in one forward pass of one process; 0: no limit")  # fmt: skip
     accumulate: int = option(0, "micro-batches per update and process; 0: follows from the effective batch")
     effective_batch: int = option(
