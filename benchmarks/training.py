@@ -5,9 +5,9 @@
     python benchmarks/training.py --turns 48 --repeats 3 --device cuda
 
 Ours is `ser.train.loop.fit`, files included, of which the third epoch is timed by its own log (the first one
-warms up, and fills a cache where there is one; in the second the memory that is kept still grows). Theirs is in `rival.py`: in the paper's settings, and at its best,
-which is the fastest of several rows. Effective batch 8, AdamW, clipping, dropout 0.1 everywhere, SpecAugment, no
-LayerDrop.
+warms up, and fills a cache where there is one; in the second the memory that is kept still grows). Theirs is in
+`rival.py`: in the paper's settings, and at its best, which is the fastest of several rows. Effective batch 8,
+AdamW, clipping, dropout 0.1 everywhere, SpecAugment, no LayerDrop.
 
 On a GPU an epoch of 48 turns takes seconds, and little of it is arithmetic: expect the ratios between ours and
 theirs at its best to be smaller than on a CPU, bf16 to be the fastest on both sides, and the cache to give more,
