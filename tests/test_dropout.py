@@ -8,7 +8,9 @@ from compare import assert_close, sound
 from torch.nn import functional as F
 
 from ser.models.attention import attention
-from ser.models.dropout import PERIOD, Dropout, dropout, dropout_matmul
+from ser.models.config import Wav2Vec2Config
+from ser.models.dropout import PERIOD, Dropout, dropout
+from ser.models.wav2vec2 import TransformerLayer
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -51,21 +53,6 @@ def test_every_type_keeps_its_values_under_the_same_mask(dtype):
     assert y.dtype == dtype and torch.equal(y, torch.where(kept, x * (4 / 3), 0))
 
 
-def test_a_product_with_dropout_is_the_product_after_dropout():
-    x, y = (sound(*size, seed=i).double().requires_grad_() for i, size in enumerate([(3, 5, 7), (3, 7, 4)]))
-    torch.manual_seed(0)
-    found = dropout_matmul(x, y, 0.3)
-    torch.manual_seed(0)
-    expected = dropout(x, 0.3) @ y
-    assert_close(found, expected, 1e-12)
-    for grad, wanted in zip(
-        torch.autograd.grad(found.square().sum(), (x, y)),
-        torch.autograd.grad(expected.square().sum(), (x, y)),
-        strict=True,
-    ):
-        assert_close(grad, wanted, 1e-12)
-
-
 def test_the_gradient_goes_where_the_values_went():
     torch.manual_seed(0)
     x = sound(7, 13).double().requires_grad_()
@@ -89,7 +76,9 @@ def test_masks_are_a_function_of_the_seed():
 def test_nothing_is_dropped_in_evaluation_and_all_at_probability_one():
     x = torch.ones(10)
     assert Dropout(0.5).eval()(x) is x and dropout(x, 0.0) is x
-    assert not dropout(x, 1.0).any() and not dropout_matmul(sound(4, 4), sound(4, 4), 1.0).any()
+    assert not dropout(x, 1.0).any()
+    q = sound(1, 1, 4, 4)
+    assert not attention(q, q, q, None, 1.0).any()
 
 
 @pytest.mark.parametrize("kind", ["none", "padding", "bias"])
@@ -102,6 +91,8 @@ def test_attention_with_dropout_is_dropout_on_the_weights(kind):
     elif kind == "bias":
         mask = sound(2, 3, 11, 11, seed=9).double()
         mask[1, :, :, 8:] = -math.inf
+        mask.requires_grad_()
+    inputs = (q, k, v, mask) if kind == "bias" else (q, k, v)
     torch.manual_seed(0)
     found = attention(q, k, v, mask, 0.4)
     torch.manual_seed(0)
@@ -112,9 +103,30 @@ def test_attention_with_dropout_is_dropout_on_the_weights(kind):
     expected = torch.einsum("bhqk,bhkd->bhqd", scores.softmax(-1) * kept, v)
     assert_close(found, expected, 1e-12)
     for grad, wanted in zip(
-        torch.autograd.grad(found.square().sum(), (q, k, v)),
-        torch.autograd.grad(expected.square().sum(), (q, k, v)),
+        torch.autograd.grad(found.square().sum(), inputs),
+        torch.autograd.grad(expected.square().sum(), inputs),
         strict=True,
     ):
         assert_close(grad, wanted, 1e-10)
     assert_close(attention(q, k, v, mask, 0.0), F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 1e-12)
+
+
+def test_the_backward_pass_of_attention_leaves_the_generator_where_it_was():
+    q = sound(1, 2, 5, 4).requires_grad_()
+    torch.manual_seed(0)
+    y = attention(q, q, q, None, 0.4)
+    torch.rand(3)
+    state = torch.get_rng_state()
+    y.sum().backward()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_layer_keeps_for_its_backward_pass_no_pairs_of_frames_and_one_tensor_that_is_wide():
+    frames, config = 37, Wav2Vec2Config.named("small")
+    layer = TransformerLayer(config, index=1).train()
+    kept: list[torch.Size] = []
+    x = sound(1, frames, config.hidden_size).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+        layer(x, None)
+    assert not [shape for shape in kept if shape.count(frames) > 1]
+    assert len([shape for shape in kept if frames in shape and config.intermediate_size in shape]) == 1

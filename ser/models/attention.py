@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ser.models.config import Wav2Vec2Config
-from ser.models.dropout import dropout_matmul
+from ser.models.dropout import draw_mask, is_cheap, masked
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
@@ -24,11 +26,48 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) ->
     """
     if q.device.type != "cpu" or (p <= 0 and q.dtype != torch.bfloat16):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
+    if is_cheap(q, p):
+        return AttentionWithDropout.apply(q, k, v, mask, p)
+    weights = attention_weights(q * q.shape[-1] ** -0.5, k, mask)
+    return F.dropout(weights, p) @ v if p > 0 else weights @ v
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """q, already scaled, and k (B, H, T, D/H), what each query takes of each key: (B, H, T, T)."""
+    scores = q @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1).to(v.dtype)
-    return dropout_matmul(weights, v, p) if p > 0 else weights @ v
+    return scores.softmax(-1).to(q.dtype)
+
+
+class AttentionWithDropout(torch.autograd.Function):
+    """`attention` on a CPU that keeps nothing of (T, T): weights and dropout are found again in the backward pass.
+
+    Kept, they are most of what a layer keeps of a long utterance: 11 MB of weights and masks of 5 s, 400 of 30 s.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:  # noqa: D102
+        ctx.p, ctx.random_state = p, torch.get_rng_state()
+        q, v = q * q.shape[-1] ** -0.5, v * (1 / (1 - p))
+        ctx.save_for_backward(q, k, v, mask)
+        weights = attention_weights(q, k, mask)
+        return masked(weights, draw_mask(weights.shape, p)) @ v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:  # noqa: D102
+        q, k, v, mask = ctx.saved_tensors
+        weights = attention_weights(q, k, mask)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(ctx.random_state)
+            kept = draw_mask(weights.shape, ctx.p)
+        grad_v = (masked(weights, kept).transpose(-2, -1) @ grad).mul_(1 / (1 - ctx.p))
+        of_weights = masked(grad @ v.transpose(-2, -1), kept)
+        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        grad_q = (of_scores @ k).mul_(q.shape[-1] ** -0.5)
+        grad_mask = of_scores.sum_to_size(mask.shape) if mask is not None and ctx.needs_input_grad[3] else None
+        return grad_q, of_scores.transpose(-2, -1) @ q, grad_v, grad_mask, None
 
 
 class Attention(nn.Module):

@@ -24,11 +24,6 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     return CheapDropout.apply(x, p)
 
 
-def dropout_matmul(x: Tensor, y: Tensor, p: float) -> Tensor:
-    """``dropout(x, p) @ y``, keeping no x after dropout for the backward pass."""
-    return DropoutMatmul.apply(x, y, p) if is_cheap(x, p) else F.dropout(x, p) @ y
-
-
 def is_cheap(x: Tensor, p: float) -> bool:
     """Whether masks are drawn here: on a CPU, and for probabilities that a byte can hold."""
     return x.device.type == "cpu" and 0 < p < 0.99
@@ -71,25 +66,6 @@ class CheapDropout(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
         (mask,) = ctx.saved_tensors
         return masked(grad, mask).mul_(ctx.scale), None
-
-
-class DropoutMatmul(torch.autograd.Function):
-    """`dropout_matmul`: x after dropout is found again in the backward pass, and the scale is that of y."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, p: float) -> Tensor:  # noqa: D102
-        mask = draw_mask(x.shape, p)
-        ctx.scale = 1 / (1 - p)
-        y = y * ctx.scale
-        ctx.save_for_backward(x, y, mask)
-        return masked(x, mask) @ y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: D102
-        x, y, mask = ctx.saved_tensors
-        of_x = masked(grad @ y.transpose(-2, -1), mask)
-        return of_x, (masked(x, mask).transpose(-2, -1) @ grad).mul_(ctx.scale), None
 
 
 class Dropout(nn.Module):
