@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ser.models.attention import attention
 from ser.models.config import Wav2Vec2Config
-from ser.models.dropout import PERIOD, Dropout, dropout
+from ser.models.dropout import PERIOD, Dropout, dropout, gelu_dropout_linear
 from ser.models.wav2vec2 import TransformerLayer
 
 
@@ -82,8 +82,16 @@ def test_nothing_is_dropped_in_evaluation_and_all_at_probability_one():
     assert not attention(q, q, q, None, 1.0).any()
 
 
+@pytest.fixture(params=[False, True], ids=["short", "long"])
+def long(request, monkeypatch):
+    """Whether attention computes its weights again in the backward pass."""
+    if request.param:
+        monkeypatch.setattr("ser.models.attention.LONG", 1)
+    return request.param
+
+
 @pytest.mark.parametrize("kind", ["none", "padding", "bias"])
-def test_attention_with_dropout_is_dropout_on_the_weights(kind):
+def test_attention_with_dropout_is_dropout_on_the_weights(kind, long):
     """Against the formula, with the very masks that the seed gives."""
     q, k, v = (sound(2, 3, 11, 8, seed=i).double().requires_grad_() for i in range(3))
     mask = None
@@ -112,7 +120,7 @@ def test_attention_with_dropout_is_dropout_on_the_weights(kind):
     assert_close(attention(q, k, v, mask, 0.0), F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 1e-12)
 
 
-def test_the_backward_pass_of_attention_leaves_the_generator_where_it_was():
+def test_the_backward_pass_of_attention_leaves_the_generator_where_it_was(long):
     q = sound(1, 2, 5, 4).requires_grad_()
     torch.manual_seed(0)
     y = attention(q, q, q, None, 0.4)
@@ -122,12 +130,40 @@ def test_the_backward_pass_of_attention_leaves_the_generator_where_it_was():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_layer_keeps_for_its_backward_pass_no_pairs_of_frames_and_one_tensor_that_is_wide():
-    frames, config = 37, replace(Wav2Vec2Config.named("small"), attention_dropout=0.1, activation_dropout=0.1)
+def test_of_long_utterances_a_layer_keeps_no_pairs_of_frames(long):
+    frames, config = 37, replace(Wav2Vec2Config.named("small"), attention_dropout=0.1)
     layer = TransformerLayer(config, index=1).train()
-    kept: list[torch.Size] = []
+    kept: list[torch.Tensor] = []
     x = sound(1, frames, config.hidden_size).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         layer(x, None)
-    assert not [shape for shape in kept if shape.count(frames) > 1]
-    assert len([shape for shape in kept if frames in shape and config.intermediate_size in shape]) == 1
+    assert long != bool([t for t in kept if t.shape.count(frames) > 1])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_what_the_feed_forward_layer_computes_again_is_what_it_computed(p):
+    x = sound(2, 5, 12).double().requires_grad_()
+    linear = torch.nn.Linear(12, 4).double()
+    inputs = (x, *linear.parameters())
+    torch.manual_seed(0)
+    found = gelu_dropout_linear(x, p, linear)
+    torch.manual_seed(0)
+    kept = dropout(torch.ones(2, 5, 12).double(), p)
+    expected = F.linear(F.gelu(x) * kept, *linear.parameters())
+    assert_close(found, expected, 1e-12)
+    for grad, wanted in zip(
+        torch.autograd.grad(found.square().sum(), inputs),
+        torch.autograd.grad(expected.square().sum(), inputs),
+        strict=True,
+    ):
+        assert_close(grad, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_wide_input_of_the_feed_forward_layer_s_product_is_not_kept(p):
+    """So its weight's gradient is that of what stands in the layer's middle by then: here zeros."""
+    x, linear = sound(5, 12).requires_grad_(), torch.nn.Linear(12, 4)
+    y = gelu_dropout_linear(x, p, linear)
+    x.data.zero_()
+    (grad,) = torch.autograd.grad(y.sum(), linear.weight)
+    assert not grad.any()

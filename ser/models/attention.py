@@ -17,6 +17,10 @@ from torch.nn import functional as F
 from ser.models.config import Wav2Vec2Config
 from ser.models.dropout import draw_mask, is_cheap, masked
 
+# Frames (5 s) from which on attention's weights are computed twice in a training step on a CPU. Those of shorter
+# utterances are little beside what else a layer keeps.
+LONG = 250
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """`F.scaled_dot_product_attention` with dropout ``p`` on the weights; all (B, H, T, D/H).
@@ -41,27 +45,31 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class AttentionWithDropout(torch.autograd.Function):
-    """`attention` on a CPU that keeps nothing of (T, T): weights and dropout are found again in the backward pass.
+    """`attention` on a CPU, of which nothing (T, T) is kept for long utterances: the backward pass finds it again.
 
-    Kept, they are most of what a layer keeps of a long utterance: 11 MB of weights and masks of 5 s, 400 of 30 s.
+    Memory would grow with the square of the length: 2 MB in a layer of base for 5 s and 80 for 30 s, in bf16.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:  # noqa: D102
         ctx.p, ctx.random_state = p, torch.get_rng_state()
         q, v = q * q.shape[-1] ** -0.5, v * (1 / (1 - p))
-        ctx.save_for_backward(q, k, v, mask)
         weights = attention_weights(q, k, mask)
-        return masked(weights, draw_mask(weights.shape, p)) @ v
+        kept = draw_mask(weights.shape, p)
+        ctx.save_for_backward(q, k, v, mask, *((weights, kept) if q.shape[2] < LONG else ()))
+        return masked(weights, kept) @ v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:  # noqa: D102
-        q, k, v, mask = ctx.saved_tensors
-        weights = attention_weights(q, k, mask)
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(ctx.random_state)
-            kept = draw_mask(weights.shape, ctx.p)
+        q, k, v, mask, *found = ctx.saved_tensors
+        if found:
+            weights, kept = found
+        else:
+            weights = attention_weights(q, k, mask)
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(ctx.random_state)
+                kept = draw_mask(weights.shape, ctx.p)
         grad_v = (masked(weights, kept).transpose(-2, -1) @ grad).mul_(1 / (1 - ctx.p))
         of_weights = masked(grad @ v.transpose(-2, -1), kept)
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)

@@ -21,7 +21,32 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
         return x
     if not is_cheap(x, p):
         return F.dropout(x, p)
-    return CheapDropout.apply(x, p)
+    return CheapDropout.apply(x, draw_mask(x.shape, p), 1 / (1 - p))
+
+
+def gelu_dropout_linear(x: Tensor, p: float, linear: nn.Linear) -> Tensor:
+    """``linear(dropout(gelu(x), p))``, which on a CPU keeps x and the mask, and not the product's input.
+
+    The backward pass computes that again: in a feed-forward layer it is four times as wide as the rest.
+    """
+    if not x.requires_grad or not (is_cheap(x, p) or (x.device.type == "cpu" and p <= 0)):
+        return linear(dropout(F.gelu(x), p))
+    mask, kept = draw_mask(x.shape, p) if p > 0 else None, x.detach()
+
+    def multiplied(x: Tensor) -> Tensor:
+        return F.gelu(x) if mask is None else CheapDropout.apply(F.gelu(x), mask, 1 / (1 - p))
+
+    y = multiplied(x)
+    place = y.untyped_storage().data_ptr()
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:  # a view of y, of which the shape is enough, or the weight
+        return saved.shape if saved.untyped_storage().data_ptr() == place else saved
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        return packed if isinstance(packed, Tensor) else multiplied(kept).view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return linear(y)
 
 
 def is_cheap(x: Tensor, p: float) -> bool:
@@ -55,17 +80,16 @@ class CheapDropout(torch.autograd.Function):
     """`dropout`; a byte per element is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:  # noqa: D102
-        mask = draw_mask(x.shape, p)
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:  # noqa: D102
         ctx.save_for_backward(mask)
-        ctx.scale = 1 / (1 - p)
-        return masked(x, mask).mul_(ctx.scale)
+        ctx.scale = scale
+        return masked(x, mask).mul_(scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
         (mask,) = ctx.saved_tensors
-        return masked(grad, mask).mul_(ctx.scale), None
+        return masked(grad, mask).mul_(ctx.scale), None, None
 
 
 class Dropout(nn.Module):

@@ -35,7 +35,7 @@ from ser.errors import AudioError, ConfigError
 from ser.models.attention import Attention, GatedAttention
 from ser.models.config import Wav2Vec2Config, conv_length
 from ser.models.convolution import Kernel, grouped_conv, strided_conv
-from ser.models.dropout import Dropout
+from ser.models.dropout import Dropout, gelu_dropout_linear
 
 # Numbers of the first convolution's output that are computed at a time where no gradient is needed: 4 MiB, of the
 # size of a core's cache. Twice or half of it cost 1 to 3 % more at base size, and all at once 7 %.
@@ -250,15 +250,8 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D), (B, T, F) between."""
         hidden = self.intermediate_dense(hidden)
-        if hidden.device.type == "cpu" and hidden.requires_grad:
-            # Of what is four times as wide this alone is kept. The backward pass computes GELU and dropout again,
-            # and not the product after them, which would find nothing that is needed.
-            return self.output_dropout(checkpoint(self.contract, hidden, use_reentrant=False))
-        return self.output_dropout(self.contract(hidden))
-
-    def contract(self, hidden: Tensor) -> Tensor:
-        """(B, T, F) -> (B, T, D)."""
-        return self.output_dense(self.intermediate_dropout(F.gelu(hidden)))
+        p = self.intermediate_dropout.p if self.training else 0.0
+        return self.output_dropout(gelu_dropout_linear(hidden, p, self.output_dense))
 
 
 class TransformerLayer(nn.Module):
