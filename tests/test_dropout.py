@@ -14,6 +14,13 @@ from ser.models.dropout import PERIOD, Dropout, dropout, gelu_dropout_linear
 from ser.models.wav2vec2 import TransformerLayer
 
 
+def assert_same_gradients(found, expected, inputs, tolerance):
+    """Of the sums of their squares."""
+    grads = [torch.autograd.grad(y.square().sum(), inputs) for y in (found, expected)]
+    for grad, wanted in zip(*grads, strict=True):
+        assert_close(grad, wanted, tolerance)
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_elements_are_dropped_as_often_as_asked_and_the_rest_scaled_for_it(p):
     torch.manual_seed(0)
@@ -111,12 +118,7 @@ def test_attention_with_dropout_is_dropout_on_the_weights(kind, long):
         scores = scores.masked_fill(~mask, -math.inf) if kind == "padding" else scores + mask
     expected = torch.einsum("bhqk,bhkd->bhqd", scores.softmax(-1) * kept, v)
     assert_close(found, expected, 1e-12)
-    for grad, wanted in zip(
-        torch.autograd.grad(found.square().sum(), inputs),
-        torch.autograd.grad(expected.square().sum(), inputs),
-        strict=True,
-    ):
-        assert_close(grad, wanted, 1e-10)
+    assert_same_gradients(found, expected, inputs, 1e-10)
     assert_close(attention(q, k, v, mask, 0.0), F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 1e-12)
 
 
@@ -151,12 +153,7 @@ def test_what_the_feed_forward_layer_computes_again_is_what_it_computed(p):
     kept = dropout(torch.ones(2, 5, 12).double(), p)
     expected = F.linear(F.gelu(x) * kept, *linear.parameters())
     assert_close(found, expected, 1e-12)
-    for grad, wanted in zip(
-        torch.autograd.grad(found.square().sum(), inputs),
-        torch.autograd.grad(expected.square().sum(), inputs),
-        strict=True,
-    ):
-        assert_close(grad, wanted, 1e-12)
+    assert_same_gradients(found, expected, inputs, 1e-12)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
