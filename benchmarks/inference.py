@@ -82,13 +82,15 @@ def check(**values: Any) -> dict[str, Any]:
     return rival.check(**values)
 
 
-def make_rows(shape: str, dtypes: list[str], minutes: list[float]) -> list[Row]:
-    """Every row."""
+def make_rows(shape: str, dtypes: list[str], *, whole: bool) -> list[Row]:
+    """Every row; without ``whole`` of the rival's best the likely one alone, and short recordings."""
+    best = [(4, "sdpa"), (4, "eager"), (8, "sdpa")] if whole else [(4, "sdpa")]
+    minutes = [5, 15, 60] if whole else [1, 2]
     rows = [Row(f"ser, {dtype}", "ours", "turns", "predict", {"dtype": dtype}) for dtype in dtypes]
     plain = {"batch": 8, "order": "random", "dtype": "float32"}
     rows.append(Row("transformers, float32, by 8 in random order", "paper", "turns", "theirs", plain))
     for dtype in dtypes:
-        for batch, attention in ((4, "sdpa"), (4, "eager"), (8, "sdpa")):
+        for batch, attention in best:
             name = f"transformers, {dtype}, sorted by {batch}, {attention}"
             values = {"batch": batch, "order": "sorted", "dtype": dtype, "attention": attention}
             rows.append(Row(name, "best", "turns", "theirs", values))
@@ -128,7 +130,7 @@ def main() -> None:
     common.serve({"prepare": common.prepare, "ceiling": common.ceiling, "check": check, "predict": predict,
                   "theirs": theirs, "windows": windows})  # fmt: skip
     arguments = common.parse(__doc__ or "")
-    rows = make_rows(arguments.shape, arguments.dtypes, [5, 15, 60] if common.all_rows(arguments) else [1, 2])
+    rows = make_rows(arguments.shape, arguments.dtypes, whole=common.all_rows(arguments))
     ours, paper, best = (
         [r.name for r in rows if (r.side, r.work) == (side, "turns")] for side in ("ours", "paper", "best")
     )

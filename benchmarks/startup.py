@@ -83,7 +83,7 @@ def same(rows: list[Row]) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write."""
     common.serve({"prepare": prepare, "start": start})
-    arguments = common.parse(__doc__ or "", turns=1, repeats=5)
+    arguments = common.parse(__doc__ or "", turns=1, repeats=3)
     arguments.dtypes = []
     names = ("ser", "transformers", "import torch")
     rows = [Row(f, "", "start", "start", {"what": f, "shape": arguments.shape}) for f in names]
