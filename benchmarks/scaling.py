@@ -5,10 +5,9 @@
     python benchmarks/scaling.py --turns 48 --repeats 3 --device cuda    # needs two GPUs
 
 Both are started by torchrun and train by `ser.train.loop.fit`, so both compute the same updates. The third epoch
-is timed (of 8 turns, a single update, the second): in the second the memory that is kept still grows, and pages
-that a virtual machine has not had from its host before cost seconds. On two GPUs gradients go through nccl: expect
-the exchange of 360 MB per update to be hidden behind the backward pass where NVLink joins them, and not where PCIe
-does.
+is timed: in the second the memory that is kept still grows, and pages that a virtual machine has not had from its
+host before cost seconds. On two GPUs gradients go through nccl: expect the exchange of 360 MB per update to be
+hidden behind the backward pass where NVLink joins them, and not where PCIe does.
 """
 
 from __future__ import annotations
