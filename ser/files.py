@@ -1,22 +1,33 @@
 """Writing files and folders: whatever happens meanwhile, the old one or the new one is there, whole.
 
-Everything is built under a hidden name beside its target and takes its place at the end, in this order:
+Everything is built under a hidden name of its own beside its target and takes its place at the end, in this order:
 
     write, fsync of every file, [a manifest, fsync,] fsync of the folder, rename, fsync of the parent
 
-What an interruption leaves is hidden (`.NAME.new`, `.NAME.old`, `.NAME.gone`, `.NAME.PID.tmp`), is never read, and
-goes with the next writing; `clear_remains` removes it at once.
+So several processes may write the same at once: each puts a whole one into its place, and the last one stays. A
+folder changes places with the one that stands there in one step where the system can (Linux); elsewhere that takes
+two renames, between which the old one is at `.NAME.PID-RANDOM.old`, and the next writing puts it back.
+
+What a killed process leaves is hidden (`.NAME.PID-RANDOM.new`, `.old`, `.tmp`, `.NAME.gone`) and is never read.
+The next writing of NAME removes it, as nobody holds its lock any more (not on Windows, and not where folders
+cannot be locked, as on NFS); `clear_remains` removes it at once.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import glob
 import json
 import os
 import re
+import secrets
 import shutil
+import stat
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +38,8 @@ from torch import Tensor
 from ser.errors import FileError
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST}  # where a folder stands already
+READER_SECONDS = 30.0  # how long a named pipe may be without a reader
 
 
 def cannot_write(path: Path, error: OSError, size: int = 0) -> FileError:
@@ -47,30 +60,188 @@ def written(path: Path) -> Iterator[Path]:
     """The path of a file that is being written; a disk that does not take it is a FileError."""
     try:
         yield path
+    except BrokenPipeError:  # who read from it has enough
+        raise
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
+# -------------------------------------------------------------------------------------------- hidden names
+
+
+def lock(path: Path, *, wait: bool) -> int | None:
+    """A handle that holds the lock of a file or folder; None where another process has it, or there are no locks.
+
+    The system frees it when its process ends, however it ends.
+    """
+    try:
+        import fcntl  # not on Windows
+
+        handle = os.open(path, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return handle
+    except OSError:
+        os.close(handle)
+        return None
+
+
+def unlock(handle: int | None) -> None:
+    """Give a lock back, also in the name of processes that were forked meanwhile and have the handle too."""
+    if handle is not None:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def new_beside(target: Path, kind: str, make: Callable[[Path], object]) -> Iterator[Path]:
+    """A hidden file or folder of our own beside ``target``, made by ``make``; at the end what is there goes."""
+    clear_ended(target)
+    while True:
+        path = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.{kind}")
+        make(path)
+        handle = lock(path, wait=True)
+        if path.exists():
+            break
+        unlock(handle)  # another cleared up and took it for a remain, as it had no lock yet
+    try:
+        yield path
+    finally:
+        remove(path)
+        unlock(handle)
+
+
+def clear_ended(target: Path) -> None:
+    """Remove what writers of ``target`` that have ended left beside it. What cannot be locked may be in use."""
+    name = re.compile(re.escape(f".{target.name}.") + r"\d+-[0-9a-f]{8}\.(new|old|tmp|gone)")
+    try:
+        found = [each for each in os.listdir(target.parent) if name.fullmatch(each)]  # noqa: PTH208
+    except OSError:  # a folder may be written into and yet not be listed
+        return
+    for remains in map(target.with_name, found):
+        handle = lock(remains, wait=False)
+        if handle is not None and (remains.suffix != ".old" or target.exists()):
+            gone = remains.with_suffix(".gone")  # no part of a folder has a name that is put back
+            with suppress(OSError):
+                remains.rename(gone)
+            remove(gone)
+        unlock(handle)
+
+
+def keep_mode(old: Path, new: Path) -> None:
+    """Give ``new`` the mode of what stands at ``old``, and its owner and group where we may."""
+    try:
+        before, now = old.stat(), new.stat()
+    except FileNotFoundError:
+        return
+    if (before.st_uid, before.st_gid) != (now.st_uid, now.st_gid):
+        for owner, group in ((-1, before.st_gid), (before.st_uid, -1)):
+            with suppress(PermissionError):
+                os.chown(new, owner, group)
+    if before.st_mode != now.st_mode:
+        new.chmod(stat.S_IMODE(before.st_mode))
+
+
 # ------------------------------------------------------------------------------------------------- files
+
+
+def descriptor(path: Path) -> int | None:
+    """N where ``path`` is, or links to, /dev/fd/N or /proc/self/fd/N of this process, as /dev/stdout does."""
+    own = {os.path.realpath("/dev/fd"), os.path.realpath("/proc/self/fd")}
+    for _ in range(40):  # links that lead to links, as the system follows them
+        folder = os.path.realpath(path.parent)
+        if folder in own and path.name.isdecimal():
+            return int(path.name)
+        if not path.is_symlink():
+            return None
+        path = Path(folder, path.readlink())
+    return None
+
+
+def check_can_write(path: Path) -> None:
+    """Raise OSError for what `replace_file` cannot write, such as a folder, a socket or a read-only file."""
+    number = descriptor(path)
+    if number is not None:
+        os.fstat(number)
+        return
+    folder = Path(os.path.realpath(path)).parent
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:  # a link may lead to what is not there yet
+        mode = stat.S_IFREG
+        if not folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, f"there is no folder {folder}", str(path)) from None
+    else:
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "is a folder; give a file", str(path))
+        if stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
+            found = "a socket" if stat.S_ISSOCK(mode) else "a block device, such as a disk"
+            raise OSError(errno.EINVAL, f"is {found}; give a file, a pipe or a character device", str(path))
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "is read-only; make it writable or give another file", str(path))
+    if stat.S_ISREG(mode) and not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"the folder {folder} is read-only; give another one", str(path))
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[TextIO]:
     """A UTF-8 file to write into, which takes the place of `path` when the block ends, whole or not at all.
 
-    It stands in the same folder until then, and is removed when the block fails. Opened as any file is, so its
-    mode is the user's umask's and not the 0600 of `tempfile`.
+    It stands in the same folder until then, and is removed when the block fails. A file that was there passes on
+    its mode, and its owner where we may; a new one has the mode of the user's umask, and not the 0600 of
+    `tempfile`. A link stays one, and what it leads to is replaced; another name of a file (a hard link) keeps the
+    old content. What is no file cannot be replaced: a pipe or character device, /dev/stdout included, is written
+    into as it is. Raises OSError where it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    check_can_write(path)
+    if descriptor(path) is not None or (path.exists() and not path.is_file()):
+        with open(open_as_it_is(path), "w", encoding="utf-8", newline="") as file:
+            yield file
+        return
+    target = Path(os.path.realpath(path))
+    mode = target.stat().st_mode & 0o777 | 0o200 if target.exists() else 0o666  # never more open than the old one
+    with new_beside(target, "tmp", lambda new: new.touch(mode=mode, exist_ok=False)) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        keep_mode(target, temporary)
+        temporary.replace(target)
+
+
+def open_as_it_is(path: Path) -> int:
+    """A handle to write to a descriptor, a character device or a named pipe; waits a while for its reader."""
+    number = descriptor(path)
+    if number is not None:
+        return os.dup(number)  # at the place it is at: what it leads to may be a file that others write to
+    until = time.monotonic() + READER_SECONDS
+    while True:
+        try:
+            handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > until:
+                cause = f"no process reads from this pipe (waited {READER_SECONDS:g} s)"
+                raise OSError(errno.ENXIO, cause, str(path)) from None
+        time.sleep(0.05)
+    if hasattr(os, "O_NONBLOCK"):
+        os.set_blocking(handle, True)
+    return handle
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -94,7 +265,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's own entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if sys.platform == "win32" and path.is_dir():  # where folders cannot be opened
+        return
+    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -113,8 +286,8 @@ def write_folder_atomically(
 ) -> None:
     """Let ``write`` fill a new folder, then put it in the place of ``target`` at once.
 
-    A crash leaves the old folder or the new one. Between the two renames that replacing a folder takes, the
-    old one is at ``.<name>.old``; `recover_folder` puts it back.
+    A crash leaves the old folder or the new one. Where the system cannot swap two names, replacing a folder takes
+    two renames, and between them the old one has a hidden name; `recover_folder` puts it back.
 
     Args:
         target: the folder; its parents are made.
@@ -127,38 +300,70 @@ def write_folder_atomically(
     """
     given = target
     target = target.resolve()  # a link to a folder stays one
-    temporary, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(target)
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            write(temporary)
-            for file in sorted(temporary.iterdir()):
-                sync(file)
-            if seal is not None:
-                seal(temporary)
-            sync(temporary)
-            if target.exists():
-                target.rename(old)
-            temporary.rename(target)
-            sync(target.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            recover_folder(target)
-            raise
+        with new_beside(target, "new", Path.mkdir) as temporary:
+            try:
+                write(temporary)
+                for file in sorted(temporary.iterdir()):
+                    sync(file)
+                if seal is not None:
+                    seal(temporary)
+                keep_mode(target, temporary)
+                sync(temporary)
+                put_in_place(temporary, target)
+                sync(target.parent)
+            except BaseException:
+                recover_folder(target)
+                raise
     except OSError as error:
         raise cannot_write(given, error, size) from error
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Give the folder ``temporary`` the name ``target``, and what stood there the name ``temporary``.
+
+    Others may do the same meanwhile.
+    """
+    old = temporary.with_suffix(".old")
+    while True:
+        try:
+            temporary.rename(target)  # onto nothing, or an empty folder
+            break
+        except OSError as error:
+            if error.errno not in OCCUPIED:
+                raise
+        if exchange(temporary, target):
+            return
+        remove(old)  # of a round in which another was faster: its folder stands there
+        with suppress(FileNotFoundError):
+            target.rename(old)
+    with suppress(FileNotFoundError):
+        old.rename(temporary)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Let two names change places in one step, so that nobody ever finds nothing there; False where that fails."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2  # of Linux
+    except (OSError, AttributeError, TypeError):
+        return False
+    sys.audit("os.rename", str(a), str(b), -1, -1)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
 
 
 def recover_folder(target: Path) -> None:
     """Undo a replacement that was interrupted between its two renames."""
-    old = target.with_name(f".{target.name}.old")
-    if old.is_dir() and not target.exists():
-        old.rename(target)
+    if target.exists():
+        return
+    found = target.parent.glob(f".{glob.escape(target.name)}.*old")
+    olds = [old for old in found if re.fullmatch(r"(\d+-[0-9a-f]{8}\.)?old", old.name[len(target.name) + 2 :])]
+    for old in sorted(olds, key=lambda old: old.stat().st_mtime, reverse=True):
+        with suppress(OSError):  # another has put one there
+            old.rename(target)
+            return
 
 
 def remove_folder(target: Path) -> None:
@@ -171,10 +376,10 @@ def remove_folder(target: Path) -> None:
 
 def clear_remains(folder: Path, name: str) -> None:
     """Undo what interrupted writing of ``name``, a pattern, left in ``folder``. Nobody may be writing it."""
-    for old in folder.glob(f".{name}.old"):
-        recover_folder(folder / old.name[1:].removesuffix(".old"))
+    for old in folder.glob(f".{name}.*old"):
+        recover_folder(folder / re.sub(r"(\.\d+-[0-9a-f]{8})?\.old$", "", old.name[1:]))
     for remains in folder.glob(f".{name}.*"):
         if remains.suffix in (".new", ".old", ".gone"):
             shutil.rmtree(remains, ignore_errors=True)
-        elif re.fullmatch(r"\..+\.\d+\.tmp", remains.name):
+        elif re.fullmatch(r"\..+\.\d+(-[0-9a-f]{8})?\.tmp", remains.name):
             remains.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -124,13 +125,16 @@ def watched(work, folder: Path, note) -> None:
 
 @pytest.fixture(scope="module")
 def operations(saved, recognizer, tmp_path_factory) -> list[list[str]]:
-    """All that one save with rotation does to the disk, in its order."""
+    """All that one save with rotation does to the disk, in its order; hidden names without their process."""
     folder = tmp_path_factory.mktemp("watched")
     run = copy_of(saved, folder / "run")
     seen: list[list[str]] = []
 
+    def note(name, path):
+        seen.append([name, re.sub(r"\.\d+-[0-9a-f]{8}\.", ".", path)])
+
     def work():
-        watched(lambda: save(run, recognizer, 3, keep=1), run.folder, lambda name, path: seen.append([name, path]))
+        watched(lambda: save(run, recognizer, 3, keep=1), run.folder, note)
         (folder / "seen.json").write_text(json.dumps(seen))
 
     assert forked(work) == 0
@@ -141,7 +145,9 @@ def test_every_file_is_on_the_disk_before_the_manifest_and_the_manifest_before_t
     new = "checkpoints/.step-00000003.new"
     opened = [path for name, path in operations if name == "open" and path.startswith(new)]
     written = {path for path in opened if not path.endswith(".tmp")}
-    written |= {path.rpartition(".step-00000003.new/.")[2].rsplit(".", 2)[0] for path in opened if ".tmp" in path}
+    written |= {
+        path.rpartition(".step-00000003.new/.")[2].removesuffix(".tmp") for path in opened if ".tmp" in path
+    }
     names = {Path(path).name for path in written}
     assert {"model.safetensors", "optimizer.safetensors", "state.json", "settings.json", "manifest.json"} <= names
 
@@ -451,9 +457,9 @@ def test_a_save_that_failed_ends_training_before_the_next_one(trained, tmp_path)
     whole, rows = trained
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    (run / "checkpoints/.step-00000020.new").write_text("a file is in the way")
+    (run / "checkpoints/step-00000020").write_text("a file is in the way")
     settings = replace(CONFIG, epochs=60, save_every="20")
-    with pytest.raises(FileError, match="step-00000020: cannot be written: File exists"):
+    with pytest.raises(FileError, match="step-00000020: cannot be written: Not a directory"):
         fit(toy_recognizer(), rows, [], settings, run, allow_changes=["epochs"])
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert 20 <= steps[-1] < 40

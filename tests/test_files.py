@@ -1,14 +1,23 @@
 """Files and folders are written whole or not at all (N7; FAULTS A2, B1)."""
 
 import os
+import re
+import signal
+import socket
+import stat
+import sys
+import threading
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ser import files
 from ser.errors import FileError
-from ser.files import recover_folder, write_folder_atomically, write_json, write_tensors
+from ser.files import recover_folder, replace_file, write_folder_atomically, write_json, write_tensors, written
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -40,30 +49,308 @@ def test_a_failed_write_leaves_the_old_folder_and_nothing_else(tmp_path, error):
     assert list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("moment", [1, 2])
-def test_a_crash_between_the_two_renames_loses_neither_folder(tmp_path, monkeypatch, moment):
-    target = tmp_path / "model"
-    write_folder_atomically(target, lambda folder: (folder / "a").write_text("old"))
-    renames = 0
-    real = Path.rename
-
-    def crash(self, other):
-        nonlocal renames
-        renames += 1
-        if renames == moment:
-            os._exit(9)
-        return real(self, other)
-
+def forked(work: Callable[[], object], seconds: int = 60) -> int:
+    """The status of a process that does ``work`` and ends: negative for a signal, 1 for an exception."""
     child = os.fork()
     if not child:
-        monkeypatch.setattr(Path, "rename", crash)
-        write_folder_atomically(target, lambda folder: (folder / "a").write_text("new"))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    recover_folder(target)
-    assert snapshot(target) == {"a": b"old"}
-    write_folder_atomically(target, lambda folder: (folder / "a").write_text("newer"))
-    assert snapshot(target) == {"a": b"newer"}
+        signal.alarm(seconds)
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at_rename(number: int, work: Callable[[], object]) -> Callable[[], object]:
+    """``work`` in a process that is killed before it renames for the ``number``-th time."""
+
+    def until_then():
+        count = 0
+
+        def hook(event, _):
+            nonlocal count
+            if event == "os.rename":
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        work()
+
+    return until_then
+
+
+def write_text(target: Path, text: str) -> None:
+    write_folder_atomically(target, lambda folder: (folder / "a").write_text(text))
+
+
+@pytest.mark.parametrize(("swap", "renames"), [(True, 2), (False, 4)])
+def test_a_kill_at_any_rename_loses_neither_folder_and_its_remains_go(tmp_path, monkeypatch, swap, renames):
+    if not swap:  # as on other systems than Linux
+        monkeypatch.setattr(files, "exchange", lambda *_: False)
+    target = tmp_path / "model"
+    for number in range(1, renames + 2):
+        write_text(target, "old")
+        status = forked(killed_at_rename(number, lambda: write_text(target, "new")))
+        assert status == (-signal.SIGKILL if number <= renames else 0)
+        if swap:
+            assert target.is_dir(), "it is there for readers at every moment"
+        recover_folder(target)
+        found = snapshot(target)["a"]
+        assert found == (b"old" if number <= (2 if swap else 3) else b"new")
+        write_text(target, "newer")
+        assert snapshot(target) == {"a": b"newer"}
+        assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_processes_that_write_one_folder_leave_a_whole_one_and_nothing_else(tmp_path, monkeypatch, swap):
+    """Each file of a folder holds the same text, so one of two writers would show."""
+    if not swap:
+        monkeypatch.setattr(files, "exchange", lambda *_: False)
+    target, stop = tmp_path / "model", tmp_path / "stop"
+
+    def fill(folder: Path, text: str) -> None:
+        for name in "abc":
+            (folder / name).write_text(text)
+
+    def write_on(text: str) -> None:
+        while not stop.exists():
+            write_folder_atomically(target, lambda folder: fill(folder, text))
+
+    write_folder_atomically(target, lambda folder: fill(folder, "0"))
+    children = []
+    for text in "123":
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            try:
+                write_on(text)
+                os._exit(0)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+        children.append(child)
+    try:
+        seen, absent = set(), 0
+        for _ in range(3000):
+            if swap:
+                assert target.is_dir(), "nobody ever finds nothing there"
+            handle = None
+            try:
+                handle = os.open(target, os.O_RDONLY)  # of one and the same folder
+                seen.add(os.stat("a", dir_fd=handle).st_size)
+            except FileNotFoundError:
+                absent += 1
+            finally:
+                if handle is not None:
+                    os.close(handle)
+    finally:
+        stop.touch()
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert statuses == [0, 0, 0] and seen == {1}
+    assert len({*snapshot(target).values()}) == 1 and len(snapshot(target)) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "stop"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_path, kind):
+    target = tmp_path / "a[b]"  # a pattern, to those who take it for one
+
+    def write(during: Callable[[], object]) -> None:
+        if kind == "file":
+            with replace_file(target) as file:
+                file.write("x")
+                file.flush()
+                during()
+        else:
+            write_folder_atomically(target, lambda folder: during())
+
+    assert forked(lambda: write(lambda: os.kill(os.getpid(), signal.SIGKILL))) == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert re.fullmatch(r"\.a\[b\]\.\d+-[0-9a-f]{8}\.(tmp|new)", left.name)
+    hidden = []
+    write(lambda: (hidden.extend(tmp_path.glob(".*")), forked(lambda: write(lambda: None))))
+    assert hidden != [left] and len(hidden) == 1, "the dead one's is gone, the own one's there"
+    assert list(tmp_path.iterdir()) == [target], "and the other's writing did not disturb"
+
+
+def test_a_folder_passes_its_mode_on_to_the_one_that_takes_its_place(tmp_path):
+    write_text(tmp_path / "model", "old")
+    (tmp_path / "model").chmod(0o750)
+    write_text(tmp_path / "model", "new")
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750
+
+
+# ------------------------------------------------------------------------------------- what is written into
+
+
+def write_file(path: Path, text: str = "new") -> None:
+    with replace_file(path) as file:
+        file.write(text)
+
+
+def test_a_file_is_replaced_whole_and_passes_on_its_mode_and_owner(tmp_path):
+    target = tmp_path / "private"
+    target.write_text("old")
+    target.chmod(0o600)
+    if not os.getuid():
+        os.chown(target, 1234, 4321)
+    before = target.stat()
+    with replace_file(target) as file:
+        file.write("new")
+        (hidden,) = tmp_path.glob(".*")
+        assert hidden.stat().st_mode & 0o077 == 0, "nor may others read it meanwhile"
+        assert target.read_text() == "old"
+    after = target.stat()
+    assert target.read_text() == "new" and after.st_ino != before.st_ino
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_file_stays_one_and_what_it_leads_to_is_written(tmp_path, there):
+    (tmp_path / "deep").mkdir()
+    real = tmp_path / "deep" / "real"
+    if there:
+        real.write_text("old")
+    (tmp_path / "link").symlink_to("deep/middle")
+    (tmp_path / "deep" / "middle").symlink_to("real")
+    write_file(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "deep" / "middle").is_symlink()
+    assert real.read_text() == "new" and not real.is_symlink()
+    assert {p.name for p in tmp_path.rglob("*")} == {"link", "deep", "middle", "real"}
+
+
+def test_another_name_of_a_file_keeps_the_old_content(tmp_path):
+    (tmp_path / "a").write_text("old")
+    os.link(tmp_path / "a", tmp_path / "b")
+    write_file(tmp_path / "a")
+    assert [(tmp_path / name).read_text() for name in "ab"] == ["new", "old"]
+
+
+@pytest.mark.parametrize("through", ["itself", "a link"])
+def test_a_named_pipe_is_written_into_and_stays_one(tmp_path, through):
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / "pipe"
+    if through == "a link":
+        path = tmp_path / "link"
+        path.symlink_to("pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()), daemon=True)
+    threading.Timer(0.1, reader.start).start()  # the writer is there first
+    write_file(path, "x" * 100_000)
+    reader.join(20)
+    assert read == ["x" * 100_000] and path.is_fifo()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_pipe_that_nobody_reads_from_is_an_error_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "READER_SECONDS", 0.1)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"no process reads from this pipe.*pipe'"):
+        write_file(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a device")
+@pytest.mark.parametrize("through", ["itself", "a link"])
+def test_a_device_is_written_into_and_stays_one(tmp_path, through):
+    node = tmp_path / "null"
+    os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    (tmp_path / "link").symlink_to("null")
+    write_file(node if through == "itself" else tmp_path / "link")
+    assert stat.S_ISCHR(node.lstat().st_mode) and (tmp_path / "link").is_symlink()
+    disk = tmp_path / "disk"
+    os.mknod(disk, 0o600 | stat.S_IFBLK, os.makedev(7, 250))
+    with pytest.raises(OSError, match="is a block device, such as a disk; give a file"):
+        write_file(disk)
+
+
+def test_a_device_without_room_is_an_error_of_ours():
+    if not Path("/dev/full").exists():
+        pytest.skip("has no /dev/full")
+    message = r"/dev/full: cannot be written: No space left on device"
+    with pytest.raises(FileError, match=message), written(Path("/dev/full")) as path:
+        write_file(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+@pytest.mark.parametrize("name", ["/dev/fd/{}", "/proc/self/fd/{}", "link"])
+def test_a_handle_is_written_to_where_it_stands_whatever_it_leads_to(tmp_path, name):
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    with log.open("a") as file:  # as `>> log` opens it
+        path = Path(name.format(file.fileno()))
+        if name == "link":
+            path = tmp_path / "link"
+            path.symlink_to(f"/dev/fd/{file.fileno()}")
+        write_file(path, "new\n")
+        file.write("after\n")
+    assert log.read_text() == "before\nnew\nafter\n"
+    log.unlink()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        write_file(Path(name.format(777)) if name != "link" else Path("/dev/fd/777"))
+
+
+def test_what_cannot_be_written_is_refused_by_name_and_left_as_it_is(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as server:
+        before = Path.cwd()
+        os.chdir(tmp_path)  # a socket's path is short
+        try:
+            server.bind("socket")
+        finally:
+            os.chdir(before)
+        for name, message in {
+            "folder": "is a folder; give a file",
+            "socket": "is a socket; give a file",
+            "none/file": "there is no folder",
+            "file/file": "Not a directory",
+            "loop": "Too many levels of symbolic links",
+        }.items():
+            with pytest.raises(OSError, match=message) as caught:
+                write_file(tmp_path / name)
+            assert caught.value.filename == str(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "loop", "socket"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs the right to become another user")
+def test_a_file_or_folder_that_is_read_only_is_refused_by_name(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "file").chmod(0o444)
+    (tmp_path / "locked").mkdir(0o555)
+    tmp_path.chmod(0o777)
+
+    def as_nobody():
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        os.chdir(tmp_path)
+        with pytest.raises(PermissionError, match="is read-only; make it writable"):
+            write_file(Path("file"))
+        with pytest.raises(PermissionError, match=r"the folder .*locked is read-only"):
+            write_file(Path("locked/file"))
+        Path("writable").mkdir()
+        Path("writable/file").write_text("old")
+        Path("writable").chmod(0o300)  # not to be listed
+        write_file(Path("writable/file"))
+        assert Path("writable/file").read_text() == "new"
+
+    for folder in [*tmp_path.parents][:3]:
+        if not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o011)
+    assert forked(as_nobody) == 0
+    assert (tmp_path / "file").read_text() == "old"
+
+
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_writing_through_a_link_keeps_the_link(tmp_path):
