@@ -751,6 +751,21 @@ def load_audio(
         return _at_16_khz(_mono_blocks(sound, info, first), info.frames, info.sample_rate)
 
 
+def _check_window(window: float, hop: float) -> None:
+    if not (0 < hop <= window < math.inf):
+        raise ConfigError(f"window is {window!r} s and hop {hop!r} s; expected 0 < hop <= window")
+
+
+def _window_bounds(frames: int, rate: int, window: float, hop: float) -> Iterator[tuple[int, int]]:
+    """(first frame, number of frames) of each window; see `load_windows`."""
+    size, step = (max(1, round(seconds * rate)) for seconds in (window, hop))
+    for position in range(0, frames, step):
+        last = position + size + min(rate, size) > frames  # what is left after it is too short
+        yield position, frames - position if last else size
+        if last:
+            break
+
+
 def load_windows(
     path: str | os.PathLike[str],
     *,
@@ -774,16 +789,27 @@ def load_windows(
     Raises:
         AudioError: as for :func:`load_audio`, where a window is reached; ConfigError: window or hop out of range.
     """
-    if not (0 < hop <= window < math.inf):
-        raise ConfigError(f"window is {window!r} s and hop {hop!r} s; expected 0 < hop <= window")
+    _check_window(window, hop)
     with _opened(path, start, end, math.inf) as (info, first, sound):
         rate = info.sample_rate
-        size, step = (max(1, round(seconds * rate)) for seconds in (window, hop))
-        for position in range(0, info.frames, step):
-            last = position + size + min(rate, size) > info.frames  # what is left after it is too short
-            frames = info.frames - position if last else size
+        for position, frames in _window_bounds(info.frames, rate, window, hop):
             part = replace(info, frames=frames)
             at = first + position
             yield at / rate, (at + frames) / rate, _at_16_khz(_mono_blocks(sound, part, at), frames, rate)
-            if last:
-                break
+
+
+def array_windows(
+    samples: np.ndarray | Tensor, sample_rate: int, *, window: float, hop: float
+) -> Iterator[tuple[float, float, Tensor]]:
+    """As `load_windows`, of sound which the caller already has: of what :func:`as_waveform` takes."""
+    _check_window(window, hop)
+    rate = _checked_rate("array_windows", sample_rate)
+    if samples.ndim not in (1, 2) or 0 in samples.shape:
+        as_waveform(samples, rate)  # says what is wrong with it
+    for position, frames in _window_bounds(len(samples), rate, window, hop):
+        start, end = position / rate, (position + frames) / rate
+        try:
+            waveform = as_waveform(samples[position : position + frames], rate)
+        except (AudioError, RuntimeError) as error:
+            raise AudioError(f"window from {start:g} to {end:g} s: {error}") from None
+        yield start, end, waveform

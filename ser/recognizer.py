@@ -10,9 +10,12 @@ folder that training wrote is all that inference needs, and nothing else decides
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +25,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ser.audio import SAMPLE_RATE, as_waveform, audio_info, load_audio, load_windows, normalise
+from ser.audio import (
+    SAMPLE_RATE,
+    array_windows,
+    as_waveform,
+    audio_info,
+    load_audio,
+    load_windows,
+    normalise,
+)
 from ser.data.dataset import SpeechDataset, pad
 from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.sampler import evaluation_batches
@@ -54,6 +65,8 @@ MAX_SECONDS = 120.0  # attention's memory grows with the square of the length
 # Padded seconds per forward pass in inference. On a CPU more do not stay in its caches: 64 took a quarter longer.
 BATCH_SECONDS = {"cpu": 16.0, "cuda": 64.0}
 WINDOW = 512  # recordings that are sorted by length together; results come at least so often
+PATIENCE = 1.0  # seconds that recordings wait for more of a source that is slow, once they fill a batch
+MOST_FIRST = 64  # recordings that a generator gives before the first result, however short they are
 
 # head -> the attribute of a Recognizer that names its classes, and where a folder has those names
 LABELS = {"emotion": "emotions", "ctc": "vocabulary", "speaker": "speakers", "dimensions": "dimensions"}
@@ -66,7 +79,8 @@ WHERE_LABELS_STAND = {
 # model_type -> how its classes in `transformers` begin
 ARCHITECTURES = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM", "data2vec-audio": "Data2VecAudio"}
 
-Input = str | Path | Utterance | np.ndarray | Tensor  # a path, a manifest row, or samples
+# A path, a manifest row, samples, or a dict of `datasets` (array, sampling_rate, path)
+Input = str | os.PathLike[str] | Utterance | np.ndarray | Tensor | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -416,8 +430,9 @@ class Recognizer:
 
         Args:
             inputs: a path, a manifest row (`ser.data.manifest.Utterance`), samples ((S,) or (S, channels), float
-                or integer PCM, numpy or torch), or an iterable of these.
-            sampling_rate: of samples that are passed as arrays, in Hz; files carry their own.
+                or integer PCM, numpy or torch), a dict of these as `datasets` decodes it (array, sampling_rate,
+                path), or an iterable of these, such as a list, a generator or an array or column of paths.
+            sampling_rate: of samples that are passed as arrays, in Hz; files and dicts carry their own.
             workers: processes that decode audio; 0 decodes in this one.
             max_seconds: longer recordings are refused.
 
@@ -427,8 +442,6 @@ class Recognizer:
         Raises:
             AudioError: a recording cannot be read, or is too long. `stream` goes on instead.
         """
-        if isinstance(inputs, str | Path | Utterance | np.ndarray | Tensor):
-            inputs = [inputs]
         results = []
         for result in self.stream(inputs, sampling_rate, workers=workers, max_seconds=max_seconds):
             if isinstance(result, SerError):
@@ -438,19 +451,27 @@ class Recognizer:
 
     def stream(
         self,
-        inputs: Iterable[Input],
+        inputs: Input | Iterable[Input],
         sampling_rate: int | None = None,
         *,
         workers: int = 0,
         max_seconds: float = MAX_SECONDS,
     ) -> Iterator[Prediction | SerError]:
-        """As `predict`, but lazily and in bounded memory; a bad recording gives its error and the rest go on."""
+        """As `predict`, but lazily and in bounded memory; a bad recording gives its error and the rest go on.
+
+        A generator is asked for a batch's worth (`batch_seconds`, at most 64 recordings) before the first result,
+        and then for more at a time, since little is padded where many are sorted by length; of one that lets us
+        wait, such as a microphone, results go on to come with every batch's worth. Each of ``workers`` has two
+        batches more under way. Of a list, 512 are looked at together.
+        """
         if not max_seconds > 0:
             raise ConfigError(f"max_seconds is {max_seconds!r}; expected a number above 0")
-        recordings = (find_recording(i, item, sampling_rate, max_seconds) for i, item in enumerate(inputs))
+        items = each_of(inputs)
+        recordings = (find_recording(i, item, sampling_rate, max_seconds) for i, item in enumerate(items))
+        runs = gather(recordings, None if isinstance(items, Sized) else self.batch_seconds)
         loader = DataLoader(
             Decoder(),
-            batch_sampler=plan_batches(recordings, self.batch_seconds),  # of recordings, not of numbers
+            batch_sampler=plan_batches(runs, self.batch_seconds),  # of recordings, not of numbers
             num_workers=workers,
             collate_fn=pack,
         )
@@ -469,7 +490,12 @@ class Recognizer:
                     position += 1
 
     def predict_windows(
-        self, source: str | Path | Utterance, *, window: float = 20.0, hop: float | None = None
+        self,
+        source: Input,
+        sampling_rate: int | None = None,
+        *,
+        window: float = 20.0,
+        hop: float | None = None,
     ) -> Iterator[Prediction]:
         """Recognise a recording of any length window by window, lazily and in memory that does not grow with it.
 
@@ -481,7 +507,9 @@ class Recognizer:
         trained on utterances of some seconds; a word that a window cuts is lost to its transcript.
 
         Args:
-            source: a path, or a manifest row, of whose excerpt the windows are then.
+            source: a path, samples, or a dict, as for `predict`; or a manifest row, of whose excerpt the windows
+                are then.
+            sampling_rate: of samples, in Hz.
             window: seconds of each, at most 120. A remainder of under a second (or under a window, where that is
                 shorter) makes the last one longer.
             hop: seconds from the start of one window to the start of the next; None: ``window``, without overlap.
@@ -495,10 +523,7 @@ class Recognizer:
         """
         if not 0 < window <= MAX_SECONDS:
             raise ConfigError(f"window is {window!r} s; expected above 0 and at most {MAX_SECONDS:g}")
-        row = source if isinstance(source, Utterance) else Utterance(id=str(source), file=Path(source))
-        windows = load_windows(
-            row.file, window=window, hop=window if hop is None else hop, start=row.start, end=row.end
-        )
+        file, windows = open_windows(source, sampling_rate, window=window, hop=window if hop is None else hop)
         at_once = max(1, int(self.batch_seconds // window))
         damage: AudioError | None = None
         with freed_memory_kept(self.device):
@@ -512,7 +537,7 @@ class Recognizer:
                     break
                 predictions = self.predict_waveforms([waveform for _, _, waveform in group])
                 for (start, end, _), prediction in zip(group, predictions, strict=True):
-                    yield replace(prediction, file=str(row.file), start=start, end=end)
+                    yield replace(prediction, file=file, start=start, end=end)
         if damage is not None:
             raise damage
 
@@ -565,6 +590,72 @@ class Recognizer:
         return predictions
 
 
+def each_of(inputs: Input | Iterable[Input]) -> Iterable[Input]:
+    """What was passed to `predict`, one by one: a recording alone is a list of one."""
+    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OUST":  # of paths, or of samples
+        if inputs.ndim > 1 and inputs.shape[1:] != (1,):
+            raise AudioError(f"inputs are an array of shape {inputs.shape}; expected samples, or (N,) of paths")
+        return inputs.reshape(-1).tolist()
+    if hasattr(inputs, "iterrows"):
+        raise AudioError('inputs are a whole table; pass its column of paths, such as frame["file"]')
+    if isinstance(inputs, tuple) and is_pair(inputs):
+        raise AudioError(f"inputs are {no_recording(inputs)}")
+    alone = str | bytes | os.PathLike | Utterance | np.ndarray | Tensor | Mapping
+    if isinstance(inputs, alone) or hasattr(inputs, "get_all_samples") or hasattr(inputs, "read"):
+        return [inputs]  # type: ignore[list-item]
+    try:
+        iter(inputs)
+    except TypeError:  # what it is stands in its error
+        return [inputs]  # type: ignore[list-item]
+    return inputs
+
+
+def is_pair(item: Sequence[Any]) -> bool:
+    """Whether an input is samples with their rate, as `librosa.load`, `torchaudio.load` and scipy return them."""
+    kinds = [isinstance(part, np.ndarray | Tensor) - isinstance(part, Real) for part in item[:3]]
+    return sorted(kinds) == [-1, 1]
+
+
+def no_recording(item: Any) -> str:
+    """What an input is that cannot be taken, what was expected, and what to do."""
+    found = f"of type {type(item).__name__}"
+    expected = f"{found}; expected a path, a manifest row, or samples as a numpy array or torch tensor"
+    if isinstance(item, tuple | list) and is_pair(item):
+        return (
+            "a pair of samples and their rate, as librosa and torchaudio load them; pass predict(samples, rate), "
+            'or {"array": samples, "sampling_rate": rate} for each, and samples.T where channels come first'
+        )
+    if hasattr(item, "get_all_samples"):
+        return (
+            f"{expected}; a decoder gives them: found = decoder.get_all_samples(), then "
+            '{"array": found.data.T, "sampling_rate": found.sample_rate}'
+        )
+    if isinstance(item, bytes):
+        return f"{expected}; os.fsdecode makes text of a path, and a file's bytes are to be written to a file"
+    return expected
+
+
+def unpacked(item: Any, sampling_rate: int | None, name: str) -> tuple[Any, Any, str | None]:
+    """An input, its rate and the name of its file: of a dict of `datasets` its parts, else as they are."""
+    if not isinstance(item, Mapping):
+        return item, sampling_rate, None
+    array, rate, path = item.get("array"), item.get("sampling_rate"), item.get("path")
+    if array is None and item.get("bytes") is not None:
+        raise AudioError(
+            f"{name} is a dict of a file's bytes; expected samples: let `datasets` decode them "
+            '(dataset.cast_column("audio", datasets.Audio())), or write them to a file'
+        )
+    if array is None and path is None:
+        hint = '; of a row of a data set, pass row["audio"]' if "audio" in item else ""
+        keys = ", ".join(map(str, item)) or "nothing"
+        raise AudioError(f'{name} is a dict of {shorten(keys)}; expected "array" and "sampling_rate"{hint}')
+    if array is None:
+        return path, sampling_rate, None
+    if rate is not None and sampling_rate is not None and np.any(rate != sampling_rate):
+        raise AudioError(f"{name} has a sampling_rate of {rate}, and {sampling_rate} was passed; leave one out")
+    return array, sampling_rate if rate is None else rate, None if path is None else str(path)
+
+
 @dataclass(frozen=True)
 class Recording:
     """One input: its place, where its sound is, and its length from the header, or why it cannot be read."""
@@ -583,29 +674,18 @@ def find_recording(index: int, item: Input, sampling_rate: int | None, max_secon
     recording = Recording(index)
     name = f"input {index}"
     try:
-        if isinstance(item, str | Path | Utterance):
-            if isinstance(item, Utterance):
-                name = str(item.file)
-                recording = replace(recording, file=name, start=item.start, end=item.end)
-            else:
-                name = str(item)
-                recording = replace(recording, file=name)
+        sound, rate, file = unpacked(item, sampling_rate, name)
+        if isinstance(sound, Utterance):
+            recording, sound = replace(recording, start=sound.start, end=sound.end), sound.file
+        if isinstance(sound, str | os.PathLike):
+            name = os.fsdecode(sound)
+            recording = replace(recording, file=name)
             info = audio_info(name, start=recording.start, end=recording.end, max_seconds=float("inf"))
             recording = replace(recording, num_samples=info.num_samples)
             seconds = info.seconds
-        elif not isinstance(item, np.ndarray | Tensor):
-            raise AudioError(
-                f"{name} is of type {type(item).__name__}; expected a path, a manifest row, or samples as a numpy "
-                "array or torch tensor"
-            )
-        elif sampling_rate is None:
-            raise AudioError(f"{name} is an array: pass sampling_rate, in Hz, with it")
         else:
-            try:
-                samples = as_waveform(item, sampling_rate).numpy()
-            except AudioError as error:
-                raise AudioError(f"{name}: {error}") from None
-            recording = replace(recording, samples=samples, num_samples=len(samples))
+            samples = checked_samples(sound, rate, name).numpy()
+            recording = replace(recording, file=file, samples=samples, num_samples=len(samples))
             seconds = len(samples) / SAMPLE_RATE
         if seconds > max_seconds:
             raise AudioError(
@@ -618,13 +698,69 @@ def find_recording(index: int, item: Input, sampling_rate: int | None, max_secon
     return recording
 
 
-def plan_batches(recordings: Iterable[Recording], seconds: float) -> Iterator[list[Recording]]:
+def checked_samples(samples: Any, rate: Any, name: str) -> Tensor:
+    """Samples that were passed, as (S,) at 16 kHz. Raises AudioError with the input's name."""
+    check_is_array(samples, rate, name)
+    try:
+        return as_waveform(samples, rate)
+    except (AudioError, TypeError, ValueError, RuntimeError) as error:  # such as tensors without values
+        raise AudioError(f"{name}: {error}") from None
+
+
+def check_is_array(samples: Any, rate: Any, name: str) -> None:
+    """Raise AudioError for what is neither array nor tensor, or has no rate."""
+    if not isinstance(samples, np.ndarray | Tensor):
+        raise AudioError(f"{name} is {no_recording(samples)}")
+    if rate is None:
+        raise AudioError(f"{name} is an array: pass sampling_rate, in Hz, with it")
+
+
+def open_windows(
+    source: Input, sampling_rate: int | None, *, window: float, hop: float
+) -> tuple[str | None, Iterator[tuple[float, float, Tensor]]]:
+    """The name of a recording's file, and its windows, as `load_windows` gives them."""
+    name = "the recording"
+    sound, rate, file = unpacked(source, sampling_rate, name)
+    if isinstance(sound, Utterance):
+        file, start, end = str(sound.file), sound.start, sound.end
+        return file, load_windows(file, window=window, hop=hop, start=start, end=end)
+    if isinstance(sound, str | os.PathLike):
+        return os.fsdecode(sound), load_windows(os.fsdecode(sound), window=window, hop=hop)
+    check_is_array(sound, rate, name)
+    return file, array_windows(sound, rate, window=window, hop=hop)
+
+
+def gather(recordings: Iterator[Recording], seconds: float | None) -> Iterator[list[Recording]]:
+    """Runs of at most `WINDOW` recordings that are sorted by length together; None: of so many each.
+
+    Else the first one ends with ``seconds`` of sound, so that there are results soon, and each other one with
+    twice as much as the one before, so that little is padded; with ``seconds`` again where the source is slow.
+    """
+    limit = seconds
+    while True:
+        run: list[Recording] = []
+        sound, began = 0.0, time.monotonic()
+        for recording in recordings:
+            run.append(recording)
+            if seconds is not None and limit is not None:
+                sound += max(recording.num_samples / SAMPLE_RATE, seconds / MOST_FIRST)
+                slow = time.monotonic() - began > PATIENCE
+                if sound >= (seconds if slow else limit):
+                    limit *= 2
+                    break
+            if len(run) == WINDOW:
+                break
+        if not run:
+            return
+        yield run
+
+
+def plan_batches(runs: Iterable[list[Recording]], seconds: float) -> Iterator[list[Recording]]:
     """Batches of like length, so that little is padded; recordings with errors in batches of their own."""
-    recordings = iter(recordings)
-    while window := list(islice(recordings, WINDOW)):
-        good = [r for r in window if r.error is None]
-        if len(good) < len(window):
-            yield [r for r in window if r.error is not None]
+    for run in runs:
+        good = [r for r in run if r.error is None]
+        if len(good) < len(run):
+            yield [r for r in run if r.error is not None]
         lengths = [r.num_samples for r in good]
         for batch in evaluation_batches(lengths, batch_samples=int(seconds * SAMPLE_RATE)):
             yield [good[i] for i, _ in batch]

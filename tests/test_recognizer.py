@@ -1,5 +1,6 @@
 """A model with its labels: saved and loaded, created from another, and what it says about recordings."""
 
+import io
 import json
 import os
 import platform
@@ -20,7 +21,17 @@ from ser.errors import AudioError, ConfigError, FileError, ModelFolderError, Ser
 from ser.models import memory
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.models.precision import has_fast_bf16
-from ser.recognizer import BATCH_SECONDS, MAX_SECONDS, WINDOW, Prediction, Recognizer
+from ser.recognizer import (
+    BATCH_SECONDS,
+    MAX_SECONDS,
+    MOST_FIRST,
+    WINDOW,
+    Prediction,
+    Recognizer,
+    Recording,
+    gather,
+    plan_batches,
+)
 from ser.train.config import TrainConfig
 from ser.train.evaluation import evaluate
 from ser.train.loop import fit
@@ -449,6 +460,92 @@ def test_a_path_a_string_an_array_and_a_tensor_are_the_same_recording(recognizer
     assert from_memory == replace(from_file, file=None)
 
 
+class Column:
+    """As a column of pandas or polars: it can be iterated, has a length, and is no sequence."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __iter__(self):
+        return iter(self.values)
+
+    def __len__(self):
+        return len(self.values)
+
+
+class Indexed:
+    """As a data set of torch: it ends with an IndexError."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __getitem__(self, index):
+        return self.values[index]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda names: np.array(names),
+        lambda names: np.array(names, object),
+        lambda names: np.array([Path(n) for n in names]),
+        lambda names: np.array(names)[:, None],
+        lambda names: np.array(names, np.dtypes.StringDType()) if hasattr(np.dtypes, "StringDType") else names,
+        lambda names: Column(np.array(names)),
+        lambda names: Indexed(names),
+        lambda names: tuple(names),
+        lambda names: dict.fromkeys(names).keys(),
+        lambda names: (Path(name) for name in names),
+    ],
+)
+def test_paths_come_in_arrays_columns_and_whatever_else_can_be_iterated(recognizer, recordings, shape):
+    names = [str(path) for path in recordings]
+    assert [p.file for p in recognizer.predict(shape(names))] == names
+    assert [p.file for p in recognizer.stream(shape(names))] == names
+
+
+def test_one_input_alone_is_a_list_of_one_for_predict_and_stream(recognizer, recordings):
+    path, samples = recordings[0], soundfile.read(recordings[0], dtype="float32")[0]
+    (expected,) = recognizer.predict([path])
+    for alone in (path, str(path), np.str_(path), np.array(str(path)), Utterance("x", path), {"path": str(path)}):
+        assert recognizer.predict(alone) == [expected] == list(recognizer.stream(alone))
+    assert list(recognizer.stream(samples, 16000)) == [replace(expected, file=None)]
+
+
+def test_a_dict_of_a_data_set_carries_its_own_rate_and_the_name_of_its_file(recognizer, tmp_path):
+    samples = noise(8000)
+    soundfile.write(tmp_path / "a.wav", samples, 8000, subtype="FLOAT")
+    (expected,) = recognizer.predict(tmp_path / "a.wav")
+    sound = {"path": "a.wav", "array": samples, "sampling_rate": 8000}
+    for given in (
+        sound,
+        [sound],
+        np.array([sound]),
+        (each for each in [sound]),
+        {**sound, "array": samples[:, None]},
+    ):
+        (found,) = recognizer.predict(given)
+        assert found.file == "a.wav"
+        assert_alike(found, expected)
+    (unnamed,) = recognizer.predict({**sound, "path": None}, 8000)
+    assert unnamed.file is None
+    assert_alike(unnamed, expected)
+    named = {"path": str(tmp_path / "a.wav"), "bytes": None}  # not decoded: the file is read
+    first, second = recognizer.predict([named, sound])
+    assert_alike(first, second)
+    results = list(recognizer.stream([sound, {**sound, "sampling_rate": 9}, sound, None, tmp_path / "a.wav"]))
+    assert [isinstance(r, AudioError) for r in results] == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_tensors_of_other_precisions_and_with_gradients_are_taken(recognizer, dtype):
+    samples = torch.from_numpy(noise(9000)).to(dtype)
+    (expected,) = recognizer.predict(samples.float(), 16000)
+    assert_alike(recognizer.predict(samples, 16000)[0], expected)
+    assert_alike(recognizer.predict(samples.requires_grad_(), 16000)[0], expected)
+    assert_alike(recognizer.predict(torch.stack([samples, samples], 1), 16000)[0], expected)
+
+
 def test_integer_pcm_and_stereo_are_taken(recognizer):
     pcm = (noise(9000) * 32768).astype(np.int16)
     (expected,) = recognizer.predict(pcm / np.float32(32768), 16000)
@@ -530,6 +627,26 @@ def test_a_limit_that_is_none_is_refused(recognizer, limit):
         recognizer.predict(noise(500), 16000, max_seconds=limit)
 
 
+class Decodes:
+    """As `datasets` 4 gives sound: read when it is asked for."""
+
+    def get_all_samples(self):
+        raise AssertionError
+
+    def __getitem__(self, name):
+        raise AssertionError
+
+
+class Table:
+    """As pandas has it: its items are the names of its columns."""
+
+    def iterrows(self):
+        raise AssertionError
+
+    def __iter__(self):
+        return iter(["file", "emotion"])
+
+
 @pytest.mark.parametrize(
     ("inputs", "rate", "expected"),
     [
@@ -539,7 +656,41 @@ def test_a_limit_that_is_none_is_refused(recognizer, limit):
         ([0.1, 0.2, 0.3], 16000, "input 0 is of type float; expected .* numpy array or torch tensor"),
         ([[0.1, 0.2]], 16000, "input 0 is of type list"),
         ([None], 16000, "input 0 is of type NoneType"),
-        (b"a.wav", None, "input 0 is of type int"),
+        ((noise(500), 16000), None, r"inputs are a pair of samples and their rate.*predict\(samples, rate\)"),
+        ([(torch.zeros(500), 16000)], None, r"input 0 is a pair of samples and their rate.*samples\.T"),
+        ([(16000, noise(500))], 16000, "input 0 is a pair of samples and their rate"),
+        (b"a.wav", None, r"input 0 is of type bytes; .*os\.fsdecode"),
+        (np.array([b"a.wav"]), None, "input 0 is of type bytes"),
+        (np.array([["a.wav", "b.wav"]]), None, r"array of shape \(1, 2\); expected samples, or \(N,\) of paths"),
+        (np.array([0.5, 0.5], object), 16000, "input 0 is of type float"),
+        (None, None, "input 0 is of type NoneType"),
+        (16000, None, "input 0 is of type int; expected a path"),
+        (Table(), None, r'inputs are a whole table; pass its column of paths, such as frame\["file"\]'),
+        (Decodes(), None, r"input 0 is of type Decodes; .*found = decoder\.get_all_samples\(\).*found\.data\.T"),
+        ([Decodes()], 16000, "input 0 is of type Decodes; .*found = decoder"),
+        (io.BytesIO(b""), None, "input 0 is of type BytesIO"),
+        ([io.BytesIO(b"")], None, "input 0 is of type BytesIO"),
+        ([np.zeros(500, bool)], 16000, "input 0: .*bool"),
+        ([torch.empty(500, device="meta")], 16000, "input 0: "),
+        ([torch.zeros(500).to_sparse()], 16000, "input 0: "),
+        (["a", noise(500)], None, "a: no such file"),
+        ({}, None, r'input 0 is a dict of nothing; expected "array" and "sampling_rate"'),
+        ({"file": ["a.wav"]}, None, r'input 0 is a dict of file; expected "array"'),
+        (
+            [{"audio": {}, "label": 1}],
+            None,
+            r'dict of audio, label; .*of a row of a data set, pass row\["audio"\]',
+        ),
+        ([{"bytes": b"RIFF", "path": "a.wav"}], None, r"input 0 is a dict of a file's bytes; .*cast_column"),
+        ([{"array": noise(500)}], None, "input 0 is an array: pass sampling_rate"),
+        ([{"array": [0.1, 0.2], "sampling_rate": 16000}], None, "input 0 is of type list"),
+        ([{"array": noise(500), "sampling_rate": "16k"}], None, "input 0: .*sample rate of '16k'"),
+        (
+            [{"array": noise(500), "sampling_rate": 8000}],
+            16000,
+            "rate of 8000, and 16000 was passed; leave one out",
+        ),
+        ([{"path": 5}], None, "input 0 is of type int"),
         (np.zeros((2, 9000), np.float32), 16000, r"input 0: .*9000 channels.*samples\.T"),
         (np.zeros(0, np.float32), 16000, "input 0: .*S >= 1"),
         (np.full(500, np.nan, np.float32), 16000, "input 0: .*nan at frame 0"),
@@ -622,6 +773,58 @@ def test_an_endless_stream_of_bad_recordings_yields_its_errors(recognizer):
     results = recognizer.stream(f"missing{i}.wav" for i in iter(int, 1))
     assert all(isinstance(next(results), AudioError) for _ in range(WINDOW + 1))
     results.close()
+
+
+@pytest.mark.parametrize("seconds", [0.1, 1.0, 3.0])
+def test_a_generator_is_asked_for_a_batchs_worth_before_its_first_result(recognizer, seconds):
+    sounds = [noise(round(seconds * 16_000), seed) for seed in range(3)]
+    taken = 0
+
+    def live():
+        nonlocal taken
+        for number in range(200):
+            taken += 1
+            yield sounds[number % 3]
+
+    results = recognizer.stream(live(), 16_000)
+    first = next(results)
+    assert taken == min(MOST_FIRST, -(-16 // seconds))
+    found = [first, *results]
+    assert taken == len(found) == 200
+    for number, prediction in enumerate(found):
+        assert_alike(prediction, found[number % 3])
+    assert_alike(first, recognizer.predict(sounds[0], 16_000)[0])
+
+
+def test_runs_of_a_generator_grow_those_of_a_slow_one_do_not_and_a_lists_are_whole(monkeypatch):
+    def sizes(count: int, seconds: float | None, **fields) -> list[int]:
+        recordings = (Recording(i, **fields) for i in range(count))
+        return [len(run) for run in gather(recordings, seconds)]
+
+    assert sizes(1500, None, num_samples=16_000) == [512, 512, 476]
+    assert sizes(1500, 16.0, num_samples=16_000) == [16, 32, 64, 128, 256, 512, 492]
+    assert sizes(300, 16.0, error=AudioError("cannot be read")) == [64, 128, 108]
+    assert sizes(5, 16.0, num_samples=16_000 * 100) == [1, 1, 1, 2]
+    assert sizes(0, 16.0) == sizes(0, None) == []
+    monkeypatch.setattr("ser.recognizer.PATIENCE", -1.0)
+    assert sizes(70, 16.0, num_samples=16_000) == [16, 16, 16, 16, 6]
+    assert sizes(1500, None, num_samples=16_000) == [512, 512, 476]
+
+
+@pytest.mark.parametrize("batch", BATCH_SECONDS.values())
+def test_a_generator_costs_at_most_a_percent_more_than_a_list(batch):
+    """Of padded work, for the lengths of IEMOCAP's turns in random order."""
+    file = Path(__file__).resolve().parents[1] / "benchmarks" / "seconds.txt"
+    lengths = [round(float(line) * 16_000) for line in file.read_text().split()]
+    np.random.default_rng(0).shuffle(lengths)
+
+    def padded(seconds: float | None) -> int:
+        recordings = (Recording(i, num_samples=length) for i, length in enumerate(lengths))
+        batches = list(plan_batches(gather(recordings, seconds), batch))
+        assert sorted(r.index for each in batches for r in each) == list(range(len(lengths)))
+        return sum(len(each) * max(r.num_samples for r in each) for each in batches)
+
+    assert padded(batch) <= 1.01 * padded(None)
 
 
 def test_batches_are_of_like_length_and_bounded(recognizer, monkeypatch):

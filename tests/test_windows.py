@@ -45,6 +45,44 @@ def test_each_window_is_predicted_as_that_excerpt_alone(tmp_path, norm, name, ra
         assert p.seconds == pytest.approx(alone.seconds, abs=1e-3) and alone.start is None
 
 
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2), (8000, 1)])
+def test_the_windows_of_an_array_are_those_of_the_same_sound_in_a_file(tmp_path, rate, channels):
+    recognizer = toy_recognizer()
+    file = recording(tmp_path / "a.wav", 7.25, rate=rate, channels=channels, subtype="FLOAT")
+    samples = soundfile.read(file, dtype="float32")[0]
+    of_file = list(recognizer.predict_windows(file, window=2.0, hop=1.5))
+    assert len(of_file) == 4
+    sound = {"array": samples, "sampling_rate": rate, "path": "a.wav"}
+    for given, rate_of_it, name in [(samples, rate, None), (torch.from_numpy(samples), rate, None),
+                                    (sound, None, "a.wav"), (str(file), None, str(file))]:  # fmt: skip
+        found = list(recognizer.predict_windows(given, rate_of_it, window=2.0, hop=1.5))
+        assert [(p.start, p.end, p.file) for p in found] == [(p.start, p.end, name) for p in of_file]
+        for p, expected in zip(found, of_file, strict=True):
+            assert p.probabilities == pytest.approx(expected.probabilities, abs=1e-6)
+            assert (p.transcript, p.seconds) == (expected.transcript, expected.seconds)
+
+
+@pytest.mark.parametrize(
+    ("source", "rate", "message"),
+    [
+        (np.zeros(48_000, np.float32), None, "the recording is an array: pass sampling_rate"),
+        (np.zeros(0, np.float32), 16_000, "S >= 1"),
+        (np.zeros(()), 16_000, r"shape \(\)"),
+        (np.zeros((2, 48_000), np.float32), 16_000, r"48000 channels.*samples\.T"),
+        (np.full(48_000, np.nan, np.float32), 16_000, "window from 0 to 1 s: .*nan"),
+        (np.zeros(48_000, np.float32), 1, "sample rate of 1 Hz"),
+        (["a.wav"], None, "the recording is of type list; expected a path"),
+        (None, 16_000, "the recording is of type NoneType"),
+        ((np.zeros(48_000, np.float32), 16_000), None, "the recording is a pair of samples and their rate"),
+        ({"audio": {}}, None, "the recording is a dict of audio"),
+        ("none.wav", 16_000, r"none\.wav: no such file"),
+    ],
+)
+def test_what_is_no_recording_has_no_windows_and_is_said_to_be_none(source, rate, message):
+    with pytest.raises(AudioError, match=message):
+        list(toy_recognizer().predict_windows(source, rate, window=1.0))
+
+
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
@@ -79,8 +117,9 @@ def test_the_windows_of_an_excerpt_stay_within_it(tmp_path):
                                  {"window": 2.0, "hop": 0.0}, {"window": 2.0, "hop": 2.5}])  # fmt: skip
 def test_a_window_or_hop_out_of_range_is_refused(tmp_path, bad):
     file = recording(tmp_path / "a.wav", 3.0)
-    with pytest.raises(ConfigError, match=r"window is .* s"):
-        list(toy_recognizer().predict_windows(file, **bad))
+    for source in (file, np.zeros(48_000, np.float32)):
+        with pytest.raises(ConfigError, match=r"window is .* s"):
+            list(toy_recognizer().predict_windows(source, 16_000, **bad))
 
 
 def test_a_damaged_recording_gives_what_is_before_the_damage_and_then_its_error(tmp_path):
