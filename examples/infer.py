@@ -17,10 +17,11 @@ The predictions file of Cai et al. (INTERSPEECH 2021), for their fold of IEMOCAP
 
     python examples/infer.py iemocap_01F.test.csv --root IEMOCAP_full_release --model runs/01F/best --format paper
 
-A folder stands for all recordings in it, at any depth and in sorted order, by suffix (.wav, .flac, .ogg, .mp3);
-hidden files and folders are left out. A file that is named itself is read whatever its suffix is. Results come in
-the order of the inputs. A recording that cannot be read is reported, and stands with its error in json, jsonl and
-csv, while the others go on.
+A folder stands for all recordings in it, at any depth and in sorted order, by suffix: .wav, .flac, .ogg, .mp3, and
+those that are sound or video and cannot be read, such as .m4a, .opus or .mp4, which stand there with their error.
+Links to folders are followed; hidden files and folders are left out. A file that is named itself is read whatever
+its suffix is. Results come in the order of the inputs. A recording that cannot be read is reported, and stands
+with its error in json, jsonl and csv, while the others go on.
 
 Exit status: 0 if all were recognised, 1 if some could not be read, 2 if nothing was written (no model, no input).
 """
@@ -39,24 +40,27 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
-from ser.audio import audio_info
+from ser.audio import OTHER_SUFFIXES, SUFFIXES, audio_info
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, parse_columns, read_manifest
 from ser.errors import AudioError, ConfigError, SerError
-from ser.files import replace_file
+from ser.files import check_can_write, files_below, replace_file, written
 from ser.recognizer import MAX_SECONDS, Prediction, Recognizer
 
 gc.freeze()  # nor at the end
 gc.enable()
 
-RECORDINGS = (".wav", ".flac", ".ogg", ".mp3")
-MANIFESTS = (".csv", ".tsv", ".jsonl")
+RECORDINGS = SUFFIXES + OTHER_SUFFIXES
+MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
+LISTS = (".txt", ".lst", ".list", ".scp", ".xls", ".xlsx", ".ods", ".parquet")  # that are taken for manifests
+# What loading a model reads, beside *.safetensors
+MODEL_FILES = ("config.json", "vocab.json", "tokens.json", "tokens_map.json", "tokenizer.json", "index.json")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
         description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT",
-                        help="recording, folder, or manifest (.csv, .tsv, .jsonl)")  # fmt: skip
+                        help="recording, folder, or manifest (.csv, .tsv, .jsonl, .json)")  # fmt: skip
     parser.add_argument("--model", required=True,
                         help="model folder, or its OWNER/NAME on the Hugging Face hub")  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of --model on the hub")
@@ -117,27 +121,70 @@ def find_inputs(arguments: argparse.Namespace) -> list[str | Utterance]:
         elif path.suffix.lower() in MANIFESTS:
             # A missing recording is reported in its place, like one that is damaged.
             found += read_manifest(path, root=arguments.root, columns=columns, check_files=False)
+        elif path.suffix.lower() in LISTS and path.is_file() and not begins_as_sound(path):
+            raise ConfigError(
+                f"{path}: is no recording and no manifest; a list of recordings is a CSV whose first line is "
+                f"`file`, for example: (echo file; cat {path}) > list.csv"
+            )
         else:
             found.append(str(path))
     if not found:
         folders = ", ".join(map(str, arguments.inputs))
-        raise ConfigError(f"{folders}: no recordings found; a folder's are those in {', '.join(RECORDINGS)}")
+        raise ConfigError(f"{folders}: no recordings found; a folder's are those in {', '.join(SUFFIXES)}")
     return found
 
 
 def recordings_in(folder: Path) -> list[str]:
-    def stop(error: OSError) -> None:
-        raise ConfigError(f"{error.filename}: cannot be listed: {error.strerror}")
+    """All that is a recording by its name, and where the name says nothing, by its first bytes."""
+    try:
+        return sorted(filter(is_recording, files_below(folder, hidden=False, say=warn)))
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be listed: {error.strerror}") from None
 
-    found = []
-    for where, folders, files in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(where, name)  # noqa: PTH118 (a million Path objects are a gigabyte)
-            for name in files
-            if name.lower().endswith(RECORDINGS) and not name.startswith(".")
-        ]
-    return sorted(found)
+
+def is_recording(path: str) -> bool:
+    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122
+    if any(letter.isalpha() for letter in suffix):
+        return suffix in RECORDINGS
+    return begins_as_sound(Path(path))
+
+
+def begins_as_sound(path: Path) -> bool:
+    """Also of a broken link, so that it is told."""
+    try:
+        if not path.is_file():
+            return path.is_symlink() and not path.exists()
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    if head.startswith(b"\xff") and len(head) > 1:
+        return head[1] & 0xE6 == 0xE2  # of MPEG audio, layer III
+    return head.startswith((b"fLaC", b"OggS", b"ID3")) or head[8:] in (b"WAVE", b"M4A ")
+
+
+def warn(text: str) -> None:
+    print(f"warning: {printable(text)}", file=sys.stderr)
+
+
+def check_output(output: Path, model: Path, inputs: list[str | Utterance]) -> None:
+    """Refuse, before any work, what cannot be written, or would replace a recording, a manifest or the model."""
+    with written(output):
+        check_can_write(output)
+    if not output.is_file():
+        return
+    there, advice = output.stat(), "would be replaced; give another --output"
+    if output.suffix.lower() in RECORDINGS:
+        raise ConfigError(f"{output}: is a recording by its name, and {advice}")
+    for source in inputs:
+        try:
+            same = os.path.samestat(os.stat(source.file if isinstance(source, Utterance) else source), there)  # noqa: PTH116
+        except (OSError, ValueError):
+            continue
+        if same:
+            raise ConfigError(f"{output}: is one of the inputs, and {advice}")
+    if output.resolve().parent == model.resolve() and output.name.endswith((".safetensors", *MODEL_FILES)):
+        raise ConfigError(f"{output}: belongs to the model, and {advice}")
 
 
 def in_windows(
@@ -308,8 +355,8 @@ def main() -> int:
         raise ConfigError("--max-seconds is for whole recordings: with --window none is too long")
     if arguments.window is not None and arguments.format == "paper":
         raise ConfigError("the paper's format has no place for windows: use csv or jsonl")
-    if arguments.output is not None and (arguments.output.is_dir() or not arguments.output.parent.is_dir()):
-        raise ConfigError(f"{arguments.output}: is a folder, or would stand in one that does not exist")
+    if arguments.output is not None:
+        check_output(arguments.output, Path(arguments.model), [*map(str, arguments.inputs), *inputs])
     recognizer = Recognizer.load(
         arguments.model, device=arguments.device, revision=arguments.revision, precision=arguments.precision
     )
@@ -346,20 +393,22 @@ def main() -> int:
         for text in FORMATS[arguments.format](records(), recognizer):
             # Names that are not UTF-8 hold lone surrogates: \udc80, which JSON reads back.
             file.write(text.encode("utf-8", "backslashreplace").decode("utf-8"))
-            if arguments.output is None:
-                file.flush()
+            file.flush()
     if failed and len(inputs) > 1:
         print(f"{failed} of {len(inputs)} recordings could not be read", file=sys.stderr)
     return 1 if failed else 0
 
 
-def opened(path: Path | None, *, as_table: bool):
+@contextmanager
+def opened(path: Path | None, *, as_table: bool) -> Iterator[TextIO]:
     """The file to write, or standard output: in UTF-8, but a table as the terminal has it."""
     if path is not None:
-        return replace_file(path)
+        with written(path), replace_file(path) as file:
+            yield file
+        return
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(encoding=None if as_table else "utf-8", errors="backslashreplace")
-    return nullcontext(sys.stdout)
+    yield sys.stdout
 
 
 if __name__ == "__main__":

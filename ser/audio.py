@@ -54,6 +54,17 @@ _ALLOWED = {  # libsndfile's names of containers and codings
     "OGG": ("VORBIS",),
     "MP3": ("MPEG_LAYER_III",),
 }
+# By their names: what is read, and what else is sound or has some, to be told and not passed over.
+SUFFIXES = (".wav", ".wave", ".rf64", ".flac", ".ogg", ".oga", ".mp3")
+# fmt: off
+OTHER_SUFFIXES = (
+    ".3g2", ".3gp", ".3gpp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".asf", ".au",
+    ".avi", ".awb", ".caf", ".ds2", ".dsf", ".dss", ".eac3", ".flv", ".gsm", ".m2ts", ".m4a", ".m4b",
+    ".m4r", ".m4v", ".mka", ".mkv", ".mov", ".mp1", ".mp2", ".mp4", ".mpeg", ".mpg", ".mpga", ".mts",
+    ".nist", ".ogv", ".ogx", ".opus", ".pcm", ".qcp", ".ra", ".rm", ".snd", ".sph", ".spx", ".tak", ".tta",
+    ".voc", ".w64", ".weba", ".webm", ".wma", ".wmv", ".wv",
+)
+# fmt: on
 _ADVICE = (
     "ser reads WAV and RF64 (PCM, float, mu-law, A-law), FLAC, OGG/Vorbis and MP3; "
     "convert it, for example: ffmpeg -i INPUT -c:a pcm_s16le OUTPUT.wav"

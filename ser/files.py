@@ -277,6 +277,50 @@ def sync(path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- folders
 
 
+def files_below(folder: Path, *, hidden: bool, say: Callable[[str], object]) -> Iterator[str]:
+    """The paths of all that lies in a folder and in those below it, but for folders themselves.
+
+    Links to folders are followed, and no folder is entered twice: not by a link to one that is entered without it,
+    nor by a circle of links. A link to a folder that holds it, and is not below ``folder``, would bring in all
+    that stands there, so it is not followed, and ``say`` is told.
+
+    Args:
+        folder: where to begin.
+        hidden: whether what has a name that begins with a dot is among them.
+        say: takes a line for the user.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    entered: set[str] = set()
+    tops = [str(folder)]
+    while tops:
+        links: list[str] = []
+        for top in tops:
+            for where, folders, files in os.walk(top, onerror=stop):
+                real = os.path.realpath(where)
+                if real in entered:
+                    folders.clear()
+                    continue
+                entered.add(real)
+                folders[:] = [name for name in folders if hidden or not name.startswith(".")]
+                # Strings: a million Path objects are a gigabyte.
+                paths = [os.path.join(where, name) for name in folders]  # noqa: PTH118
+                links += [path for path in paths if os.path.islink(path)]  # noqa: PTH114
+                yield from (os.path.join(where, n) for n in files if hidden or not n.startswith("."))  # noqa: PTH118
+        tops = []
+        for link in sorted(links):
+            real = os.path.realpath(link)
+            if real not in entered and Path(link).parent.resolve().is_relative_to(real):
+                say(f"{link}: is a link to {real}, which holds it; it is not followed")
+            elif real not in entered:
+                tops.append(link)
+
+
 def write_folder_atomically(
     target: Path,
     write: Callable[[Path], None],

@@ -1,6 +1,7 @@
 """Corpora that tell all in their file names."""
 
 import csv
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -151,9 +152,32 @@ def test_a_folder_is_read_by_names_whatever_else_lies_in_it(tmp_path):
     }
 
 
+def test_linked_folders_are_read_and_what_else_is_sound_or_leads_nowhere_is_told(tmp_path):
+    root, disk = tmp_path / "corpus", tmp_path / "disk"
+    root.mkdir()
+    (disk / "Actor_01").mkdir(parents=True)
+    (disk / "Actor_01" / "03-01-01-01-01-01-01.wav").touch()
+    (disk / "Actor_01" / "01-01-01-01-01-01-01.mp4").touch()
+    (root / "Actor_01").symlink_to(disk / "Actor_01")
+    (root / "all").symlink_to(tmp_path)
+    (root / "03-01-03-01-01-01-02.flac").touch()
+    (root / "03-01-03-01-01-01-04.wav").symlink_to("nowhere")
+    os.mkfifo(root / "03-01-03-01-01-01-06.wav")
+    corpus = read_named(root, parse_ravdess)
+    assert [u.file for u in corpus.utterances] == [root / "Actor_01" / "03-01-01-01-01-01-01.wav"]
+    assert {d.what: d.why for d in corpus.dropped} == {
+        "03-01-03-01-01-01-02.flac": "not a WAV file",
+        "Actor_01/01-01-01-01-01-01-01.mp4": "not a WAV file",
+        "03-01-03-01-01-01-04.wav": "a broken link",
+        "03-01-03-01-01-01-06.wav": "not a regular file",
+    }
+    (warning,) = corpus.warnings
+    assert f"{root / 'all'}: is a link to {tmp_path}, which holds it" in warning
+
+
 def test_a_folder_without_the_corpus_is_refused(tmp_path):
     (tmp_path / "a.wav").touch()
-    with pytest.raises(ManifestError, match=r"none of its 1 WAV files .*\n  a.wav"):
+    with pytest.raises(ManifestError, match=r"none of its 1 sound files .*\n  a.wav: not a name"):
         read_named(tmp_path, parse_emodb)
     with pytest.raises(ManifestError, match="no such folder"):
         read_named(tmp_path / "missing", parse_emodb)

@@ -7,6 +7,7 @@ import os
 import runpy
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -198,7 +199,109 @@ def test_a_folder_is_its_recordings_sorted_at_any_depth_without_hidden_ones(work
     assert files == [str(tmp_path / "in" / name) for name in names]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def records_of(done: Done, folder: Path) -> dict[str, str]:
+    """The files of a folder in their order, each with its error or nothing."""
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return {str(Path(row["file"]).relative_to(folder)): row["error"] or "" for row in rows}
+
+
+def test_what_is_sound_by_its_name_and_not_read_stands_in_its_place_with_what_to_do(work, tmp_path):
+    sound = (work / "a.wav").read_bytes()
+    soundfile.write(tmp_path / "voice.OGA", np.zeros(8000, np.float32), 16_000, format="OGG", subtype="VORBIS")
+    foreign = {
+        "a.m4a": (b"\0\0\0\x20ftypM4A ", "MP4 or M4A"),
+        "b.OPUS": (b"OggS" + bytes(22) + b"\1\x13OpusHead" + bytes(60), "OGG file with Opus"),
+        "c.mp4": (b"\0\0\0\x20ftypisom", "MP4 or M4A"),
+        "d.mkv": (b"\x1aE\xdf\xa3" + bytes(20), "Matroska or WebM"),
+        "e.aiff": (b"FORM\0\0\0\0AIFF", "AIFF"),
+        "f.amr": (b"#!AMR\n" + bytes(20), "AMR"),
+        "g.wma": (b"0&\xb2u" + bytes(20), "an unknown format"),
+        "h.pcm": (bytes(64), "an unknown format"),
+    }
+    for name, (content, _) in foreign.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "i.aac").write_bytes(sound)  # it is the content that decides
+    (tmp_path / "z.wave").write_bytes(sound)
+    for name in ("notes.txt", "a.m4a.bak", "cover.jpg", "wav", "m4a"):
+        (tmp_path / name).write_text("no sound")
+    found = records_of(run(tmp_path, "--model", work / "model", "--format", "jsonl", check=1), tmp_path)
+    assert list(found) == [*foreign, "i.aac", "voice.OGA", "z.wave"]
+    for name, error in found.items():
+        expected = foreign.get(name, (b"", ""))[1]
+        assert expected in error and bool(error) == bool(expected)
+        assert "convert it, for example: ffmpeg -i INPUT" in error or not expected
+    assert "no recordings found" in run(folder_of(tmp_path, "notes.txt"), "--model", "x", check=2).stderr
+
+
+def folder_of(tmp_path: Path, name: str) -> Path:
+    """A folder that holds that file alone."""
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / name).write_text("no sound")
+    return tmp_path / "alone"
+
+
+def test_linked_folders_are_followed_and_each_folder_is_entered_once(work, tmp_path):
+    sound = (work / "a.wav").read_bytes()
+    for name in (
+        "in/b/1.wav",
+        "in/.hidden/2.wav",
+        "in/.git/3.wav",
+        "disk/s/4.wav",
+        "disk/s/deep/5.wav",
+        "x/6.wav",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(sound)
+    folder = tmp_path / "in"
+    for link, target in {
+        "a": "b",  # to what is listed without it
+        "session": "../disk/s",
+        "again": "../disk/s",  # comes first, so the files are listed under it
+        "b/circle": "..",
+        "b/self": "self",
+        "shown": ".hidden",
+        "up": "../..",
+        "gone": "../none",  # a disk that is not mounted
+        "file.wav": "../x/6.wav",
+    }.items():
+        (folder / link).symlink_to(target)
+    (tmp_path / "disk/s/back").symlink_to(tmp_path / "in")
+    (tmp_path / "disk/s/other").symlink_to(tmp_path / "x")
+    done = run(folder, "--model", work / "model", "--format", "jsonl", check=1)
+    found = records_of(done, folder)
+    good = [name for name, error in found.items() if not error]
+    assert good == ["again/4.wav", "again/deep/5.wav", "again/other/6.wav", "b/1.wav", "file.wav", "shown/2.wav"]
+    assert {name: error.partition(": ")[2][:13] for name, error in found.items() if error} == {
+        "b/self": "cannot be rea",
+        "gone": "a broken link",
+    }
+    assert f"warning: {folder / 'up'}: is a link to {tmp_path.parent}, which holds it" in done.stderr
+    assert "circle" not in done.stderr
+    (tmp_path / "link").symlink_to("in")
+    again = run(tmp_path / "link", "--model", work / "model", "--format", "jsonl", check=1)
+    assert list(records_of(again, tmp_path / "link")) == list(found), "and the folder itself may be a link"
+
+
+def test_files_without_a_suffix_are_recordings_where_they_begin_as_such(work, tmp_path):
+    sound = (work / "a.wav").read_bytes()
+    (tmp_path / "call").write_bytes(sound)
+    (tmp_path / "call.1").write_bytes((work / "b.flac").read_bytes())
+    (tmp_path / "tape").write_bytes(b"ID3" + bytes(40))
+    (tmp_path / "mpeg").write_bytes(b"\xff\xfb" + bytes(40))
+    (tmp_path / "README").write_text("about these recordings")
+    (tmp_path / "utf16").write_bytes("text".encode("utf-16"))
+    (tmp_path / "picture").write_bytes(b"RIFF\0\0\0\0WEBP")
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "gone.wav").symlink_to("nowhere")
+    found = records_of(run(tmp_path, "--model", work / "model", "--format", "jsonl", check=1), tmp_path)
+    assert list(found) == ["call", "call.1", "gone.wav", "mpeg", "pipe.wav", "tape"]
+    assert not found["call"] and not found["call.1"]
+    assert "found a named pipe" in found["pipe.wav"] and "a broken link to nowhere" in found["gone.wav"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".JSON"])
 def test_a_manifest_gives_its_rows_with_excerpts_and_missing_files_in_their_place(work, tmp_path, suffix):
     rows = [
         {"path": "b.flac", "start": 0.5, "end": 1.0, "id": "first"},
@@ -207,7 +310,7 @@ def test_a_manifest_gives_its_rows_with_excerpts_and_missing_files_in_their_plac
     ]
     manifest = tmp_path / f"rows{suffix}"
     with manifest.open("w") as file:
-        if suffix == ".jsonl":
+        if "json" in suffix.lower():
             file.writelines(json.dumps({k: v for k, v in row.items() if v != ""}) + "\n" for row in rows)
         else:
             writer = csv.DictWriter(file, rows[0], delimiter="\t" if suffix == ".tsv" else ",")
@@ -243,7 +346,20 @@ def test_the_suffix_of_a_file_that_is_named_does_not_matter_its_content_does(wor
         (["a.wav", "--model", "model", "--max-seconds", "0"], "error: max_seconds is 0.0"),
         (["a.wav", "--model", "model", "--columns", "x"], "error: expected OURS=THEIRS"),
         (["a.wav", "--model", "model", "--output", "no/such/file"], "error: no/such/file: "),
-        (["a.wav", "--model", "model", "--output", "empty"], "error: empty: is a folder"),
+        (["a.wav", "--model", "model", "--output", "a.wav/file"], "error: a.wav/file: cannot be written: "),
+        (["a.wav", "--model", "model", "--output", "model"], "error: model: cannot be written: is a folder"),
+        (["a.wav", "--model", "model", "--output", "b.flac"], "error: b.flac: is a recording by its name"),
+        (["good.csv", "--model", "model", "--output", "good.csv"], "error: good.csv: is one of the inputs"),
+        (["good.csv", "--model", "model", "--output", "link"], "error: link: is one of the inputs"),
+        (["good.csv", "--model", "model", "--output", "sound.dat"], "error: sound.dat: is one of the inputs"),
+        (["a.wav", "--model", "model", "--output", "model/config.json"], "config.json: belongs to the model"),
+        (["a.wav", "--model", "./model/", "--output", "model/model.safetensors"], "belongs to the model"),
+        (
+            ["list.txt", "--model", "model"],
+            "error: list.txt: is no recording and no manifest; a list",
+        ),
+        (["list.xlsx", "--model", "model"], "error: list.xlsx: is no recording and no manifest"),
+        (["a.wav", "--model", "model", "--output", "empty"], "error: empty: cannot be written: is a folder"),
         (["a.wav"], "the following arguments are required: --model"),
         ([], "the following arguments are required"),
     ],
@@ -251,8 +367,16 @@ def test_the_suffix_of_a_file_that_is_named_does_not_matter_its_content_does(wor
 def test_a_wrong_call_is_exit_status_2_and_one_clear_line(work, arguments, message):
     (work / "empty").mkdir(exist_ok=True)
     (work / "rows.csv").write_text("name,emotion\nx,y\n")
+    (work / "list.txt").write_text("a.wav\nb.flac\n")
+    (work / "list.xlsx").write_bytes(b"PK\3\4")
+    (work / "good.csv").write_text("file\na.wav\nsound.dat\n")
+    (work / "sound.dat").write_bytes((work / "a.wav").read_bytes())
+    if not (work / "link").is_symlink():
+        (work / "link").symlink_to("good.csv")
+    before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
     done = run(*arguments, cwd=work, check=2)
     assert message in done.stderr
+    assert before == {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
 
 
 def test_the_papers_format_needs_an_emotion_head(work, tmp_path, styles, randomise):
@@ -273,6 +397,60 @@ def test_an_output_file_is_what_standard_output_would_have(work, tmp_path, forma
     assert done.stdout == "" and output.read_text() == printed != ""
     assert list(tmp_path.iterdir()) == [output]
     assert output.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+@pytest.mark.parametrize("through", ["/dev/stdout", "/proc/self/fd/1", "link"])
+def test_standard_output_by_name_is_written_to_where_it_stands(work, tmp_path, through):
+    (tmp_path / "link").symlink_to("/dev/fd/1")
+    output = tmp_path / "link" if through == "link" else through
+    printed = run("a.wav", "--model", "model", "--format", "jsonl", "--output", output, cwd=work).stdout
+    assert json.loads(printed)["file"] == "a.wav" and (tmp_path / "link").is_symlink()
+
+
+def test_a_log_that_is_appended_to_keeps_what_it_has_and_pipes_get_all(work, tmp_path):
+    options = "a.wav c.wav --model model --format jsonl --output"
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    done = run_anew(
+        f"SCRIPT {options} /dev/stdout >> {log}; SCRIPT {options} >(cat >> {log}; sleep 0.1); sleep 1", work
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = log.read_text().splitlines()
+    assert lines[0] == "before" and [json.loads(x)["file"] for x in lines[1:]] == ["a.wav", "c.wav"] * 2
+
+
+def test_a_named_pipe_and_a_device_stay_what_they_are(work, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = f"SCRIPT {'a.wav ' * 30} --model model --format jsonl --output {pipe}"
+    done = run_anew(f"head -n 1 {pipe} & {command}; S=$?; wait; exit $S", work)
+    assert json.loads(done.stdout)["file"] == "a.wav" and pipe.is_fifo()
+    assert (done.returncode, done.stderr) == (0, ""), "a reader that has enough is no error"
+    null = Path("/dev/null")
+    if not os.getuid():  # who could replace the machine's own
+        null = tmp_path / "null"
+        os.mknod(null, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    before = null.stat()
+    run("a.wav", "--model", "model", "--output", null, cwd=work)
+    after = null.stat()
+    assert (after.st_mode, after.st_rdev, after.st_ino) == (before.st_mode, before.st_rdev, before.st_ino)
+
+
+def test_no_room_for_the_output_is_one_line_that_names_it(work):
+    done = run("a.wav", "--model", "model", "--format", "csv", "--output", "/dev/full", cwd=work, check=2)
+    assert done.stderr.startswith("error: /dev/full: cannot be written: No space left on device")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_output_is_refused_before_any_work_and_predictions_of_before_are_replaced(work, tmp_path):
+    (tmp_path / "model").symlink_to(work / "model")
+    done = run("a.wav", "--model", tmp_path / "nowhere", "--output", tmp_path, cwd=work, check=2)
+    assert "is a folder" in done.stderr and "nowhere" not in done.stderr
+    for output in (tmp_path / "model" / "predictions.json", tmp_path / "new.wav"):
+        for _ in range(1 + (output.suffix != ".wav")):
+            run("a.wav", "--model", tmp_path / "model", "--format", "json", "--output", output, cwd=work)
+        assert json.loads(output.read_text())[0]["file"] == "a.wav"
+        output.unlink()
 
 
 def current_umask() -> int:

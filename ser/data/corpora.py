@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ser.audio import OTHER_SUFFIXES, SUFFIXES
 from ser.data.manifest import MAX_LISTED, Utterance
 from ser.errors import ManifestError
+from ser.files import files_below
 
 # What their publishers say; for data sheets and model cards.
 LICENCES = {
@@ -200,8 +202,8 @@ def read_named(folder: str | os.PathLike[str], parse: Callable[[str], Named | No
 
     Returns:
         Utterances whose id is the name. Files with other names are dropped, hidden ones (``._03a01Fa.wav`` on
-        copies made with a Mac) too. A name that stands in several folders is taken once, from the first of them:
-        archives of RAVDESS hold every file twice.
+        copies made with a Mac) too, and sound that is no WAV. A name that stands in several folders is taken once,
+        from the first of them: archives of RAVDESS hold every file twice. Links to folders are followed.
 
     Raises:
         ManifestError: there is no such folder, or no file in it has a name of the corpus.
@@ -210,12 +212,23 @@ def read_named(folder: str | os.PathLike[str], parse: Callable[[str], Named | No
     if not folder.is_dir():
         raise ManifestError(f"{folder}: no such folder, expected a corpus")
     utterances: dict[str, Utterance] = {}
-    dropped = []
-    for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".wav" and path.is_file()):
+    dropped: list[Dropped] = []
+    warnings: list[str] = []
+    try:
+        files = sorted(map(Path, files_below(folder, hidden=True, say=warnings.append)))
+    except OSError as error:
+        raise ManifestError(f"{error.filename}: cannot be listed: {error.strerror}") from None
+    for file in files:
+        if file.suffix.lower() not in SUFFIXES + OTHER_SUFFIXES:
+            continue
         where = file.relative_to(folder).as_posix()
         found = parse(file.stem)
         if file.name.startswith("."):
             dropped.append(Dropped(where, "hidden file"))
+        elif file.suffix.lower() != ".wav":
+            dropped.append(Dropped(where, "not a WAV file"))
+        elif not file.is_file():
+            dropped.append(Dropped(where, "a broken link" if file.is_symlink() else "not a regular file"))
         elif found is None:
             dropped.append(Dropped(where, "not a name of this corpus's speech"))
         elif file.stem in utterances:
@@ -232,7 +245,7 @@ def read_named(folder: str | os.PathLike[str], parse: Callable[[str], Named | No
             )
     if not utterances:
         raise ManifestError(
-            f"{folder}: none of its {len(dropped)} WAV files has a name of this corpus"
-            + listed(d.what for d in dropped)
+            f"{folder}: none of its {len(dropped)} sound files is a WAV file with a name of this corpus"
+            + listed(f"{d.what}: {d.why}" for d in dropped)
         )
-    return Corpus(folder, [utterances[name] for name in sorted(utterances)], dropped)
+    return Corpus(folder, [utterances[name] for name in sorted(utterances)], dropped, warnings)
