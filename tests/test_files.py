@@ -157,6 +157,28 @@ def test_processes_that_write_one_folder_leave_a_whole_one_and_nothing_else(tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "stop"]
 
 
+def test_a_writer_that_is_overtaken_between_its_two_renames_replaces_that_one_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "exchange", lambda *_: False)
+    target = tmp_path / "model"
+    write_text(target, "old")
+    tries, real = 0, Path.rename
+
+    def rename(self, other):
+        nonlocal tries
+        if other == target:
+            tries += 1
+            if tries == 2:  # what was there is at its hidden name
+                assert not target.exists()
+                target.mkdir()
+                (target / "a").write_text("faster")
+        return real(self, other)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    write_text(target, "new")
+    assert tries == 3 and snapshot(target) == {"a": b"new"}
+    assert list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_path, kind):
     target = tmp_path / "a[b]"  # a pattern, to those who take it for one
