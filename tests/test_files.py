@@ -201,6 +201,24 @@ def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_p
     assert list(tmp_path.iterdir()) == [target], "and the other's writing did not disturb"
 
 
+def test_an_old_folder_under_its_hidden_name_is_put_back_or_cleared_but_never_lost(tmp_path):
+    """As a kill between two renames leaves it."""
+    target, old = tmp_path / "model", tmp_path / ".model.12-0123abcd.old"
+    write_text(target, "old")
+    target.rename(old)
+    files.clear_ended(target)
+    assert old.is_dir(), "while nothing else stands there"
+    with replace_file(tmp_path / "model.json") as file:  # another name
+        file.write("{}")
+    assert old.is_dir()
+    seen = []
+    write_folder_atomically(target, lambda folder: seen.append(snapshot(target)))
+    assert seen == [{"a": b"old"}], "it is back for readers while the new one is written"
+    write_text(old, "older")
+    write_text(target, "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.json"]
+
+
 def test_a_folder_passes_its_mode_on_to_the_one_that_takes_its_place(tmp_path):
     write_text(tmp_path / "model", "old")
     (tmp_path / "model").chmod(0o750)
