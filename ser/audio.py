@@ -990,7 +990,7 @@ def _opened(
         try:
             file = stack.enter_context(path.open("rb", buffering=0))  # so that seek moves the descriptor
             source = _container(file, size, name)
-            file.seek(0)
+            (source.part or file).seek(0)
             # By descriptor: the file that was checked, and without a name whose extension libsndfile
             # would take for a format.
             sound = stack.enter_context(soundfile.SoundFile(source.part or file.fileno(), closefd=False))
@@ -999,6 +999,8 @@ def _opened(
         except RuntimeError as error:  # every error of libsndfile
             text = getattr(error, "error_string", str(error))
             raise AudioError(f"{name}: damaged header: libsndfile says: {text} Copy it again") from error
+        # Else soundfile seeks after every read to where it is already, and in MP3 the next block begins wrongly.
+        sound.seekable = lambda: False
         if sound.subtype not in _ALLOWED.get(sound.format, ()):
             raise AudioError(f"{name}: found {sound.format} with {sound.subtype}; {_ADVICE}")
         rate = _checked_rate(name, sound.samplerate)
@@ -1055,24 +1057,25 @@ def _ended(info: AudioInfo, declared: int, at: int, reason: str) -> AudioError:
 def _go_to(sound: Any, info: AudioInfo, first: int) -> None:
     """Bring the decoder to the excerpt's first frame, in the state in which it comes there from the start.
 
-    libvorbis crashes where it seeks in a stream whose headers leave it without a decoder; such a stream gives no
-    first frame. libmpg123 seeks without what a frame's bits need of the frames before, and makes up the rest.
+    WAV and FLAC can be sought in. In OGG libsndfile comes out elsewhere near the end, and crashes where the
+    headers leave it without a decoder: it is decoded from the start. In MP3 it seeks without what a frame's bits
+    need of the frames before and makes up the rest: those are decoded too.
     """
     if not first:
         return
-    start = first - _mp3_lead(info.sample_rate) if info.format == "MP3" else first
+    start = {"OGG": 0, "MP3": first - _mp3_lead(info.sample_rate)}.get(info.format, first)
     buffer = np.empty((min(first, _block_frames(info.channels)), info.channels), dtype=np.float32)
-    at, reason = _decoded(sound, buffer[:1])
+    got, reason = _decoded(sound, buffer[:1])  # a decoder that gives no frame is none to seek with
+    at = got
     if at and start > at:
         try:
             at = sound.seek(start)
         except RuntimeError as error:
             reason = f" ({getattr(error, 'error_string', str(error)).strip() or 'it cannot be sought in'})"
-    got = at
     while got and at < first and not reason:
         got, reason = _decoded(sound, buffer[: first - at])
         at += got
-    if at != first:
+    if at != first or reason:
         raise _ended(info, first + info.frames, at, reason)
 
 
