@@ -22,7 +22,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ser.audio import SAMPLE_RATE, as_waveform, audio_info, load_audio, load_windows, normalise
+from ser.audio import (
+    SAMPLE_RATE,
+    audio_info,
+    joined_warnings,
+    normalise,
+    read_audio,
+    read_samples,
+    read_windows,
+)
 from ser.data.dataset import SpeechDataset, pad
 from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.sampler import evaluation_batches
@@ -83,7 +91,7 @@ class Prediction:
     transcript: str | None = None
     speaker: str | None = None  # the most likely of the speakers in training
     speaker_probability: float | None = None
-    warning: str | None = None  # such as a recording that had to be padded
+    warning: str | None = None  # why it may mean nothing, such as silence; sentences between "; "
 
     def to_dict(self) -> dict:
         """As plain data, for JSON."""
@@ -462,8 +470,9 @@ class Recognizer:
                 waiting.update(batch.errors)
                 if batch.recordings:
                     predictions = self.predict_waveforms(batch.samples.split(batch.lengths))
-                    for (index, file), prediction in zip(batch.recordings, predictions, strict=True):
-                        waiting[index] = replace(prediction, file=file)
+                    for (index, file, warning), prediction in zip(batch.recordings, predictions, strict=True):
+                        warning = joined_warnings(warning, prediction.warning)
+                        waiting[index] = replace(prediction, file=file, warning=warning)
                 while position in waiting:
                     yield waiting.pop(position)
                     position += 1
@@ -496,23 +505,24 @@ class Recognizer:
         if not 0 < window <= MAX_SECONDS:
             raise ConfigError(f"window is {window!r} s; expected above 0 and at most {MAX_SECONDS:g}")
         row = source if isinstance(source, Utterance) else Utterance(id=str(source), file=Path(source))
-        windows = load_windows(
+        windows = read_windows(
             row.file, window=window, hop=window if hop is None else hop, start=row.start, end=row.end
         )
         at_once = max(1, int(self.batch_seconds // window))
         damage: AudioError | None = None
         with freed_memory_kept(self.device):
             while damage is None:
-                group: list[tuple[float, float, Tensor]] = []
+                group: list[tuple[float, float, Tensor, str | None]] = []
                 try:
                     group.extend(islice(windows, at_once))  # those before the damage stay in it
                 except AudioError as error:
                     damage = error
                 if not group:
                     break
-                predictions = self.predict_waveforms([waveform for _, _, waveform in group])
-                for (start, end, _), prediction in zip(group, predictions, strict=True):
-                    yield replace(prediction, file=str(row.file), start=start, end=end)
+                predictions = self.predict_waveforms([waveform for _, _, waveform, _ in group])
+                for (start, end, _, warning), prediction in zip(group, predictions, strict=True):
+                    warning = joined_warnings(warning, prediction.warning)
+                    yield replace(prediction, file=str(row.file), start=start, end=end, warning=warning)
         if damage is not None:
             raise damage
 
@@ -575,6 +585,7 @@ class Recording:
     end: float | None = None
     samples: np.ndarray | None = None  # (S,) float32 at 16 kHz; numpy, for tensors cost a worker a descriptor each
     num_samples: int = 0  # S
+    warning: str | None = None  # what is wrong with its sound, once that was read
     error: SerError | None = None
 
 
@@ -602,10 +613,11 @@ def find_recording(index: int, item: Input, sampling_rate: int | None, max_secon
             raise AudioError(f"{name} is an array: pass sampling_rate, in Hz, with it")
         else:
             try:
-                samples = as_waveform(item, sampling_rate).numpy()
+                waveform, warning = read_samples(item, sampling_rate)
             except AudioError as error:
                 raise AudioError(f"{name}: {error}") from None
-            recording = replace(recording, samples=samples, num_samples=len(samples))
+            samples = waveform.numpy()
+            recording = replace(recording, samples=samples, num_samples=len(samples), warning=warning)
             seconds = len(samples) / SAMPLE_RATE
         if seconds > max_seconds:
             raise AudioError(
@@ -641,7 +653,8 @@ class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):
         assert recording.file is not None
         start, end = recording.start, recording.end
         try:  # the limit was checked when the recording was found
-            return recording, load_audio(recording.file, start=start, end=end, max_seconds=float("inf"))
+            waveform, warning = read_audio(recording.file, start=start, end=end, max_seconds=float("inf"))
+            return replace(recording, warning=warning), waveform
         except SerError as error:
             return recording, error
 
@@ -649,7 +662,7 @@ class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):
 class Packed(NamedTuple):
     """A decoded batch. One tensor for all, since each costs a worker a file descriptor."""
 
-    recordings: list[tuple[int, str | None]]  # (index, file) of those that could be read
+    recordings: list[tuple[int, str | None, str | None]]  # (index, file, warning) of those that could be read
     lengths: list[int]
     samples: Tensor  # (sum of lengths,)
     errors: dict[int, SerError]  # by index
@@ -659,7 +672,7 @@ def pack(items: list[tuple[Recording, Tensor | SerError]]) -> Packed:
     """One after the other, without padding."""
     good = [(r, found) for r, found in items if isinstance(found, Tensor)]
     return Packed(
-        [(r.index, r.file) for r, _ in good],
+        [(r.index, r.file, r.warning) for r, _ in good],
         [len(waveform) for _, waveform in good],
         torch.cat([waveform for _, waveform in good]) if good else torch.empty(0),
         {r.index: found for r, found in items if isinstance(found, SerError)},
