@@ -56,6 +56,7 @@ _END_TOLERANCE = 0.02
 # or two is not for a tenth.
 _QUIET = 10 ** (-70 / 20)  # of full scale
 _LEAST_SOUND = 0.1  # seconds above it, all together; of less than 0.4 s, a quarter
+_TOO_SHORT = SAMPLE_RATE // 40  # 25 ms are no frame for a model: they are padded, which is warning enough
 # Near full scale is within 1 dB: loud speech, with clipped peaks, is there for 0.5 % of its samples, sound that
 # was driven 20 dB beyond for half. Where samples pass full scale by far, it was not clipped there.
 _NEAR_FULL_SCALE, _OVERSHOOT, _CLIPPED = 10 ** (-1 / 20), 1.2, 0.1
@@ -351,6 +352,8 @@ def level_warning(waveform: Tensor) -> str | None:
     Args:
         waveform: (S,) floating point at 16 kHz, full scale 1, at least one sample.
     """
+    if len(waveform) < _TOO_SHORT:
+        return None
     loudness = (waveform - waveform.mean()).abs_()  # without a constant offset, which is no sound
     loud = int(torch.count_nonzero(loudness > _QUIET))
     if loud < min(_LEAST_SOUND * SAMPLE_RATE, len(waveform) / 4):
