@@ -3,11 +3,16 @@
 A recording passes through four gates, each with one clear :class:`AudioError`:
 
 1. the path is a regular file (a FIFO or a device would hang or never end);
-2. its first bytes are a container and a coding on the allow-list, and what the container declares
-   is all there. This file reads those bytes itself: libsndfile parses some 25 formats as soon as it
-   opens a file, repairs a cut WAV in silence, and its ADPCM, CAF and other parsers have known faults;
+2. its first bytes, behind tags and padding, are a container and a coding on the allow-list, and what
+   the container declares is all there, and is all that is there: files that were joined byte by byte
+   play as their first part alone. This file reads those bytes itself: libsndfile parses some 25 formats
+   as soon as it opens a file, repairs a cut WAV in silence, and its ADPCM, CAF and other parsers have
+   known faults;
 3. libsndfile's header: rate, channels, length, all before anything of that length is allocated;
 4. the samples: as many as declared, finite, in range.
+
+What is sound, but nothing that an emotion can be heard in (silence, channels that cancel each other), is
+read, with a warning for who predicts from it: `read_audio`, `read_samples`, `read_windows`.
 
 Shapes: S samples at 16 kHz; "frames" here are sample points of the file, one value per channel.
 Everything is float32 on the CPU, and read, averaged over channels and resampled block by block, so
@@ -23,10 +28,11 @@ import operator
 import os
 import stat
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +50,19 @@ MAX_SECONDS = 3_600.0  # one hour is 230 MB at 16 kHz; a caller with more memory
 _MAX_AMPLITUDE = 100.0
 # A manifest's seconds are rounded; an end this little past the file's end means the file's end.
 _END_TOLERANCE = 0.02
+
+# What is no speech, by level. 70 dB below full scale is 10 steps of 16 bit: beneath any microphone's noise, above
+# dither and what a muted channel holds. Speech is above it for a third of a second in the shortest word; a click
+# or two is not for a tenth.
+_QUIET = 10 ** (-70 / 20)  # of full scale
+_LEAST_SOUND = 0.1  # seconds above it, all together; of less than 0.4 s, a quarter
+_TOO_SHORT = SAMPLE_RATE // 40  # 25 ms are no frame for a model: they are padded, which is warning enough
+# Near full scale is within 1 dB: loud speech, with clipped peaks, is there for 0.5 % of its samples, sound that
+# was driven 20 dB beyond for half. Where samples pass full scale by far, it was not clipped there.
+_NEAR_FULL_SCALE, _OVERSHOOT, _CLIPPED = 10 ** (-1 / 20), 1.2, 0.1
+# Power of the mean of C channels, times C, over that of a channel: C for the same sound in each, 1 for independent
+# ones, 0 for inverted ones. A tenth is 10 dB less than independent channels leave.
+_CANCELLED = 0.1
 
 _WAV_SUBTYPES = ("PCM_U8", "PCM_S8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 _ALLOWED = {  # libsndfile's names of containers and codings
@@ -104,6 +123,7 @@ class AudioInfo:
     num_samples: int  # S: exactly what `load_audio` returns, at 16 kHz
     format: str  # libsndfile's name of the container, such as "WAV"
     subtype: str  # and of the coding, such as "PCM_16"
+    warning: str | None = None  # what its header leaves open
 
 
 # Resampling -------------------------------------------------------------------------------------
@@ -295,7 +315,76 @@ def _checked_rate(name: str, sample_rate: int) -> int:
     return rate
 
 
-def _mono(block: Tensor, name: str, first_frame: int, sample_rate: int) -> Tensor:
+class _Channels:
+    """Sums over the frames of a recording which tell how far its channels cancel each other in their mean.
+
+    In float64: the sum of each channel (C,), and of the products of each two (C, C).
+    """
+
+    def __init__(self) -> None:
+        self.frames, self.sums, self.products = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, block: Tensor) -> None:
+        """Count a block (frames, C)."""
+        if block.shape[1] > 1:
+            wide = block.double()
+            self.frames += len(wide)
+            self.sums, self.products = self.sums + wide.sum(0), self.products + wide.T @ wide
+
+    def __add__(self, other: "_Channels") -> "_Channels":
+        both = _Channels()
+        both.frames, both.sums = self.frames + other.frames, self.sums + other.sums
+        both.products = self.products + other.products
+        return both
+
+    def warning(self) -> str | None:
+        """One sentence where the mix has lost what the channels hold, else None; see `_CANCELLED`."""
+        if not self.frames:
+            return None
+        mean = self.sums / self.frames
+        covariance = self.products / self.frames - mean[:, None] * mean
+        channels, mixed = float(covariance.diagonal().mean()), max(float(covariance.mean()), 0.0)
+        if channels < _QUIET**2 or mixed * len(mean) > _CANCELLED * channels:
+            return None
+        lost = 10 * math.log10(channels / mixed) if mixed > 1e-10 * channels else math.inf
+        by = f"is {lost:.0f} dB below them" if lost < 100 else "is silent"
+        return (
+            f"the {len(mean)} channels cancel each other: their mean, which is recognised, {by}; one is inverted "
+            "perhaps: pass one channel alone"
+        )
+
+
+def level_warning(waveform: Tensor) -> str | None:
+    """Say in one sentence why nobody speaks in this sound; None where somebody may.
+
+    Levels alone are judged, so noise and music pass. Speech, whispered or far from the microphone, has a hundred
+    times the sound that is asked for here, and a tenth of the clipping.
+
+    Args:
+        waveform: (S,) floating point at 16 kHz, full scale 1, at least one sample.
+    """
+    if len(waveform) < _TOO_SHORT:
+        return None
+    loudness = (waveform - waveform.mean()).abs_()  # without a constant offset, which is no sound
+    loud = int(torch.count_nonzero(loudness > _QUIET))
+    if loud < min(_LEAST_SOUND * SAMPLE_RATE, len(waveform) / 4):
+        return (
+            f"silent: {1000 * loud / SAMPLE_RATE:.0f} ms of {len(waveform) / SAMPLE_RATE:.2f} s are above "
+            f"{20 * math.log10(_QUIET):.0f} dBFS, which is no speech; what is recognised means nothing"
+        )
+    loudness = torch.abs(waveform, out=loudness)
+    share = int(torch.count_nonzero(loudness > _NEAR_FULL_SCALE)) / len(waveform)
+    if share > _CLIPPED and float(loudness.max()) < _OVERSHOOT:
+        return f"clipped: {100 * share:.0f} % of it is within 1 dB of full scale; it was recorded too loudly"
+    return None
+
+
+def joined_warnings(*warnings: str | None) -> str | None:
+    """One text of those that say something."""
+    return "; ".join(w for w in warnings if w) or None
+
+
+def _mono(block: Tensor, name: str, first_frame: int, sample_rate: int, channels: _Channels) -> Tensor:
     """(frames, channels) -> (frames,), the mean over channels; refuses NaN, infinity, integer range."""
     low, high = torch.aminmax(block)  # both are NaN if any value is; nothing is allocated
     if not (low >= -_MAX_AMPLITUDE and high <= _MAX_AMPLITUDE):
@@ -311,6 +400,7 @@ def _mono(block: Tensor, name: str, first_frame: int, sample_rate: int) -> Tenso
             f"{name}: found a sample of {block[frame, channel].item():g} at frame {at} "
             f"({at / sample_rate:.3f} s), channel {channel}; {advice}"
         )
+    channels.add(block)
     return block[:, 0] if block.shape[1] == 1 else block.mean(dim=1)
 
 
@@ -328,6 +418,45 @@ _FULL_SCALE = {
 }
 
 
+def _as_columns(samples: np.ndarray | Tensor, name: str) -> Tensor:
+    """(S, channels), of a dtype in `_FULL_SCALE`."""
+    if isinstance(samples, np.ndarray) and samples.dtype.kind in "fi" and samples.dtype.itemsize <= 8:
+        # torch takes neither foreign byte order nor negative strides, and warns about read-only arrays.
+        samples = torch.from_numpy(np.require(samples, samples.dtype.newbyteorder("="), ["C", "W"]))
+    if not isinstance(samples, Tensor) or samples.dtype not in _FULL_SCALE:
+        raise AudioError(
+            f"{name}: found {type(samples).__name__} of {getattr(samples, 'dtype', 'unknown type')}, expected "
+            "a numpy array or torch tensor of floats with full scale 1, or of int16 or int32 PCM"
+        )
+    if samples.ndim not in (1, 2) or 0 in samples.shape:
+        raise AudioError(f"{name}: found shape {tuple(samples.shape)}, expected (S,) or (S, channels), S >= 1")
+    columns = samples.detach()[:, None] if samples.ndim == 1 else samples.detach()
+    channels = columns.shape[1]
+    if channels > MAX_CHANNELS:
+        raise AudioError(
+            f"{name}: found shape {tuple(samples.shape)}, that is {channels} channels, expected at most "
+            f"{MAX_CHANNELS}; if time is the second dimension, pass samples.T"
+        )
+    return columns
+
+
+def read_samples(samples: np.ndarray | Tensor, sample_rate: int) -> tuple[Tensor, str | None]:
+    """As :func:`as_waveform`, with what is wrong with its sound, as `Prediction.warning` says it."""
+    name = "as_waveform"
+    rate = _checked_rate(name, sample_rate)
+    columns = _as_columns(samples, name)
+    frames, count = columns.shape
+    scale = _FULL_SCALE[columns.dtype]
+    step = _block_frames(count)
+    channels = _Channels()
+    blocks = (
+        _mono(columns[i : i + step].to("cpu", torch.float32) / scale, name, i, rate, channels)
+        for i in range(0, frames, step)
+    )
+    waveform = _at_16_khz(blocks, frames, rate)
+    return waveform, channels.warning() or level_warning(waveform)
+
+
 def as_waveform(samples: np.ndarray | Tensor, sample_rate: int) -> Tensor:
     """Take sound which the caller already has: the checks and the result of :func:`load_audio`.
 
@@ -342,74 +471,185 @@ def as_waveform(samples: np.ndarray | Tensor, sample_rate: int) -> Tensor:
     Raises:
         AudioError: another type, shape or rate; no samples; NaN, infinity or |sample| > 100.
     """
-    name = "as_waveform"
-    rate = _checked_rate(name, sample_rate)
-    if isinstance(samples, np.ndarray) and samples.dtype.kind in "fi" and samples.dtype.itemsize <= 8:
-        # torch takes neither foreign byte order nor negative strides, and warns about read-only arrays.
-        samples = torch.from_numpy(np.require(samples, samples.dtype.newbyteorder("="), ["C", "W"]))
-    if not isinstance(samples, Tensor) or samples.dtype not in _FULL_SCALE:
-        raise AudioError(
-            f"{name}: found {type(samples).__name__} of {getattr(samples, 'dtype', 'unknown type')}, expected "
-            "a numpy array or torch tensor of floats with full scale 1, or of int16 or int32 PCM"
-        )
-    if samples.ndim not in (1, 2) or 0 in samples.shape:
-        raise AudioError(f"{name}: found shape {tuple(samples.shape)}, expected (S,) or (S, channels), S >= 1")
-    columns = samples.detach()[:, None] if samples.ndim == 1 else samples.detach()
-    frames, channels = columns.shape
-    if channels > MAX_CHANNELS:
-        raise AudioError(
-            f"{name}: found shape {tuple(samples.shape)}, that is {channels} channels, expected at most "
-            f"{MAX_CHANNELS}; if time is the second dimension, pass samples.T"
-        )
-    scale = _FULL_SCALE[columns.dtype]
-    step = _block_frames(channels)
-    blocks = (
-        _mono(columns[i : i + step].to("cpu", torch.float32) / scale, name, i, rate)
-        for i in range(0, frames, step)
-    )
-    return _at_16_khz(blocks, frames, rate)
+    return read_samples(samples, sample_rate)[0]
 
 
 # Containers: what the first bytes say, before libsndfile sees the file ----------------------------
 
 
-def _unpack(layout: str, file: BinaryIO, name: str) -> tuple[Any, ...]:
+class _Bytes(Protocol):
+    """What this part needs of a file: it is one, or a part of one."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """As of a file."""
+
+    def read(self, count: int, /) -> bytes:
+        """As of a file."""
+
+
+class _Part:
+    """A file from one byte on to another, some of them replaced: what libsndfile then takes for the whole."""
+
+    def __init__(self, file: _Bytes, start: int, end: int, replaced: dict[int, bytes] | None = None):
+        self._file, self._start, self._size, self._replaced = file, start, end - start, replaced or {}
+        self._at = 0
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """As of a file."""
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def tell(self) -> int:
+        """As of a file."""
+        return self._at
+
+    def read(self, count: int, /) -> bytes:
+        """As of a file."""
+        self._file.seek(self._start + self._at)
+        data = self._file.read(max(0, min(count, self._size - self._at)))
+        for position, field in self._replaced.items():
+            first, last = max(position, self._at), min(position + len(field), self._at + len(data))
+            if first < last:
+                piece = field[first - position : last - position]
+                data = data[: first - self._at] + piece + data[last - self._at :]
+        self._at += len(data)
+        return data
+
+    def write(self, data: bytes) -> int:
+        """Never called where one reads, but soundfile asks for the method."""
+        raise OSError("read only")
+
+
+class _Source(NamedTuple):
+    """What was found out about a container, for who opens it."""
+
+    frames: int | None = None  # where libsndfile needs to be told, or to be checked
+    part: _Part | None = None  # where libsndfile needs to see something else than the file
+    warning: str | None = None
+
+
+def _unpack(layout: str, file: _Bytes, name: str) -> tuple[Any, ...]:
     data = file.read(struct.calcsize(layout))
     if len(data) < struct.calcsize(layout):
         raise AudioError(f"{name}: ends inside its header: truncated or not a sound file; copy it again")
     return struct.unpack(layout, data)
 
 
-class _Sized:
-    """A WAV file that was written into a pipe, with its sizes filled in: libsndfile takes 0 as 0."""
-
-    def __init__(self, file: BinaryIO, size: int, body: int):
-        self._file = file
-        self._sizes = {4: struct.pack("<I", min(size - 8, 0xFFFFFFFF))}
-        self._sizes[body - 4] = struct.pack("<I", min(size - body, 0xFFFFFFFF))
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, count: int) -> bytes:
-        at = self.tell()
-        data = bytearray(self._file.read(count))
-        for position, field in self._sizes.items():
-            for i, byte in enumerate(field, position - at):
-                if 0 <= i < len(data):
-                    data[i] = byte
-        return bytes(data)
-
-    def write(self, data: bytes) -> int:
-        raise OSError("read only")  # soundfile asks for the method, and reading never calls it
+def _at(file: _Bytes, position: int, count: int) -> bytes:
+    file.seek(position)
+    return file.read(count)
 
 
-def _wav_frames(file: BinaryIO, size: int, name: str) -> tuple[int, _Sized | None]:
-    """Frames in a WAV or RF64 file, having checked that all the sound it declares is there.
+def _joined(name: str, found: str) -> AudioError:
+    return AudioError(
+        f"{name}: holds more sound than its header declares ({found}): files that were joined byte by byte, of "
+        "which players and programs read the first alone. Join sound, not files (sox ONE TWO BOTH.wav), or, where "
+        "this file is all you have: ffmpeg -i INPUT OUTPUT.wav, and compare how long it is"
+    )
 
-    libsndfile shortens its own header's figure to what the file holds, so a cut would go unseen.
-    With them, where the header leaves the sizes open, the file as libsndfile needs to see it.
-    """
-    file.seek(0)
-    _, riff_size, _ = _unpack("<4sI4s", file, name)
+
+def _find(file: _Bytes, wanted: bytes, position: int, size: int) -> Iterator[int]:
+    """Each place of these bytes, from `position` on; in blocks, so that memory is bounded."""
+    block, overlap = 1 << 20, len(wanted) - 1
+    while position < size:
+        data = _at(file, position, block)
+        place = data.find(wanted)
+        while place >= 0:
+            yield position + place
+            place = data.find(wanted, place + 1)
+        if len(data) <= overlap:
+            return
+        position += len(data) - overlap
+
+
+# Tags: before the sound in any format, behind it in MP3
+
+
+def _id3_length(head: bytes) -> int:
+    """Bytes of the ID3v2 tag that begins with these ten, with its header and perhaps footer; 0 where none does."""
+    if len(head) < 10 or head[:3] != b"ID3" or head[3] == 0xFF or max(head[6:10]) > 0x7F:
+        return 0
+    length = sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+    return 10 + length + (10 if head[5] & 0x10 else 0)
+
+
+def _after_tags(file: _Bytes, position: int, size: int) -> int:
+    """Where ID3v2 and APEv2 tags and padding with zero bytes, in any order and number, end."""
+    padding = 1 << 20  # a file of nothing but zeros is not looked through to its end
+    while position < size:
+        head = _at(file, position, 32)
+        if length := _id3_length(head):
+            position += length
+        elif head[:8] == b"APETAGEX" and len(head) == 32:
+            position += 32 + struct.unpack_from("<I", head, 12)[0]
+        elif head[:1] == b"\0" and padding > 0:
+            data = _at(file, position, 1 << 16)
+            zeros = len(data) - len(data.lstrip(b"\0"))
+            position, padding = position + zeros, padding - zeros
+        else:
+            break
+    return min(position, size)
+
+
+def _before_tags(file: _Bytes, size: int) -> int:
+    """Where tags begin that are found from the end of a file: ID3v1 (and its extension), ID3v2, APE, Lyrics3."""
+    end = 0
+    while end != size:
+        end = size
+        if size >= 128 and _at(file, size - 128, 3) == b"TAG":
+            size -= 128
+            if size >= 227 and _at(file, size - 227, 4) == b"TAG+":
+                size -= 227
+        tail = _at(file, max(0, size - 32), 32)
+        length = 0
+        if tail[:8] == b"APETAGEX" and len(tail) == 32:  # a footer; the flag says whether there is a header too
+            of_items, _, flags = struct.unpack_from("<III", tail, 12)
+            length = of_items + (32 if flags >> 31 else 0)
+        elif tail[-10:-7] == b"3DI" and tail[-5] & 0x10:
+            length = _id3_length(b"ID3" + tail[-7:])  # a footer is a header with another name
+        elif tail[-9:] == b"LYRICS200" and tail[-15:-9].isdigit():
+            length = 15 + int(tail[-15:-9])
+        size -= length if length < size else 0
+    return size
+
+
+# WAV
+
+# What programs leave for a size that they cannot go back to fill in, because they write into a pipe or are
+# stopped: 0, sox's, and the largest numbers, less the size of a header perhaps.
+_OPEN_SIZES = (0, 0x7FFFF000, 0x80000000)
+_LARGEST_SIZES, _LESS = (0x7FFFFFFF, 0xFFFFFFFF), 256
+_MUCH_MORE = 4096  # bytes behind the sound of a WAV which are no chunks: less is a tag of some program
+
+
+def _is_open(size: int, block_align: int) -> bool:
+    whole_frames = 0x7FFFF000 - 0x7FFFF000 % block_align  # as sox writes it
+    return size in (*_OPEN_SIZES, whole_frames) or any(0 <= n - size <= _LESS for n in _LARGEST_SIZES)
+
+
+def _chunks_end(file: _Bytes, position: int, size: int) -> int:
+    """Where the chunks that follow one another from here end; a second file's `RIFF` is none of them."""
+    for _ in range(1000):  # real files have a handful
+        head = _at(file, position, 8)
+        kind, length = head[:4], int.from_bytes(head[4:], "little")
+        if len(head) < 8 or not all(32 <= byte < 127 for byte in kind) or kind in (b"RIFF", b"RF64"):
+            break
+        if position + 8 + length > size:
+            break
+        position = min(position + 8 + length + (length & 1), size)
+    return position
+
+
+def _second_wav(file: _Bytes, position: int, size: int) -> int | None:
+    """Where another WAV file begins, if one does."""
+    for place in _find(file, b"WAVE", position, size):
+        if _at(file, place - 8, 4) in (b"RIFF", b"RF64"):
+            return place - 8
+    return None
+
+
+def _wav_sound(file: _Bytes, size: int, name: str) -> tuple[int, int, int]:
+    """Of a WAV or RF64 file: where its sound begins, the bytes of it that it declares, and those of a frame."""
     position, data_size_64, block_align = 12, 0, 0
     for _ in range(1000):  # chunks; real files have a handful
         if position + 8 > size:
@@ -429,68 +669,123 @@ def _wav_frames(file: BinaryIO, size: int, name: str) -> tuple[int, _Sized | Non
         elif kind == b"data":
             if not block_align:
                 raise AudioError(f"{name}: its data chunk comes before its format; {_ADVICE}")
-            held = size - body
-            declared = data_size_64 if data_size_64 and length == 0xFFFFFFFF else length
-            empty = length == 0 and riff_size + 8 == size  # not a stream: the header is complete
-            # A program that writes into a pipe cannot go back to fill in the size: it leaves 0,
-            # 0xFFFFFFFF or, as sox does, 0x7FFFF000 less a remainder of a frame.
-            stream = declared in (0, 0xFFFFFFFF) or 0 <= 0x7FFFF000 - declared < block_align
-            if declared > held and not stream:
-                raise AudioError(
-                    f"{name}: truncated: its header declares {declared} bytes of sound, the file holds {held} "
-                    f"({100 * held / declared:.1f} %); copy it again, or, if only its header is wrong, "
-                    "rewrite it: ffmpeg -i INPUT OUTPUT.wav"
-                )
-            if empty:
-                return 0, None
-            if stream:
-                return held // block_align, _Sized(file, size, body)
-            return declared // block_align, None
+            return body, data_size_64 if data_size_64 and length == 0xFFFFFFFF else length, block_align
         position = body + length + (length & 1)
     raise AudioError(f"{name}: ends before its sound begins (no data chunk): truncated or damaged; copy it again")
 
 
-def _check_ogg(file: BinaryIO, size: int, name: str) -> None:
-    """The first packet is Vorbis and the last page is there: the length of a cut file would be wrong.
+def _wav_source(file: _Bytes, size: int, name: str) -> _Source:
+    """Frames in a WAV or RF64 file, having checked that all the sound it declares is there, and no more.
 
-    Page: "OggS", version, flags (4 = last), granule (8), serial (4), number, CRC, n, n segment sizes.
+    libsndfile shortens its own header's figure to what the file holds, so a cut would go unseen.
     """
-    file.seek(0)
-    *_, serial, _, _, segments = _unpack("<4sBBqIIIB", file, name)
-    file.seek(27 + segments)
-    packet = file.read(8)
-    if packet[:7] != b"\x01vorbis":
-        found = {b"Opus": "Opus", b"\x7fFLA": "FLAC", b"Spee": "Speex"}.get(packet[:4], "no Vorbis")
-        raise AudioError(f"{name}: found an OGG file with {found}; {_ADVICE}")
-    start = max(0, size - (27 + 255 + 255 * 255))  # the largest page
-    file.seek(start)
-    tail = file.read()
-    at = tail.rfind(b"OggS")
-    while at >= 0:
-        header = tail[at : at + 27]
-        if len(header) == 27:
-            sizes = tail[at + 27 : at + 27 + header[26]]
-            if at + 27 + header[26] + sum(sizes) == len(tail):
-                break
-        at = tail.rfind(b"OggS", 0, at)
-    if at < 0 or not tail[at + 5] & 4:
+    body, declared, block_align = _wav_sound(file, size, name)
+    held, after = size - body, min(body + declared, size)
+    rest = max(_chunks_end(file, place, size) for place in (after, min(after + (declared & 1), size)))
+    # A size of the list that is right, because nothing or complete chunks follow, is no placeholder.
+    stream = _is_open(declared, block_align) and (declared > held or rest < size)
+    if declared > held and not stream:
+        raise AudioError(
+            f"{name}: truncated: its header declares {declared} bytes of sound, the file holds {held} "
+            f"({100 * held / declared:.1f} %); copy it again, or, if only its header is wrong, "
+            "rewrite it: ffmpeg -i INPUT OUTPUT.wav"
+        )
+    second = _second_wav(file, body if stream else after, size) if stream or rest < size else None
+    if second is not None:
+        raise _joined(name, f"another WAV file begins at byte {second}")
+    if not stream:
+        more = size - rest
+        warning = None
+        if more > max(_MUCH_MORE, 0.01 * declared):
+            warning = f"{more} bytes behind the sound that its header declares are unknown and were not read"
+        return _Source(declared // block_align, None, warning)
+    sizes = {4: min(size - 8, 0xFFFFFFFF), body - 4: min(held, 0xFFFFFFFF)}  # libsndfile takes 0 as 0
+    part = _Part(file, 0, size, {place: struct.pack("<I", number) for place, number in sizes.items()})
+    warning = (
+        f"its header leaves its length open (0x{declared:x} bytes, as programs write that cannot go back): read "
+        "to the end of the file, so nothing would show that it was cut"
+    )
+    return _Source(held // block_align, part, warning)
+
+
+# OGG
+
+
+def _ogg_source(file: _Bytes, size: int, name: str) -> _Source:
+    """The first packet is Vorbis, the last page is there, and no other stream: lengths would be wrong.
+
+    Page: "OggS", version, flags (2 = first, 4 = last), granule (8), serial (4), number, CRC, n, n segment sizes.
+    """
+    several = f"{name}: found several OGG streams in one file, expected one; {_ADVICE}"
+    position, end, last = 0, 0, False
+    serial = latest = 0
+    while position < size:
+        head = _at(file, position, 27 + 255)
+        if head[:4] != b"OggS":  # damage, or what is no OGG behind it
+            position = next(_find(file, b"OggS", position, size), size)
+            continue
+        if len(head) < 27:
+            break
+        body = position + 27 + head[26]
+        page_end = body + sum(head[27 : 27 + head[26]])
+        packet = _at(file, body, 8)
+        number = struct.unpack_from("<I", head, 14)[0]
+        if position == 0:
+            serial = number
+            if packet[:7] != b"\x01vorbis":
+                found = {b"Opus": "Opus", b"\x7fFLA": "FLAC", b"Spee": "Speex"}.get(packet[:4], "no Vorbis")
+                raise AudioError(f"{name}: found an OGG file with {found}; {_ADVICE}")
+        elif head[5] & 2 and packet[:7] == b"\x01vorbis":
+            raise AudioError(several)
+        if page_end > size:
+            last = False
+            break
+        end, last, latest = page_end, bool(head[5] & 4), number
+        position = page_end
+    if last and latest != serial:
+        raise AudioError(several)
+    if not last:
         raise AudioError(
             f"{name}: truncated: its last OGG page is cut or is not marked as the last; copy it again, "
             "or keep what is there: ffmpeg -i INPUT OUTPUT.wav"
         )
-    if struct.unpack_from("<I", tail, at + 14)[0] != serial:
-        raise AudioError(f"{name}: found several OGG streams in one file, expected one; {_ADVICE}")
+    return _Source(None, _Part(file, 0, end) if end < size else None)
 
+
+# FLAC
+
+
+@functools.lru_cache(maxsize=1024)
+def _second_flac(name: str, start: int, size: int, changed: int) -> int | None:
+    """Where in this file another FLAC begins. Kept, for many excerpts of one file; `changed` is its time."""
+    with Path(name).open("rb", buffering=0) as file:
+        for place in _find(file, b"fLaC", start + 4, size):
+            head = _at(file, place + 4, 4)  # of a block of 34 bytes, the first that a FLAC has
+            if head in (b"\0\0\0\x22", b"\x80\0\0\x22"):
+                return place
+    return None
+
+
+# MP3
 
 _MP3_KBIT = {  # MPEG 1 and MPEG 2 or 2.5, layer III, by index; 0 is "free" and 15 is invalid
     3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0),
     2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0),
 }
 _MP3_RATES = (44_100, 48_000, 32_000, 0)
+_MP3_JUNK = 4096  # bytes behind the last frame that are neither sound nor a tag; more may have been sound
 
 
-def _mp3_frame(header: bytes) -> tuple[int, int] | None:
-    """(bytes, samples) of the layer III frame whose first four bytes these are; None if they are not."""
+class _Mp3Frame(NamedTuple):
+    """What the header of a layer III frame says."""
+
+    size: int  # bytes
+    samples: int
+    kind: tuple[int, int, bool]  # version, rate, mono: equal in all frames of one recording
+
+
+def _mp3_frame(header: bytes) -> _Mp3Frame | None:
+    """The layer III frame whose first four bytes these are; None if they are not."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return None
     version = header[1] >> 3 & 3  # 3: MPEG 1, 2: MPEG 2 (half the rates), 0: MPEG 2.5 (a quarter)
@@ -499,75 +794,137 @@ def _mp3_frame(header: bytes) -> tuple[int, int] | None:
     if not rate or not kbit:
         return None
     samples = 1152 if version == 3 else 576
-    return samples // 8 * kbit * 1000 // rate + (header[2] >> 1 & 1), samples
+    size = samples // 8 * kbit * 1000 // rate + (header[2] >> 1 & 1)
+    return _Mp3Frame(size, samples, (version, rate, header[3] >> 6 == 3))
 
 
-def _mp3_start(file: BinaryIO) -> int | None:
-    """Where the first MPEG frame begins, after an ID3v2 tag; None if there is none."""
-    file.seek(0)
-    head = file.read(10)
-    position = 0
-    if head[:3] == b"ID3" and len(head) == 10:
-        position = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
-    file.seek(position)
-    return position if _mp3_frame(file.read(4)) else None
+def _mp3_lead(rate: int) -> int:
+    """Sample frames before an excerpt that have to be decoded for it to be exact.
+
+    A frame's bits may begin up to 511 bytes back (MPEG 1) or 255 (MPEG 2 and 2.5), of sound alone: as many
+    frames as hold that at the lowest bit rate, with the longest headers (stereo, with a checksum). Until they are
+    there libmpg123 leaves frames out, and keeps their bytes for those that follow. Two granules more, since a
+    granule overlaps the one before it, and the filter behind that sees 480 samples back; and one for rounding.
+    """
+    samples, back, header, kbit = (1152, 511, 38, 32) if rate >= 32_000 else (576, 255, 23, 8)
+    held = samples // 8 * kbit * 1000 // rate - header
+    return samples * (-(-back // held) + 3)
 
 
-def _mp3_frames(file: BinaryIO, position: int, size: int, name: str) -> int | None:
-    """Sample frames of an MP3 that declares none, by its MPEG frames; None if it declares them.
+def _next_mp3_frame(file: _Bytes, position: int, size: int) -> int | None:
+    """Where two MPEG frames of one kind follow each other, or one ends the file; None if nowhere from here on."""
+    for place in _find(file, b"\xff", position, size):
+        frame = _mp3_frame(_at(file, place, 4))
+        if frame is not None:
+            following = _mp3_frame(_at(file, place + frame.size, 4))
+            if place + frame.size == size or (following is not None and following.kind == frame.kind):
+                return place
+    return None
+
+
+def _mp3_runs(file: _Bytes, size: int) -> Iterator[tuple[int, int, int]]:
+    """Runs of MPEG frames of one kind: where each begins and ends, and its sample frames."""
+    position: int | None = 0
+    while position is not None and position < size:
+        begin, samples, kind = position, 0, None
+        while position < size:
+            frame = _mp3_frame(_at(file, position, 4))
+            if frame is None or frame.kind != (kind or frame.kind):
+                break
+            kind, samples, position = frame.kind, samples + frame.samples, position + frame.size
+        if samples:
+            yield begin, position, samples
+        else:
+            position = _next_mp3_frame(file, position, size)
+
+
+def _mp3_source(file: _Bytes, size: int, name: str) -> _Source:
+    """Sample frames of an MP3 that declares none, by its MPEG frames; it must not hold more than it declares.
 
     Without a Xing or Info tag libsndfile guesses the length from the first frame's bit rate, and a
     recording of variable bit rate would lose, say, two thirds of its sound in silence.
     """
-    file.seek(position)
-    first = file.read(64)  # the tag stands after at most 4 + 2 + 32 bytes of headers
-    tag = max(first.find(b"Xing"), first.find(b"Info"))
-    if 0 < tag <= 38:
-        if len(first) < tag + 16:
-            raise AudioError(f"{name}: truncated: it ends inside its first MPEG frame; copy it again")
-        flags, *counts = struct.unpack_from(">III", first, tag + 4)
-        if flags & 1:
-            # Where both are there, bytes follow frames. A percent is left to encoders that count otherwise: the
-            # decoder finds a smaller cut by the frames.
-            declared, held = counts[1] if flags & 2 else 0, size - position
-            if held < 0.99 * declared:
-                raise AudioError(
-                    f"{name}: truncated: its header declares {declared} bytes of sound, the file holds {held} "
-                    f"({100 * held / declared:.1f} %); copy it again, or keep what is there: "
-                    "ffmpeg -i INPUT OUTPUT.wav"
-                )
-            return None
-    frames = 0
-    while position < size:
-        file.seek(position)
-        header = file.read(4)
-        frame = _mp3_frame(header)
-        if frame is None:
-            if header[:1] == b"\0" or header[:3] in (b"TAG", b"APE", b"LYR", b"ID3"):  # tags at the end
-                break
-            raise AudioError(f"{name}: damaged MP3: no MPEG frame at byte {position}; copy it again")
-        position += frame[0]
-        if position > size:
-            raise AudioError(f"{name}: truncated: its last MPEG frame is cut; copy it again")
-        frames += frame[1]
-    return frames
+    first = _at(file, 0, 64)  # the tag stands after at most 4 + 2 + 32 bytes of headers
+    frame, tag = _mp3_frame(first), max(first.find(b"Xing"), first.find(b"Info"))
+    assert frame is not None, "who calls has seen it"
+    end = _before_tags(file, size)
+    if not 0 < tag <= 38:
+        return _Source(_mp3_length(file, end, name))
+    if len(first) < tag + 16:
+        raise AudioError(f"{name}: truncated: it ends inside its first MPEG frame; copy it again")
+    flags, frames, sound = struct.unpack_from(">III", first, tag + 4)
+    if not flags & 1 or not frames:
+        return _Source(_mp3_length(file, end, name) - frame.samples)
+    # Where both are there, bytes follow frames. A percent is left to encoders that count otherwise: the
+    # decoder finds a smaller cut by the frames.
+    declared = sound if flags & 2 else 0
+    if size < 0.99 * declared:
+        raise AudioError(
+            f"{name}: truncated: its header declares {declared} bytes of sound, the file holds {size} "
+            f"({100 * size / declared:.1f} %); copy it again, or keep what is there: "
+            "ffmpeg -i INPUT OUTPUT.wav"
+        )
+    if _next_mp3_frame(file, declared, end) is not None:
+        runs = list(_mp3_runs(file, end))
+        held = sum(samples for *_, samples in runs) // frame.samples - 1  # without the frame of the tag itself
+        if held > frames + 1:  # some encoders count that one too
+            raise _joined(name, f"{frames} MPEG frames of {held} or more")
+    return _Source()
 
 
-def _container(file: BinaryIO, size: int, name: str) -> tuple[int | None, _Sized | None]:
-    """The allow-list, from the first bytes. Frames, and the file, where libsndfile needs to be told."""
-    magic = file.read(12)
-    if magic[:4] in (b"RIFF", b"RF64") and magic[8:] == b"WAVE":
-        return _wav_frames(file, size, name)
-    if magic[:4] == b"OggS":
-        _check_ogg(file, size, name)
-        return None, None
-    if magic[:4] == b"fLaC":
-        return None, None
-    start = _mp3_start(file)
-    if start is not None:
-        return _mp3_frames(file, start, size, name), None
-    found = "MP4 or M4A" if magic[4:8] == b"ftyp" else _REFUSED_MAGIC.get(magic[:4])
-    raise AudioError(f"{name}: found {found or f'an unknown format (first bytes {magic!r})'}; {_ADVICE}")
+def _mp3_length(file: _Bytes, size: int, name: str) -> int:
+    """Sample frames of an MP3 that declares no length, all of whose frames follow one another."""
+    runs = _mp3_runs(file, size)
+    _, end, samples = next(runs)
+    if end > size:
+        raise AudioError(f"{name}: truncated: its last MPEG frame is cut; copy it again")
+    rest = _after_tags(file, end, size)
+    following = next(runs, None)
+    if following is not None and following[0] == rest:
+        raise _joined(name, f"behind a tag, or at another rate, another recording begins at byte {rest}")
+    if following is not None or size - rest > _MP3_JUNK:
+        raise AudioError(f"{name}: damaged MP3: no MPEG frame at byte {end}; copy it again")
+    return samples
+
+
+# All of them
+
+
+def _not_sound(head: bytes, name: str) -> AudioError:
+    """What stands in place of sound, as far as its first bytes tell."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"version https://git-lfs", b"version https://hawser")):
+        return AudioError(
+            f"{name}: found a git-lfs pointer, not the sound itself: fetch it in the repository that it is from: "
+            "git lfs install; git lfs pull (a ZIP of GitHub holds pointers alone: clone the repository)"
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return AudioError(f"{name}: found a page of the web (HTML or XML), not sound: download it again")
+    found = "MP4 or M4A" if head[4:8] == b"ftyp" else _REFUSED_MAGIC.get(head[:4])
+    return AudioError(f"{name}: found {found or f'an unknown format (first bytes {head[:12]!r})'}; {_ADVICE}")
+
+
+def _container(file: Any, size: int, name: str) -> _Source:
+    """The allow-list, from the first bytes of an open file behind tags and padding."""
+    start = _after_tags(file, 0, size)
+    inner = _Part(file, start, size) if start else file
+    head = _at(inner, 0, 64)
+    if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
+        source = _wav_source(inner, size - start, name)
+    elif head[:4] == b"OggS":
+        source = _ogg_source(inner, size - start, name)
+    elif head[:4] == b"fLaC":
+        second = _second_flac(name, start, size, os.fstat(file.fileno()).st_mtime_ns)
+        if second is not None:
+            raise _joined(name, f"another FLAC begins at byte {second}")
+        source = _Source()
+    elif _mp3_frame(head) is not None:
+        source = _mp3_source(inner, size - start, name)
+        if start and start == _id3_length(_at(file, 0, 10)):  # which libsndfile passes over itself, and faster
+            return source
+    else:
+        raise _not_sound(head, name)
+    return source._replace(part=inner) if start and source.part is None else source
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -646,23 +1003,24 @@ def _opened(
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(path.open("rb", buffering=0))  # so that seek moves the descriptor
-            frames, stream = _container(file, size, name)
-            file.seek(0)
+            source = _container(file, size, name)
+            (source.part or file).seek(0)
             # By descriptor: the file that was checked, and without a name whose extension libsndfile
             # would take for a format.
-            sound = stack.enter_context(soundfile.SoundFile(stream or file.fileno(), closefd=False))
+            sound = stack.enter_context(soundfile.SoundFile(source.part or file.fileno(), closefd=False))
         except OSError as error:
             raise AudioError(f"{name}: cannot be read: {error.strerror or error}") from error
         except RuntimeError as error:  # every error of libsndfile
             text = getattr(error, "error_string", str(error))
             raise AudioError(f"{name}: damaged header: libsndfile says: {text} Copy it again") from error
+        # Else soundfile seeks after every read to where it is already, and in MP3 the next block begins wrongly.
+        sound.seekable = lambda: False
         if sound.subtype not in _ALLOWED.get(sound.format, ()):
             raise AudioError(f"{name}: found {sound.format} with {sound.subtype}; {_ADVICE}")
         rate = _checked_rate(name, sound.samplerate)
         if sound.channels > MAX_CHANNELS:
             raise AudioError(f"{name}: found {sound.channels} channels, expected at most {MAX_CHANNELS}")
-        if frames is None:
-            frames = sound.frames
+        frames = sound.frames if source.frames is None else source.frames
         if sound.format == "MP3" and sound.frames < frames:
             raise AudioError(
                 f"{name}: this MP3 of variable bit rate declares no length (no Xing header), which libsndfile "
@@ -690,29 +1048,62 @@ def _opened(
             num_samples=resampled_length(frames, rate),
             format=sound.format,
             subtype=sound.subtype,
+            warning=source.warning,
         )
         yield info, first, sound
 
 
-def _mono_blocks(sound: Any, info: AudioInfo, first: int) -> Iterator[Tensor]:
-    """Decode the excerpt block by block; the same memory holds every block."""
+def _decoded(sound: Any, into: np.ndarray) -> tuple[int, str]:
+    """Decode the next frames into an array (frames, channels): how many came, and why not more."""
+    try:
+        return len(sound.read(out=into)), ""
+    except RuntimeError as error:  # FLAC reports a cut as an error, often without a text
+        return 0, f" ({getattr(error, 'error_string', str(error)).strip() or 'decoder error'})"
+
+
+def _ended(info: AudioInfo, declared: int, at: int, reason: str) -> AudioError:
+    return AudioError(
+        f"{info.path}: truncated or damaged{reason}: its header declares {declared} frames or "
+        f"more, decoding ended near frame {at}; copy it again"
+    )
+
+
+def _go_to(sound: Any, info: AudioInfo, first: int) -> None:
+    """Bring the decoder to the excerpt's first frame, in the state in which it comes there from the start.
+
+    WAV and FLAC can be sought in. In OGG libsndfile comes out elsewhere near the end, and crashes where the
+    headers leave it without a decoder: it is decoded from the start. In MP3 it seeks without what a frame's bits
+    need of the frames before and makes up the rest: those are decoded too.
+    """
+    if not first:
+        return
+    start = {"OGG": 0, "MP3": first - _mp3_lead(info.sample_rate)}.get(info.format, first)
+    buffer = np.empty((min(first, _block_frames(info.channels)), info.channels), dtype=np.float32)
+    got, reason = _decoded(sound, buffer[:1])  # a decoder that gives no frame is none to seek with
+    at = got
+    if at and start > at:
+        try:
+            at = sound.seek(start)
+        except RuntimeError as error:
+            reason = f" ({getattr(error, 'error_string', str(error)).strip() or 'it cannot be sought in'})"
+    while got and at < first and not reason:
+        got, reason = _decoded(sound, buffer[: first - at])
+        at += got
+    if at != first or reason:
+        raise _ended(info, first + info.frames, at, reason)
+
+
+def _mono_blocks(sound: Any, info: AudioInfo, first: int, channels: _Channels) -> Iterator[Tensor]:
+    """Decode the excerpt block by block, from where the decoder is; the same memory holds every block."""
     step = _block_frames(info.channels)
     buffer = np.empty((min(step, info.frames), info.channels), dtype=np.float32)
     for position in range(0, info.frames, step):
         wanted = min(step, info.frames - position)
-        reason = ""
-        try:
-            if position == 0 and first:
-                sound.seek(first)
-            got = len(sound.read(out=buffer[:wanted]))
-        except RuntimeError as error:  # FLAC reports a cut as an error, often without a text
-            got, reason = 0, f" ({getattr(error, 'error_string', str(error)).strip() or 'decoder error'})"
+        got, reason = _decoded(sound, buffer[:wanted])
         if got < wanted:
-            raise AudioError(
-                f"{info.path}: truncated or damaged{reason}: its header declares {first + info.frames} frames or "
-                f"more, decoding ended near frame {first + position + got}; copy it again"
-            )
-        yield _mono(torch.from_numpy(buffer[:wanted]), str(info.path), first + position, info.sample_rate)
+            raise _ended(info, first + info.frames, first + position + got, reason)
+        block = torch.from_numpy(buffer[:wanted])
+        yield _mono(block, str(info.path), first + position, info.sample_rate, channels)
 
 
 def audio_info(
@@ -738,6 +1129,21 @@ def audio_info(
         return info
 
 
+def read_audio(
+    path: str | os.PathLike[str],
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    max_seconds: float | None = None,
+) -> tuple[Tensor, str | None]:
+    """As :func:`load_audio`, with what is wrong with its sound, as `Prediction.warning` says it."""
+    with _opened(path, start, end, max_seconds) as (info, first, sound):
+        _go_to(sound, info, first)
+        channels = _Channels()
+        waveform = _at_16_khz(_mono_blocks(sound, info, first, channels), info.frames, info.sample_rate)
+        return waveform, joined_warnings(info.warning, channels.warning() or level_warning(waveform))
+
+
 def load_audio(
     path: str | os.PathLike[str],
     *,
@@ -758,8 +1164,7 @@ def load_audio(
         AudioError: as for :func:`audio_info`; fewer frames than declared; NaN, infinity or
             |sample| > 100; a rate other than 16 kHz without a working torchaudio.
     """
-    with _opened(path, start, end, max_seconds) as (info, first, sound):
-        return _at_16_khz(_mono_blocks(sound, info, first), info.frames, info.sample_rate)
+    return read_audio(path, start=start, end=end, max_seconds=max_seconds)[0]
 
 
 def _check_window(window: float, hop: float) -> None:
@@ -767,14 +1172,54 @@ def _check_window(window: float, hop: float) -> None:
         raise ConfigError(f"window is {window!r} s and hop {hop!r} s; expected 0 < hop <= window")
 
 
+def _hop_frames(hop: float, rate: int) -> int:
+    return max(1, round(hop * rate))
+
+
 def _window_bounds(frames: int, rate: int, window: float, hop: float) -> Iterator[tuple[int, int]]:
     """(first frame, number of frames) of each window; see `load_windows`."""
-    size, step = (max(1, round(seconds * rate)) for seconds in (window, hop))
+    size, step = max(1, round(window * rate)), _hop_frames(hop, rate)
     for position in range(0, frames, step):
         last = position + size + min(rate, size) > frames  # what is left after it is too short
         yield position, frames - position if last else size
         if last:
             break
+
+
+def read_windows(
+    path: str | os.PathLike[str],
+    *,
+    window: float,
+    hop: float,
+    start: float | None = None,
+    end: float | None = None,
+) -> Iterator[tuple[float, float, Tensor, str | None]]:
+    """As :func:`load_windows`, each with what is wrong with its sound, as `Prediction.warning` says it.
+
+    Decoded once from the beginning to the end, whatever the windows share: what the next one needs is kept.
+    """
+    _check_window(window, hop)
+    with _opened(path, start, end, math.inf) as (info, first, sound):
+        _go_to(sound, info, first)
+        rate = info.sample_rate
+        step = _hop_frames(hop, rate)
+        kept: deque[tuple[list[Tensor], _Channels]] = deque()  # pieces, cut where windows begin and end
+        decoded = 0
+        for position, frames in _window_bounds(info.frames, rate, window, hop):
+            stop = position + frames
+            while decoded < stop:
+                count, channels = min(stop, (decoded // step + 1) * step) - decoded, _Channels()
+                blocks = _mono_blocks(sound, replace(info, frames=count), first + decoded, channels)
+                kept.append(([block.clone() for block in blocks], channels))
+                decoded += count
+            blocks = (block for piece, _ in kept for block in piece)
+            waveform = _at_16_khz(blocks, frames, rate)
+            cancelled = sum((channels for _, channels in kept), _Channels()).warning()
+            warning = joined_warnings(info.warning, cancelled or level_warning(waveform))
+            yield (first + position) / rate, (first + stop) / rate, waveform, warning
+            passed = 0
+            while kept and passed < step:  # to where the next window begins
+                passed += sum(map(len, kept.popleft()[0]))
 
 
 def load_windows(
@@ -800,19 +1245,14 @@ def load_windows(
     Raises:
         AudioError: as for :func:`load_audio`, where a window is reached; ConfigError: window or hop out of range.
     """
-    _check_window(window, hop)
-    with _opened(path, start, end, math.inf) as (info, first, sound):
-        rate = info.sample_rate
-        for position, frames in _window_bounds(info.frames, rate, window, hop):
-            part = replace(info, frames=frames)
-            at = first + position
-            yield at / rate, (at + frames) / rate, _at_16_khz(_mono_blocks(sound, part, at), frames, rate)
+    for begin, finish, waveform, _ in read_windows(path, window=window, hop=hop, start=start, end=end):
+        yield begin, finish, waveform
 
 
 def array_windows(
     samples: np.ndarray | Tensor, sample_rate: int, *, window: float, hop: float
-) -> Iterator[tuple[float, float, Tensor]]:
-    """As `load_windows`, of sound which the caller already has: of what :func:`as_waveform` takes."""
+) -> Iterator[tuple[float, float, Tensor, str | None]]:
+    """As `read_windows`, of sound which the caller already has: of what :func:`as_waveform` takes."""
     _check_window(window, hop)
     rate = _checked_rate("array_windows", sample_rate)
     if samples.ndim not in (1, 2) or 0 in samples.shape:
@@ -820,7 +1260,7 @@ def array_windows(
     for position, frames in _window_bounds(len(samples), rate, window, hop):
         start, end = position / rate, (position + frames) / rate
         try:
-            waveform = as_waveform(samples[position : position + frames], rate)
+            waveform, warning = read_samples(samples[position : position + frames], rate)
         except (AudioError, RuntimeError) as error:
             raise AudioError(f"window from {start:g} to {end:g} s: {error}") from None
-        yield start, end, waveform
+        yield start, end, waveform, warning

@@ -28,11 +28,12 @@ from torch.utils.data import DataLoader, Dataset
 from ser.audio import (
     SAMPLE_RATE,
     array_windows,
-    as_waveform,
     audio_info,
-    load_audio,
-    load_windows,
+    joined_warnings,
     normalise,
+    read_audio,
+    read_samples,
+    read_windows,
 )
 from ser.data.dataset import SpeechDataset, pad
 from ser.data.manifest import DIMENSIONS, Utterance
@@ -97,7 +98,7 @@ class Prediction:
     transcript: str | None = None
     speaker: str | None = None  # the most likely of the speakers in training
     speaker_probability: float | None = None
-    warning: str | None = None  # such as a recording that had to be padded
+    warning: str | None = None  # why it may mean nothing, such as silence; sentences between "; "
 
     def to_dict(self) -> dict:
         """As plain data, for JSON."""
@@ -483,8 +484,9 @@ class Recognizer:
                 waiting.update(batch.errors)
                 if batch.recordings:
                     predictions = self.predict_waveforms(batch.samples.split(batch.lengths))
-                    for (index, file), prediction in zip(batch.recordings, predictions, strict=True):
-                        waiting[index] = replace(prediction, file=file)
+                    for (index, file, warning), prediction in zip(batch.recordings, predictions, strict=True):
+                        warning = joined_warnings(warning, prediction.warning)
+                        waiting[index] = replace(prediction, file=file, warning=warning)
                 while position in waiting:
                     yield waiting.pop(position)
                     position += 1
@@ -528,16 +530,17 @@ class Recognizer:
         damage: AudioError | None = None
         with freed_memory_kept(self.device):
             while damage is None:
-                group: list[tuple[float, float, Tensor]] = []
+                group: list[tuple[float, float, Tensor, str | None]] = []
                 try:
                     group.extend(islice(windows, at_once))  # those before the damage stay in it
                 except AudioError as error:
                     damage = error
                 if not group:
                     break
-                predictions = self.predict_waveforms([waveform for _, _, waveform in group])
-                for (start, end, _), prediction in zip(group, predictions, strict=True):
-                    yield replace(prediction, file=file, start=start, end=end)
+                predictions = self.predict_waveforms([waveform for _, _, waveform, _ in group])
+                for (start, end, _, warning), prediction in zip(group, predictions, strict=True):
+                    warning = joined_warnings(warning, prediction.warning)
+                    yield replace(prediction, file=file, start=start, end=end, warning=warning)
         if damage is not None:
             raise damage
 
@@ -666,6 +669,7 @@ class Recording:
     end: float | None = None
     samples: np.ndarray | None = None  # (S,) float32 at 16 kHz; numpy, for tensors cost a worker a descriptor each
     num_samples: int = 0  # S
+    warning: str | None = None  # what is wrong with its sound, once that was read
     error: SerError | None = None
 
 
@@ -684,8 +688,9 @@ def find_recording(index: int, item: Input, sampling_rate: int | None, max_secon
             recording = replace(recording, num_samples=info.num_samples)
             seconds = info.seconds
         else:
-            samples = checked_samples(sound, rate, name).numpy()
-            recording = replace(recording, file=file, samples=samples, num_samples=len(samples))
+            waveform, warning = checked_samples(sound, rate, name)
+            samples = waveform.numpy()
+            recording = replace(recording, file=file, samples=samples, num_samples=len(samples), warning=warning)
             seconds = len(samples) / SAMPLE_RATE
         if seconds > max_seconds:
             raise AudioError(
@@ -698,11 +703,11 @@ def find_recording(index: int, item: Input, sampling_rate: int | None, max_secon
     return recording
 
 
-def checked_samples(samples: Any, rate: Any, name: str) -> Tensor:
-    """Samples that were passed, as (S,) at 16 kHz. Raises AudioError with the input's name."""
+def checked_samples(samples: Any, rate: Any, name: str) -> tuple[Tensor, str | None]:
+    """Samples that were passed, as (S,) at 16 kHz, and a warning. Raises AudioError with the input's name."""
     check_is_array(samples, rate, name)
     try:
-        return as_waveform(samples, rate)
+        return read_samples(samples, rate)
     except (AudioError, TypeError, ValueError, RuntimeError) as error:  # such as tensors without values
         raise AudioError(f"{name}: {error}") from None
 
@@ -717,15 +722,15 @@ def check_is_array(samples: Any, rate: Any, name: str) -> None:
 
 def open_windows(
     source: Input, sampling_rate: int | None, *, window: float, hop: float
-) -> tuple[str | None, Iterator[tuple[float, float, Tensor]]]:
-    """The name of a recording's file, and its windows, as `load_windows` gives them."""
+) -> tuple[str | None, Iterator[tuple[float, float, Tensor, str | None]]]:
+    """The name of a recording's file, and its windows, as `read_windows` gives them."""
     name = "the recording"
     sound, rate, file = unpacked(source, sampling_rate, name)
     if isinstance(sound, Utterance):
         file, start, end = str(sound.file), sound.start, sound.end
-        return file, load_windows(file, window=window, hop=hop, start=start, end=end)
+        return file, read_windows(file, window=window, hop=hop, start=start, end=end)
     if isinstance(sound, str | os.PathLike):
-        return os.fsdecode(sound), load_windows(os.fsdecode(sound), window=window, hop=hop)
+        return os.fsdecode(sound), read_windows(os.fsdecode(sound), window=window, hop=hop)
     check_is_array(sound, rate, name)
     return file, array_windows(sound, rate, window=window, hop=hop)
 
@@ -777,7 +782,8 @@ class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):
         assert recording.file is not None
         start, end = recording.start, recording.end
         try:  # the limit was checked when the recording was found
-            return recording, load_audio(recording.file, start=start, end=end, max_seconds=float("inf"))
+            waveform, warning = read_audio(recording.file, start=start, end=end, max_seconds=float("inf"))
+            return replace(recording, warning=warning), waveform
         except SerError as error:
             return recording, error
 
@@ -785,7 +791,7 @@ class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):
 class Packed(NamedTuple):
     """A decoded batch. One tensor for all, since each costs a worker a file descriptor."""
 
-    recordings: list[tuple[int, str | None]]  # (index, file) of those that could be read
+    recordings: list[tuple[int, str | None, str | None]]  # (index, file, warning) of those that could be read
     lengths: list[int]
     samples: Tensor  # (sum of lengths,)
     errors: dict[int, SerError]  # by index
@@ -795,7 +801,7 @@ def pack(items: list[tuple[Recording, Tensor | SerError]]) -> Packed:
     """One after the other, without padding."""
     good = [(r, found) for r, found in items if isinstance(found, Tensor)]
     return Packed(
-        [(r.index, r.file) for r, _ in good],
+        [(r.index, r.file, r.warning) for r, _ in good],
         [len(waveform) for _, waveform in good],
         torch.cat([waveform for _, waveform in good]) if good else torch.empty(0),
         {r.index: found for r, found in items if isinstance(found, SerError)},

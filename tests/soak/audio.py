@@ -2,12 +2,16 @@
 
     python tests/soak/audio.py --count 20000 --seconds 1800
 
-Small files of every format that is read are cut, spliced, flipped bit by bit and given other sizes, and loaded in
-child processes whose memory is limited, so that a crash or a hang is one line of the result and not its end. A
-file is a function of the seed and its number. Prints JSON figures, and ends with 1 where something was wrong.
+Small files of every format that is read are cut, spliced, flipped bit by bit and given other sizes, half of them
+with the checksums and sizes that then are right, so that the damage reaches the decoders. They are read whole, as
+an excerpt and as windows in child processes whose memory is limited, so that a crash or a hang is one line of the
+result and not its end. A file is a function of the seed and its number. Prints JSON figures, and ends with 1 where
+something was wrong.
 """
 
 import argparse
+import functools
+import io
 import json
 import os
 import random
@@ -24,7 +28,7 @@ import numpy as np
 import soundfile
 import torch
 
-from ser.audio import SAMPLE_RATE, audio_info, load_audio
+from ser.audio import SAMPLE_RATE, _mp3_frame, audio_info, load_audio, load_windows
 from ser.errors import SerError
 
 FORMATS = [
@@ -47,18 +51,23 @@ def noise(seconds: float, rate: int, channels: int, seed: int = 0) -> np.ndarray
     return 0.1 * sum(white[i : len(white) - 7 + i] for i in range(8)).astype(np.float32)
 
 
+def encoded(samples: np.ndarray, rate: int, container: str, coding: str) -> bytes:
+    """The bytes of a sound file."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, coding, format=container)
+    return file.getvalue()
+
+
 def originals() -> list[bytes]:
-    """Sound files of 0.3 s: every format, two rates, one and two channels."""
+    """Sound files of 0.6 s: every format, two rates, one and two channels, and what stands around the sound."""
     found = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "original")
-        for rate, channels in ((SAMPLE_RATE, 1), (8_000, 2)):
-            for container, coding in FORMATS:
-                soundfile.write(path, noise(0.3, rate, channels), rate, coding, format=container)
-                found.append(path.read_bytes())
-        data = found[6]  # the MP3 once more, without the frame that declares its length
-        second = data.index(data[:2], 4)
-        found.append(data[second:])
+    tag = b"ID3\x04\0\0\0\0\0\x14" + bytes(20)
+    for rate, channels in ((SAMPLE_RATE, 1), (8_000, 2)):
+        files = [encoded(noise(0.6, rate, channels), rate, *kind) for kind in FORMATS]
+        mp3, flac = files[6], files[4]
+        second = mp3.index(mp3[:2], 4)
+        bare = mp3[second:]  # without the frame that declares its length
+        found += [*files, bare, tag + flac, 2 * tag + bytes(30) + mp3 + b"TAG" + bytes(125), bare + tag + mp3]
     return found
 
 
@@ -82,8 +91,95 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
     else:
         at %= 200
         changed[at : at + 4] = chance.choice([b"\xff\xff\xff\xff", bytes(4), b"\xff\xff\xff\x7f", b"\0\0\0\x80"])
-    # A page of an OGG file with a wrong checksum never reaches the decoder, so half of them get a right one.
-    return with_checksums(changed) if changed[:4] == b"OggS" and chance.random() < 0.5 else bytes(changed)
+    # What has a wrong checksum or size may never reach the decoder, so half of them get right ones.
+    return repaired(bytes(changed), data) if chance.random() < 0.5 else bytes(changed)
+
+
+def repaired(changed: bytes, data: bytes) -> bytes:
+    """With the checksums and sizes that are right for what ``data`` became; frames are where they were in it."""
+    if changed[:4] == b"OggS":
+        return with_checksums(bytearray(changed))
+    if changed[:4] in (b"RIFF", b"RF64"):
+        return with_sizes(bytearray(changed))
+    if len(changed) != len(data):
+        return changed
+    if b"fLaC" in data[:100]:
+        return with_flac_checksums(bytearray(changed), flac_frames(data))
+    return with_mp3_checksums(bytearray(changed), mp3_frames(data))
+
+
+def with_sizes(data: bytearray) -> bytes:
+    """A WAV file whose two sizes are those of what it holds."""
+    place = data.find(b"data")
+    data[4:8] = struct.pack("<I", len(data) - 8)
+    if 0 < place < len(data) - 8:
+        data[place + 4 : place + 8] = struct.pack("<I", len(data) - place - 8)
+    return bytes(data)
+
+
+def crc(data: bytes, polynomial: int, bits: int, start: int = 0) -> int:
+    """A checksum of this many bits, the highest first."""
+    value = start
+    for byte in data:
+        value ^= byte << (bits - 8)
+        for _ in range(8):
+            value = value << 1 ^ (polynomial if value >> (bits - 1) else 0)
+            value &= (1 << bits) - 1
+    return value
+
+
+@functools.cache
+def flac_frames(data: bytes) -> list[tuple[int, int, int]]:
+    """Where each frame of a whole FLAC begins, where its header's checksum stands, and where it ends."""
+    starts = []
+    at = data.find(b"\xff\xf8", data.index(b"fLaC"))
+    while at >= 0:
+        for header in range(at + 5, at + 16):
+            if header < len(data) and crc(data[at:header], 0x07, 8) == data[header]:
+                starts.append((at, header))
+                break
+        at = data.find(b"\xff\xf8", at + 1)
+    found = []
+    while starts:  # what looks like a frame is one if its last two bytes are the checksum of all before
+        at, header = starts.pop(0)
+        for end in [*(start for start, _ in starts), len(data)]:
+            if crc(data[at : end - 2], 0x8005, 16) == int.from_bytes(data[end - 2 : end], "big"):
+                found.append((at, header, end))
+                starts = [start for start in starts if start[0] >= end]
+                break
+    return found
+
+
+def with_flac_checksums(data: bytearray, frames: list[tuple[int, int, int]]) -> bytes:
+    """Each header and each frame with the checksum of what it holds."""
+    for at, header, end in frames:
+        data[header] = crc(data[at:header], 0x07, 8)
+        data[end - 2 : end] = struct.pack(">H", crc(data[at : end - 2], 0x8005, 16))
+    return bytes(data)
+
+
+@functools.cache
+def mp3_frames(data: bytes) -> list[int]:
+    """Where each frame of an MP3 begins, behind one tag or two."""
+    found = []
+    at = 0
+    while at + 4 <= len(data):
+        frame = _mp3_frame(data[at : at + 4])
+        if frame is not None:
+            found.append(at)
+        at += frame.size if frame is not None else 1
+    return found
+
+
+def with_mp3_checksums(data: bytearray, frames: list[int]) -> bytes:
+    """Each frame says that it has a checksum, which is right; what stood in its place is lost."""
+    for at in frames:
+        data[at + 1] &= 0xFE
+        mono, first = data[at + 3] >> 6 == 3, data[at + 1] & 8
+        side = (17 if mono else 32) if first else (9 if mono else 17)
+        value = crc(bytes(data[at + 2 : at + 4] + data[at + 6 : at + 6 + side]), 0x8005, 16, 0xFFFF)
+        data[at + 4 : at + 6] = struct.pack(">H", value)
+    return bytes(data)
 
 
 def _crc_table() -> list[int]:
@@ -116,16 +212,39 @@ def with_checksums(data: bytearray) -> bytes:
     return bytes(data)
 
 
-def load(path: Path) -> str:
-    """Which of the two permitted ends a file comes to; anything else is an exception."""
-    try:
-        info, waveform = audio_info(path), load_audio(path)
-    except SerError as error:
-        assert str(path) in str(error), "an error that does not name the file"
-        return "refused"
-    assert waveform.shape == (info.num_samples,) and waveform.dtype == torch.float32, "a wrong shape or type"
+def valid(waveform: torch.Tensor, samples: int) -> None:
+    """Raise AssertionError unless this is a signal."""
+    assert waveform.shape == (samples,) and waveform.dtype == torch.float32, "a wrong shape or type"
     assert bool(waveform.isfinite().all()), "a sample that is not finite"
-    return "accepted"
+
+
+def read_whole(path: Path) -> None:
+    """As training and inference do."""
+    valid(load_audio(path), audio_info(path).num_samples)
+
+
+def read_excerpt(path: Path) -> None:
+    """As of a manifest with start and end."""
+    valid(load_audio(path, start=0.3, end=0.45), audio_info(path, start=0.3, end=0.45).num_samples)
+
+
+def read_windows(path: Path) -> None:
+    """Windows that overlap, of an excerpt."""
+    for begin, end, waveform in load_windows(path, window=0.2, hop=0.15, start=0.05):
+        valid(waveform, audio_info(path, start=begin, end=end).num_samples)
+
+
+def load(path: Path) -> str:
+    """Which of the two permitted ends a file comes to, read whole; anything else, or in parts, is an exception."""
+    ends = []
+    for read in (read_whole, read_excerpt, read_windows):
+        try:
+            read(path)
+            ends.append("accepted")
+        except SerError as error:
+            assert str(path) in str(error), "an error that does not name the file"
+            ends.append("refused")
+    return ends[0]
 
 
 def held(name: str) -> int:
