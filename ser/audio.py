@@ -923,7 +923,7 @@ def _container(file: Any, size: int, name: str) -> _Source:
         if start and start == _id3_length(_at(file, 0, 10)):  # which libsndfile passes over itself, and faster
             return source
     else:
-        raise _not_sound(head, name)
+        raise _not_sound(_at(file, 0, 64), name)  # with its zeros, which may be part of another format
     return source._replace(part=inner) if start and source.part is None else source
 
 
