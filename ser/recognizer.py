@@ -11,6 +11,7 @@ folder that training wrote is all that inference needs, and nothing else decides
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ser.audio import SAMPLE_RATE, as_waveform, audio_info, load_audio, load_windows, normalise
 from ser.data.dataset import SpeechDataset, pad
 from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.sampler import evaluation_batches
 from ser.data.text import ORTHOGRAPHIES, Vocabulary
+from ser.data.workers import AGAIN, WORKER_SECONDS, decoded, worker_death_explained
 from ser.errors import AudioError, ConfigError, ModelFolderError, SerError
 from ser.files import write_folder_atomically, write_json, write_tensors
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
@@ -411,6 +413,7 @@ class Recognizer:
         *,
         workers: int = 0,
         max_seconds: float = MAX_SECONDS,
+        timeout: float = WORKER_SECONDS,
     ) -> list[Prediction]:
         """Recognise recordings.
 
@@ -420,17 +423,20 @@ class Recognizer:
             sampling_rate: of samples that are passed as arrays, in Hz; files carry their own.
             workers: processes that decode audio; 0 decodes in this one.
             max_seconds: longer recordings are refused.
+            timeout: seconds to wait for one of the workers.
 
         Returns:
             one `Prediction` for each input, in their order.
 
         Raises:
             AudioError: a recording cannot be read, or is too long. `stream` goes on instead.
+            ResourceError: one of the workers was killed, or gave nothing in time.
         """
         if isinstance(inputs, str | Path | Utterance | np.ndarray | Tensor):
             inputs = [inputs]
         results = []
-        for result in self.stream(inputs, sampling_rate, workers=workers, max_seconds=max_seconds):
+        options: dict[str, Any] = {"workers": workers, "max_seconds": max_seconds, "timeout": timeout}
+        for result in self.stream(inputs, sampling_rate, **options):
             if isinstance(result, SerError):
                 raise result
             results.append(result)
@@ -443,21 +449,18 @@ class Recognizer:
         *,
         workers: int = 0,
         max_seconds: float = MAX_SECONDS,
+        timeout: float = WORKER_SECONDS,
     ) -> Iterator[Prediction | SerError]:
         """As `predict`, but lazily and in bounded memory; a bad recording gives its error and the rest go on."""
         if not max_seconds > 0:
             raise ConfigError(f"max_seconds is {max_seconds!r}; expected a number above 0")
         recordings = (find_recording(i, item, sampling_rate, max_seconds) for i, item in enumerate(inputs))
-        loader = DataLoader(
-            Decoder(),
-            batch_sampler=plan_batches(recordings, self.batch_seconds),  # of recordings, not of numbers
-            num_workers=workers,
-            collate_fn=pack,
-        )
+        batches = plan_batches(recordings, self.batch_seconds)  # of recordings, not of numbers
+        loader = decoded(Decoder(), batches, pack, workers=workers, timeout=timeout, then=AGAIN)
         # Batches come by length, results go out in the order of the inputs.
         waiting: dict[int, Prediction | SerError] = {}
         position = 0
-        with freed_memory_kept(self.device):
+        with freed_memory_kept(self.device), worker_death_explained(AGAIN), closing(loader):
             for batch in loader:
                 waiting.update(batch.errors)
                 if batch.recordings:
