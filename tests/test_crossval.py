@@ -395,6 +395,36 @@ def test_asked_to_stop_it_lets_what_trains_save_and_the_same_command_continues(c
     assert json.loads((out / "report.json").read_text())["folds"].keys() == {"s0"}
 
 
+def test_names_of_the_data_that_are_paths_become_harmless_folders_and_the_same_command_continues(corpus, tmp_path):
+    names = {"s0": "../../escaped", "s1": "-x\n", "s2": str(tmp_path / "absolute")}
+    rows = [row | {"speaker": names[row["speaker"]], "file": str(corpus / row["file"])}
+            for row in csv.DictReader((corpus / "train.csv").open())]  # fmt: skip
+    kept = ("file", "emotion", "speaker")
+    text = "".join(json.dumps({name: row[name] for name in kept}) + "\n" for row in rows)
+    (tmp_path / "data.jsonl").write_text(text)
+    out = tmp_path / "a/b/out"
+    options = [
+        "--data",
+        tmp_path / "data.jsonl",
+        "--protocol",
+        "kfold:speaker:3",
+        "--init",
+        corpus / "init",
+        *QUICK,
+    ]
+    options += ["--heads", "emotion", "--resamples", 5, "--out", out]
+    for again in (False, True):
+        done = run("crossval_iemocap.py", *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("done already") == 3 * again
+    folders = sorted(path.name.partition("~")[0] for path in out.iterdir() if path.is_dir())
+    assert len(folders) == 3 and {"escaped", "x"} < set(folders)
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "a"} and not list(
+        tmp_path.glob("a/escaped*")
+    )
+    assert len(json.loads((out / "report.json").read_text())["folds"]) == 3
+
+
 def test_of_folds_at_once_one_that_fails_is_told_at_once_and_a_signal_still_reaches_the_other(corpus, tmp_path):
     out = tmp_path / "out"
     (out / "s1").mkdir(parents=True)
