@@ -19,9 +19,10 @@ def glibc() -> ctypes.CDLL | None:
     if platform.libc_ver()[0] != "glibc":
         return None
     try:
-        return ctypes.CDLL(None)
+        found = ctypes.CDLL(None)
     except (OSError, TypeError):  # Windows
         return None
+    return found if hasattr(found, "mallopt") and hasattr(found, "malloc_trim") else None
 
 
 @contextmanager
