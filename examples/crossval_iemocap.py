@@ -21,8 +21,8 @@ Checkpoints that are there already, one folder per fold (DIR/01F .. DIR/05M), wi
     python examples/crossval_iemocap.py ... --protocol paper10 --evaluate-only DIR --out runs/reproduced
 
 Options that are not listed below go to train_iemocap.py as they are. The same command continues where it stopped:
-a fold that was judged is not trained again. Asked to stop (SIGTERM, SIGUSR1, Ctrl-C), it passes that on to what
-trains, which saves, and ends with status 75.
+a fold that was judged is not trained again. Asked to stop (SIGTERM, SIGUSR1, SIGHUP, Ctrl-C), it passes that on to
+what trains, which saves, and ends with status 75.
 
 Pooled figures count every utterance of all folds once (right over all folds / all utterances). In --out: FOLD/run
 (the training run), FOLD/predictions.csv and report.json; report.json, report.md, curves.csv and pictures of all
@@ -67,7 +67,7 @@ from ser.train.folds import (
     write_curves,
 )
 from ser.train.pictures import draw, draw_curves, needs_matplotlib
-from ser.train.processes import PREEMPTED, stop_on_signals
+from ser.train.processes import PREEMPTED, following, stop_on_signals
 from ser.train.report import Outcomes, shared_line, table, trained_on_some
 
 HERE = Path(__file__).parent
@@ -253,7 +253,7 @@ class Commands:
 
     def run(self, command: list[str], environment: dict[str, str], log: TextIO) -> int:
         """The exit status."""
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(following(command), env=environment, stdout=log, stderr=log)
         self.running.add(process)
         if self.stopped:  # meanwhile
             process.terminate()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import ser
 from ser.data.manifest import read_manifest
 from ser.train.evaluation import evaluate
+from ser.train.processes import run_command
 
 sys.path.insert(0, str(Path(__file__).parent))
 import make_demo_corpus
@@ -37,8 +37,7 @@ def run(*command: str) -> None:
     """Run a command as a user would, showing it first."""
     print("\n$ " + " ".join(command), flush=True)
     shown = {"torchrun": [sys.executable, "-m", "torch.distributed.run"], "python": [sys.executable]}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    status = subprocess.run([*shown[command[0]], *command[1:]], env=environment, check=False).returncode
+    status = run_command([*shown[command[0]], *command[1:]], os.environ | {"OMP_NUM_THREADS": "1"})
     if status:
         sys.exit(f"error: the command above ended with status {status}")
 

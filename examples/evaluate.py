@@ -25,6 +25,10 @@ reported.
 
 from __future__ import annotations
 
+import os
+
+LAUNCHER = os.getppid()  # now: the imports take seconds, in which it may end
+
 import argparse
 import json
 import sys
@@ -39,6 +43,7 @@ from ser.data.manifest import Utterance
 from ser.data.protocols import KNOWN, overlap
 from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.data.text import clean
+from ser.data.workers import WORKER_SECONDS
 from ser.errors import ConfigError, FileError, SerError
 from ser.files import write_json
 from ser.models.pretrained import find_folder
@@ -75,6 +80,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that decode audio (default: %(default)s)"
     )
+    parser.add_argument("--timeout", type=float, default=WORKER_SECONDS, metavar="SECONDS",
+                        help="to wait for another process before giving up (default: %(default)g)")  # fmt: skip
     parser.add_argument("--on-bad-audio", choices=["fail", "skip"], default="fail",
                         help="recordings that cannot be read end the run, or are left out and counted (default: "
                         "%(default)s)")  # fmt: skip
@@ -163,6 +170,7 @@ def outcomes_of(
         recognizer, utterances, world=world, seen_texts=seen, workers=arguments.workers,
         progress=world.is_main and sys.stderr.isatty(),
         bad_audio=BadAudio(world, policy=arguments.on_bad_audio, limit=arguments.max_bad_audio),
+        timeout=arguments.timeout,
     )  # fmt: skip
     if not world.is_main:
         for _ in rows:
@@ -315,8 +323,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     if arguments.resamples < 1:
         raise ConfigError(f"--resamples {arguments.resamples}: expected 1 or more")
+    if not 0 < arguments.timeout < float("inf"):
+        raise ConfigError(f"--timeout {arguments.timeout}: expected seconds, more than 0")
     torch.set_num_threads(cpu_threads())
-    with joined_world(arguments.device) as world:
+    with joined_world(arguments.device, timeout=arguments.timeout, launcher=LAUNCHER) as world:
         try:
             good = verify(arguments, world) if arguments.verify else evaluate_model(arguments, world)
         except OSError as error:

@@ -23,7 +23,8 @@ Links to folders are followed; hidden files and folders are left out. A file tha
 its suffix is. Results come in the order of the inputs. A recording that cannot be read is reported, and stands
 with its error in json, jsonl and csv, while the others go on.
 
-Exit status: 0 if all were recognised, 1 if some could not be read, 2 if nothing was written (no model, no input).
+Exit status: 0 if all were recognised, 1 if some could not be read, 2 if it could not go on (no model, no input, a
+decoding process died or hung); then --output was not written.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from tqdm import tqdm
 
 from ser.audio import OTHER_SUFFIXES, SUFFIXES, audio_info
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, parse_columns, read_manifest
+from ser.data.workers import AGAIN, WORKER_SECONDS, worker_death_explained
 from ser.errors import AudioError, ConfigError, SerError
 from ser.files import check_can_write, files_below, replace_file, written
 from ser.recognizer import MAX_SECONDS, Prediction, Recognizer
@@ -87,6 +89,8 @@ def parse_arguments() -> argparse.Namespace:
                         "auto: bf16 where it is faster (default: %(default)s)")  # fmt: skip
     parser.add_argument("--workers", type=int, choices=range(65), default=0, metavar="N",
                         help="processes that decode audio (default: %(default)s, this one does)")  # fmt: skip
+    parser.add_argument("--timeout", type=float, default=WORKER_SECONDS, metavar="SECONDS",
+                        help="to wait for one of them before giving up (default: %(default)g)")  # fmt: skip
     parser.add_argument("--max-seconds", type=float, default=MAX_SECONDS,
                         help="refuse longer ones: memory grows as the square (default: %(default)g)")  # fmt: skip
     parser.add_argument("--window", type=float, metavar="SECONDS",
@@ -362,7 +366,9 @@ def main() -> int:
     )
     results: Iterator[tuple[str | Utterance, Prediction | SerError]]
     if arguments.window is None:
-        stream = recognizer.stream(inputs, workers=arguments.workers, max_seconds=arguments.max_seconds)
+        stream = recognizer.stream(
+            inputs, workers=arguments.workers, max_seconds=arguments.max_seconds, timeout=arguments.timeout
+        )
         results = zip(inputs, stream, strict=True)
     else:
         results = in_windows(recognizer, inputs, window=arguments.window, hop=arguments.hop)
@@ -413,7 +419,9 @@ def opened(path: Path | None, *, as_table: bool) -> Iterator[TextIO]:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        with worker_death_explained(AGAIN):
+            status = main()
+        sys.exit(status)
     except SerError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import ser
 from ser.data.manifest import read_manifest, write_manifest
 from ser.train.evaluation import evaluate
+from ser.train.processes import run_command
 
 TRAIN = Path(__file__).parent / "train_iemocap.py"
 # From scratch: a rate far above fine-tuning's, and many small updates. The loss of a transcript of sixty letters
@@ -58,7 +58,7 @@ def main() -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(TRAIN)]
         command += ["--train", str(manifest), "--out", str(run), "--overwrite", "--seed", str(seed)]
         command += ["--epochs", str(arguments.epochs), "--save-every", f"{arguments.epochs}ep", *SETTINGS.split()]
-        if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode:
+        if run_command(command, os.environ | {"OMP_NUM_THREADS": "1"}):
             sys.exit(f"error: training with seed {seed} failed")
         metrics = evaluate(ser.load(run / "last"), held_out).metrics()
         metrics |= {"seed": seed, "seconds": time.perf_counter() - started}

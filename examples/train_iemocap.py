@@ -20,7 +20,7 @@ One fold of the paper's protocol with the paper's settings, from the folder that
         --paper --init wav2vec2-base --out runs/01F
 
 One process: python examples/train_iemocap.py ... . A run that was interrupted continues when the same command is
-given again. SIGTERM, SIGUSR1 and Ctrl-C let it finish its update, save, and end with status 75.
+given again. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C let it finish its update, save, and end with status 75.
 
 A manifest is a CSV with a header (or JSONL): file, and any of emotion, text, speaker, id, start, end, arousal,
 dominance, valence. The files are relative to --root, else to the manifest's folder.
@@ -28,9 +28,12 @@ dominance, valence. The files are relative to --root, else to the manifest's fol
 
 from __future__ import annotations
 
+import os
+
+LAUNCHER = os.getppid()  # now: the imports take seconds, in which it may end
+
 import argparse
 import json
-import os
 import re
 import shlex
 import sys
@@ -216,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads or cpu_threads())
     config = training_settings(arguments)
-    with joined_world(config.device, timeout=config.timeout) as world:
+    with joined_world(config.device, timeout=config.timeout, launcher=LAUNCHER) as world:
         if "WORLD_SIZE" not in os.environ and torch.cuda.device_count() > 1:
             count = torch.cuda.device_count()
             say(

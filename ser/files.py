@@ -264,10 +264,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's own entries, are on the disk."""
-    if sys.platform == "win32" and path.is_dir():  # where folders cannot be opened
+    """Wait until a file's content, or a folder's own entries, are on the disk.
+
+    Windows opens no folders, so there the entries are its own affair, and waits only for what it may write.
+    """
+    on_windows = hasattr(os, "O_BINARY")
+    if on_windows and path.is_dir():
         return
-    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

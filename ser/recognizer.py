@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from numbers import Real
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ser.audio import (
     SAMPLE_RATE,
@@ -39,6 +40,7 @@ from ser.data.dataset import SpeechDataset, pad
 from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.sampler import evaluation_batches
 from ser.data.text import ORTHOGRAPHIES, Vocabulary
+from ser.data.workers import AGAIN, WORKER_SECONDS, decoded, worker_death_explained
 from ser.errors import AudioError, ConfigError, ModelFolderError, SerError
 from ser.files import write_folder_atomically, write_json, write_tensors
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
@@ -426,6 +428,7 @@ class Recognizer:
         *,
         workers: int = 0,
         max_seconds: float = MAX_SECONDS,
+        timeout: float = WORKER_SECONDS,
     ) -> list[Prediction]:
         """Recognise recordings.
 
@@ -436,15 +439,18 @@ class Recognizer:
             sampling_rate: of samples that are passed as arrays, in Hz; files and dicts carry their own.
             workers: processes that decode audio; 0 decodes in this one.
             max_seconds: longer recordings are refused.
+            timeout: seconds to wait for one of the workers.
 
         Returns:
             one `Prediction` for each input, in their order.
 
         Raises:
             AudioError: a recording cannot be read, or is too long. `stream` goes on instead.
+            ResourceError: one of the workers was killed, or gave nothing in time.
         """
         results = []
-        for result in self.stream(inputs, sampling_rate, workers=workers, max_seconds=max_seconds):
+        options: dict[str, Any] = {"workers": workers, "max_seconds": max_seconds, "timeout": timeout}
+        for result in self.stream(inputs, sampling_rate, **options):
             if isinstance(result, SerError):
                 raise result
             results.append(result)
@@ -457,6 +463,7 @@ class Recognizer:
         *,
         workers: int = 0,
         max_seconds: float = MAX_SECONDS,
+        timeout: float = WORKER_SECONDS,
     ) -> Iterator[Prediction | SerError]:
         """As `predict`, but lazily and in bounded memory; a bad recording gives its error and the rest go on.
 
@@ -470,16 +477,12 @@ class Recognizer:
         items = each_of(inputs)
         recordings = (find_recording(i, item, sampling_rate, max_seconds) for i, item in enumerate(items))
         runs = gather(recordings, None if isinstance(items, Sized) else self.batch_seconds)
-        loader = DataLoader(
-            Decoder(),
-            batch_sampler=plan_batches(runs, self.batch_seconds),  # of recordings, not of numbers
-            num_workers=workers,
-            collate_fn=pack,
-        )
+        batches = plan_batches(runs, self.batch_seconds)  # of recordings, not of numbers
+        loader = decoded(Decoder(), batches, pack, workers=workers, timeout=timeout, then=AGAIN)
         # Batches come by length, results go out in the order of the inputs.
         waiting: dict[int, Prediction | SerError] = {}
         position = 0
-        with freed_memory_kept(self.device):
+        with freed_memory_kept(self.device), worker_death_explained(AGAIN), closing(loader):
             for batch in loader:
                 waiting.update(batch.errors)
                 if batch.recordings:

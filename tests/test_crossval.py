@@ -30,6 +30,7 @@ from ser.errors import ConfigError, ManifestError, SerError
 from ser.train.card import read_record, write_card
 from ser.train.config import TrainConfig, paper_settings
 from ser.train.folds import best_on_test, pooled_curve
+from ser.train.processes import own_run
 from ser.train.report import Outcomes
 
 pytestmark = pytest.mark.slow
@@ -393,6 +394,62 @@ def test_asked_to_stop_it_lets_what_trains_save_and_the_same_command_continues(c
     subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
     assert "is resumed at update" in (out / "s0/train.log").read_text()
     assert json.loads((out / "report.json").read_text())["folds"].keys() == {"s0"}
+
+
+def test_killed_it_takes_its_training_along_which_saves(corpus, tmp_path):
+    out = tmp_path / "out"
+    options = ["--data", corpus / "train.csv", *FOLDS, "--folds", "s0", "--out", out, "--init", corpus / "init"]
+    options += [*QUICK, "--epochs", 999, "--log-every", 1]
+    command = [sys.executable, str(EXAMPLES / "crossval_iemocap.py"), *map(str, options)]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        log = out / "s0/run/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not log.is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        trains = json.loads((out / "s0/run/owner.json").read_text())["pid"]
+    finally:
+        running.kill()
+        running.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{trains}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.monotonic() < deadline
+    assert (
+        list((out / "s0/run/checkpoints").iterdir()) and "stopped by SIGTERM" in (out / "s0/train.log").read_text()
+    )
+    with own_run(out / "s0/run"):
+        pass  # is free for the next
+
+
+def test_names_of_the_data_that_are_paths_become_harmless_folders_where_a_run_continues(corpus, tmp_path, capsys):
+    names = {"s0": "../../escaped", "s1": "-x\n", "s2": str(tmp_path / "absolute")}
+    rows = [row | {"speaker": names[row["speaker"]], "file": str(corpus / row["file"])}
+            for row in csv.DictReader((corpus / "train.csv").open())]  # fmt: skip
+    kept = ("file", "emotion", "speaker")
+    text = "".join(json.dumps({name: row[name] for name in kept}) + "\n" for row in rows)
+    (tmp_path / "data.jsonl").write_text(text)
+    out = tmp_path / "a/b/out"
+    options = [
+        "--data",
+        tmp_path / "data.jsonl",
+        "--protocol",
+        "kfold:speaker:3",
+        "--init",
+        corpus / "init",
+        *QUICK,
+    ]
+    options += ["--heads", "emotion", "--resamples", 5, "--out", out]
+    done = run("crossval_iemocap.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    call(crossval_iemocap, *options)
+    assert capsys.readouterr().out.count("done already") == 3
+    folders = sorted(path.name.partition("~")[0] for path in out.iterdir() if path.is_dir())
+    assert len(folders) == 3 and {"escaped", "x"} < set(folders)
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "a"} and not list(
+        tmp_path.glob("a/escaped*")
+    )
+    assert len(json.loads((out / "report.json").read_text())["folds"]) == 3
 
 
 def test_of_folds_at_once_one_that_fails_is_told_at_once_and_a_signal_still_reaches_the_other(corpus, tmp_path):

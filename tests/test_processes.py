@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import demo
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,7 +27,7 @@ from ser.recognizer import Recognizer
 from ser.train import update
 from ser.train.checkpoint import checkpoints
 from ser.train.loop import fit
-from ser.train.processes import OWNER, PREEMPTED, own_run
+from ser.train.processes import OWNER, PREEMPTED, own_run, run_command, stop_on_signals
 
 HERE = Path(__file__).parent
 SETTINGS = ["--epochs", "6", "--effective-batch", "4", "--micro-batch", "1", "--rate", "1e-3", "--beta", "0.1"]
@@ -199,6 +200,80 @@ def test_a_worker_that_hangs_when_its_launcher_is_killed_is_killed_too(corpus, t
         pids = [run.await_update(rank, after=1) for rank in (0, 1)]
         run.process.kill()
         assert seconds_until(lambda: not any(map(alive, pids)), 10) < 5
+
+
+@pytest.mark.parametrize("later", [0.0, 0.5, 2.0])
+def test_workers_of_a_launcher_that_is_killed_while_they_import_do_not_wait_for_it(corpus, tmp_path, later):
+    """In their first instant, amid the import, and (on an idle machine) at its end; with a --timeout of 600 s."""
+    with Run(corpus, tmp_path / "run", torchrun=True, PACE="0.3") as run:
+        children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children")
+        seconds_until(lambda: len(children.read_text().split()) == 2, LIMIT)
+        pids = list(map(int, children.read_text().split()))
+        try:
+            assert len(pids) == 2
+            time.sleep(later)
+            run.process.kill()
+            assert seconds_until(lambda: not any(map(alive, pids)), 60) < 30
+        finally:
+            for pid in filter(alive, pids):
+                os.kill(pid, signal.SIGKILL)
+    assert not errors(run.said())
+
+
+SLEEPS = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(99)"
+
+
+def forked(function, *arguments) -> int:
+    """A copy of this process that calls a function: its process id."""
+    pid = os.fork()
+    if not pid:
+        status = 99
+        try:
+            function(*arguments)
+        except SystemExit as end:
+            status = end.code
+        finally:
+            os._exit(status)
+    return pid
+
+
+@pytest.mark.parametrize("script", ["run_command", "demo"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGKILL"])
+def test_what_a_process_has_started_ends_with_it_whatever_ends_it(tmp_path, script, name):
+    file = tmp_path / "pid"
+    if script == "demo":
+        starter = forked(demo.run, "python", "-c", SLEEPS, str(file))
+    else:
+        starter = forked(run_command, [sys.executable, "-c", SLEEPS, str(file)], dict(os.environ))
+    seconds_until(lambda: file.exists() and file.read_text(), LIMIT)
+    started = int(file.read_text())
+    try:
+        os.kill(starter, getattr(signal, name))
+        status = os.waitstatus_to_exitcode(os.waitpid(starter, 0)[1])
+        number = getattr(signal, name)
+        assert status == (-number if name == "SIGKILL" else 128 + number)
+        assert seconds_until(lambda: not alive(started), 30) < 10
+    finally:
+        if alive(started):
+            os.kill(started, signal.SIGKILL)
+
+
+def test_a_command_gives_its_own_status_and_environment():
+    code = "import os, sys; sys.exit(int(os.environ['STATUS']))"
+    for status in (0, 3):
+        assert run_command([sys.executable, "-c", code], os.environ | {"STATUS": str(status)}) == status
+
+
+def test_a_hangup_stops_a_run_as_a_signal_does_and_under_nohup_nothing():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, asked_by in ((signal.SIG_DFL, "SIGHUP"), (signal.SIG_IGN, "")):
+            signal.signal(signal.SIGHUP, handler)
+            with stop_on_signals() as asked:
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert asked.signal == asked_by and signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_run_in_a_folder_is_refused_once_by_name_of_the_holder_until_that_is_killed(corpus, tmp_path):

@@ -1,6 +1,7 @@
 """Protocols: who is tested on what, and that what is shared is declared."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -23,7 +24,9 @@ from ser.data.protocols import (
     audit,
     by_column,
     check_fold,
+    find_fold,
     find_protocol,
+    folder_names,
     kfold,
     read_folds,
     to_table,
@@ -345,6 +348,95 @@ def test_an_unknown_kind_of_leak_is_refused_with_the_nearest():
     for protocol in PROTOCOLS.values():
         assert set().union(*protocol.declares.values()) <= set(KINDS)
         assert all(pair in protocols.PAIRS for pair in protocol.declares)
+
+
+# ----------------------------------------------------------------------------------------------------- names
+
+HARMLESS = [
+    "s0",
+    "01F",
+    "a b",
+    "a.b",
+    "F-12_x",
+    "Jörg",
+    "Jo\u0308rg 2",
+    "田中",
+    "O'Neil",
+    "1",
+    "spk=3",
+    "ear",
+    "x" * 150,
+]
+PATHS = [
+    "",
+    ".",
+    "..",
+    "../../x",
+    "/etc/x",
+    "a/b",
+    "a\\b",
+    "c:",
+    "a:b",
+    ".hidden",
+    "-rf",
+    "~root",
+    "x" * 300,
+    "田" * 60,
+]
+SIGNS = [
+    "a\0",
+    "a\nb",
+    "\x1b[2J",
+    "a\u200bb",
+    "a\u00a0b",
+    "\u202eabc",
+    "\ud800",
+    *(f"a{sign}" for sign in '*?"<>| .'),
+]
+WINDOWS = ["CON", "nul", "Aux.txt", "com1", "LPT9 .x", "COM¹"]
+OURS = ["report.json", "REPORT.MD", "curves.csv", "confusion.png", "s0.eval", "x~0123456789ab"]
+HOSTILE = [*PATHS, *SIGNS, " a", *WINDOWS, *OURS]
+
+
+def test_what_can_be_a_folder_s_name_is_kept():
+    assert folder_names(HARMLESS) == {name: name for name in HARMLESS}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_that_could_reach_elsewhere_or_is_not_the_same_everywhere_becomes_letters_and_a_digest(name):
+    (called,) = folder_names([name]).values()
+    assert re.fullmatch(r"[A-Za-z0-9_]{1,40}~[0-9a-f]{12}", called)
+    assert Path("/out", called).parent == Path("/out")
+    assert folder_names([called])[called] != called, "what looks like one is none, so two never meet"
+
+
+def test_no_two_names_are_one_folder_on_any_disk():
+    names = ["Anna", "anna", "ANNA", "é", "e\u0301", "a/b", "a:b", "a_b", *HOSTILE, *HARMLESS]
+    called = folder_names(names)
+    assert called["Anna"] == "Anna" and called["é"] == "é" and called["a_b"] == "a_b", "the first is kept"
+    assert len({name.casefold() for name in called.values()}) == len(called) == len(set(names))
+    assert folder_names(names) == called
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(max_size=12), unique=True, max_size=8))
+def test_any_names_at_all_become_as_many_harmless_ones(names):
+    called = list(folder_names(names).values())
+    assert len({name.casefold() for name in called}) == len(names)
+    for name in called:
+        assert name.isprintable() and not set(name) & set('/\\:*?"<>|') and name[0] not in " .-~"
+        assert len(name.encode()) <= 255
+
+
+@pytest.mark.parametrize("column", ["speaker", "fold", "session", "side"])
+def test_the_folds_of_every_protocol_that_names_them_by_the_data_are_called_harmlessly(column):
+    values = ["../../x", "/abs", "b"]
+    rows = [row(f"{value}{i}", **{column: value}) for value in values for i in range(2)]
+    name = {"speaker": "kfold:speaker:3", "fold": "column", "session": "session5", "side": "paper10"}[column]
+    folds = find_protocol(name).folds(rows)
+    assert sorted(fold.name.partition("~")[0] for fold in folds) == ["abs", "b", "x"]
+    assert [len(fold.parts["test"]) for fold in folds] == [2, 2, 2]
+    assert find_fold(find_protocol(name), rows, "../../x") == find_fold(find_protocol(name), rows, folds[0].name)
 
 
 # ----------------------------------------------------------------------------------------------------- files

@@ -7,8 +7,11 @@ protocol declares what it shares, `audit` finds what is shared, and `check_fold`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +43,7 @@ class Fold:
     """One division of a manifest.
 
     Attributes:
-        name: of what is tested, such as "01F".
+        name: of what is tested, such as "01F"; from a `Protocol` one that can be a folder's (`folder_names`).
         parts: "train", "valid", "test" -> sorted ids. A protocol without validation has no "valid"; "known" is
             there after `with_known_turns`.
     """
@@ -86,7 +89,51 @@ class Protocol:
         Raises:
             ManifestError: the manifest lacks a column that this protocol needs, or has too few utterances.
         """
-        return self.divide(sorted(utterances, key=lambda u: u.id), seed)
+        folds = self.divide(sorted(utterances, key=lambda u: u.id), seed)
+        names = folder_names([fold.name for fold in folds])
+        return [Fold(names[fold.name], fold.parts) for fold in folds]
+
+
+# ----------------------------------------------------------------------------------------------------- names
+
+# A fold is called as what it tests, a value of the manifest, and its name becomes a folder and an argument.
+RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|clock\$|(com|lpt)[0-9¹²³])\s*(\..*)?", re.IGNORECASE)
+# Of files that commands write beside the folders of folds; and names as `folder_names` makes them.
+TAKEN = re.compile(r".*(\.(json|jsonl|md|csv|png|eval|log|tmp|lock)|~[0-9a-f]{12})", re.IGNORECASE | re.DOTALL)
+FORBIDDEN = set('/\\:*?"<>|')  # in names of files on Windows, the first of them everywhere
+LONGEST = 150  # bytes of UTF-8; a path of Windows has 260 characters
+
+
+def can_name_a_folder(name: str) -> bool:
+    """Whether a folder of this name, below any other, is harmless and the same on every system."""
+    return (
+        name.isprintable()  # no control, no invisible or undefined character, no lone surrogate
+        and bool(name)
+        and name[0] not in " .-~"
+        and name[-1] not in " ."
+        and FORBIDDEN.isdisjoint(name)
+        and len(name.encode()) <= LONGEST
+        and not RESERVED.fullmatch(name)
+        and not TAKEN.fullmatch(name)
+    )
+
+
+def folder_names(names: Iterable[str]) -> dict[str, str]:
+    """Name -> what it is called as a folder: itself where that is harmless, else its letters and a digest.
+
+    No two are the same, not even on a disk that takes capitals for small letters, or two spellings of é for one.
+    """
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        called, plain = name, unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+        if not can_name_a_folder(name) or plain in taken:
+            letters = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:40]
+            digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+            called = f"{letters or 'fold'}~{digest}"
+        taken.add(plain)
+        found[name] = called
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- protocols
@@ -352,10 +399,11 @@ def find_fold(protocol: Protocol, utterances: Sequence[Utterance], name: str | N
     folds = {fold.name: fold for fold in protocol.folds(utterances, seed=seed)}
     if name is None and len(folds) == 1:
         return next(iter(folds.values()))
-    if name not in folds:
+    called = name if name is None or name in folds else folder_names([name])[name]  # as the manifest spells it
+    if called not in folds:
         asked = "no fold is named" if name is None else f"no fold is called {name!r}"
         raise ConfigError(f"{asked}; the protocol {protocol.name} has {', '.join(folds)}")
-    return folds[name]
+    return folds[called]
 
 
 def usual_known_turns(fold: Fold, utterances: Iterable[Utterance]) -> int:

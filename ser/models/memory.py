@@ -14,6 +14,17 @@ _lock = threading.Lock()
 _inside = 0  # contexts that are open, in any thread: the setting is one of the process
 
 
+def glibc() -> ctypes.CDLL | None:
+    """The C library of this process, where it is glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    try:
+        found = ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows
+        return None
+    return found if hasattr(found, "mallopt") and hasattr(found, "malloc_trim") else None
+
+
 @contextmanager
 def freed_memory_kept(device: torch.device) -> Iterator[None]:
     """On a CPU: what tensors give back in here is kept for the next ones, and given back at the end.
@@ -23,10 +34,10 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
     one. Other libraries of C, and GPUs, whose memory torch keeps itself, are left as they are.
     """
     global _inside
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+    libc = glibc() if device.type == "cpu" else None
+    if libc is None:
         yield
         return
-    libc = ctypes.CDLL(None)
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     with _lock:
         _inside += 1

@@ -20,6 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ser.errors import ConfigError
 from ser.train.processes import attempt, end_with_launcher
 
+# A process that waits for its loader worker is waited for by the others, and is to tell first why.
+PEER_GRACE = 5.0  # seconds
+
 
 @dataclass(frozen=True)
 class World:
@@ -98,16 +101,18 @@ def cpu_threads() -> int:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if processes == 1 and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)
 
 
 @contextmanager
-def joined_world(device: str = "auto", *, timeout: float = 600.0) -> Iterator[World]:
+def joined_world(device: str = "auto", *, timeout: float = 600.0, launcher: int | None = None) -> Iterator[World]:
     """Join the processes that torchrun started, and leave them at the end. Without torchrun: a world of one.
 
-    ``timeout`` is the longest that one waits for another, in seconds; then a RuntimeError ends it.
+    ``timeout`` is the longest that one waits for another, in seconds; then a RuntimeError ends it. ``launcher`` is
+    the parent process as it was when this one began (see `end_with_launcher`).
     """
-    end_with_launcher()
+    end_with_launcher(launcher)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
@@ -117,7 +122,7 @@ def joined_world(device: str = "auto", *, timeout: float = 600.0) -> Iterator[Wo
         return
     # Control values (counts, metrics) travel on the CPU through gloo, gradients of GPUs through nccl.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    limit = timedelta(seconds=timeout)
+    limit = timedelta(seconds=timeout + PEER_GRACE)
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         # torchrun keeps its store over restarts, with the addresses of processes that have ended. On several nodes

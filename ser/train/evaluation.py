@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ser.audio import SAMPLE_RATE
@@ -19,6 +18,7 @@ from ser.data.dataset import NO_LABEL, Batch, SpeechDataset, collate
 from ser.data.manifest import Utterance
 from ser.data.sampler import evaluation_batches
 from ser.data.text import clean
+from ser.data.workers import WORKER_SECONDS, decoded, worker_death_explained
 from ser.models.multitask import HEADS
 from ser.recognizer import Prediction, Recognizer
 from ser.train.bad_audio import BadAudio
@@ -27,7 +27,7 @@ from ser.train.losses import ccc_moments, concordance
 from ser.train.metrics import ClassificationCounts, ErrorRateCounts, character_errors, word_errors
 from ser.train.processes import StopRequest, outlive_signals
 from ser.train.report import CHUNK, as_row
-from ser.train.resources import memory_explained, worker_death_explained
+from ser.train.resources import memory_explained
 from ser.train.update import Objective
 
 
@@ -86,7 +86,7 @@ def evaluate(
     progress: bool = False,
     bad_audio: BadAudio | None = None,
     stop: StopRequest | None = None,
-    timeout: float = 600.0,
+    timeout: float = WORKER_SECONDS,
 ) -> Evaluation:
     """Score a model on utterances. Every rank calls this and gets the same result.
 
@@ -118,14 +118,14 @@ def evaluate(
         rank=world.rank,
         world_size=world.size,
     )
-    loader = DataLoader(
+    loader = decoded(
         dataset,
-        batch_sampler=batches,
-        collate_fn=partial(collate_at_least, min_samples=model.config.min_samples),
-        num_workers=min(workers, len(batches)),
+        batches,
+        partial(collate_at_least, min_samples=model.config.min_samples),
+        workers=min(workers, len(batches)),
+        timeout=timeout,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=outlive_signals,
-        timeout=timeout if min(workers, len(batches)) else 0,
     )
     result = Evaluation()
     emotion = np.zeros((len(recognizer.emotions),) * 2, dtype=np.int64)
@@ -138,7 +138,8 @@ def evaluate(
     names = [u.id for u in dataset.utterances]
     was_training = model.training
     model.eval()
-    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=not progress):
+    shown = {"desc": "evaluating", "unit": "batch", "total": len(batches), "leave": False}
+    for batch in tqdm(loader, **shown, disable=not progress):
         errors |= batch.errors
         if stop or (errors and bad_audio.policy == "fail"):
             break  # to where the ranks meet
@@ -167,6 +168,7 @@ def evaluate(
             if keep_rows:
                 seconds = dataset.lengths[index] / SAMPLE_RATE
                 rows[index] = replace(prediction, file=str(dataset.utterances[index].file), seconds=seconds)
+    loader.close()
     model.train(was_training)
     unread = bad_audio.agree("valid", dataset, errors)
 
@@ -215,6 +217,7 @@ def judge(
     workers: int = 0,
     progress: bool = False,
     bad_audio: BadAudio | None = None,
+    timeout: float = WORKER_SECONDS,
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of the predictions file, in the order of the utterances, a chunk at a time: memory is bounded.
 
@@ -228,12 +231,14 @@ def judge(
         workers: processes per rank that decode audio.
         progress: show a bar per chunk.
         bad_audio: as for `evaluate`; a recording that is skipped has no row.
+        timeout: seconds to wait for a worker.
     """
     for first in range(0, len(utterances), CHUNK):
         chunk = utterances[first : first + CHUNK]
         found = evaluate(
-            recognizer, chunk, world=world, workers=workers, keep_rows=True, progress=progress, bad_audio=bad_audio
-        )
+            recognizer, chunk, world=world, workers=workers, keep_rows=True, progress=progress,
+            bad_audio=bad_audio, timeout=timeout,
+        )  # fmt: skip
         rows = []
         for utterance, reference, prediction in found.rows:
             row = as_row(recognizer, utterance, reference, prediction)

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ser.audio import SAMPLE_RATE
@@ -31,6 +30,7 @@ from ser.data.dataset import NO_LABEL, Batch, SpeechDataset, collate
 from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler
 from ser.data.text import minimum_frames
+from ser.data.workers import decoded, worker_death_explained
 from ser.errors import ConfigError, RunFolderError, SerError
 from ser.files import replace_file, written
 from ser.models.memory import freed_memory_kept
@@ -43,9 +43,9 @@ from ser.train.config import METRICS, TrainConfig, parse_interval
 from ser.train.distributed import World, choose_device
 from ser.train.evaluation import Evaluation, evaluate
 from ser.train.optim import make_optimizer, rate_factor, set_rate
-from ser.train.processes import outlive_signals, own_run, stop_on_signals
+from ser.train.processes import lost_here, outlive_signals, own_run, stop_on_signals
 from ser.train.report import Outcomes, as_row, report
-from ser.train.resources import memory_gib, worker_death_explained
+from ser.train.resources import memory_gib
 from ser.train.update import Objective, UpdateResult, run_update
 
 
@@ -67,7 +67,7 @@ class Meter:
         self.utterances += int(sum(float(b.weights.sum()) for b in batches))
         self.seconds += sum(float((b.num_samples * b.weights).sum()) for b in batches) / SAMPLE_RATE
 
-    def totals(self, world: World) -> dict[str, float]:
+    def totals(self, world: World) -> dict[str, Any]:
         """Means and rates over all ranks."""
         names = sorted(self.losses)
         values = [float(self.losses[name]) for name in names] + [self.utterances, self.seconds]
@@ -246,6 +246,8 @@ def _fit(
     if opened is None:
         assert failure is not None
         raise failure
+    for lost in lost_here():
+        say(world, lost)
     saver = held.enter_context(Saver())  # whatever way training ends, what is being written is finished
     bad_audio.begin(recorded_lengths, {"train": dataset, "valid": validation})
     for note in opened.notes:
@@ -480,19 +482,18 @@ def fetch_updates(
     dataset: SpeechDataset, sampler: LengthBucketBatchSampler, config: TrainConfig, world: World
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches, update by update, decoded ahead by the workers."""
-    loader = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=config.workers,
-            pin_memory=world.device.type == "cuda",
-            worker_init_fn=outlive_signals,
-            timeout=config.timeout if config.workers else 0,
-        )
+    loader = decoded(
+        dataset,
+        sampler,
+        collate,
+        workers=config.workers,
+        timeout=config.timeout,
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=outlive_signals,
     )
     for update in sampler.updates:
         yield [next(loader) for _ in update]
+    next(loader, None)  # its workers end, within the same limit
 
 
 def trained_heads(recognizer: Recognizer, config: TrainConfig) -> dict[str, float]:

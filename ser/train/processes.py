@@ -1,27 +1,30 @@
 """What reaches a run from outside its own arithmetic: signals, the end of its launcher, a second run in its
 folder, and errors of one process among several.
 
-    SIGTERM, SIGUSR1, Ctrl-C -> the update is finished on all ranks, a checkpoint saved, status 75
+    SIGTERM, SIGUSR1, SIGHUP, Ctrl-C -> the update is finished on all ranks, a checkpoint saved, status 75
     the launcher is killed   -> the same, within seconds
     a second run             -> refused, with the name of the process that trains in the folder
     an error on one rank     -> told once, with its cause, by the process that met it
+
+Not every system has all of this: what one lacks is looked for here, and `lost_here` says what is lost with it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,11 +32,32 @@ from typing import Any
 import torch.distributed as dist
 
 from ser.errors import RunFolderError, SerError
+from ser.train.resources import resource
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 OWNER = "owner.json"
 PREEMPTED = 75  # the exit status of a run that was asked to stop: EX_TEMPFAIL, "try again"
-LAUNCHER_POLL = 0.25  # seconds
+ASKS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")  # to stop
+LAUNCHER_POLL = 0.25  # seconds; also for whether something that was started has ended
 ORPHAN_GRACE = 3.5  # seconds in which a process without a launcher may finish its update and save
+
+# ---------------------------------------------------------------------------------------- other systems
+
+
+def lost_here() -> list[str]:
+    """A line for everything that a run on this system has to do without. Linux has it all."""
+    missing = [name for name in ASKS if not hasattr(signal, name)]
+    reasons = {
+        "no lock of the run's folder (no fcntl): nothing but you keeps a second run out of it": fcntl is None,
+        f"no {', '.join(missing)}: of all signals Ctrl-C alone is sure to let a run save and end": bool(missing),
+        "no peak memory in the log (no module resource)": resource is None,
+    }
+    return [f"this system has {reason}" for reason, holds in reasons.items() if holds]
+
 
 # ---------------------------------------------------------------------------------------- being asked to stop
 
@@ -50,11 +74,12 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """SIGTERM, SIGUSR1 and Ctrl-C become a request that the training loop reads once per update.
+    """SIGTERM, SIGUSR1, SIGHUP and Ctrl-C become a request that the training loop reads once per update.
 
     Again, they change nothing, but for Ctrl-C: a second one interrupts at once. Outside the context, and so before
-    training begins, they do what they did before: there is nothing to save. In a thread that is not the main one
-    signals cannot be handled, and nothing is changed.
+    training begins, they do what they did before: there is nothing to save. A SIGHUP that is ignored stays so:
+    that is what nohup asks for. In a thread that is not the main one signals cannot be handled, and nothing is
+    changed.
     """
     request = StopRequest()
 
@@ -66,7 +91,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    numbers = [getattr(signal, name) for name in ASKS if hasattr(signal, name)]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield request
     finally:
@@ -78,39 +106,93 @@ def outlive_signals(_: int = 0) -> None:
     """For a data-loader worker: signals to the whole job are the training process's to answer.
 
     torchrun signals the process group, a scheduler every process of the job. A worker that ended would end the
-    update that is being finished. SIGTERM still ends it where its own parent sends it.
+    update that is being finished. Its own process tells it to end through a queue, and kills it at last.
     """
-    parent = os.getppid()
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-
-    def wait() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
+    for name in ASKS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def end_with_launcher() -> None:
+# ---------------------------------------------------------------------------------------- who started whom
+
+
+def end_with_launcher(launcher: int | None = None) -> None:
     """Under torchrun: a thread that ends this process soon after its launcher has gone.
 
     Killed, torchrun leaves its workers behind, and they would hold the GPUs and the run. They get the same signal
     as in a pre-emption, and `ORPHAN_GRACE` to answer it.
+
+    ``launcher`` is the parent as a script asked for it before its imports, which take seconds; None: that of now.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    launcher = os.getppid()
+    launcher = os.getppid() if launcher is None else launcher  # before its store is tried, which proves it alive
+    there = store_answers()
 
     def watch() -> None:
-        while os.getppid() == launcher:
+        while there and os.getppid() == launcher:
             time.sleep(LAUNCHER_POLL)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_GRACE)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+def store_answers() -> bool:
+    """Whether torchrun's key-value store is there, where torchrun holds it itself, from before it starts us."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return True  # a slow network, perhaps: joining the others will tell
+    return True
+
+
+# Run before a command: PR_SET_PDEATHSIG, which lasts over execv. Whoever started it may have ended by then.
+FOLLOW = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+def following(command: list[str]) -> list[str]:
+    """A command that is asked to stop, by SIGTERM, when this process ends in any way, SIGKILL included.
+
+    Linux alone does that; elsewhere the command is left as it is. The thread that starts it has to outlive it.
+    """
+    try:
+        ctypes.CDLL(None).prctl  # noqa: B018
+    except (AttributeError, OSError, TypeError):
+        return command
+    return [sys.executable, "-I", "-S", "-c", FOLLOW, str(os.getpid()), *command]
+
+
+def run_command(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command that ends with this process: its exit status.
+
+    Asked to stop, this process asks the command to, and ends after it with the status of that signal.
+    """
+    with stop_on_signals() as asked:
+        process = subprocess.Popen(following(command), env=environment)
+        told = False
+        try:
+            while process.poll() is None:
+                if asked and not told:
+                    told = True
+                    process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(LAUNCHER_POLL)
+        finally:
+            if process.poll() is None:  # a second Ctrl-C
+                process.terminate()
+    if asked:
+        print(f"stopped by {asked.signal}", file=sys.stderr)
+        sys.exit(128 + signal.Signals[asked.signal])
+    return process.returncode
 
 
 # ---------------------------------------------------------------------------------------- one run per folder
@@ -121,7 +203,7 @@ def own_run(run: Path) -> Iterator[None]:
     """Be the one process that trains in a folder.
 
     A lock of the operating system on `OWNER`, which tells who holds it: any end of the process frees it, SIGKILL
-    included. Nothing is locked where the folder is not a run's, or the file system has no locks.
+    included. Nothing is locked where the folder is not a run's, or the system or its file system has no locks.
 
     Raises:
         RunFolderError: another process holds it; with its host, process and time.
@@ -133,7 +215,8 @@ def own_run(run: Path) -> Iterator[None]:
     with (run / OWNER).open("a+", encoding="utf-8") as file:
         try:
             # Not flock: data-loader workers would inherit that lock, and outlive a killed process by seconds.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
@@ -203,7 +286,7 @@ def lost_peer(error: BaseException) -> bool:
 
 def tell(text: str, *, consequence: bool = False) -> None:
     """Print an error, unless another rank has printed the same, or for a consequence any."""
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
         # torch raises the death of a loader worker wherever this process is, and again for each that ends with it.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     store = error_store()

@@ -1,8 +1,7 @@
-"""How much memory a run has taken, and in words what may happen to it and to loader workers."""
+"""How much memory a run has taken, and in words what to do where it runs short."""
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,11 @@ import torch
 from ser.audio import SAMPLE_RATE
 from ser.data.dataset import Batch
 from ser.errors import ResourceError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -36,34 +40,11 @@ def memory_explained(batch: Batch, names: Sequence[str], advice: str) -> Iterato
         ) from error
 
 
-@contextmanager
-def worker_death_explained() -> Iterator[None]:
-    """A loader worker that is killed, or hangs, is a ResourceError.
-
-    torch raises it wherever this process happens to be.
-    """
-    try:
-        yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # What a dead worker had sent is fetched from it through a socket, which may fail before torch tells of it.
-        lost = isinstance(error, ConnectionError | EOFError)
-        if not lost and not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
-            raise
-        reason = (str(error).splitlines() or ["its connection ended"])[0].strip().rstrip(".")
-        if reason.startswith("DataLoader timed out"):
-            raise ResourceError(
-                f"a process that decodes audio gave nothing within --timeout: {reason}. Does the file "
-                "system answer? The same command continues"
-            ) from error
-        raise ResourceError(
-            f"a process that decodes audio died: {reason}. If the system killed it for lack of memory, lower "
-            "--workers (0: the training process decodes); then give the same command again to continue"
-        ) from error
-
-
-def memory_gib(device: torch.device) -> float:
-    """Peak memory: of the GPU, or of this process."""
+def memory_gib(device: torch.device) -> float | None:
+    """Peak memory: of the GPU, or of this process; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
