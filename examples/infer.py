@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from ser.audio import audio_info
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, parse_columns, read_manifest
-from ser.errors import AudioError, ConfigError, SerError
+from ser.errors import AudioError, ConfigError, SerError, printable
 from ser.files import replace_file
 from ser.recognizer import MAX_SECONDS, Prediction, Recognizer
 
@@ -277,11 +277,6 @@ def fit(text: str, width: int, *, keep_end: bool = False, right: bool = False) -
     if len(text) > width:
         text = "…" + text[len(text) - width + 1 :] if keep_end else text[: width - 1] + "…"
     return text.rjust(width) if right else text.ljust(width)
-
-
-def printable(text: str) -> str:
-    """Without what would command a terminal: names of files are foreign."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 Format = Callable[[Iterator[Record], Recognizer], Iterator[str]]

@@ -14,6 +14,7 @@ import soundfile
 from toy import toy_recognizer
 
 import ser
+from ser.errors import printable
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "ser").rglob("*.py"))
@@ -339,3 +340,13 @@ def test_scripts_never_import_tests():
         names = [name for name, _ in imports(ast.parse(path.read_text()), path.stem)]
         assert "ser" in {name.partition(".")[0] for name in names}
         assert "tests" not in {name.partition(".")[0] for name in names}
+
+
+# --------------------------------------------------------------------------------------- what a terminal is shown
+
+
+def test_foreign_text_cannot_command_a_terminal():
+    hostile = "a\x1b[2J\rb\x07\x9b31m\u202ec\u2028d\udcff\ne"
+    assert printable(hostile) == "a�[2J�b��31m�c�d��e"
+    assert printable(hostile, lines=True) == "a�[2J�b��31m�c�d�\ne"
+    assert printable("Größe, 悲伤, غضب, 🙂: 50 %") == "Größe, 悲伤, غضب, 🙂: 50 %"
