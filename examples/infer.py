@@ -32,7 +32,6 @@ import gc
 gc.disable()  # imports make 280,000 objects that stay: to look through them for garbage takes 0.4 s
 
 import argparse
-import csv
 import io
 import json
 import os
@@ -49,7 +48,7 @@ from tqdm import tqdm
 from ser.audio import audio_info
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, parse_columns, read_manifest
 from ser.errors import AudioError, ConfigError, SerError, printable
-from ser.files import replace_file
+from ser.files import csv_line, finite, replace_file
 from ser.recognizer import MAX_SECONDS, Prediction, Recognizer
 
 gc.freeze()  # nor at the end
@@ -183,7 +182,7 @@ def as_record(source: str | Utterance, result: Prediction | SerError) -> Record:
     if isinstance(result, SerError):
         nothing = Prediction(file=None, seconds=0.0).to_dict()
         return {**dict.fromkeys(nothing), **record, "error": str(result)}
-    return {**result.to_dict(), **record, "error": None}
+    return finite({**result.to_dict(), **record, "error": None})  # scores may overflow: no NaN in JSON
 
 
 def decimal(seconds: float) -> str:
@@ -207,18 +206,12 @@ def json_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[st
 def comma_separated(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
     first = ["file", "id", "start", "end", "seconds", "emotion"]
     last = ["transcript", "speaker", "speaker_probability", "warning", "error"]
-
-    def line(cells: list) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(cells)
-        return text.getvalue()
-
     shares = [f"p_{name}" for name in recognizer.emotions]
-    yield line([*first, *shares, *recognizer.dimensions, *last])
+    yield csv_line([*first, *shares, *recognizer.dimensions, *last])
     for record in records:
         middle = [(record["probabilities"] or {}).get(name) for name in recognizer.emotions]
         middle += [(record["dimensions"] or {}).get(name) for name in recognizer.dimensions]
-        yield line([record[c] for c in first] + middle + [record[c] for c in last])
+        yield csv_line([record[c] for c in first] + middle + [record[c] for c in last])
 
 
 def paper_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
@@ -230,9 +223,9 @@ def paper_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[s
         raise ConfigError("the model has no emotion head, and the paper's format is about nothing else")
     for record in records:
         if record["error"] is None:
-            shares = " ".join(str(record["probabilities"][name]) for name in names)
+            shares = " ".join(str(record["probabilities"][name]) for name in names).replace("None", "nan")
             number = names.index(record["emotion"])
-            yield f"{os.path.basename(record['file'])} {record['seconds']} {number}  {shares}\n"  # noqa: PTH119
+            yield f"{printable(os.path.basename(record['file']))} {record['seconds']} {number}  {shares}\n"  # noqa: PTH119
 
 
 def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
@@ -263,12 +256,17 @@ def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
         cells = {
             "file": record["id"] or record["file"],
             "seconds": f"{record['seconds']:.2f}",
-            "emotion": f"{record['emotion']} {share:.2f}",
+            "emotion": f"{record['emotion']} {rounded(share)}",
             "transcript": record["transcript"] or "",
             "speaker": record["speaker"] or "",
         }
-        cells |= {name: f"{value:.2f}" for name, value in (record["dimensions"] or {}).items()}
+        cells |= {name: rounded(value) for name, value in (record["dimensions"] or {}).items()}
         yield line(cells)
+
+
+def rounded(score: float | None) -> str:
+    """To two digits; nan for one that is no number, as where scores overflow."""
+    return "nan" if score is None else f"{score:.2f}"
 
 
 def fit(text: str, width: int, *, keep_end: bool = False, right: bool = False) -> str:
@@ -361,13 +359,13 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except SerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error), lines=True)}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

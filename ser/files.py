@@ -10,12 +10,15 @@ goes with the next writing; `clear_remains` removes it at once.
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -58,12 +61,13 @@ def written(path: Path) -> Iterator[Path]:
 def replace_file(path: Path) -> Iterator[TextIO]:
     """A UTF-8 file to write into, which takes the place of `path` when the block ends, whole or not at all.
 
-    It stands in the same folder until then, and is removed when the block fails. Opened as any file is, so its
+    A byte of a file name that is not UTF-8 is written as its escape, \\udce9, which JSON reads back. The file
+    stands in the same folder until then, and is removed when the block fails. Opened as any file is, so its
     mode is the user's umask's and not the 0600 of `tempfile`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -71,6 +75,25 @@ def replace_file(path: Path) -> Iterator[TextIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def csv_line(cells: Iterable[object], delimiter: str = ",") -> str:
+    """A row of a CSV file with its end. Whatever the cells hold, `csv.reader` reads it back as it was.
+
+    Python 3.11 quotes a carriage return in a cell only where the ends of lines hold one.
+    """
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter, lineterminator="\r\n").writerow(cells)
+    return text.getvalue().removesuffix("\r\n") + "\n"
+
+
+def finite(value: Any) -> Any:
+    """As JSON can hold it: None for NaN and infinity, at any depth."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:

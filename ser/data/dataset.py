@@ -16,7 +16,7 @@ from ser.audio import audio_info, load_audio, normalise
 from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.sampler import Item
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
-from ser.errors import AudioError, MissingLibraryError
+from ser.errors import AudioError, MissingLibraryError, printable
 
 NO_LABEL = -100  # what torch's cross entropy ignores
 
@@ -198,8 +198,8 @@ class SpeechDataset(Dataset[Example]):
 
 
 def listed(messages: Iterable[str], most: int = 50) -> str:
-    """One message per line, and how many more there are."""
-    lines = list(messages)
+    """One message per line, whatever a file's name holds, and how many more there are."""
+    lines = [printable(message) for message in messages]
     return "\n  ".join(lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else []))
 
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ser.errors import ConfigError, ModelFolderError
+from ser.errors import ConfigError, ModelFolderError, printable
 from ser.models.config import Wav2Vec2Config
 from ser.models.wav2vec2 import Wav2Vec2
 
@@ -102,7 +102,7 @@ class LoadReport:
 def summary(names: Iterable[str], most: int = 8) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return printable(", ".join(names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def shorten(text: str, most: int = 500) -> str:

@@ -7,8 +7,10 @@ computes its figures again.
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 from ser.audio import SAMPLE_RATE
 from ser.data.manifest import Utterance
 from ser.data.selection import Selection
-from ser.errors import ModelFolderError
+from ser.errors import ModelFolderError, printable
 from ser.files import replace_file, write_json
 from ser.recognizer import Recognizer
 from ser.train.report import TITLES, shares
@@ -117,8 +119,31 @@ def trained_on(record: Mapping[str, Any]) -> Selection | None:
     return Selection.from_dict(named) if named else None
 
 
+# ------------------------------------------------------------------------------------------------ markdown
+
+
+def as_text(foreign: object) -> str:
+    """What Markdown shows as these characters, on one line: a name cannot become a heading, HTML or a table."""
+    text = html.escape(printable(str(foreign)), quote=False)
+    text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)  # my_corpus is no emphasis
+    return re.sub(r"^(\s*\d*)([-+=#.)])(?=[-=#\s]|$)", r"\1\\\2", text)  # no heading, list or rule
+
+
+def as_code(foreign: object) -> str:
+    """A code span of these very characters."""
+    text = printable(str(foreign))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def as_block(text: str) -> list[str]:
+    """The lines of a code block of some lines, whatever stands in them."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [fence, printable(text, lines=True), fence]
+
+
 def to_markdown(record: Mapping[str, Any]) -> str:
-    """The card."""
+    """The card. Labels, names of data and licences are foreign, and shown as text."""
     settings, data = record["settings"], record["trained_on"]
     licences = settings.get("licences", {})
     # JSON is YAML, which is what model hubs read here.
@@ -126,34 +151,35 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", ""]
     lines += ["# Speech emotion recognition model", ""]
     tasks = {
-        "emotion": "emotion: " + ", ".join(record["emotions"]),
-        "dimensions": "dimensions: " + ", ".join(record["dimensions"]),
+        "emotion": "emotion: " + ", ".join(map(as_text, record["emotions"])),
+        "dimensions": "dimensions: " + ", ".join(map(as_text, record["dimensions"])),
         "ctc": "transcript (CTC, greedy)",
         "speaker": f"speaker, out of the {record['speakers_known']} in training",
     }
     lines += ["It recognises, in recordings of one speaker's turn:", ""]
     lines += [f"- {tasks[name]}" for name in record["heads"]]
-    lines += ["", f"{record['parameters'] / 1e6:.1f} M parameters, begun from `{settings.get('init', '?')}`.", ""]
+    init = as_code(settings.get("init", "?"))
+    lines += ["", f"{record['parameters'] / 1e6:.1f} M parameters, begun from {init}.", ""]
 
     lines += ["## Trained on", ""]
     named = settings.get("train")
-    lines += [str(Selection.from_dict(named)) if named else "Data that training was not told the name of.", ""]
-    counts = ", ".join(f"{name} {count}" for name, count in data["per_emotion"].items())
+    lines += [as_text(Selection.from_dict(named)) if named else "Data that training was not told the name of.", ""]
+    counts = ", ".join(f"{as_text(name)} {count}" for name, count in data["per_emotion"].items())
     lines += [
         f"{data['utterances']} utterances, {data['hours']:.2f} h, {data['speakers']} speakers; {counts or '-'}."
     ]
     if description := settings.get("protocol_description"):
-        lines += ["", f"Protocol: {description}"]
+        lines += ["", f"Protocol: {as_text(description)}"]
     if shared := settings.get("shared_with_training"):
         lines += ["", "Of the utterances of each part, training has the same:", ""]
-        lines += [f"- {part}: {shares(kinds)}" for part, kinds in shared.items()]
+        lines += [f"- {as_text(part)}: {as_text(shares(kinds))}" for part, kinds in shared.items()]
 
     lines += ["", "## Figures", ""]
     if not record["evaluations"]:
         lines += ["None were measured: there was no validation part. `examples/evaluate.py --card` adds them."]
     for entry in record["evaluations"]:
         chosen = entry["selection"]
-        what = str(Selection.from_dict(chosen)) if chosen else "the validation utterances"
+        what = as_text(Selection.from_dict(chosen)) if chosen else "the validation utterances"
         lines += [f"On {what}: {entry['utterances']} utterances, {entry['speakers']} speakers.", ""]
         if entry["chosen_on"]:
             lines += ["**These weights were chosen by their figure on this very part, so it is optimistic.**", ""]
@@ -163,7 +189,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         for name, figure in entry["figures"].items():
             spans = (figure["interval_utterances"], figure["interval_speakers"])
             shown = " | ".join("-" if s is None else f"{_number(s[0])} to {_number(s[1])}" for s in spans)
-            lines += [f"| {TITLES.get(name, name)} | {_number(figure['value'])} | {shown} |"]
+            lines += [f"| {TITLES.get(name) or as_text(name)} | {_number(figure['value'])} | {shown} |"]
         if 0 < entry["judged"]["emotion"] < entry["utterances"]:
             lines += ["", f"Emotions are judged on the {entry['judged']['emotion']} whose label the model knows."]
         judged = entry["judged"]["speaker"]
@@ -181,8 +207,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "",
         "## Licences",
         "",
-        f"- data: {licences.get('data') or 'not stated; ask where the corpus came from'}",
-        f"- initial weights: {licences.get('weights') or 'not stated; see where they came from'}",
+        f"- data: {as_text(licences.get('data') or '') or 'not stated; ask where the corpus came from'}",
+        f"- initial weights: {as_text(licences.get('weights') or '') or 'not stated; see where they came from'}",
         "",
         "## To repeat",
         "",

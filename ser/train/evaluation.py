@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from ser.train.distributed import World
 from ser.train.losses import ccc_moments, concordance
 from ser.train.metrics import ClassificationCounts, ErrorRateCounts, character_errors, word_errors
 from ser.train.processes import StopRequest, outlive_signals
-from ser.train.report import CHUNK, as_row
+from ser.train.report import CHUNK, MAX_COUNTS, as_row
 from ser.train.resources import memory_explained, worker_death_explained
 from ser.train.update import Objective
 
@@ -70,6 +71,14 @@ class Evaluation:
             found["speaker_accuracy"] = self.speaker.accuracy
             found["speaker_utterances"] = self.speaker.count  # those of speakers that training knew
         return found
+
+
+def add_outcome(totals: NDArray[np.int64], reference: int, predicted: int) -> None:
+    """Add an utterance to (3, K) totals as `ClassificationCounts` has them; not one without a label."""
+    if reference != NO_LABEL:
+        totals[0, reference] += reference == predicted
+        totals[1, reference] += 1
+        totals[2, predicted] += 1
 
 
 @torch.no_grad()
@@ -128,8 +137,10 @@ def evaluate(
         timeout=timeout if min(workers, len(batches)) else 0,
     )
     result = Evaluation()
-    emotion = np.zeros((len(recognizer.emotions),) * 2, dtype=np.int64)
-    speaker = np.zeros((len(recognizer.speakers),) * 2, dtype=np.int64)
+    # Right, of the reference, recognised as it: of each class, see `ClassificationCounts`.
+    emotion = np.zeros((3, len(recognizer.emotions)), dtype=np.int64)
+    speaker = np.zeros((3, len(recognizer.speakers)), dtype=np.int64)
+    numbers = [{name: i for i, name in enumerate(names)} for names in (recognizer.emotions, recognizer.speakers)]
     edits = np.zeros(4, dtype=np.int64)  # word edits, words, character edits, characters
     sums = torch.zeros(2 * len(HEADS), dtype=torch.float64)
     moments = torch.zeros(6, len(recognizer.dimensions), dtype=torch.float64)
@@ -155,10 +166,10 @@ def evaluate(
         for index, prediction in zip(batch.indices, recognizer.decode(outputs), strict=True):
             if index in errors:
                 continue
-            if prediction.emotion is not None and dataset.emotions[index] != NO_LABEL:
-                emotion[dataset.emotions[index], recognizer.emotions.index(prediction.emotion)] += 1
-            if prediction.speaker is not None and dataset.speakers[index] != NO_LABEL:
-                speaker[dataset.speakers[index], recognizer.speakers.index(prediction.speaker)] += 1
+            if prediction.emotion is not None:
+                add_outcome(emotion, dataset.emotions[index], numbers[0][prediction.emotion])
+            if prediction.speaker is not None:
+                add_outcome(speaker, dataset.speakers[index], numbers[1][prediction.speaker])
             reference = dataset.references[index]
             if prediction.transcript is not None and reference:
                 words = word_errors(reference, prediction.transcript)
@@ -229,8 +240,9 @@ def judge(
         progress: show a bar per chunk.
         bad_audio: as for `evaluate`; a recording that is skipped has no row.
     """
-    for first in range(0, len(utterances), CHUNK):
-        chunk = utterances[first : first + CHUNK]
+    size = max(1, min(CHUNK, MAX_COUNTS // (4 * max(len(recognizer.emotions), 1))))
+    for first in range(0, len(utterances), size):
+        chunk = utterances[first : first + size]
         found = evaluate(
             recognizer, chunk, world=world, workers=workers, keep_rows=True, progress=progress, bad_audio=bad_audio
         )
