@@ -28,20 +28,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import ser
-from ser.data.manifest import Utterance
+from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.protocols import KNOWN, overlap
 from ser.data.selection import Selection, add_arguments, from_arguments
-from ser.data.text import clean
-from ser.errors import ConfigError, FileError, SerError
+from ser.data.text import Rewriting, clean
+from ser.errors import ConfigError, FileError, SerError, printable
 from ser.files import write_json
-from ser.models.pretrained import find_folder
+from ser.models.pretrained import find_folder, summary
 from ser.recognizer import Recognizer
 from ser.train import card
 from ser.train.bad_audio import BadAudio
@@ -153,8 +155,9 @@ def outcomes_of(
     arguments: argparse.Namespace,
     world: World,
     out: Path | None = None,
+    rewriting: Rewriting | None = None,
 ) -> Outcomes | None:
-    """What became of each; None on ranks that only did their share of it."""
+    """What became of each; None on ranks that only did their share of it. ``rewriting``: see `judge`."""
     seen = None
     if training is not None:
         how: dict[str, Any] = {"orthography": recognizer.orthography, "tags": recognizer.tags}
@@ -163,6 +166,7 @@ def outcomes_of(
         recognizer, utterances, world=world, seen_texts=seen, workers=arguments.workers,
         progress=world.is_main and sys.stderr.isatty(),
         bad_audio=BadAudio(world, policy=arguments.on_bad_audio, limit=arguments.max_bad_audio),
+        rewriting=rewriting,
     )  # fmt: skip
     if not world.is_main:
         for _ in rows:
@@ -181,12 +185,13 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     if arguments.card and record is None:
         raise ConfigError(f"--card: {arguments.model} has no {card.RECORD}, as training writes it")
     chosen, judged, training, about = read_data(arguments, record)
-    outcomes = outcomes_of(recognizer, judged, training, arguments, world, arguments.out)
+    rewriting = Rewriting()
+    outcomes = outcomes_of(recognizer, judged, training, arguments, world, arguments.out, rewriting)
     entries = []
     if outcomes is not None:
         found = report(outcomes, resamples=arguments.resamples, seed=arguments.seed)
         found |= {"model": str(arguments.model), "selection": chosen.to_dict(), **about}
-        found["unread"] = len(judged) - len(outcomes)
+        found |= {"unread": len(judged) - len(outcomes), **rewriting.to_dict()}
         entries.append((chosen, found))
     # A speaker head is not scored on strangers, but on turns that were held out of the speakers in training.
     known = replace(chosen, part=KNOWN) if chosen.known_turns and arguments.part != KNOWN else None
@@ -211,6 +216,8 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     if not world.is_main:
         return True
     print(table(found))
+    for note in [*rewriting.notes(), *not_judged(judged, recognizer)]:
+        print(printable(note))
     show_notes(found, recognizer)
     if arguments.card:
         assert record is not None
@@ -220,9 +227,25 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     if arguments.out:
         write_json(arguments.out / "report.json", found)
         if not arguments.no_pictures:
-            draw(found, arguments.out)
+            draw(found, arguments.out, say=partial(say, world))
         say(world, f"written to {arguments.out}")
     return True
+
+
+def not_judged(utterances: list[Utterance], recognizer: Recognizer) -> list[str]:
+    """A line for each kind of label that is in no figure, as the model has no head for it or does not know it."""
+    lines = []
+    if recognizer.vocabulary is None and (texts := sum(bool(u.text) for u in utterances)):
+        lines.append(f"the model writes no transcripts: the texts of {texts} utterances are in no figure")
+    known = {name.lower() for name in recognizer.dimensions}
+    for name in DIMENSIONS:
+        if name not in known and (labels := sum(getattr(u, name) is not None for u in utterances)):
+            lines.append(f"the model gives no {name}: the labels of {labels} utterances are in no figure")
+    speakers = Counter(u.speaker for u in utterances if u.speaker)
+    if recognizer.speakers and speakers and speakers.keys().isdisjoint(recognizer.speakers):
+        here, there = (summary(map(repr, names), 5) for names in (speakers, recognizer.speakers))
+        lines.append(f"no speaker is one whom the model knows: here are {here}; it knows {there}")
+    return lines
 
 
 def show_notes(found: dict[str, Any], recognizer: Recognizer) -> None:
@@ -240,7 +263,7 @@ def show_notes(found: dict[str, Any], recognizer: Recognizer) -> None:
         low, high = figure["interval_utterances"]
         turns = f"{on['utterances']} turns that were held out of the {on['speakers']} speakers in training"
         print(f"speaker accuracy on {turns}: {figure['value']:.4f} ({low:.4f} to {high:.4f})")
-    print(shared_line(found))
+    print(printable(shared_line(found)))
 
 
 def verify(arguments: argparse.Namespace, world: World) -> bool:

@@ -19,7 +19,7 @@ from ser.audio import SAMPLE_RATE
 from ser.data.dataset import NO_LABEL, Batch, SpeechDataset, collate
 from ser.data.manifest import Utterance
 from ser.data.sampler import evaluation_batches
-from ser.data.text import clean
+from ser.data.text import Rewriting, clean
 from ser.models.multitask import HEADS
 from ser.recognizer import Prediction, Recognizer
 from ser.train.bad_audio import BadAudio
@@ -38,7 +38,7 @@ class Evaluation:
 
     utterances: int = 0
     unread: int = 0  # utterances that were left out, as their recordings cannot be read
-    unwritten: int = 0  # characters of the references that the vocabulary lacks, left out of WER and CER
+    rewriting: Rewriting = field(default_factory=Rewriting)  # of the references, as the vocabulary writes them
     emotion: ClassificationCounts | None = None
     speaker: ClassificationCounts | None = None
     ccc: dict[str, float] = field(default_factory=dict)  # by dimension; NaN where it is undefined
@@ -63,9 +63,14 @@ class Evaluation:
             defined = [value for value in self.ccc.values() if math.isfinite(value)]
             found["ccc"] = sum(defined) / len(defined) if defined else math.nan
             found |= {f"ccc_{name.lower()}": value for name, value in self.ccc.items()}
+        changes = {
+            "references_recased": self.rewriting.recased,
+            "characters_replaced": self.rewriting.replaced.total(),
+            "characters_outside_vocabulary": self.rewriting.removed.total(),
+            "references_left_empty": self.rewriting.emptied,
+        }
+        found |= {name: count for name, count in changes.items() if count}
         if self.words is not None and self.characters is not None and self.words.length:
-            if self.unwritten:
-                found["characters_outside_vocabulary"] = self.unwritten
             found |= {"wer": self.words.rate, "cer": self.characters.rate, "words": self.words.length}
         if self.speaker is not None and self.speaker.count:
             found["speaker_accuracy"] = self.speaker.accuracy
@@ -192,8 +197,7 @@ def evaluate(
     world.sum(moments)
     result.utterances, result.unread = len(dataset) - len(unread), len(unread)
     if vocabulary is not None:
-        texts = [text for i, text in enumerate(dataset.texts) if i not in unread]
-        result.unwritten = vocabulary.unknown_characters(texts).total()
+        result.rewriting = dataset.rewriting(without=unread)
     if recognizer.emotions:
         result.emotion = ClassificationCounts(emotion)
     if recognizer.speakers:
@@ -226,6 +230,7 @@ def judge(
     workers: int = 0,
     progress: bool = False,
     bad_audio: BadAudio | None = None,
+    rewriting: Rewriting | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of the predictions file, in the order of the utterances, a chunk at a time: memory is bounded.
 
@@ -239,6 +244,7 @@ def judge(
         workers: processes per rank that decode audio.
         progress: show a bar per chunk.
         bad_audio: as for `evaluate`; a recording that is skipped has no row.
+        rewriting: gets what was changed in the references, chunk by chunk.
     """
     size = max(1, min(CHUNK, MAX_COUNTS // (4 * max(len(recognizer.emotions), 1))))
     for first in range(0, len(utterances), size):
@@ -246,6 +252,8 @@ def judge(
         found = evaluate(
             recognizer, chunk, world=world, workers=workers, keep_rows=True, progress=progress, bad_audio=bad_audio
         )
+        if rewriting is not None:
+            rewriting += found.rewriting
         rows = []
         for utterance, reference, prediction in found.rows:
             row = as_row(recognizer, utterance, reference, prediction)

@@ -113,10 +113,13 @@ def check_training_data(
                 f"no training transcript has a character of the vocabulary; the first is {text[:40]!r}, the "
                 f"symbols are {' '.join(recognizer.vocabulary.tokens[:40])}. Try --build-vocab, or --orthography"
             )
-        dropped = recognizer.vocabulary.unknown_characters(dataset.texts)
-        if dropped:
-            listed = ", ".join(f"{c!r} x{n}" for c, n in dropped.most_common(20))
-            notes.append(f"characters outside the vocabulary, removed: {listed}")
+        if not recognizer.vocabulary.has_delimiter and (words := next((t for t in dataset.texts if " " in t), "")):
+            raise ConfigError(
+                f"the word delimiter {recognizer.vocabulary.word_delimiter!r} is not in the vocabulary of "
+                f"{len(recognizer.vocabulary)} symbols, and a training transcript has spaces: {words[:80]!r}; add "
+                "it, or take the spaces out"
+            )
+        notes += dataset.rewriting().notes()
         frames = recognizer.model.config.num_frames(torch.tensor(lengths))
         misfits = []
         for utterance, target, there in zip(dataset.utterances, dataset.targets, frames.tolist(), strict=True):
