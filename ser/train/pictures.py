@@ -133,9 +133,7 @@ def draw_confusion(names: Sequence[str], counts: NDArray[np.int64], path: Path) 
         axes.set_xlabel("recognised")
         axes.set_ylabel("reference")
         _save(figure, path)
-    return sum(
-        label == f"#{number}" != name for number, (label, name) in enumerate(zip(shown, names, strict=True), 1)
-    )
+    return {label: name for i, (label, name) in enumerate(zip(shown, names, strict=True), 1) if label == f"#{i}"}
 
 
 def tell(text: str) -> None:
