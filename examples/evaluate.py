@@ -43,7 +43,7 @@ from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.data.text import Rewriting, clean
 from ser.errors import ConfigError, FileError, SerError, printable
 from ser.files import write_json
-from ser.models.pretrained import find_folder, summary
+from ser.models.pretrained import find_folder, shorten, summary
 from ser.recognizer import Recognizer
 from ser.train import card
 from ser.train.bad_audio import BadAudio
@@ -53,6 +53,7 @@ from ser.train.loop import say
 from ser.train.pictures import draw
 from ser.train.processes import one_voice
 from ser.train.report import Outcomes, compare, report, shared_line, table, write_rows
+from ser.train.verification import checks_of
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -267,7 +268,7 @@ def show_notes(found: dict[str, Any], recognizer: Recognizer) -> None:
 
 
 def verify(arguments: argparse.Namespace, world: World) -> bool:
-    """--verify: whether card and record agree, and every figure comes out again."""
+    """--verify: whether card and record agree, and all that can be computed comes out again."""
     folder = arguments.verify
     record = card.read_record(folder)
     if record is None:
@@ -280,7 +281,11 @@ def verify(arguments: argparse.Namespace, world: World) -> bool:
     if not record["evaluations"]:
         say(world, f"{folder}: the card has no figures to verify")
         good = False
-    good = trained_as_told(record, arguments, world) and good
+    checks, claimed = checks_of(record, recognizer, folder, partial(moved, arguments=arguments))
+    for name, told, now, same in checks:
+        if not same:
+            say(world, f"{name}: the card has {shorten(repr(told), 100)}, but it is {shorten(repr(now), 100)}")
+    good = good and all(same for *_, same in checks)
     for entry in record["evaluations"]:
         if entry["selection"] is None:
             raise ConfigError(
@@ -292,32 +297,19 @@ def verify(arguments: argparse.Namespace, world: World) -> bool:
         outcomes = outcomes_of(recognizer, selection.utterances(check_files=False), None, arguments, world)
         if outcomes is None:
             continue
-        print(f"{selection}: {len(outcomes)} utterances")
+        print(printable(f"{selection}: {len(outcomes)} utterances"))
         found = report(outcomes, resamples=entry["resamples"], seed=entry["seed"])
         rows = card.differences(entry, found, tolerance=arguments.tolerance)
         for name, then, now, same in rows:
             if same and ", over " in name:  # the ends of intervals
                 continue
             values = "  ".join("      -" if v is None else f"{v:7.4f}" for v in (then, now))
-            print(f"  {name:28} card {values} now  {'same' if same else 'DIFFERS'}")
+            print(f"  {printable(name):28} card {values} now  {'same' if same else 'DIFFERS'}")
         good = good and all(same for *_, same in rows)
     if world.is_main:
+        print(printable(f"claimed, and not computed here: {', '.join(claimed) or 'nothing'}"))
         print("the card holds" if good else "the card does not hold")
     return good
-
-
-def trained_as_told(record: dict[str, Any], arguments: argparse.Namespace, world: World) -> bool:
-    """Whether the card counts the training data as they are."""
-    named = card.trained_on(record)
-    if named is None:
-        return True
-    training = moved(named, arguments).utterances(check_files=False)
-    told = record["trained_on"]
-    now = card.counts_of(training)
-    differing = [f"{name} {told[name]}, but {value}" for name, value in now.items() if told[name] != value]
-    if differing:
-        say(world, f"the card says of the training data: {'; '.join(differing)}")
-    return not differing
 
 
 def moved(selection: Selection, arguments: argparse.Namespace) -> Selection:

@@ -12,19 +12,21 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ser.audio import SAMPLE_RATE
 from ser.data.manifest import Utterance
+from ser.data.protocols import KNOWN
 from ser.data.selection import Selection
-from ser.errors import ModelFolderError, printable
+from ser.errors import ConfigError, ModelFolderError, printable
 from ser.files import replace_file, write_json
 from ser.recognizer import Recognizer
 from ser.train.report import TITLES, shares
 
 RECORD, CARD = "training.json", "README.md"
+MOST_RESAMPLES = 1_000_000  # more would be hours
 KEPT = ("utterances", "speakers", "judged", "figures", "resamples", "seed")  # of a report
 
 
@@ -48,7 +50,7 @@ def training_record(
         "dimensions": recognizer.dimensions,
         "speakers_known": len(recognizer.speakers),
         "parameters": sum(p.numel() for p in recognizer.model.parameters()),
-        "trained_on": counts_of(utterances) | {"hours": round(sum(lengths) / SAMPLE_RATE / 3600, 4)},
+        "trained_on": counts_of(utterances) | {"hours": hours_of(lengths)},
         "settings": dict(settings),
         "evaluations": [],
     }
@@ -61,6 +63,37 @@ def counts_of(utterances: Sequence[Utterance]) -> dict[str, Any]:
         "speakers": len({u.speaker for u in utterances if u.speaker}),
         "per_emotion": dict(sorted(Counter(u.emotion for u in utterances if u.emotion).items())),
     }
+
+
+def hours_of(lengths: Iterable[int]) -> float:
+    """Of recordings with so many samples each."""
+    return round(sum(lengths) / SAMPLE_RATE / 3600, 4)
+
+
+def same_data(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
+    """Whether two selections, as `Selection.to_dict` has them, are of the same utterances, wherever they lie."""
+    if not first or not second or not first.get("sha256"):
+        return first == second
+
+    def content(selection: Mapping[str, Any]) -> dict[str, Any]:
+        names = Selection.from_dict(selection).to_dict()
+        held_out = names["known_turns"] if names["part"] == KNOWN else 0
+        return {**names, "data": "", "root": None, "shares": [], "known_turns": held_out}
+
+    return content(first) == content(second)
+
+
+def expected_choice(record: Mapping[str, Any], selection: Mapping[str, Any] | None, *, best: bool) -> bool:
+    """Whether weights were chosen by their figure on ``selection``: those of ``best``, on the validation part.
+
+    And on the test part, where the protocol validates on it.
+    """
+    settings = record["settings"]
+    valid = settings.get("valid")
+    if not best or not valid:
+        return False
+    twin = dict(valid) | {"part": "test"}
+    return same_data(selection, valid) or bool(settings.get("valid_is_test") and same_data(selection, twin))
 
 
 def evaluation_entry(
@@ -82,8 +115,8 @@ def with_evaluation(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict
 
     What the weights were once chosen on, they stay chosen on; so they are on the test part where it validates.
     """
-    same = [e for e in record["evaluations"] if e["selection"] == entry["selection"]]
-    others = [e for e in record["evaluations"] if e["selection"] != entry["selection"]]
+    same = [e for e in record["evaluations"] if same_data(e["selection"], entry["selection"])]
+    others = [e for e in record["evaluations"] if not same_data(e["selection"], entry["selection"])]
     part = (entry["selection"] or {}).get("part")
     watched = part == "test" and record["settings"].get("valid_is_test") and any(e["chosen_on"] for e in others)
     chosen_on = entry["chosen_on"] or watched or any(e["chosen_on"] for e in same)
@@ -108,9 +141,25 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         to_markdown(record)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        check_numbers(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise ModelFolderError(f"{path}: is no sound record of a training: {error!r}") from None
     return record
+
+
+def check_numbers(record: Mapping[str, Any]) -> None:
+    """Raise ValueError for numbers that figures cannot be computed with."""
+    numbers = {f"settings.{name}": record["settings"].get(name) or 0 for name in ("max_seconds", "max_bad_audio")}
+    for entry in record["evaluations"]:
+        numbers |= {name: entry[name] for name in ("resamples", "seed")}
+        if type(entry["resamples"]) is not int or not 0 < entry["resamples"] <= MOST_RESAMPLES:
+            raise ValueError(f"resamples is {entry['resamples']!r}, expected 1 to {MOST_RESAMPLES}")
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not 0 <= value < 2**63:
+            raise ValueError(f"{name} is {value!r}, expected a number from 0")
+    for selection in (record["settings"].get("train"), record["settings"].get("valid")):
+        if selection and not isinstance(Selection.from_dict(selection).data, str):
+            raise ValueError(f"{selection!r} does not name utterances")
 
 
 def trained_on(record: Mapping[str, Any]) -> Selection | None:

@@ -345,7 +345,7 @@ def _fit(
     def save_model(name: str, judged: Evaluation | None) -> None:
         """best/ or last/, with its card."""
         if world.is_main:
-            record = about | {"step": progress.step, "epoch": progress.epoch}
+            record = about | {"step": progress.step, "epoch": progress.epoch, "weights": name}
             if judged is not None:
                 records = [as_row(recognizer, *row) for row in judged.rows]
                 found = report(Outcomes.of(recognizer.emotions, records))
