@@ -307,7 +307,11 @@ def verify(arguments: argparse.Namespace, world: World) -> bool:
             print(f"  {printable(name):28} card {values} now  {'same' if same else 'DIFFERS'}")
         good = good and all(same for *_, same in rows)
     if world.is_main:
-        print(printable(f"claimed, and not computed here: {', '.join(claimed) or 'nothing'}"))
+        prefix = "settings."
+        rest = [name for name in claimed if not name.startswith(prefix)]
+        settings = ", ".join(name.removeprefix(prefix) for name in claimed if name.startswith(prefix))
+        rest += [f"settings ({settings})"] if settings else []
+        print(printable(f"claimed, and not computed here: {', '.join(rest) or 'nothing'}"))
         print("the card holds" if good else "the card does not hold")
     return good
 

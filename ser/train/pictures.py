@@ -98,7 +98,9 @@ def drawable(names: Sequence[str]) -> tuple[list[str], list[str]]:
     needed -= has(font_manager.findfont(families[0]))
     # The font of last resort has a box for every character.
     fonts = [f for f in font_manager.fontManager.ttflist if "lastresort" not in f.name.replace(" ", "").lower()]
-    counts = Counter({font.name: len(has(font.fname)) for font in fonts if needed})
+    counts = Counter[str]()
+    for font in fonts if needed else ():
+        counts[font.name] = max(counts[font.name], len(has(font.fname)))
     for name, count in counts.most_common():
         if count and (found := has(font_manager.findfont(name))):  # the file of its regular style
             families.append(name)

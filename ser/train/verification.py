@@ -16,6 +16,7 @@ from ser.audio import SAMPLE_RATE
 from ser.data.manifest import Utterance
 from ser.data.protocols import overlap
 from ser.data.selection import Selection
+from ser.models.pretrained import shorten
 from ser.recognizer import Recognizer
 from ser.train.card import counts_of, expected_choice, hours_of, same_data, trained_on
 from ser.train.checkpoint import CHANGEABLE, describe
@@ -26,7 +27,7 @@ Moved = Callable[[Selection], Selection]  # the same data, where they are now
 NO_DATA = hashlib.sha256().hexdigest()  # the fingerprint of no utterances, as a run without validation has it
 OF_A_RECORD = {"heads", "emotions", "dimensions", "speakers_known", "parameters", "trained_on", "settings"}
 OF_A_RECORD |= {"evaluations"}
-OF_A_START = CHANGEABLE | {"train", "valid", "init", "cache", "versions", "world_size", "device", "workers"}
+OF_A_START = CHANGEABLE | {"init", "cache", "versions", "world_size", "device", "workers"}
 
 
 class Check(NamedTuple):
@@ -91,17 +92,20 @@ def of_training(record: Mapping[str, Any], recognizer: Recognizer, moved: Moved)
     """What the data of training tell, and what they do not tell, as recordings cannot be read any more."""
     named = trained_on(record)
     if named is None:
-        return [], ["trained_on, as training was not told the name of its data"]
+        return [], ["trained_on (training was not told the name of its data)"]
     training = moved(named).utterances(check_files=False)
     lengths, unread = recognizer.dataset(training).read_headers(range(len(training)))
     most = float(record["settings"].get("max_seconds") or math.inf) * SAMPLE_RATE
     kept = [i for i in range(len(training)) if lengths.get(i, 0) <= most]
     facts: dict[str, Any] = counts_of([training[i] for i in kept])
-    if not unread:
+    claimed = []
+    if unread:
+        facts = facts if most == math.inf else {}  # else nobody knows which were too long to be trained on
+        claimed = [f"{'trained_on.hours' if facts else 'trained_on'} ({len(unread)} recordings cannot be read)"]
+    else:
         facts["hours"] = hours_of(lengths[i] for i in kept)
     checks = [check(f"trained_on.{name}", record["trained_on"].get(name), value) for name, value in facts.items()]
-    checks += of_sharing(record, named, training, moved)
-    return checks, [f"hours, as {len(unread)} recordings cannot be read"] if unread else []
+    return checks + of_sharing(record, named, training, moved), claimed
 
 
 def of_sharing(
@@ -124,14 +128,12 @@ def of_sharing(
 
 def of_choice(record: Mapping[str, Any], folder: Path) -> list[Check]:
     """Whether each evaluation says rightly that the weights were chosen by it, and that of validation is there."""
-    weights = folder.resolve().name
-    if weights in ("best", "last") and "weights" in record and record["weights"] != weights:
-        return [Check("weights", record["weights"], weights, False)]
-    weights = record.get("weights", weights)
+    place = folder.resolve().name
+    weights = record.get("weights", place)
+    checks = [check("weights", weights, place)] if place in ("best", "last") else []
     if weights not in ("best", "last"):
-        return []
+        return checks
     settings = record["settings"]
-    checks = []
     for number, entry in enumerate(record["evaluations"], 1):
         expected = expected_choice(record, entry["selection"], best=weights == "best")
         checks.append(check(f"evaluation {number}, chosen_on", entry["chosen_on"], expected))
@@ -156,12 +158,21 @@ def of_run(record: Mapping[str, Any], folder: Path) -> tuple[list[Check], list[s
             beside = {}
         if not isinstance(beside, dict) or "effective_batch" not in beside:
             beside = {}  # a model's config.json, say
-    compared = sorted((settings.keys() & beside.keys()) - OF_A_START)
-    checks = [check(f"settings.{name}", settings[name], beside[name]) for name in compared]
-    for name in ("train", "valid") if beside else ():
-        told, now = settings.get(name), beside.get(name)
-        checks.append(Check(f"settings.{name}", told, now, same_data(told, now)))
-    return checks, [f"settings.{name}" for name in sorted(settings.keys() - set(compared))]
+    checks, claimed = [], []
+    for name in sorted(settings):
+        if name not in beside:
+            claimed.append(f"settings.{name}")
+            continue
+        found = check(f"settings.{name}", settings[name], beside[name])
+        if name in ("train", "valid"):
+            found = found._replace(same=same_data(found.told, found.now))
+        if not found.same and name in OF_A_START:
+            claimed.append(f"settings.{name} (of the run now: {shorten(repr(found.now), 40)})")
+        else:
+            checks.append(found)
+    if beside.get("valid") and not settings.get("valid"):
+        checks.append(Check("settings.valid", None, beside["valid"], False))
+    return checks, claimed
 
 
 def checks_of(
@@ -183,5 +194,5 @@ def checks_of(
     if not any("chosen_on" in name for name in known) and record["evaluations"]:
         claimed.append("chosen_on")
     named = {"settings.train", "settings.valid", "settings.licences", *known}
-    claimed += ["licences"] if "settings.licences" not in known else []
+    claimed += [] if "settings.licences" in known else ["licences"]
     return checks, claimed + [name for name in settings if name not in named]
