@@ -12,11 +12,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from toy import toy_recognizer
 
+import ser
 from ser.errors import FileError
 from ser.files import (
     csv_line,
     finite,
+    read_tensors,
     recover_folder,
     replace_file,
     write_folder_atomically,
@@ -126,3 +129,12 @@ def test_a_name_that_is_no_utf_8_is_written_as_its_escape(tmp_path):
 def test_json_holds_null_for_what_is_no_number():
     found = finite({"a": [math.nan, 1.0, {"b": math.inf}], "c": "nan", "d": None})
     assert json.loads(json.dumps(found, allow_nan=False)) == {"a": [None, 1.0, {"b": None}], "c": "nan", "d": None}
+
+
+def test_tensors_are_read_below_a_folder_whose_name_is_no_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    write_tensors(folder / "x.safetensors", {"a": torch.arange(3.0)})
+    assert torch.equal(read_tensors(folder / "x.safetensors")["a"], torch.arange(3.0))
+    toy_recognizer(heads=["emotion"]).save(folder / "model")
+    assert ser.load(folder / "model").emotions
