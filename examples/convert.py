@@ -37,6 +37,7 @@ from references import reference_layers
 import ser
 from ser.convert import convert
 from ser.data.text import Vocabulary
+from ser.errors import printable
 from ser.models.pretrained import read_json
 
 
@@ -78,7 +79,7 @@ def main() -> None:
         speakers=arguments.speakers,
         overwrite=arguments.overwrite,
         reference=reference_layers,
-        say=print,
+        say=lambda text: print(printable(text, lines=True)),
     )
 
 
@@ -86,4 +87,4 @@ if __name__ == "__main__":
     try:
         main()
     except ser.SerError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error), lines=True)}")

@@ -32,21 +32,23 @@ LAUNCHER = os.getppid()  # now: the imports take seconds, in which it may end
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import ser
-from ser.data.manifest import Utterance
+from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.protocols import KNOWN, overlap
 from ser.data.selection import Selection, add_arguments, from_arguments
-from ser.data.text import clean
+from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
-from ser.errors import ConfigError, FileError, SerError
+from ser.errors import ConfigError, FileError, SerError, printable
 from ser.files import write_json
-from ser.models.pretrained import find_folder
+from ser.models.pretrained import find_folder, shorten, summary
 from ser.recognizer import Recognizer
 from ser.train import card
 from ser.train.bad_audio import BadAudio
@@ -56,6 +58,7 @@ from ser.train.loop import say
 from ser.train.pictures import draw
 from ser.train.processes import one_voice
 from ser.train.report import Outcomes, compare, report, shared_line, table, write_rows
+from ser.train.verification import checks_of
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -160,8 +163,9 @@ def outcomes_of(
     arguments: argparse.Namespace,
     world: World,
     out: Path | None = None,
+    rewriting: Rewriting | None = None,
 ) -> Outcomes | None:
-    """What became of each; None on ranks that only did their share of it."""
+    """What became of each; None on ranks that only did their share of it. ``rewriting``: see `judge`."""
     seen = None
     if training is not None:
         how: dict[str, Any] = {"orthography": recognizer.orthography, "tags": recognizer.tags}
@@ -170,7 +174,7 @@ def outcomes_of(
         recognizer, utterances, world=world, seen_texts=seen, workers=arguments.workers,
         progress=world.is_main and sys.stderr.isatty(),
         bad_audio=BadAudio(world, policy=arguments.on_bad_audio, limit=arguments.max_bad_audio),
-        timeout=arguments.timeout,
+        timeout=arguments.timeout, rewriting=rewriting,
     )  # fmt: skip
     if not world.is_main:
         for _ in rows:
@@ -189,12 +193,13 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     if arguments.card and record is None:
         raise ConfigError(f"--card: {arguments.model} has no {card.RECORD}, as training writes it")
     chosen, judged, training, about = read_data(arguments, record)
-    outcomes = outcomes_of(recognizer, judged, training, arguments, world, arguments.out)
+    rewriting = Rewriting()
+    outcomes = outcomes_of(recognizer, judged, training, arguments, world, arguments.out, rewriting)
     entries = []
     if outcomes is not None:
         found = report(outcomes, resamples=arguments.resamples, seed=arguments.seed)
         found |= {"model": str(arguments.model), "selection": chosen.to_dict(), **about}
-        found["unread"] = len(judged) - len(outcomes)
+        found |= {"unread": len(judged) - len(outcomes), **rewriting.to_dict()}
         entries.append((chosen, found))
     # A speaker head is not scored on strangers, but on turns that were held out of the speakers in training.
     known = replace(chosen, part=KNOWN) if chosen.known_turns and arguments.part != KNOWN else None
@@ -219,6 +224,8 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     if not world.is_main:
         return True
     print(table(found))
+    for note in [*rewriting.notes(), *not_judged(judged, recognizer)]:
+        print(printable(note))
     show_notes(found, recognizer)
     if arguments.card:
         assert record is not None
@@ -228,9 +235,25 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     if arguments.out:
         write_json(arguments.out / "report.json", found)
         if not arguments.no_pictures:
-            draw(found, arguments.out)
+            draw(found, arguments.out, say=partial(say, world))
         say(world, f"written to {arguments.out}")
     return True
+
+
+def not_judged(utterances: list[Utterance], recognizer: Recognizer) -> list[str]:
+    """A line for each kind of label that is in no figure, as the model has no head for it or does not know it."""
+    lines = []
+    if recognizer.vocabulary is None and (texts := sum(bool(u.text) for u in utterances)):
+        lines.append(f"the model writes no transcripts: the texts of {texts} utterances are in no figure")
+    known = {name.lower() for name in recognizer.dimensions}
+    for name in DIMENSIONS:
+        if name not in known and (labels := sum(getattr(u, name) is not None for u in utterances)):
+            lines.append(f"the model gives no {name}: the labels of {labels} utterances are in no figure")
+    speakers = Counter(u.speaker for u in utterances if u.speaker)
+    if recognizer.speakers and speakers and speakers.keys().isdisjoint(recognizer.speakers):
+        here, there = (summary(map(repr, names), 5) for names in (speakers, recognizer.speakers))
+        lines.append(f"no speaker is one whom the model knows: here are {here}; it knows {there}")
+    return lines
 
 
 def show_notes(found: dict[str, Any], recognizer: Recognizer) -> None:
@@ -248,11 +271,11 @@ def show_notes(found: dict[str, Any], recognizer: Recognizer) -> None:
         low, high = figure["interval_utterances"]
         turns = f"{on['utterances']} turns that were held out of the {on['speakers']} speakers in training"
         print(f"speaker accuracy on {turns}: {figure['value']:.4f} ({low:.4f} to {high:.4f})")
-    print(shared_line(found))
+    print(printable(shared_line(found)))
 
 
 def verify(arguments: argparse.Namespace, world: World) -> bool:
-    """--verify: whether card and record agree, and every figure comes out again."""
+    """--verify: whether card and record agree, and all that can be computed comes out again."""
     folder = arguments.verify
     record = card.read_record(folder)
     if record is None:
@@ -265,7 +288,11 @@ def verify(arguments: argparse.Namespace, world: World) -> bool:
     if not record["evaluations"]:
         say(world, f"{folder}: the card has no figures to verify")
         good = False
-    good = trained_as_told(record, arguments, world) and good
+    checks, claimed = checks_of(record, recognizer, folder, partial(moved, arguments=arguments))
+    for name, told, now, same in checks:
+        if not same:
+            say(world, f"{name}: the card has {shorten(repr(told), 100)}, but it is {shorten(repr(now), 100)}")
+    good = good and all(same for *_, same in checks)
     for entry in record["evaluations"]:
         if entry["selection"] is None:
             raise ConfigError(
@@ -277,32 +304,23 @@ def verify(arguments: argparse.Namespace, world: World) -> bool:
         outcomes = outcomes_of(recognizer, selection.utterances(check_files=False), None, arguments, world)
         if outcomes is None:
             continue
-        print(f"{selection}: {len(outcomes)} utterances")
+        print(printable(f"{selection}: {len(outcomes)} utterances"))
         found = report(outcomes, resamples=entry["resamples"], seed=entry["seed"])
         rows = card.differences(entry, found, tolerance=arguments.tolerance)
         for name, then, now, same in rows:
             if same and ", over " in name:  # the ends of intervals
                 continue
             values = "  ".join("      -" if v is None else f"{v:7.4f}" for v in (then, now))
-            print(f"  {name:28} card {values} now  {'same' if same else 'DIFFERS'}")
+            print(f"  {printable(name):28} card {values} now  {'same' if same else 'DIFFERS'}")
         good = good and all(same for *_, same in rows)
     if world.is_main:
+        prefix = "settings."
+        rest = [name for name in claimed if not name.startswith(prefix)]
+        settings = ", ".join(name.removeprefix(prefix) for name in claimed if name.startswith(prefix))
+        rest += [f"settings ({settings})"] if settings else []
+        print(printable(f"claimed, and not computed here: {', '.join(rest) or 'nothing'}"))
         print("the card holds" if good else "the card does not hold")
     return good
-
-
-def trained_as_told(record: dict[str, Any], arguments: argparse.Namespace, world: World) -> bool:
-    """Whether the card counts the training data as they are."""
-    named = card.trained_on(record)
-    if named is None:
-        return True
-    training = moved(named, arguments).utterances(check_files=False)
-    told = record["trained_on"]
-    now = card.counts_of(training)
-    differing = [f"{name} {told[name]}, but {value}" for name, value in now.items() if told[name] != value]
-    if differing:
-        say(world, f"the card says of the training data: {'; '.join(differing)}")
-    return not differing
 
 
 def moved(selection: Selection, arguments: argparse.Namespace) -> Selection:

@@ -34,7 +34,6 @@ import gc
 gc.disable()  # imports make 280,000 objects that stay: to look through them for garbage takes 0.4 s
 
 import argparse
-import csv
 import io
 import json
 import os
@@ -51,8 +50,8 @@ from tqdm import tqdm
 from ser.audio import OTHER_SUFFIXES, SUFFIXES, audio_info
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, parse_columns, read_manifest
 from ser.data.workers import AGAIN, WORKER_SECONDS, worker_death_explained
-from ser.errors import AudioError, ConfigError, SerError
-from ser.files import check_can_write, files_below, replace_file, written
+from ser.errors import AudioError, ConfigError, SerError, printable
+from ser.files import check_can_write, csv_line, files_below, finite, replace_file, written
 from ser.recognizer import MAX_SECONDS, Prediction, Recognizer
 
 gc.freeze()  # nor at the end
@@ -234,7 +233,7 @@ def as_record(source: str | Utterance, result: Prediction | SerError) -> Record:
     if isinstance(result, SerError):
         nothing = Prediction(file=None, seconds=0.0).to_dict()
         return {**dict.fromkeys(nothing), **record, "error": str(result)}
-    return {**result.to_dict(), **record, "error": None}
+    return finite({**result.to_dict(), **record, "error": None})  # scores may overflow: no NaN in JSON
 
 
 def decimal(seconds: float) -> str:
@@ -258,18 +257,12 @@ def json_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[st
 def comma_separated(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
     first = ["file", "id", "start", "end", "seconds", "emotion"]
     last = ["transcript", "speaker", "speaker_probability", "warning", "error"]
-
-    def line(cells: list) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(cells)
-        return text.getvalue()
-
     shares = [f"p_{name}" for name in recognizer.emotions]
-    yield line([*first, *shares, *recognizer.dimensions, *last])
+    yield csv_line([*first, *shares, *recognizer.dimensions, *last])
     for record in records:
         middle = [(record["probabilities"] or {}).get(name) for name in recognizer.emotions]
         middle += [(record["dimensions"] or {}).get(name) for name in recognizer.dimensions]
-        yield line([record[c] for c in first] + middle + [record[c] for c in last])
+        yield csv_line([record[c] for c in first] + middle + [record[c] for c in last])
 
 
 def paper_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
@@ -281,9 +274,9 @@ def paper_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[s
         raise ConfigError("the model has no emotion head, and the paper's format is about nothing else")
     for record in records:
         if record["error"] is None:
-            shares = " ".join(str(record["probabilities"][name]) for name in names)
+            shares = " ".join(str(record["probabilities"][name]) for name in names).replace("None", "nan")
             number = names.index(record["emotion"])
-            yield f"{os.path.basename(record['file'])} {record['seconds']} {number}  {shares}\n"  # noqa: PTH119
+            yield f"{printable(os.path.basename(record['file']))} {record['seconds']} {number}  {shares}\n"  # noqa: PTH119
 
 
 def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
@@ -314,12 +307,17 @@ def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
         cells = {
             "file": record["id"] or record["file"],
             "seconds": f"{record['seconds']:.2f}",
-            "emotion": f"{record['emotion']} {share:.2f}",
+            "emotion": f"{record['emotion']} {rounded(share)}",
             "transcript": record["transcript"] or "",
             "speaker": record["speaker"] or "",
         }
-        cells |= {name: f"{value:.2f}" for name, value in (record["dimensions"] or {}).items()}
+        cells |= {name: rounded(value) for name, value in (record["dimensions"] or {}).items()}
         yield line(cells)
+
+
+def rounded(score: float | None) -> str:
+    """To two digits; nan for one that is no number, as where scores overflow."""
+    return "nan" if score is None else f"{score:.2f}"
 
 
 def fit(text: str, width: int, *, keep_end: bool = False, right: bool = False) -> str:
@@ -328,11 +326,6 @@ def fit(text: str, width: int, *, keep_end: bool = False, right: bool = False) -
     if len(text) > width:
         text = "…" + text[len(text) - width + 1 :] if keep_end else text[: width - 1] + "…"
     return text.rjust(width) if right else text.ljust(width)
-
-
-def printable(text: str) -> str:
-    """Without what would command a terminal: names of files are foreign."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 Format = Callable[[Iterator[Record], Recognizer], Iterator[str]]
@@ -423,13 +416,13 @@ if __name__ == "__main__":
             status = main()
         sys.exit(status)
     except SerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error), lines=True)}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

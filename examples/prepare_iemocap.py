@@ -21,6 +21,7 @@ from ser.data.datasheet import data_sheet, listen, to_markdown
 from ser.data.iemocap import four_classes, read_iemocap, read_paper_folds
 from ser.data.manifest import Utterance, write_manifest
 from ser.data.protocols import PROTOCOLS, Protocol, kfold, to_table, write_folds
+from ser.errors import printable
 from ser.files import replace_file, write_json
 
 BY_NAME = {"emodb": parse_emodb, "ravdess": parse_ravdess, "crema-d": parse_crema_d}
@@ -77,7 +78,8 @@ def main() -> None:
     sheets = {name: data_sheet(utterances, sounds) for name, utterances in manifests.items()}
     for name, utterances in manifests.items():
         write_manifest(arguments.out / f"{name}.csv", utterances, root=corpus.root)
-        print(f"{arguments.out / name}.csv: {len(utterances)} utterances, {sheets[name]['hours']} hours")
+        where = printable(f"{arguments.out / name}.csv")
+        print(f"{where}: {len(utterances)} utterances, {sheets[name]['hours']} hours")
     warnings = corpus.warnings + write_protocols(arguments.out, protocols, divided, arguments.seed)
     with replace_file(arguments.out / "data_sheet.md") as file:
         file.write("\n".join(to_markdown(sheet, name) for name, sheet in sheets.items()))
@@ -93,16 +95,17 @@ def main() -> None:
 
     print("\ndropped:" if dropped else "\nnothing was dropped")
     for why, what in dropped.items():
-        print(f"  {len(what)} x {why}, such as {what[0]}")
+        print(printable(f"  {len(what)} x {why}, such as {what[0]}"))
     for warning in warnings[:20]:
-        print(f"warning: {warning}")
-    print(f"{len(warnings)} warnings; all of them and all that was dropped: {arguments.out / 'report.json'}")
+        print(printable(f"warning: {warning}", lines=True))
+    where = printable(str(arguments.out / "report.json"))
+    print(f"{len(warnings)} warnings; all of them and all that was dropped: {where}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except ser.SerError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error), lines=True)}")
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'writing'}: {error.strerror or error}")
+        sys.exit(printable(f"error: {error.filename or 'writing'}: {error.strerror or error}"))

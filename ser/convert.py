@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ser.data.manifest import PAPER_EMOTIONS
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError, ModelFolderError
-from ser.files import write_folder_atomically, write_json, write_tensors
+from ser.files import read_tensors, write_folder_atomically, write_json, write_tensors
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
 from ser.models.foreign import (
     FAIRSEQ_PRETRAINING,
@@ -355,7 +354,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def check_tensors(source: Source, folder: Path) -> int:
     """How many of the source's tensors stand in the folder, bit for bit; an error unless all do."""
-    written = {canonical_name(key): tensor for key, tensor in load_file(folder / "model.safetensors").items()}
+    written = {canonical_name(key): tensor for key, tensor in read_tensors(folder / "model.safetensors").items()}
     wrong = [n for n, tensor in source.tensors.items() if n not in written or not same_bits(tensor, written[n])]
     encoder = load_encoder(folder).state_dict()
     wrong += [

@@ -44,3 +44,13 @@ class FileError(SerError):
 
 class ResourceError(SerError):
     """The machine gave out: memory ran short, or a process that decodes audio was killed."""
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Replace what would command a terminal: names of files, labels and transcripts are foreign.
+
+    Control and format characters, separators other than a space and surrogates (bytes of a file name that are not
+    UTF-8) become U+FFFD. With `lines` the ends of lines stay: for a message of ours that has several.
+    """
+    kept = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)

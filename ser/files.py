@@ -15,10 +15,13 @@ cannot be locked, as on NFS); `clear_remains` removes it at once.
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import errno
 import glob
+import io
 import json
+import math
 import os
 import re
 import secrets
@@ -26,12 +29,12 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -200,6 +203,8 @@ def check_can_write(path: Path) -> None:
 def replace_file(path: Path) -> Iterator[TextIO]:
     """A UTF-8 file to write into, which takes the place of `path` when the block ends, whole or not at all.
 
+    A byte of a file name that is not UTF-8 is written as its escape, \\udce9, which JSON reads back.
+
     It stands in the same folder until then, and is removed when the block fails. A file that was there passes on
     its mode, and its owner where we may; a new one has the mode of the user's umask, and not the 0600 of
     `tempfile`. A link stays one, and what it leads to is replaced; another name of a file (a hard link) keeps the
@@ -207,14 +212,15 @@ def replace_file(path: Path) -> Iterator[TextIO]:
     into as it is. Raises OSError where it cannot be written.
     """
     check_can_write(path)
+    how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     if descriptor(path) is not None or (path.exists() and not path.is_file()):
-        with open(open_as_it_is(path), "w", encoding="utf-8", newline="") as file:
+        with open(open_as_it_is(path), "w", **how) as file:
             yield file
         return
     target = Path(os.path.realpath(path))
     mode = target.stat().st_mode & 0o777 | 0o200 if target.exists() else 0o666  # never more open than the old one
     with new_beside(target, "tmp", lambda new: new.touch(mode=mode, exist_ok=False)) as temporary:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with temporary.open("w", **how) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -244,6 +250,25 @@ def open_as_it_is(path: Path) -> int:
     return handle
 
 
+def csv_line(cells: Iterable[object], delimiter: str = ",") -> str:
+    """A row of a CSV file with its end. Whatever the cells hold, `csv.reader` reads it back as it was.
+
+    Python 3.11 quotes a carriage return in a cell only where the ends of lines hold one.
+    """
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter, lineterminator="\r\n").writerow(cells)
+    return text.getvalue().removesuffix("\r\n") + "\n"
+
+
+def finite(value: Any) -> Any:
+    """As JSON can hold it: None for NaN and infinity, at any depth."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """JSON that people can read, whole or not at all."""
     with replace_file(path) as file:
@@ -261,6 +286,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
     path.chmod(mode)
+
+
+def open_tensors(path: Path) -> Any:
+    """`safetensors.safe_open`, and also for a path that is not UTF-8. Raises its SafetensorError and OSError."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:  # it maps the file, which may be closed then
+            return safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt")
+    return safe_open(path, framework="pt")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def sync(path: Path) -> None:

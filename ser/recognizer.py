@@ -244,7 +244,9 @@ class Recognizer:
                 f"ser.load_encoder reads it, or train heads on it with --init {folder}"
             )
         if "ctc" in heads:  # others may leave any vocab.json behind
-            own["vocabulary"] = read_vocabulary(folder, own["orthography"])
+            own["vocabulary"] = vocabulary = read_vocabulary(folder, own["orthography"])
+            if "ser" not in values and vocabulary is not None and not vocabulary.case:
+                own["orthography"] = "none"  # of others, with letters of both cases or none: texts keep theirs
         _, key = files.names.get("cls_head.weight", (None, ""))
         if key.endswith("classifier.weight") and "projector.weight" not in files.names:
             raise ModelFolderError(

@@ -272,7 +272,9 @@ def test_a_card_s_figures_come_out_again_and_an_edited_card_does_not_hold(traine
     shown = edited(lambda r: r["evaluations"][0]["figures"]["accuracy"].update(interval_utterances=[0.99, 1.0]))
     assert shown.count("DIFFERS") == 2, "both ends"
     assert "utterances " in edited(lambda r: r["evaluations"][0].update(utterances=5531))
-    assert "utterances 5531, but 8" in edited(lambda r: r["trained_on"].update(utterances=5531))
+    assert "trained_on.utterances: the card has 5531, but it is 8" in edited(
+        lambda r: r["trained_on"].update(utterances=5531)
+    )
     assert "no figures to verify" in edited(lambda r: r.update(evaluations=[]))
     (folder / "training.json").write_text("{}")
     with pytest.raises(SerError, match="no sound record"):

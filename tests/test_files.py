@@ -1,5 +1,9 @@
 """Files and folders are written whole or not at all (N7; FAULTS A2, B1)."""
 
+import csv
+import io
+import json
+import math
 import os
 import re
 import signal
@@ -13,11 +17,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from toy import toy_recognizer
 
+import ser
 from ser import files
 from ser.errors import FileError
-from ser.files import recover_folder, replace_file, write_folder_atomically, write_json, write_tensors, written
+from ser.files import (
+    csv_line,
+    finite,
+    read_tensors,
+    recover_folder,
+    replace_file,
+    write_folder_atomically,
+    write_json,
+    write_tensors,
+    written,
+)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -416,3 +434,35 @@ def test_a_strided_tensor_is_written_as_its_values(tmp_path):
     matrix = torch.arange(6.0).reshape(2, 3).t()
     write_tensors(tmp_path / "x.safetensors", {"a": matrix})
     assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], matrix)
+
+
+@given(st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=4), max_size=4))
+@settings(max_examples=200, deadline=None, derandomize=True)
+@example([["a\rb", "c\r\nd", "\n", '"', '"",'], ["\u2028", "\x85", "\x1c", " ", ""], ["\r"], [""], ["\0"]])
+def test_what_is_written_as_csv_reads_back_whatever_the_cells_hold(rows):
+    for delimiter in (",", "\t"):
+        text = "".join(csv_line(row, delimiter) for row in rows)
+        assert list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)) == rows
+
+
+def test_a_name_that_is_no_utf_8_is_written_as_its_escape(tmp_path):
+    name = os.fsdecode(b"caf\xe9.wav")
+    write_json(tmp_path / "x.json", {"file": name})
+    assert json.loads((tmp_path / "x.json").read_bytes().decode("utf-8")) == {"file": name}
+    with replace_file(tmp_path / "x.csv") as file:
+        file.write(csv_line([name, "Größe"]))
+    assert (tmp_path / "x.csv").read_bytes().decode("utf-8") == "caf\\udce9.wav,Größe\n"
+
+
+def test_json_holds_null_for_what_is_no_number():
+    found = finite({"a": [math.nan, 1.0, {"b": math.inf}], "c": "nan", "d": None})
+    assert json.loads(json.dumps(found, allow_nan=False)) == {"a": [None, 1.0, {"b": None}], "c": "nan", "d": None}
+
+
+def test_tensors_are_read_below_a_folder_whose_name_is_no_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    write_tensors(folder / "x.safetensors", {"a": torch.arange(3.0)})
+    assert torch.equal(read_tensors(folder / "x.safetensors")["a"], torch.arange(3.0))
+    toy_recognizer(heads=["emotion"]).save(folder / "model")
+    assert ser.load(folder / "model").emotions

@@ -110,7 +110,8 @@ def test_figures_equal_scikit_learns(pairs):
     reference, predicted = zip(*pairs, strict=True)
     counts = ClassificationCounts.from_labels(reference, predicted, num_classes=4)
     every = {"labels": range(4), "zero_division": 0}
-    assert np.array_equal(counts.confusion, sk.confusion_matrix(reference, predicted, labels=range(4)))
+    confusion = sk.confusion_matrix(reference, predicted, labels=range(4))
+    assert np.array_equal(counts.totals, [confusion.diagonal(), confusion.sum(1), confusion.sum(0)])
     assert counts.count == len(pairs)
     assert counts.accuracy == pytest.approx(sk.accuracy_score(reference, predicted))
     assert counts.unweighted_accuracy == pytest.approx(sk.balanced_accuracy_score(reference, predicted))
@@ -151,26 +152,26 @@ def test_tensors_and_arrays_are_counted_alike():
     reference, predicted = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 2, 2, 1])
     counts = ClassificationCounts.from_labels(reference, predicted, num_classes=3)
     assert counts == ClassificationCounts.from_labels(reference.numpy(), predicted.tolist(), num_classes=3)
-    assert counts.confusion.tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 1]]
+    assert counts.totals.tolist() == [[1, 0, 1], [1, 1, 2], [1, 1, 2]]
 
 
 def test_no_labels_are_no_counts():
     assert ClassificationCounts.from_labels([], [], num_classes=3) == ClassificationCounts.zeros(3)
 
 
-def test_counts_of_another_matrix_differ():
+def test_other_counts_differ():
     one = ClassificationCounts.from_labels([0], [0], num_classes=2)
     assert one != ClassificationCounts.from_labels([0], [1], num_classes=2)
     assert one != ClassificationCounts.zeros(3)
 
 
 def test_counts_cannot_be_changed_and_survive_pickling():
-    matrix = np.eye(3, dtype=np.int64)
-    counts = ClassificationCounts(matrix)
-    matrix[0, 0] = 9
+    totals = np.ones((3, 3), dtype=np.int64)
+    counts = ClassificationCounts(totals)
+    totals[1, 0] = 9
     assert counts.count == 3
     with pytest.raises(ValueError, match="read-only"):
-        counts.confusion[0, 0] = 9
+        counts.totals[0, 0] = 9
     assert pickle.loads(pickle.dumps(counts)) == counts
 
 
@@ -189,11 +190,12 @@ def test_labels_that_cannot_be_counted_are_refused(reference, predicted, message
 
 
 @pytest.mark.parametrize(
-    "matrix", [np.zeros((2, 3), int), np.full((2, 2), -1), np.zeros((2, 2)), np.zeros(4, int)]
+    "totals",
+    [np.zeros((2, 3), int), np.full((3, 2), -1), np.zeros((3, 2)), np.zeros(4, int), np.array([[2], [1], [3]])],
 )
-def test_a_matrix_that_is_no_confusion_matrix_is_refused(matrix):
-    with pytest.raises(ConfigError, match=r"a confusion matrix is \(K, K\)"):
-        ClassificationCounts(matrix)
+def test_what_cannot_be_counts_of_classes_is_refused(totals):
+    with pytest.raises(ConfigError, match=r"counts of classes are \(3, K\)"):
+        ClassificationCounts(totals)
 
 
 def test_counts_over_other_classes_cannot_be_added():

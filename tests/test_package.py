@@ -11,9 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from toy import toy_recognizer
 
 import ser
+from ser.data.dataset import listed
+from ser.data.manifest import Utterance
+from ser.errors import AudioError, ManifestError, printable
+from ser.models.pretrained import LoadReport
+from ser.recognizer import Prediction
+from ser.train.distributed import World
+from ser.train.evaluation import Evaluation
+from ser.train.folds import to_markdown as folds_to_markdown
+from ser.train.loop import say, show_rows
+from ser.train.processes import one_voice
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "ser").rglob("*.py"))
@@ -339,3 +350,54 @@ def test_scripts_never_import_tests():
         names = [name for name, _ in imports(ast.parse(path.read_text()), path.stem)]
         assert "ser" in {name.partition(".")[0] for name in names}
         assert "tests" not in {name.partition(".")[0] for name in names}
+
+
+# --------------------------------------------------------------------------------------- what a terminal is shown
+
+
+def test_foreign_text_cannot_command_a_terminal():
+    hostile = "a\x1b[2J\rb\x07\x9b31m\u202ec\u2028d\udcff\ne"
+    assert printable(hostile) == "a�[2J�b��31m�c�d��e"
+    assert printable(hostile, lines=True) == "a�[2J�b��31m�c�d�\ne"
+    assert printable("Größe, 悲伤, غضب, 🙂: 50 %") == "Größe, 悲伤, غضب, 🙂: 50 %"
+
+
+HOSTILE = "a\x1b[2J\nerror: forged\r\u202e\udce9"
+
+
+def only_own_lines(shown: str) -> bool:
+    """Whether no line but ours was made, and nothing commands the terminal."""
+    return all(line.isprintable() and not line.startswith("error: forged") for line in shown.split("\n"))
+
+
+def test_names_in_lists_progress_and_errors_stay_on_their_lines(capfd):
+    said = World(device=torch.device("cpu"))
+    utterance = Utterance(HOSTILE, Path(HOSTILE), emotion=HOSTILE)
+    row = (utterance, HOSTILE, Prediction(HOSTILE, 1.0, emotion=HOSTILE, transcript=HOSTILE))
+    show_rows(said, Evaluation(rows=[row]))
+    say(said, f"2 recordings:\n  {listed([HOSTILE, HOSTILE])}")
+    say(said, str(LoadReport(Path("x"), unused=[HOSTILE])))
+    for error in (AudioError(printable(HOSTILE)), ValueError("\x1b[2J")):
+        with pytest.raises(SystemExit), one_voice():
+            raise error
+    shown = capfd.readouterr().err
+    assert only_own_lines(shown) and shown.count("\n  a�") == 2 and "ValueError: �[2J" in shown
+
+
+def test_an_error_of_many_lines_keeps_them(capfd):
+    with pytest.raises(SystemExit), one_voice():
+        raise ManifestError("two problems:\n  line 2: \x1b\n  line 3: b")
+    assert capfd.readouterr().err == "error: two problems:\n  line 2: �\n  line 3: b\n"
+
+
+def test_a_fold_s_name_cannot_make_a_section_of_the_pooled_report():
+    figures = {"accuracy": {"value": 0.5, "interval_utterances": [0.4, 0.6], "interval_speakers": None}}
+    found = {"utterances": 8, "speakers": 1, "emotions": ["```", HOSTILE], "figures": figures, "parts": {}}
+    found |= {"judged": {"emotion": 8, "words": 0, "speaker": 0}, "confusion": [[4, 0], [4, 0]]}
+    name = "x |\n\n## Forged <b>"
+    fold = {"utterances": 8, "accuracy": 0.5, "shared_line": name}
+    found |= {"protocol": name, "description": name, "weights": "last", "folds": {name: fold}, "repeat": [name]}
+    found |= {"over_folds": {"accuracy": {"mean": 0.5, "spread": None, "folds": 1}}, "audit": "a\x1b\n```\n"}
+    shown = folds_to_markdown(found)
+    assert only_own_lines(shown) and "\n## Forged" not in shown
+    assert "<b>" not in shown.split("To repeat:")[0] and shown.count("\n````\n") == 4, shown

@@ -413,6 +413,20 @@ def test_preprocessing_is_inherited_from_a_folder(make, tmp_path):
     assert Recognizer.create("small", emotions=["x"])[0].do_normalize is True
 
 
+@pytest.mark.parametrize(
+    ("letters", "orthography"), [("AB'", "librispeech"), ("ab'", "librispeech"), ("aBc", "none"), ("你好", "none")]
+)
+def test_texts_keep_their_case_for_a_foreign_model_of_both_cases(make, tmp_path, letters, orthography):
+    vocabulary = Vocabulary({token: i for i, token in enumerate(("<pad>", "|", *letters))})
+    make(vocabulary=vocabulary, emotions=(), speakers=()).save(tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    assert ser.load(tmp_path / "model").orthography == "librispeech", "ours says so"
+    del config["ser"]
+    path.write_text(json.dumps(config))
+    assert ser.load(tmp_path / "model").orthography == orthography
+
+
 def test_an_init_that_is_neither_a_preset_nor_a_folder_names_both(tmp_path):
     with pytest.raises(ConfigError, match=r"bsae: there is no such model folder.*did you mean 'base'"):
         Recognizer.create("bsae")

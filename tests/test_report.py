@@ -3,8 +3,13 @@
 import csv
 import json
 import math
+import re
+import struct
 import subprocess
 import sys
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jiwer
@@ -15,12 +20,14 @@ from test_update import run_ranks
 from toy import toy_recognizer, write_corpus
 
 from ser.audio import audio_info
-from ser.data.manifest import read_manifest
+from ser.data.manifest import Utterance, read_manifest
+from ser.data.text import Rewriting, Vocabulary
 from ser.errors import ConfigError
+from ser.recognizer import Prediction
 from ser.train import evaluation as module
 from ser.train import report as figures_module
 from ser.train.evaluation import judge
-from ser.train.pictures import draw
+from ser.train.pictures import draw, draw_confusion, drawable
 from ser.train.report import (
     Figures,
     Outcomes,
@@ -205,6 +212,83 @@ def test_utterances_whose_label_is_no_class_of_the_model_are_counted_where_figur
         report(Outcomes.of(EMOTIONS, rows), resamples=0)
 
 
+def test_labels_of_another_spelling_are_all_named_with_the_nearest_classes():
+    rows = [row | {"emotion": "hap" if i % 2 else "ang"} for i, row in enumerate(drawn(10))]
+    shown = table(report(Outcomes.of(EMOTIONS, rows), resamples=2))
+    for piece in (
+        "no emotion is judged: none of the labels of 10 utterances is a class",
+        "'ang' (did you mean 'angry'?) x5, 'hap' (did you mean 'happy'?) x5",
+        "classes: 'angry', 'happy', 'neutral', 'sad'", "--map labels.json",
+    ):  # fmt: skip
+        assert piece in shown, piece
+    rows[0]["emotion"], rows[1]["emotion"] = "sad", None
+    shown = table(report(Outcomes.of(EMOTIONS, rows), resamples=2))
+    assert "emotions are judged on 1: the others' are no class of the model: 'ang' (did you" in shown
+    assert "x4, 'hap'" in shown and "WARNING" not in shown
+    shown = table(report(Outcomes.of([], rows), resamples=2))
+    assert "recognises no emotions: the labels of 9 utterances are in no figure" in shown
+    rows = [row | {"emotion": "sad" if i % 2 else None} for i, row in enumerate(rows)]
+    assert "judged on 5: the others have no label" in table(report(Outcomes.of(EMOTIONS, rows), resamples=2))
+
+
+def test_many_labels_that_are_no_class_are_cut():
+    rows = [row | {"emotion": f"e{i}"} for i, row in enumerate(drawn(50))]
+    shown = table(report(Outcomes.of(EMOTIONS, rows), resamples=2))
+    assert "and 30 more" in shown and len(shown) < 3000
+
+
+HOSTILE = ["<img src=x>", "a | b", "x\n\n## Licences\n\n- data: CC0", "esc\x1b[2J\x9b31m\r\u202e"]
+
+
+def test_no_label_commands_a_terminal_or_makes_a_line_of_its_own():
+    rows = [row | {"emotion": HOSTILE[i % 4], "predicted": HOSTILE[i % 3], "kind": HOSTILE[i % 4]} for i, row in
+            enumerate(drawn(20))]  # fmt: skip
+    for classes in (HOSTILE, [*HOSTILE, *map(str, range(200))], EMOTIONS):
+        shown = table(report(Outcomes.of(classes, rows), resamples=2))
+        assert (
+            all(line.isprintable() for line in shown.split("\n"))
+            and "\n## L" not in shown
+            and "\n- d" not in shown
+        )
+
+
+def many_classes(count: int, classes: int):
+    names = [f"e{i}" for i in range(classes)]
+    rows = [
+        {"emotion": names[i % classes], "predicted": names[i * 7 % classes], "confidence": 0.5, "seconds": 1.0,
+         "speaker": f"s{i % 5}"} for i in range(count)
+    ]  # fmt: skip
+    return Outcomes.of(names, rows)
+
+
+def test_thousands_of_classes_need_memory_in_proportion():
+    found_outcomes = many_classes(60, 3000)
+    tracemalloc.start()
+    found = report(found_outcomes, resamples=50)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 100e6, "the pairs of classes alone would be 72 MB for each utterance"
+    assert "confusion" not in found and found["confused"][0][2] == 1 and len(found["confused"]) == 60
+    assert len(table(found)) < 5000
+
+
+def test_classes_that_do_not_occur_leave_the_figures_as_the_oracle_has_them():
+    found = many_classes(300, 150)
+    truth, predicted = found.text["emotion"].tolist(), found.text["predicted"].tolist()
+    values = Figures(found)()
+    every = {"labels": found.emotions, "zero_division": 0}
+    assert values["macro_f1"] == pytest.approx(
+        oracle.f1_score(truth, predicted, average="macro", **every), abs=1e-12
+    )
+    assert values["unweighted_accuracy"] == pytest.approx(oracle.balanced_accuracy_score(truth, predicted))
+    recall = oracle.recall_score(truth, predicted, average=None, **every)
+    assert [np.nan_to_num(values[f"recall e{i}"]) for i in range(150)] == pytest.approx(recall)
+    one = Figures(many_classes(1, 5))()
+    assert math.isnan(one["recall e4"]) and one["recall e0"] == 1 and one["macro_f1"] == pytest.approx(1 / 5)
+    cells = {(a, b): n for a, b, n in report(found, resamples=2)["confused"]}
+    assert cells == Counter(zip(truth, predicted, strict=True))
+
+
 def test_chunks_of_utterances_give_the_figures_of_all(monkeypatch):
     whole = report(outcomes(count=70), resamples=20)
     monkeypatch.setattr(figures_module, "CHUNK", 16)
@@ -224,6 +308,47 @@ def test_a_predictions_file_gives_its_figures_back(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ConfigError, match="no predictions file"):
         Outcomes.read(tmp_path / "other.csv")
+
+
+def test_a_predictions_file_reads_back_whatever_names_and_texts_hold(tmp_path):
+    rows = drawn(8)
+    odd = ["a\rb", "c\r\nd", "\n", 'quo"te', "com,ma", "\u2028", " lead", "\x85"]
+    for row, text in zip(rows, odd, strict=True):
+        row |= {"id": f"id {text}", "speaker": text, "reference": text, "transcript": text, "file": f"/x/{text}"}
+    classes = ["a\rb", *EMOTIONS[1:]]
+    written = write_rows(tmp_path / "predictions.csv", [rows], classes)
+    again = Outcomes.read(tmp_path / "predictions.csv")
+    assert again.emotions == classes and len(again) == 8
+    for column in ("id", "speaker", "reference", "transcript", "file"):
+        assert again.text[column].tolist() == written.text[column].tolist(), column
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (",0.5,", ",inf,", "line 2: seconds is 'inf'; expected a finite number"),
+        (",0.5,", ",1e999,", "line 2: seconds is '1e999'"),
+        (",0.5,", ",x,", "line 2: seconds is 'x'"),
+        (",0.5,", ",", "line 2: has more or fewer cells"),
+        (",0.5,", ",0.5,7,", "line 2: has more or fewer cells"),
+        ("u0,", '"u0,', "no sound predictions file"),
+    ],
+)
+def test_a_damaged_predictions_file_is_refused_with_its_line(tmp_path, old, new, message):
+    path = tmp_path / "predictions.csv"
+    write_rows(path, [drawn(3)], EMOTIONS)
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        Outcomes.read(path)
+    assert str(path) in str(error.value)
+
+
+def test_scores_that_overflowed_are_unknown_and_no_number_of_the_file(tmp_path):
+    rows = drawn(3)
+    rows[0] |= {"confidence": math.nan, "p_angry": math.nan, "arousal": 1.0, "arousal_predicted": math.inf}
+    written = write_rows(tmp_path / "p.csv", [rows], EMOTIONS)
+    assert math.isnan(written.numbers["arousal_predicted"][0]) and "inf" not in (tmp_path / "p.csv").read_text()
+    assert math.isnan(Outcomes.read(tmp_path / "p.csv").numbers["confidence"][0])
 
 
 # ---------------------------------------------------------------------------------------------- comparison
@@ -318,3 +443,67 @@ def test_pictures_need_matplotlib_and_say_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'ser\[plots\]'"):
         draw(report(outcomes(count=9), resamples=2), tmp_path)
+
+
+def test_dimensions_of_a_model_that_spells_them_with_capitals_are_judged():
+    recognizer = toy_recognizer(heads=["dimensions"])
+    recognizer.dimensions = ["Arousal", "Valence"]
+    utterance = Utterance("a", Path("a.wav"), arousal=3.0, valence=2.0)
+    row = as_row(recognizer, utterance, "", Prediction("a.wav", 1.0, dimensions={"Arousal": 2.5, "Valence": 1.0}))
+    assert (row["arousal"], row["arousal_predicted"], row["valence_predicted"]) == (3.0, 2.5, 1.0)
+
+
+def test_a_lower_case_model_that_is_right_in_every_letter_has_no_errors(tmp_path):
+    utterances = read_manifest(write_corpus(tmp_path, 4))
+    recognizer = toy_recognizer(heads=["ctc"])
+    recognizer.vocabulary = lower = Vocabulary({t.lower(): i for i, t in enumerate(recognizer.vocabulary.tokens)})
+    heard = recognizer.predict([u.file for u in utterances])
+    assert lower.case == "lower" and any(p.transcript for p in heard)
+    texts = [(p.transcript or "a").capitalize() + ", 7" for p in heard]
+    rows = [replace(u, text=text) for u, text in zip(utterances, texts, strict=True)]
+    found = module.evaluate(recognizer, rows).metrics()
+    right = sum(bool(p.transcript) for p in heard)
+    assert found["wer"] == pytest.approx((4 - right) / found["words"])
+    assert found["characters_outside_vocabulary"] == 8 and found["references_recased"] == 4
+    total = Rewriting()
+    for _ in judge(recognizer, rows, rewriting=total):
+        pass
+    assert total.to_dict() == {
+        "references_recased": {"lower": 4},
+        "characters_outside_vocabulary": {",": 4, "7": 4},
+    }
+    emptied = [replace(u, text="7") for u in utterances]
+    found = module.evaluate(recognizer, emptied).metrics()
+    assert found["references_left_empty"] == 4 and "wer" not in found
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_a_label_that_cannot_be_drawn_is_a_number_and_told_in_one_line(tmp_path, recwarn):
+    names = ["中性", "غضب", "क्रोध", "<b>$a$_x_</b>", "Größe", "x" * 200, "a\nb\x1b"]
+    shown, families = drawable(names)
+    assert shown == ["#1", "#2", "#3", names[3], "Größe", "x" * 29 + "…", "a�b�"] and families[0] == "DejaVu Sans"
+    rows = [row | {"emotion": names[i % 7], "predicted": names[i % 5]} for i, row in enumerate(drawn(20))]
+    said = []
+    assert draw(report(Outcomes.of(names, rows), resamples=2), tmp_path, say=said.append)[0].is_file()
+    assert len(said) == 1 and said[0].endswith("are numbers: #1 中性, #2 غضب, #3 क्रोध")
+    assert not recwarn.list
+
+
+def test_a_font_of_the_system_that_has_the_characters_draws_them():
+    from matplotlib import font_manager
+
+    fonts = {f.name for f in font_manager.fontManager.ttflist}
+    if "STIXGeneral" not in fonts:
+        pytest.skip("a matplotlib without its own further fonts")
+    lacked = "\u1d81"  # in matplotlib's STIX and not in its DejaVu Sans
+    shown, families = drawable([f"a{lacked}"])
+    assert shown == [f"a{lacked}"] and len(families) > 1
+
+
+def test_pictures_of_many_classes_stay_of_a_size_that_can_be_opened(tmp_path):
+    for count in (13, 60):
+        draw_confusion([f"class {i}" for i in range(count)], np.eye(count, dtype=int), tmp_path / "a.png")
+        width, height = struct.unpack(">II", (tmp_path / "a.png").read_bytes()[16:24])
+        assert width < 2000 and height < 2000

@@ -14,7 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ser.data.text import MAX_VOCABULARY_BYTES, ORTHOGRAPHIES, Vocabulary, clean, minimum_frames
+from ser.data.dataset import SpeechDataset
+from ser.data.manifest import Utterance
+from ser.data.text import MAX_VOCABULARY_BYTES, ORTHOGRAPHIES, Rewriting, Vocabulary, clean, minimum_frames
 from ser.errors import ConfigError, TextError
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -428,3 +430,117 @@ def test_real_transcripts_are_in_the_librispeech_vocabulary():
     assert not english.unknown_characters(map(clean, texts))
     for text in texts:
         assert "".join(english.tokens[i] for i in english.encode(clean(text))) == text.replace(" ", "|")
+
+
+# ------------------------------------------------------------------ as a vocabulary can write it
+
+
+LOWER = "abcdefghijklmnopqrstuvwxyz'"
+GERMAN = LOWER + "äöüß"
+
+
+def symbols(letters: str, **options) -> Vocabulary:
+    return tiny("<pad>", "|", *letters, **options)
+
+
+def written(text: str, letters: str, **options) -> str:
+    """The reference that this text becomes."""
+    dataset = SpeechDataset([Utterance("a", Path("a"), text=text)], vocabulary=symbols(letters), **options)
+    return dataset.references[0]
+
+
+def changes(letters: str, *texts: str, **options) -> dict:
+    """What was changed in texts for these letters, as a report has it."""
+    rows = [Utterance(str(i), Path("a"), text=text) for i, text in enumerate(texts)]
+    return SpeechDataset(rows, vocabulary=symbols(letters), **options).rewriting().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("letters", "case"),
+    [
+        (LOWER, "lower"), (LOWER.upper(), "upper"), (LOWER + "A", ""), ("你好1-'", ""), (GERMAN, "lower"),
+        (LOWER.upper() + "ß", "upper"), ("абвг", "lower"), ("ΑΒΓ", "upper"), ("აბგ", "lower"), ("اب", ""),
+        ("ªa", "lower"), ("º1A", "upper"),
+    ],
+)  # fmt: skip
+def test_a_vocabulary_knows_the_case_of_its_letters(letters, case):
+    assert symbols(letters).case == case
+
+
+@pytest.mark.parametrize(
+    ("text", "letters", "expected"),
+    [
+        ("Hello, IT'S me [LAUGHTER]", LOWER, "hello it's me"),
+        ("Hello, it's me", LOWER.upper(), "HELLO IT'S ME"),
+        ("Straße, ÜBER Öl", GERMAN, "straße über öl"),  # not by way of capitals, which are STRASSE
+        ("Straße", LOWER, "strasse"),
+        ("Straße", LOWER.upper(), "STRASSE"),
+        ("Straße", LOWER.upper() + "ẞ", "STRASSE"),  # as models of the orthography were trained
+        ("über", LOWER, "ber"),
+        ("Привет, мир", "абвгдеийклмнопрстуфх", "привет мир"),
+        ("ΟΔΟΣ", "αβγδοσς", "οδος"),  # with the final sigma
+        ("გამარჯობა", "აბგდევზთიკლმნოპჟრსტუფქღყშჩცძწჭხჯჰ", "გამარჯობა"),  # whose capitals nobody writes
+        ("Iğdır İyi", "abdgıiryğ", "ığdır iyi"),
+        ("I İ", "ıi\u0307", "i i\u0307"),  # a vocabulary of what Python makes of them
+        ("İstanbul", LOWER, "istanbul"),
+        ("it\u2019s it\u02bcs", LOWER, "it's it's"),
+        ("it's", LOWER.replace("'", "\u2019"), "it\u2019s"),
+        ("well\u2011known", LOWER + "-", "well-known"),
+        ("ﬁne １ …", LOWER + "1", "fine 1"),
+        ("cafe\u0301", LOWER + "é", "café"),
+        ("take 7 chairs", LOWER, "take chairs"),
+        ("2024", LOWER, ""),
+    ],
+)  # fmt: skip
+def test_a_reference_is_what_the_vocabulary_can_write(text, letters, expected):
+    assert written(text, letters) == expected
+
+
+def test_letters_of_both_cases_are_in_that_of_the_orthography():
+    both = LOWER + LOWER[:26].upper()
+    assert written("Hello", both) == "HELLO" and written("Hello", both, orthography="none") == "Hello"
+    assert written("Hello", LOWER, orthography="none") == "hello"
+
+
+def test_buckwalter_s_letters_are_never_changed():
+    present = ORTHOGRAPHIES["buckwalter"].present
+    assert written("A`b", "abA'", orthography="buckwalter") == present("Ab")
+    assert changes("Ab'", "A`b", orthography="buckwalter") == {"characters_outside_vocabulary": {"`": 1}}
+    assert written("Ab", "b", orthography="buckwalter") == present("b")
+
+
+def test_every_change_of_a_reference_is_counted_and_said():
+    found = changes(LOWER, "Take 7 chairs in 2024", "2024", "it\u2019s", "[LAUGHTER]", "take it", "schön")
+    assert found == {
+        "references_recased": {"lower": 4},
+        "characters_outside_vocabulary": {"2": 4, "0": 2, "4": 2, "7": 1, "ö": 1},
+        "references_left_empty": 1,
+    }
+    assert changes(LOWER.upper(), "take it") == {}, "what the orthography does is no change"
+    assert changes(LOWER, "it\u2010s", orthography="none") == {"characters_outside_vocabulary": {"\u2010": 1}}
+    assert changes(LOWER + "-", "a\u2010b", orthography="none") == {"characters_replaced": {"\u2010": 1}}
+    notes = SpeechDataset(
+        [Utterance("a", Path("a"), text="Ö 7 ab"), Utterance("b", Path("a"), text="7")], vocabulary=symbols(LOWER)
+    ).rewriting()
+    shown = "\n".join(notes.notes())
+    for piece in ("lower-case letters alone: 1 texts", "removed: '7' x2, 'ö' x1", "1 texts have no character"):
+        assert piece in shown
+
+
+def test_without_a_word_delimiter_the_spaces_are_left_out_and_counted():
+    vocabulary = tiny("<pad>", *"你好世界")
+    rows = [Utterance("a", Path("a"), text="你好 世界"), Utterance("b", Path("b"), text="你好")]
+    dataset = SpeechDataset(rows, vocabulary=vocabulary)
+    assert dataset.references == ["你好世界", "你好"]
+    assert dataset.rewriting().to_dict() == {"characters_outside_vocabulary": {" ": 1}}
+
+
+def test_changes_of_parts_sum_to_those_of_all():
+    texts = ["Take 7", "2024", "it\u02bcs", "ß", "", "a"]
+    rows = [Utterance(str(i), Path("a"), text=text) for i, text in enumerate(texts)]
+    total = Rewriting()
+    for part in (rows[:2], rows[2:]):
+        total += SpeechDataset(part, vocabulary=symbols(LOWER)).rewriting()
+    whole = SpeechDataset(rows, vocabulary=symbols(LOWER))
+    assert total == whole.rewriting() and total.emptied == 1
+    assert whole.rewriting(without={0, 1}).removed == Counter()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch.utils.data import Dataset
 from ser.audio import audio_info, load_audio, normalise
 from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.sampler import Item
-from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
-from ser.errors import AudioError, MissingLibraryError
+from ser.data.text import ORTHOGRAPHIES, Rewriting, Vocabulary, clean
+from ser.errors import AudioError, MissingLibraryError, printable
 
 NO_LABEL = -100  # what torch's cross entropy ignores
 
@@ -131,18 +132,46 @@ class SpeechDataset(Dataset[Example]):
             [math.nan if (value := dimension(u, name)) is None else value for name in dimensions]
             for u in self.utterances
         ]
-        # What is compared with a transcript: the cleaned text. Empty (tags alone, or none given) is no text.
+        # What is learnt and compared: the cleaned text as the vocabulary writes it. Empty (tags alone, or none
+        # given) is no text. Beside it what was changed: whether the case, and which characters.
+        self.vocabulary, self.orthography = vocabulary, orthography
         self.texts = [clean(u.text or "", orthography=orthography, tags=tags) for u in self.utterances]
-        self.targets = [vocabulary.encode(t) if vocabulary is not None else [] for t in self.texts]
+        self.recased, self.replaced = [False] * len(self.texts), [""] * len(self.texts)
+        if vocabulary is not None and not ORTHOGRAPHIES[orthography].script:
+            plain = self.texts
+            if ORTHOGRAPHIES[orthography].follows(vocabulary):
+                how: dict[str, Any] = {"orthography": orthography, "tags": tags, "vocabulary": vocabulary}
+                self.texts = [clean(u.text or "", **how) for u in self.utterances]
+                self.recased = [a != b for a, b in zip(plain, self.texts, strict=True)]
+            spelt = [vocabulary.spell(text) for text in self.texts]
+            self.texts, self.replaced = [text for text, _ in spelt], [characters for _, characters in spelt]
+        joined = vocabulary is not None and not vocabulary.has_delimiter
+        spelt_texts = ["".join(text.split()) for text in self.texts] if joined else self.texts
+        self.targets = [vocabulary.encode(text) if vocabulary is not None else [] for text in spelt_texts]
         # What WER compares with: the transcript as far as the vocabulary can write it, as the paper does.
         self.references = [""] * len(self.texts)
         if vocabulary is not None:
             present = ORTHOGRAPHIES[orthography].present
-            spelt = ("".join(vocabulary.tokens[i] for i in target) for target in self.targets)
-            self.references = [present(text.replace(vocabulary.word_delimiter, " ")) for text in spelt]
+            written = ("".join(vocabulary.tokens[i] for i in target) for target in self.targets)
+            self.references = [present(text.replace(vocabulary.word_delimiter, " ")) for text in written]
 
     def __len__(self) -> int:
         return len(self.utterances)
+
+    def rewriting(self, without: Container[int] = ()) -> Rewriting:
+        """What was changed in the texts so that the vocabulary can write them, but for positions ``without``."""
+        if self.vocabulary is None:
+            return Rewriting()
+        kept = [i for i, text in enumerate(self.texts) if text and i not in without]
+        removed = self.vocabulary.unknown_characters(self.texts[i] for i in kept)
+        spaces = 0 if self.vocabulary.has_delimiter else sum(len(self.texts[i].split()) - 1 for i in kept)
+        return Rewriting(
+            case=self.vocabulary.case,
+            recased=sum(self.recased[i] for i in kept),
+            replaced=Counter(c for i in kept for c in self.replaced[i]),
+            removed=removed + Counter({" ": spaces}),
+            emptied=sum(not self.references[i] for i in kept),
+        )
 
     def __getitem__(self, item: int | Item) -> Example:
         index, weight = item if isinstance(item, tuple) else (item, 1.0)
@@ -198,8 +227,8 @@ class SpeechDataset(Dataset[Example]):
 
 
 def listed(messages: Iterable[str], most: int = 50) -> str:
-    """One message per line, and how many more there are."""
-    lines = list(messages)
+    """One message per line, whatever a file's name holds, and how many more there are."""
+    lines = [printable(message) for message in messages]
     return "\n  ".join(lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else []))
 
 

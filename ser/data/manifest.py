@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from ser.data.text import did_you_mean, nfc, unique_names
 from ser.errors import ConfigError, ManifestError
-from ser.files import replace_file
+from ser.files import csv_line, replace_file
 
 DIMENSIONS = ("arousal", "dominance", "valence")
 COLUMNS = ("file", "emotion", "text", "speaker", "id", "start", "end", *DIMENSIONS)
@@ -493,13 +493,7 @@ def write_manifest(
     used = {"file", "id", *(name for name in COLUMNS for u in utterances if getattr(u, name) is not None)}
     others = dict.fromkeys(name for u in utterances for name in u.extra)
     names = [*(name for name in COLUMNS if name in used), *others]
-    delimiter = _delimiter(path)
-    writer = csv.writer(_Echo(), delimiter=delimiter, lineterminator="\r\n")
-
-    def to_line(cells: Iterable[object]) -> str:
-        # Python 3.11 quotes a carriage return in a field only where the line ends hold one.
-        return writer.writerow(cells).removesuffix("\r\n") + "\n"
-
+    to_line = functools.partial(csv_line, delimiter=_delimiter(path))
     as_json = _is_json(path)
     problems = _Problems()
     for name in others:
@@ -528,13 +522,6 @@ def write_manifest(
             problems.raise_if_any(f"{path}: nothing was written, these are the problems")
     except OSError as error:
         raise ManifestError(f"{path}: cannot write the manifest: {error.strerror or error}") from error
-
-
-class _Echo:
-    """For csv.writer: `writerow` returns what `write` returns, here the line itself."""
-
-    def write(self, line: str) -> str:
-        return line
 
 
 def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from ser.data.manifest import MAX_LISTED, Utterance
 from ser.data.text import clean, did_you_mean, unique_names
-from ser.errors import ConfigError, ManifestError
+from ser.errors import ConfigError, ManifestError, printable
 from ser.files import write_json
 
 PARTS = ("train", "valid", "test")
@@ -598,7 +598,7 @@ def to_table(audits: Iterable[Audit]) -> str:
         sizes = {part: sum(counts.values()) for part, counts in a.classes.items()}
         cells = [_percent(a.shared.get(("train", "test"), {}).get(kind)) for kind in KINDS]
         both = a.shared.get(("valid", "test"), {}).get("recordings")
-        rows.append([a.fold, *(str(sizes.get(part, "-")) for part in PARTS), *cells,
+        rows.append([printable(a.fold), *(str(sizes.get(part, "-")) for part in PARTS), *cells,
                      _percent(both) if "valid" in sizes else "-"])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return (

@@ -92,11 +92,21 @@ class Orthography:
     tag_brackets: tuple[str, ...] = ("[]", "{}", "<>")
     script: Mapping[str, str] = field(default_factory=dict)
 
-    def clean(self, text: str) -> str:
-        """`text` in this spelling, NFC, with single spaces. Tags are left as they are: see `clean`."""
+    def clean(self, text: str, vocabulary: Vocabulary | None = None) -> str:
+        """`text` in this spelling, NFC, with single spaces. Tags are left as they are: see `clean`.
+
+        Where the letters of the `vocabulary` are all capitals, or none of them is, its case counts and not ours.
+        """
         text = nfc(text).translate({ord(c): instead for c, instead in self.replacements.items()})
-        text = {"upper": text.upper(), "lower": text.lower(), "keep": text}[self.case]
+        if vocabulary is not None and self.follows(vocabulary):
+            text = vocabulary.in_its_case(text)
+        else:
+            text = {"upper": text.upper(), "lower": text.lower(), "keep": text}[self.case]
         return nfc(" ".join(word for word in text.split() if word not in self.dropped_words))
+
+    def follows(self, vocabulary: Vocabulary) -> bool:
+        """Whether text is in the vocabulary's case in place of this one's. Buckwalter's letters differ by case."""
+        return vocabulary.case not in ("", self.case) and not self.script
 
     def present(self, text: str) -> str:
         """Decoded `text` as a person reads it: in Arabic script for "buckwalter", else as it is."""
@@ -151,7 +161,13 @@ def remove_tags(text: str, brackets: Iterable[str]) -> str:
     return "".join(kept)
 
 
-def clean(text: str, *, orthography: str = "librispeech", tags: str = "remove") -> str:
+def clean(
+    text: str,
+    *,
+    orthography: str = "librispeech",
+    tags: str = "remove",
+    vocabulary: Vocabulary | None = None,
+) -> str:
     """A transcript as it is to be learnt: tags removed, in the given spelling, NFC, with single spaces.
 
     Args:
@@ -160,6 +176,7 @@ def clean(text: str, *, orthography: str = "librispeech", tags: str = "remove") 
         tags: what becomes of ``[LAUGHTER]``, ``{LG}`` and ``<LG>``. "remove": gone, letters included.
             "keep-letters": only the brackets go, which is what the cleaner of Cai et al. (2021) comes to: it
             deletes the characters outside the vocabulary, and the letters LG are inside.
+        vocabulary: in whose case the text is, where it has only one.
 
     Returns:
         The text; empty if nothing is left, which is no error (an utterance without a transcript).
@@ -179,10 +196,72 @@ def clean(text: str, *, orthography: str = "librispeech", tags: str = "remove") 
         text = text.translate(dict.fromkeys(map(ord, "".join(spelling.tag_brackets))))
     else:
         raise ConfigError(f"tags must be 'remove' or 'keep-letters', not {tags!r}")
-    return spelling.clean(text)
+    return spelling.clean(text, vocabulary)
 
 
 # ------------------------------------------------------------------------------------------------- vocabulary
+
+# Characters that mean the same in a transcript: where a vocabulary lacks one, the first that it has is written.
+SAME = ("'\u2019\u02bc\u2018\u201b`\u00b4\uff07", "-\u2010\u2011")
+SHARP_S = {"\u00df": ("\u1e9e", "ss", "SS"), "\u1e9e": ("\u00df", "SS", "ss")}
+DOT_ABOVE = "\u0307"
+
+
+@dataclass
+class Rewriting:
+    """What was changed in references so that a vocabulary can write them. Sums with ``+=``.
+
+    Attributes:
+        case: "upper" or "lower", where the vocabulary has letters of one case, and not that of the orthography.
+        recased: references that were changed so.
+        replaced: characters that stand there as others of the same meaning, such as an apostrophe; by character.
+        removed: characters that the vocabulary has not; by character. A space, where it has no word delimiter.
+        emptied: references of which nothing is left, so that no error rate counts them.
+    """
+
+    case: str = ""
+    recased: int = 0
+    replaced: Counter[str] = field(default_factory=Counter)
+    removed: Counter[str] = field(default_factory=Counter)
+    emptied: int = 0
+
+    def __iadd__(self, other: Rewriting) -> Rewriting:
+        """The changes of both parts, of references for the same vocabulary."""
+        self.case = self.case or other.case
+        self.recased += other.recased
+        self.replaced += other.replaced
+        self.removed += other.removed
+        self.emptied += other.emptied
+        return self
+
+    def to_dict(self) -> dict[str, object]:
+        """As a report has it: only what was changed."""
+        found = {
+            "references_recased": {self.case: self.recased} if self.recased else {},
+            "characters_replaced": dict(self.replaced.most_common()),
+            "characters_outside_vocabulary": dict(self.removed.most_common()),
+            "references_left_empty": self.emptied,
+        }
+        return {name: value for name, value in found.items() if value}
+
+    def notes(self) -> list[str]:
+        """A line for each kind of change."""
+        lines = []
+        if self.recased:
+            lines.append(f"the vocabulary has {self.case}-case letters alone: {self.recased} texts are written so")
+        if self.replaced:
+            lines.append(f"characters that the vocabulary writes otherwise, replaced: {counted(self.replaced)}")
+        if self.removed:
+            lines.append(f"characters outside the vocabulary, removed: {counted(self.removed)}")
+        if self.emptied:
+            lines.append(f"{self.emptied} texts have no character of the vocabulary: no error rate counts them")
+        return lines
+
+
+def counted(characters: Counter[str], most: int = 20) -> str:
+    """The most frequent characters with their counts, and how many more there are."""
+    shown = ", ".join(f"{c!r} x{n}" for c, n in characters.most_common(most))
+    return shown + (f" and {len(characters) - most} more" if len(characters) > most else "")
 
 
 def minimum_frames(targets: Iterable[int]) -> int:
@@ -201,12 +280,14 @@ class Vocabulary:
     Attributes:
         tokens: the symbols, in the order of their ids.
         word_delimiter: the symbol that stands for a space.
+        case: "upper" or "lower" where all its letters are; empty where it has both, or a script without case.
         blank: id of the CTC blank, ``<pad>``.
         unknown: id of ``<unk>``, or None. Nothing is ever encoded as it.
     """
 
     tokens: tuple[str, ...]
     word_delimiter: str
+    case: str = field(compare=False)
     blank: int = field(compare=False)
     unknown: int | None = field(compare=False)
     _ids: dict[str, int] = field(compare=False, repr=False)
@@ -252,6 +333,13 @@ class Vocabulary:
         # delimiter here. A token that another program wrote decomposed counts as its composed character, unless
         # that has a token of its own.
         keep("_ids", {**{nfc(token): id_ for token, id_ in ids.items()}, **ids})
+        letters = [c for c in self._ids if len(c) == 1]
+        # A sharp s, which is a letter of capitals too in many a list, tells nothing.
+        cases = {
+            "lower": any(c == c.lower() != c.upper() and len(c.upper()) == 1 for c in letters),
+            "upper": any(c == c.upper() != c.lower() for c in letters),
+        }
+        keep("case", "" if all(cases.values()) else next((case for case, has in cases.items() if has), ""))
 
     def __len__(self) -> int:
         """The number of symbols V, blank included."""
@@ -317,6 +405,38 @@ class Vocabulary:
                 json.dump({token: i for i, token in enumerate(self.tokens)}, file, ensure_ascii=False)
         except OSError as error:
             raise TextError(f"{path}: cannot write the vocabulary: {_cause(error)}") from error
+
+    @property
+    def has_delimiter(self) -> bool:
+        """Whether a text of several words can be written; in vocabularies of Chinese or of phonemes often not."""
+        return self._delimiter is not None
+
+    def in_its_case(self, text: str) -> str:
+        """`text` in the case that all letters of the vocabulary have."""
+        if self.case == "upper":
+            return "".join(c if c in self._ids else c.upper() for c in text)  # a sharp s may be there
+        if self.case == "lower":
+            if DOT_ABOVE not in self._ids:  # which is what Python makes of a capital I with a dot
+                text = text.replace("\u0130", "i")
+                text = text.replace("I", "\u0131") if "\u0131" in self._ids else text  # Turkish has both
+            return text.lower()
+        return text
+
+    def spell(self, text: str) -> tuple[str, str]:
+        """`text` with others of the same meaning for characters that are missing here; and which those were."""
+        others = {c: new for c in set(text).difference(self._ids) if (new := self._instead_of(c)) != c}
+        if not others:
+            return text, ""
+        return "".join(others.get(c, c) for c in text), "".join(c for c in text if c in others)
+
+    def _instead_of(self, character: str) -> str:
+        if character == self.word_delimiter or character.isspace():
+            return character
+        same = next((alike for alike in SAME if character in alike), "")
+        for candidate in (*same, *SHARP_S.get(character, ()), unicodedata.normalize("NFKC", character)):
+            if candidate and all(c in self._ids for c in candidate):
+                return candidate
+        return character
 
     def encode(self, text: str) -> list[int]:
         """The symbols of a cleaned `text`, one per character and one delimiter between words.

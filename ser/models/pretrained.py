@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ser.errors import ConfigError, ModelFolderError
+from ser.errors import ConfigError, ModelFolderError, printable
+from ser.files import open_tensors
 from ser.models.config import Wav2Vec2Config
 from ser.models.wav2vec2 import Wav2Vec2
 
@@ -102,7 +103,7 @@ class LoadReport:
 def summary(names: Iterable[str], most: int = 8) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return printable(", ".join(names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def shorten(text: str, most: int = 500) -> str:
@@ -314,7 +315,7 @@ class TensorFiles:
 
 
 def opened(path: Path):
-    """``safe_open``, whose own errors do not name the file, and which parses a header of 100 MB."""
+    """`open_tensors`, whose own errors do not name the file, and which parses a header of 100 MB."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -323,7 +324,7 @@ def opened(path: Path):
     if MAX_HEADER_BYTES < size < path.stat().st_size:
         raise ModelFolderError(f"{path}: its header has {size:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
     try:
-        return safe_open(path, framework="pt")
+        return open_tensors(path)
     except (SafetensorError, OSError, ValueError) as error:
         head = path.open("rb").read(2)
         kind = (

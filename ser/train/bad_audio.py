@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from ser.data.dataset import Batch, SpeechDataset, listed
-from ser.errors import AudioError, FileError
+from ser.errors import AudioError, FileError, printable
 from ser.files import replace_file, written
 from ser.train.distributed import World
 
@@ -73,7 +73,8 @@ class BadAudio:
             row = {"set": name, "id": utterance.id, "file": str(utterance.file), "why": found[i]}
             self.rows.append(row)
             if self.world.is_main:
-                tqdm.write(f"skipped ({name}, {len(skipped)} of {len(dataset)}): {found[i]}", file=sys.stderr)
+                count = f"{name}, {len(skipped)} of {len(dataset)}"
+                tqdm.write(f"skipped ({count}): {printable(found[i])}", file=sys.stderr)
         if new and self.begun:
             self.write(lambda run: append(run / "skipped.jsonl", self.rows[-len(new) :]))
         if len(skipped) > self.limit * len(dataset) or len(skipped) == len(dataset):
@@ -152,7 +153,7 @@ def errors_of(batches: Iterable[Batch]) -> dict[int, str]:
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Further lines of a JSON lines file."""
-    with written(path), path.open("a", encoding="utf-8") as file:
+    with written(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(map(to_line, rows))
 
 

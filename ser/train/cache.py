@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from ser.audio import SAMPLE_RATE
 from ser.data.dataset import SpeechDataset
 from ser.errors import ConfigError, FileError
-from ser.files import sync, write_tensors, written
+from ser.files import open_tensors, sync, write_tensors, written
 from ser.models.multitask import MultiTaskModel
 from ser.train.distributed import World
 
@@ -109,7 +109,7 @@ class Cache:
         self.shards.clear()
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                with safe_open(path, "pt") as file:
+                with open_tensors(path) as file:
                     self.shards |= dict.fromkeys(file.keys(), path)
             except (SafetensorError, OSError):
                 continue
@@ -134,7 +134,7 @@ class Stored:
     def __init__(self, cache: Cache, keys: list[str], lengths: list[int], errors: dict[int, str]) -> None:
         self.kind, self.keys, self.shards, self.errors = cache.kind, keys, cache.shards, errors
         self.shapes = {i: cache.shape(lengths[i]) for i in errors}  # of stand-ins
-        self.files: dict[Path, safe_open] = {}
+        self.files: dict[Path, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For a worker that is not forked: it opens its own."""
@@ -147,7 +147,7 @@ class Stored:
         path = self.shards[self.keys[index]]
         if path not in self.files:
             try:
-                self.files[path] = safe_open(path, "pt")
+                self.files[path] = open_tensors(path)
             except (SafetensorError, OSError) as lost:
                 raise FileError(
                     f"{path}: is lost ({lost}); the same command fills the cache and goes on"

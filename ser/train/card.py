@@ -7,22 +7,26 @@ computes its figures again.
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ser.audio import SAMPLE_RATE
 from ser.data.manifest import Utterance
+from ser.data.protocols import KNOWN
 from ser.data.selection import Selection
-from ser.errors import ModelFolderError
+from ser.errors import ConfigError, ModelFolderError, printable
 from ser.files import replace_file, write_json
 from ser.recognizer import Recognizer
 from ser.train.report import TITLES, shares
 
 RECORD, CARD = "training.json", "README.md"
+MOST_RESAMPLES = 1_000_000  # more would be hours
 KEPT = ("utterances", "speakers", "judged", "figures", "resamples", "seed")  # of a report
 
 
@@ -46,7 +50,7 @@ def training_record(
         "dimensions": recognizer.dimensions,
         "speakers_known": len(recognizer.speakers),
         "parameters": sum(p.numel() for p in recognizer.model.parameters()),
-        "trained_on": counts_of(utterances) | {"hours": round(sum(lengths) / SAMPLE_RATE / 3600, 4)},
+        "trained_on": counts_of(utterances) | {"hours": hours_of(lengths)},
         "settings": dict(settings),
         "evaluations": [],
     }
@@ -59,6 +63,37 @@ def counts_of(utterances: Sequence[Utterance]) -> dict[str, Any]:
         "speakers": len({u.speaker for u in utterances if u.speaker}),
         "per_emotion": dict(sorted(Counter(u.emotion for u in utterances if u.emotion).items())),
     }
+
+
+def hours_of(lengths: Iterable[int]) -> float:
+    """Of recordings with so many samples each."""
+    return round(sum(lengths) / SAMPLE_RATE / 3600, 4)
+
+
+def same_data(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
+    """Whether two selections, as `Selection.to_dict` has them, are of the same utterances, wherever they lie."""
+    if not first or not second or not first.get("sha256"):
+        return first == second
+
+    def content(selection: Mapping[str, Any]) -> dict[str, Any]:
+        names = Selection.from_dict(selection).to_dict()
+        held_out = names["known_turns"] if names["part"] == KNOWN else 0
+        return {**names, "data": "", "root": None, "shares": [], "known_turns": held_out}
+
+    return content(first) == content(second)
+
+
+def expected_choice(record: Mapping[str, Any], selection: Mapping[str, Any] | None, *, best: bool) -> bool:
+    """Whether weights were chosen by their figure on ``selection``: those of ``best``, on the validation part.
+
+    And on the test part, where the protocol validates on it.
+    """
+    settings = record["settings"]
+    valid = settings.get("valid")
+    if not best or not valid:
+        return False
+    twin = dict(valid) | {"part": "test"}
+    return same_data(selection, valid) or bool(settings.get("valid_is_test") and same_data(selection, twin))
 
 
 def evaluation_entry(
@@ -80,8 +115,8 @@ def with_evaluation(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict
 
     What the weights were once chosen on, they stay chosen on; so they are on the test part where it validates.
     """
-    same = [e for e in record["evaluations"] if e["selection"] == entry["selection"]]
-    others = [e for e in record["evaluations"] if e["selection"] != entry["selection"]]
+    same = [e for e in record["evaluations"] if same_data(e["selection"], entry["selection"])]
+    others = [e for e in record["evaluations"] if not same_data(e["selection"], entry["selection"])]
     part = (entry["selection"] or {}).get("part")
     watched = part == "test" and record["settings"].get("valid_is_test") and any(e["chosen_on"] for e in others)
     chosen_on = entry["chosen_on"] or watched or any(e["chosen_on"] for e in same)
@@ -106,9 +141,25 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         to_markdown(record)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        check_numbers(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise ModelFolderError(f"{path}: is no sound record of a training: {error!r}") from None
     return record
+
+
+def check_numbers(record: Mapping[str, Any]) -> None:
+    """Raise ValueError for numbers that figures cannot be computed with."""
+    numbers = {f"settings.{name}": record["settings"].get(name) or 0 for name in ("max_seconds", "max_bad_audio")}
+    for entry in record["evaluations"]:
+        numbers |= {name: entry[name] for name in ("resamples", "seed")}
+        if type(entry["resamples"]) is not int or not 0 < entry["resamples"] <= MOST_RESAMPLES:
+            raise ValueError(f"resamples is {entry['resamples']!r}, expected 1 to {MOST_RESAMPLES}")
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not 0 <= value < 2**63:
+            raise ValueError(f"{name} is {value!r}, expected a number from 0")
+    for selection in (record["settings"].get("train"), record["settings"].get("valid")):
+        if selection and not isinstance(Selection.from_dict(selection).data, str):
+            raise ValueError(f"{selection!r} does not name utterances")
 
 
 def trained_on(record: Mapping[str, Any]) -> Selection | None:
@@ -117,8 +168,31 @@ def trained_on(record: Mapping[str, Any]) -> Selection | None:
     return Selection.from_dict(named) if named else None
 
 
+# ------------------------------------------------------------------------------------------------ markdown
+
+
+def as_text(foreign: object) -> str:
+    """What Markdown shows as these characters, on one line: a name cannot become a heading, HTML or a table."""
+    text = html.escape(printable(str(foreign)), quote=False)
+    text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)  # my_corpus is no emphasis
+    return re.sub(r"^(\s*\d*)([-+=#.)])(?=[-=#\s]|$)", r"\1\\\2", text)  # no heading, list or rule
+
+
+def as_code(foreign: object) -> str:
+    """A code span of these very characters."""
+    text = printable(str(foreign))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def as_block(text: str) -> list[str]:
+    """The lines of a code block of some lines, whatever stands in them."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [fence, printable(text, lines=True), fence]
+
+
 def to_markdown(record: Mapping[str, Any]) -> str:
-    """The card."""
+    """The card. Labels, names of data and licences are foreign, and shown as text."""
     settings, data = record["settings"], record["trained_on"]
     licences = settings.get("licences", {})
     # JSON is YAML, which is what model hubs read here.
@@ -126,34 +200,35 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", ""]
     lines += ["# Speech emotion recognition model", ""]
     tasks = {
-        "emotion": "emotion: " + ", ".join(record["emotions"]),
-        "dimensions": "dimensions: " + ", ".join(record["dimensions"]),
+        "emotion": "emotion: " + ", ".join(map(as_text, record["emotions"])),
+        "dimensions": "dimensions: " + ", ".join(map(as_text, record["dimensions"])),
         "ctc": "transcript (CTC, greedy)",
         "speaker": f"speaker, out of the {record['speakers_known']} in training",
     }
     lines += ["It recognises, in recordings of one speaker's turn:", ""]
     lines += [f"- {tasks[name]}" for name in record["heads"]]
-    lines += ["", f"{record['parameters'] / 1e6:.1f} M parameters, begun from `{settings.get('init', '?')}`.", ""]
+    init = as_code(settings.get("init", "?"))
+    lines += ["", f"{record['parameters'] / 1e6:.1f} M parameters, begun from {init}.", ""]
 
     lines += ["## Trained on", ""]
     named = settings.get("train")
-    lines += [str(Selection.from_dict(named)) if named else "Data that training was not told the name of.", ""]
-    counts = ", ".join(f"{name} {count}" for name, count in data["per_emotion"].items())
+    lines += [as_text(Selection.from_dict(named)) if named else "Data that training was not told the name of.", ""]
+    counts = ", ".join(f"{as_text(name)} {count}" for name, count in data["per_emotion"].items())
     lines += [
         f"{data['utterances']} utterances, {data['hours']:.2f} h, {data['speakers']} speakers; {counts or '-'}."
     ]
     if description := settings.get("protocol_description"):
-        lines += ["", f"Protocol: {description}"]
+        lines += ["", f"Protocol: {as_text(description)}"]
     if shared := settings.get("shared_with_training"):
         lines += ["", "Of the utterances of each part, training has the same:", ""]
-        lines += [f"- {part}: {shares(kinds)}" for part, kinds in shared.items()]
+        lines += [f"- {as_text(part)}: {as_text(shares(kinds))}" for part, kinds in shared.items()]
 
     lines += ["", "## Figures", ""]
     if not record["evaluations"]:
         lines += ["None were measured: there was no validation part. `examples/evaluate.py --card` adds them."]
     for entry in record["evaluations"]:
         chosen = entry["selection"]
-        what = str(Selection.from_dict(chosen)) if chosen else "the validation utterances"
+        what = as_text(Selection.from_dict(chosen)) if chosen else "the validation utterances"
         lines += [f"On {what}: {entry['utterances']} utterances, {entry['speakers']} speakers.", ""]
         if entry["chosen_on"]:
             lines += ["**These weights were chosen by their figure on this very part, so it is optimistic.**", ""]
@@ -163,7 +238,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         for name, figure in entry["figures"].items():
             spans = (figure["interval_utterances"], figure["interval_speakers"])
             shown = " | ".join("-" if s is None else f"{_number(s[0])} to {_number(s[1])}" for s in spans)
-            lines += [f"| {TITLES.get(name, name)} | {_number(figure['value'])} | {shown} |"]
+            lines += [f"| {TITLES.get(name) or as_text(name)} | {_number(figure['value'])} | {shown} |"]
         if 0 < entry["judged"]["emotion"] < entry["utterances"]:
             lines += ["", f"Emotions are judged on the {entry['judged']['emotion']} whose label the model knows."]
         judged = entry["judged"]["speaker"]
@@ -181,8 +256,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "",
         "## Licences",
         "",
-        f"- data: {licences.get('data') or 'not stated; ask where the corpus came from'}",
-        f"- initial weights: {licences.get('weights') or 'not stated; see where they came from'}",
+        f"- data: {as_text(licences.get('data') or '') or 'not stated; ask where the corpus came from'}",
+        f"- initial weights: {as_text(licences.get('weights') or '') or 'not stated; see where they came from'}",
         "",
         "## To repeat",
         "",

@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ser.data.text import did_you_mean
 from ser.errors import ConfigError, RunFolderError
 from ser.files import (
     clear_remains,
+    read_tensors,
     remove_folder,
     replace_file,
     sync,
@@ -245,8 +245,8 @@ def verify(folder: Path) -> dict[str, Any]:
 def load_checkpoint(folder: Path, recognizer: Recognizer, optimizer: torch.optim.Optimizer) -> Progress:
     """Put a verified checkpoint's weights and optimizer state into place; returns where it stood."""
     try:
-        weights = load_file(folder / "model.safetensors")
-        tensors = load_file(folder / "optimizer.safetensors")
+        weights = read_tensors(folder / "model.safetensors")
+        tensors = read_tensors(folder / "optimizer.safetensors")
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         with torch.no_grad():
             keys = recognizer.keys()

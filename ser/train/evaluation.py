@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ from ser.audio import SAMPLE_RATE
 from ser.data.dataset import NO_LABEL, Batch, SpeechDataset, collate
 from ser.data.manifest import Utterance
 from ser.data.sampler import evaluation_batches
-from ser.data.text import clean
+from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS, decoded, worker_death_explained
 from ser.models.multitask import HEADS
 from ser.recognizer import Prediction, Recognizer
@@ -26,7 +27,7 @@ from ser.train.distributed import World
 from ser.train.losses import ccc_moments, concordance
 from ser.train.metrics import ClassificationCounts, ErrorRateCounts, character_errors, word_errors
 from ser.train.processes import StopRequest, outlive_signals
-from ser.train.report import CHUNK, as_row
+from ser.train.report import CHUNK, MAX_COUNTS, as_row
 from ser.train.resources import memory_explained
 from ser.train.update import Objective
 
@@ -37,7 +38,7 @@ class Evaluation:
 
     utterances: int = 0
     unread: int = 0  # utterances that were left out, as their recordings cannot be read
-    unwritten: int = 0  # characters of the references that the vocabulary lacks, left out of WER and CER
+    rewriting: Rewriting = field(default_factory=Rewriting)  # of the references, as the vocabulary writes them
     emotion: ClassificationCounts | None = None
     speaker: ClassificationCounts | None = None
     ccc: dict[str, float] = field(default_factory=dict)  # by dimension; NaN where it is undefined
@@ -62,14 +63,27 @@ class Evaluation:
             defined = [value for value in self.ccc.values() if math.isfinite(value)]
             found["ccc"] = sum(defined) / len(defined) if defined else math.nan
             found |= {f"ccc_{name.lower()}": value for name, value in self.ccc.items()}
+        changes = {
+            "references_recased": self.rewriting.recased,
+            "characters_replaced": self.rewriting.replaced.total(),
+            "characters_outside_vocabulary": self.rewriting.removed.total(),
+            "references_left_empty": self.rewriting.emptied,
+        }
+        found |= {name: count for name, count in changes.items() if count}
         if self.words is not None and self.characters is not None and self.words.length:
-            if self.unwritten:
-                found["characters_outside_vocabulary"] = self.unwritten
             found |= {"wer": self.words.rate, "cer": self.characters.rate, "words": self.words.length}
         if self.speaker is not None and self.speaker.count:
             found["speaker_accuracy"] = self.speaker.accuracy
             found["speaker_utterances"] = self.speaker.count  # those of speakers that training knew
         return found
+
+
+def add_outcome(totals: NDArray[np.int64], reference: int, predicted: int) -> None:
+    """Add an utterance to (3, K) totals as `ClassificationCounts` has them; not one without a label."""
+    if reference != NO_LABEL:
+        totals[0, reference] += reference == predicted
+        totals[1, reference] += 1
+        totals[2, predicted] += 1
 
 
 @torch.no_grad()
@@ -128,8 +142,10 @@ def evaluate(
         worker_init_fn=outlive_signals,
     )
     result = Evaluation()
-    emotion = np.zeros((len(recognizer.emotions),) * 2, dtype=np.int64)
-    speaker = np.zeros((len(recognizer.speakers),) * 2, dtype=np.int64)
+    # Right, of the reference, recognised as it: of each class, see `ClassificationCounts`.
+    emotion = np.zeros((3, len(recognizer.emotions)), dtype=np.int64)
+    speaker = np.zeros((3, len(recognizer.speakers)), dtype=np.int64)
+    numbers = [{name: i for i, name in enumerate(names)} for names in (recognizer.emotions, recognizer.speakers)]
     edits = np.zeros(4, dtype=np.int64)  # word edits, words, character edits, characters
     sums = torch.zeros(2 * len(HEADS), dtype=torch.float64)
     moments = torch.zeros(6, len(recognizer.dimensions), dtype=torch.float64)
@@ -156,10 +172,10 @@ def evaluate(
         for index, prediction in zip(batch.indices, recognizer.decode(outputs), strict=True):
             if index in errors:
                 continue
-            if prediction.emotion is not None and dataset.emotions[index] != NO_LABEL:
-                emotion[dataset.emotions[index], recognizer.emotions.index(prediction.emotion)] += 1
-            if prediction.speaker is not None and dataset.speakers[index] != NO_LABEL:
-                speaker[dataset.speakers[index], recognizer.speakers.index(prediction.speaker)] += 1
+            if prediction.emotion is not None:
+                add_outcome(emotion, dataset.emotions[index], numbers[0][prediction.emotion])
+            if prediction.speaker is not None:
+                add_outcome(speaker, dataset.speakers[index], numbers[1][prediction.speaker])
             reference = dataset.references[index]
             if prediction.transcript is not None and reference:
                 words = word_errors(reference, prediction.transcript)
@@ -183,8 +199,7 @@ def evaluate(
     world.sum(moments)
     result.utterances, result.unread = len(dataset) - len(unread), len(unread)
     if vocabulary is not None:
-        texts = [text for i, text in enumerate(dataset.texts) if i not in unread]
-        result.unwritten = vocabulary.unknown_characters(texts).total()
+        result.rewriting = dataset.rewriting(without=unread)
     if recognizer.emotions:
         result.emotion = ClassificationCounts(emotion)
     if recognizer.speakers:
@@ -218,6 +233,7 @@ def judge(
     progress: bool = False,
     bad_audio: BadAudio | None = None,
     timeout: float = WORKER_SECONDS,
+    rewriting: Rewriting | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of the predictions file, in the order of the utterances, a chunk at a time: memory is bounded.
 
@@ -232,13 +248,17 @@ def judge(
         progress: show a bar per chunk.
         bad_audio: as for `evaluate`; a recording that is skipped has no row.
         timeout: seconds to wait for a worker.
+        rewriting: gets what was changed in the references, chunk by chunk.
     """
-    for first in range(0, len(utterances), CHUNK):
-        chunk = utterances[first : first + CHUNK]
+    size = max(1, min(CHUNK, MAX_COUNTS // (4 * max(len(recognizer.emotions), 1))))
+    for first in range(0, len(utterances), size):
+        chunk = utterances[first : first + size]
         found = evaluate(
             recognizer, chunk, world=world, workers=workers, keep_rows=True, progress=progress,
             bad_audio=bad_audio, timeout=timeout,
         )  # fmt: skip
+        if rewriting is not None:
+            rewriting += found.rewriting
         rows = []
         for utterance, reference, prediction in found.rows:
             row = as_row(recognizer, utterance, reference, prediction)

@@ -5,7 +5,6 @@ Pooled means over all utterances (or words) of all folds; the mean over folds st
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ser.data.protocols import Protocol
-from ser.files import replace_file
+from ser.files import csv_line, replace_file
+from ser.train.card import as_block, as_text
 from ser.train.report import Outcomes, compare, report, shared_line, table
 
 SHORT = {"WA": "accuracy", "UA": "unweighted_accuracy", "WER": "wer", "speaker": "speaker_accuracy"}
@@ -99,19 +99,19 @@ def show(value: float | None) -> str:
 def to_markdown(found: Mapping[str, Any]) -> str:
     """The report for people."""
     names = {short: name for short, name in SHORT.items() if name in found["figures"]}
-    lines = [f"# {found['protocol']}: {found['utterances']} utterances, {len(found['folds'])} folds", ""]
-    lines += [found["description"], "", f"The {found['weights']} weights of each fold are judged.", ""]
+    lines = [f"# {as_text(found['protocol'])}: {found['utterances']} utterances, {len(found['folds'])} folds", ""]
+    lines += [as_text(found["description"]), "", f"The {found['weights']} weights of each fold are judged.", ""]
     lines += ["| fold | utterances | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for fold, entry in found["folds"].items():
         cells = " | ".join(show(entry.get(name)) for name in names.values())
-        lines.append(f"| {fold} | {entry['utterances']} | {cells} |")
+        lines.append(f"| {as_text(fold)} | {entry['utterances']} | {cells} |")
     over = found["over_folds"]
     cells = " | ".join(f"{show(over[n]['mean'])} ± {show(over[n]['spread'])}" for n in names.values())
     lines.append(f"| mean ± spread | | {cells} |")
     pooled = " | ".join(f"**{show(found['figures'][n]['value'])}**" for n in names.values())
     lines.append(f"| pooled | {found['utterances']} | {pooled} |")
     lines += ["", "What the judged models know of each fold's test part:", ""]
-    lines += [f"- {fold}: {entry['shared_line']}" for fold, entry in found["folds"].items()]
+    lines += [f"- {as_text(fold)}: {as_text(entry['shared_line'])}" for fold, entry in found["folds"].items()]
     if best := found.get("best_on_test"):
         lines += [
             "",
@@ -126,17 +126,16 @@ def to_markdown(found: Mapping[str, Any]) -> str:
         ]
     for title, text in (("", table(found)), ("What the parts share:", found["audit"].rstrip()),
                         ("To repeat:", json.dumps(found["repeat"], indent=1))):  # fmt: skip
-        lines += ["", *([title, ""] if title else []), "```", text, "```"]
+        lines += ["", *([title, ""] if title else []), *as_block(text)]
     return "\n".join([*lines, ""])
 
 
 def write_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """value, epoch, accuracy, wer: a row per point of each curve."""
     with replace_file(path) as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["value", "epoch", "accuracy", "wer"])
+        file.write(csv_line(["value", "epoch", "accuracy", "wer"]))
         for value, curve in curves.items():
-            rows.writerows([value, row["epoch"], row["accuracy"], row["wer"]] for row in curve)
+            file.writelines(csv_line([value, row["epoch"], row["accuracy"], row["wer"]]) for row in curve)
 
 
 def ablation_summary(
@@ -176,8 +175,13 @@ def ablation_markdown(summary: Mapping[str, Any], beside: Sequence[str] = ()) ->
     name, rows, count = summary["ablation"], summary["values"], len(summary["folds"])
     folds = f"{count} fold{'s' if count > 1 else ''}"
     first = next(iter(rows))
-    lines = [f"# {name} under {summary['protocol']}: {summary['utterances']} utterances, {folds}", ""]
-    lines += [summary["description"], "", f"The {summary['weights']} weights of each fold are judged.", ""]
+    lines = [f"# {name} under {as_text(summary['protocol'])}: {summary['utterances']} utterances, {folds}", ""]
+    lines += [
+        as_text(summary["description"]),
+        "",
+        f"The {summary['weights']} weights of each fold are judged.",
+        "",
+    ]
     columns = [name, "WA", "95 %", "WA, mean over folds", "UA", "WER", "WER, mean over folds", "speaker"]
     lines += [f"| {' | '.join([*columns, f'WA against {first}'])} |", "|---" * 9 + "|"]
     for value, row in rows.items():
@@ -186,7 +190,15 @@ def ablation_markdown(summary: Mapping[str, Any], beside: Sequence[str] = ()) ->
         p = "" if against is None else f"p = {against['mcnemar_p']:.3f}"
         means = [show((row[key] or {}).get("mean")) for key in ("accuracy_over_folds", "wer_over_folds")]
         pooled = [show((row[key] or {}).get("value")) for key in ("accuracy", "unweighted_accuracy", "wer")]
-        cells = [value, pooled[0], f"{show(low)} to {show(high)}", means[0], pooled[1], pooled[2], means[1]]
+        cells = [
+            as_text(value),
+            pooled[0],
+            f"{show(low)} to {show(high)}",
+            means[0],
+            pooled[1],
+            pooled[2],
+            means[1],
+        ]
         lines.append(f"| {' | '.join([*cells, show(row['speaker_accuracy']), p])} |")
     lines += [
         "",
@@ -200,4 +212,4 @@ def ablation_markdown(summary: Mapping[str, Any], beside: Sequence[str] = ()) ->
     if summary["drawn"]:
         title = "Accuracy and WER on the validation part, epoch by epoch (the paper's Figure 2; curves.csv):"
         lines += ["", title, "", "![curves](curves.png)"]
-    return "\n".join([*lines, "", "To repeat:", "", "```", json.dumps(summary["repeat"], indent=1), "```", ""])
+    return "\n".join([*lines, "", "To repeat:", "", *as_block(json.dumps(summary["repeat"], indent=1)), ""])

@@ -31,7 +31,7 @@ from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler
 from ser.data.text import minimum_frames
 from ser.data.workers import decoded, worker_death_explained
-from ser.errors import ConfigError, RunFolderError, SerError
+from ser.errors import ConfigError, RunFolderError, SerError, printable
 from ser.files import replace_file, written
 from ser.models.memory import freed_memory_kept
 from ser.recognizer import Recognizer
@@ -81,9 +81,12 @@ class Meter:
 
 
 def say(world: World, text: str) -> None:
-    """A line on standard error, from one rank alone, without breaking a progress bar."""
+    """A line on standard error, from one rank alone, without breaking a progress bar.
+
+    What stands in it may be foreign: it commands no terminal.
+    """
     if world.is_main:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(printable(text, lines=True), file=sys.stderr)
         sys.stderr.flush()
 
 
@@ -94,7 +97,7 @@ def check_training_data(
     minimum = recognizer.model.config.min_samples
     short = [(u, n) for u, n in zip(dataset.utterances, lengths, strict=True) if n < minimum]
     if short:
-        listed = "\n  ".join(f"{u.id}: {n} samples" for u, n in short[:50])
+        listed = "\n  ".join(printable(f"{u.id}: {n} samples") for u, n in short[:50])
         raise ConfigError(
             f"{len(short)} training utterances are shorter than one frame ({minimum} samples at 16 kHz); remove "
             f"them:\n  {listed}"
@@ -110,15 +113,18 @@ def check_training_data(
                 f"no training transcript has a character of the vocabulary; the first is {text[:40]!r}, the "
                 f"symbols are {' '.join(recognizer.vocabulary.tokens[:40])}. Try --build-vocab, or --orthography"
             )
-        dropped = recognizer.vocabulary.unknown_characters(dataset.texts)
-        if dropped:
-            listed = ", ".join(f"{c!r} x{n}" for c, n in dropped.most_common(20))
-            notes.append(f"characters outside the vocabulary, removed: {listed}")
+        if not recognizer.vocabulary.has_delimiter and (words := next((t for t in dataset.texts if " " in t), "")):
+            raise ConfigError(
+                f"the word delimiter {recognizer.vocabulary.word_delimiter!r} is not in the vocabulary of "
+                f"{len(recognizer.vocabulary)} symbols, and a training transcript has spaces: {words[:80]!r}; add "
+                "it, or take the spaces out"
+            )
+        notes += dataset.rewriting().notes()
         frames = recognizer.model.config.num_frames(torch.tensor(lengths))
         misfits = []
         for utterance, target, there in zip(dataset.utterances, dataset.targets, frames.tolist(), strict=True):
             if (needed := minimum_frames(target)) > there and utterance.id not in unread:
-                misfits.append(f"{utterance.id}: {needed} frames needed, {there} there")
+                misfits.append(printable(f"{utterance.id}: {needed} frames needed, {there} there"))
         if misfits:
             shown = "\n  ".join(misfits[:20] + ([f"and {len(misfits) - 20} more"] if len(misfits) > 20 else []))
             notes.append(
@@ -221,7 +227,7 @@ def _fit(
         kept = [i for i, n in enumerate(lengths) if n <= config.max_seconds * SAMPLE_RATE]
         dropped = [dataset.utterances[i].id for i in sorted(set(range(len(lengths))) - set(kept))]
         if dropped:
-            listed = ", ".join(dropped[:20]) + (" ..." if len(dropped) > 20 else "")
+            listed = printable(", ".join(dropped[:20])) + (" ..." if len(dropped) > 20 else "")
             say(world, f"dropped {len(dropped)} training utterances over {config.max_seconds:g} s: {listed}")
         dataset, lengths = recognizer.dataset([train[i] for i in kept]), [lengths[i] for i in kept]
         dataset.lengths = lengths
@@ -341,7 +347,7 @@ def _fit(
     def save_model(name: str, judged: Evaluation | None) -> None:
         """best/ or last/, with its card."""
         if world.is_main:
-            record = about | {"step": progress.step, "epoch": progress.epoch}
+            record = about | {"step": progress.step, "epoch": progress.epoch, "weights": name}
             if judged is not None:
                 records = [as_row(recognizer, *row) for row in judged.rows]
                 found = report(Outcomes.of(recognizer.emotions, records))
@@ -426,7 +432,7 @@ def _fit(
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             if result.skipped and not result.overflow:  # float16 overflows while its scale settles: expected
                 progress.skipped += 1
-                utterances = ", ".join(dataset.utterances[i].id for i in plan[place])
+                utterances = printable(", ".join(dataset.utterances[i].id for i in plan[place]))
                 say(world, f"update {progress.step} left out: loss or gradient not finite; it held {utterances}")
             if skipped_in_a_row >= config.max_skipped * (3 if result.overflow else 1):
                 raise RunFolderError(
@@ -576,9 +582,10 @@ def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:
 def show_rows(world: World, evaluation: Evaluation, most: int = 5) -> None:
     """Reference beside hypothesis, as the paper's script prints with --verbose."""
     for utterance, reference, prediction in evaluation.rows[:most]:
-        say(world, f"  {utterance.id}: {utterance.emotion} -> {prediction.emotion}")
+        say(world, printable(f"  {utterance.id}: {utterance.emotion} -> {prediction.emotion}"))
         if prediction.transcript is not None:
-            say(world, f"    reference:  {reference}\n    hypothesis: {prediction.transcript}")
+            say(world, printable(f"    reference:  {reference}"))
+            say(world, printable(f"    hypothesis: {prediction.transcript}"))
 
 
 class Log:

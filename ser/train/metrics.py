@@ -88,30 +88,35 @@ def character_errors(reference: str, hypothesis: str) -> ErrorRateCounts:
 
 @dataclass(frozen=True, eq=False)
 class ClassificationCounts:
-    """A confusion matrix and the figures that follow from it.
+    """What became of each class's utterances, and the figures that follow from it.
+
+    A few numbers for each class and not one for each pair of classes, so that thousands of classes are few numbers
+    too.
 
     Attributes:
-        confusion: (K, K) int64, rows are the reference, columns the prediction. Read-only.
+        totals: (3, K) int64: of each class, the utterances that are recognised rightly, those of the reference
+            and those that were recognised as it. Read-only.
     """
 
-    confusion: NDArray[np.int64]
+    totals: NDArray[np.int64]
 
     def __post_init__(self) -> None:
         """Takes a copy, so that nobody changes the counts afterwards."""
-        confusion = np.asarray(self.confusion)
-        square = confusion.ndim == 2 and confusion.shape[0] == confusion.shape[1]
-        if not square or not np.issubdtype(confusion.dtype, np.integer) or (confusion < 0).any():
+        totals = np.asarray(self.totals)
+        sound = totals.ndim == 2 and len(totals) == 3 and np.issubdtype(totals.dtype, np.integer)
+        if not sound or (totals < 0).any() or (totals[0] > totals[1:]).any():
             raise ConfigError(
-                f"a confusion matrix is (K, K) integers from 0, found {confusion.dtype} {confusion.shape}"
+                "counts of classes are (3, K) integers from 0, of right ones no more than there are; found "
+                f"{totals.dtype} {totals.shape}"
             )
-        confusion = confusion.astype(np.int64, copy=True)
-        confusion.setflags(write=False)
-        object.__setattr__(self, "confusion", confusion)
+        totals = totals.astype(np.int64, copy=True)
+        totals.setflags(write=False)
+        object.__setattr__(self, "totals", totals)
 
     @classmethod
     def zeros(cls, num_classes: int) -> ClassificationCounts:
         """No utterance yet: where a sum begins, and what a rank without utterances adds."""
-        return cls(np.zeros((num_classes, num_classes), dtype=np.int64))
+        return cls(np.zeros((3, num_classes), dtype=np.int64))
 
     @classmethod
     def from_labels(cls, reference: ArrayLike, predicted: ArrayLike, *, num_classes: int) -> ClassificationCounts:
@@ -132,45 +137,46 @@ class ClassificationCounts:
             wrong = labels[(labels < 0) | (labels >= num_classes) | (labels != labels.astype(np.int64))]
             if wrong.size:
                 raise ConfigError(f"{name} class {wrong[0]} is not one of 0..{num_classes - 1}")
-        rows, columns = (labels.astype(np.int64) for labels in pairs)
-        cells = np.bincount(rows * num_classes + columns, minlength=num_classes**2)
-        return cls(cells.reshape(num_classes, num_classes))
+        true, found = (labels.astype(np.int64) for labels in pairs)
+        counted = (true[true == found], true, found)
+        return cls(np.stack([np.bincount(classes, minlength=num_classes) for classes in counted]))
 
     def __add__(self, other: ClassificationCounts) -> ClassificationCounts:
         """The counts of both parts together."""
         if not isinstance(other, ClassificationCounts):
             return NotImplemented
-        if self.confusion.shape != other.confusion.shape:
-            raise ConfigError(f"cannot add counts of {len(self.confusion)} and of {len(other.confusion)} classes")
-        return ClassificationCounts(self.confusion + other.confusion)
+        if self.totals.shape != other.totals.shape:
+            sizes = self.totals.shape[1], other.totals.shape[1]
+            raise ConfigError(f"cannot add counts of {sizes[0]} and of {sizes[1]} classes")
+        return ClassificationCounts(self.totals + other.totals)
 
     def __eq__(self, other: object) -> bool:
-        """The same matrix."""
+        """The same numbers."""
         if not isinstance(other, ClassificationCounts):
             return NotImplemented
-        return np.array_equal(self.confusion, other.confusion)
+        return np.array_equal(self.totals, other.totals)
 
     __hash__ = None  # type: ignore[assignment]
 
     @property
     def count(self) -> int:
         """The number of utterances."""
-        return int(self.confusion.sum())
+        return int(self.totals[1].sum())
 
     @property
     def accuracy(self) -> float:
         """WA, 0..1: the share of utterances that are right. nan without utterances."""
-        return int(self.confusion.trace()) / self.count if self.count else math.nan
+        return int(self.totals[0].sum()) / self.count if self.count else math.nan
 
     @property
     def recall(self) -> NDArray[np.float64]:
         """(K,) in 0..1: the share of each class's utterances that are found. nan for a class that has none."""
-        return ratio(self.confusion.diagonal(), self.confusion.sum(axis=1))
+        return ratio(self.totals[0], self.totals[1])
 
     @property
     def precision(self) -> NDArray[np.float64]:
         """(K,) in 0..1: the share of each class's predictions that are right. nan for one never predicted."""
-        return ratio(self.confusion.diagonal(), self.confusion.sum(axis=0))
+        return ratio(self.totals[0], self.totals[2])
 
     @property
     def unweighted_accuracy(self) -> float:
@@ -187,8 +193,7 @@ class ClassificationCounts:
         """
         if not self.count:
             return math.nan
-        either = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
-        return float(np.nan_to_num(ratio(2 * self.confusion.diagonal(), either)).mean())
+        return float(np.nan_to_num(ratio(2 * self.totals[0], self.totals[1] + self.totals[2])).mean())
 
 
 def ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import sys
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ser.errors import ConfigError
+from ser.errors import ConfigError, printable
+
+LONGEST_LABEL = 30  # characters of a label in a picture
+CELLS = (
+    (12, 0.9, 9),
+    (40, 0.5, 5),
+    (math.inf, 0.2, 0),
+)  # up to so many classes: inches of a cell, size of its text
 
 
 def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -18,7 +31,7 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
         curves: name -> points with "epoch", "accuracy" and "wer" (None: not measured).
         path: of the PNG.
     """
-    canvas, figure_of = _matplotlib()
+    _, figure_of = _matplotlib()
     figure = figure_of(figsize=(9, 3.6))
     for axes, name, title in zip(
         figure.subplots(1, 2), ("accuracy", "wer"), ("accuracy (WA)", "WER"), strict=True
@@ -31,9 +44,7 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    canvas(figure)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def needs_matplotlib() -> None:
@@ -52,37 +63,106 @@ def _matplotlib() -> tuple[Any, Any]:
     return FigureCanvasAgg, Figure
 
 
-def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
+def _save(figure: Any, path: Path) -> None:
+    canvas, _ = _matplotlib()
+    canvas(figure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a line for each character: `drawable` has seen to them
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+
+
+def needs_shaping(character: str) -> bool:
+    """Whether a line with it is no row of letters from left to right, one after another."""
+    return unicodedata.bidirectional(character) in ("R", "AL") or unicodedata.category(character) in ("Mn", "Mc")
+
+
+def drawable(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Labels as a picture can show them, and the font families to draw them with.
+
+    Families are matplotlib's own and those of the system that have what it lacks (Chinese, say). A label that none
+    has, or whose script has to be shaped or runs from right to left, which matplotlib does not do, is a number:
+    #2 is the second label.
+    """
+    from matplotlib import font_manager
+
+    def has(path: str) -> set[str]:
+        try:
+            return needed.intersection(map(chr, font_manager.get_font(path).get_charmap()))
+        except (OSError, RuntimeError):  # a font of coloured pictures, or a file that is there no more
+            return set()
+
+    texts = [printable(name) for name in names]
+    needed = {c for text in texts for c in text if c != " "}
+    families = ["DejaVu Sans"]
+    needed -= has(font_manager.findfont(families[0]))
+    # The font of last resort has a box for every character.
+    fonts = [f for f in font_manager.fontManager.ttflist if "lastresort" not in f.name.replace(" ", "").lower()]
+    counts = Counter[str]()
+    for font in fonts if needed else ():
+        counts[font.name] = max(counts[font.name], len(has(font.fname)))
+    for name, count in counts.most_common():
+        if count and (found := has(font_manager.findfont(name))):  # the file of its regular style
+            families.append(name)
+            needed -= found
+    shown = []
+    for number, text in enumerate(texts, 1):
+        if not text.strip() or not needed.isdisjoint(text) or any(map(needs_shaping, text)):
+            text = f"#{number}"
+        shown.append(text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}…")
+    return shown, families
+
+
+def draw_confusion(names: Sequence[str], counts: NDArray[np.int64], path: Path) -> dict[str, str]:
+    """The matrix (K, K), rows the reference. Returns number -> label of those that could not be drawn."""
+    from matplotlib import rc_context
+
+    _, figure_of = _matplotlib()
+    shown, families = drawable(names)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    # Many classes have small cells, and from some number on no room for figures.
+    cell, size = next((cell, size) for most, cell, size in CELLS if len(names) <= most)
+    with rc_context({"font.family": families, "text.parse_math": False}):  # a dollar sign is one
+        figure = figure_of(figsize=(1.6 + cell * len(names), 1.4 + 0.9 * cell * len(names)))
+        axes = figure.subplots()
+        axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+        axes.set_xticks(range(len(names)), shown, rotation=30, ha="right", fontsize=max(size + 1, 5))
+        axes.set_yticks(range(len(names)), shown, fontsize=max(size + 1, 5))
+        for (row, column), count in np.ndenumerate(counts) if size else ():
+            shade = "white" if shares[row, column] > 0.5 else "black"
+            text = f"{count}\n{shares[row, column]:.0%}"
+            axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=size)
+        axes.set_xlabel("recognised")
+        axes.set_ylabel("reference")
+        _save(figure, path)
+    return {label: name for i, (label, name) in enumerate(zip(shown, names, strict=True), 1) if label == f"#{i}"}
+
+
+def tell(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr)
+
+
+def draw(found: Mapping[str, Any], folder: Path, *, say: Callable[[str], None] = tell) -> list[Path]:
     """Draw the confusion matrix, the reliability diagram and accuracy by part of a report, as PNG files.
 
-    Returns the files. Raises ConfigError where matplotlib is missing or does not load.
+    Returns the files. ``say`` is told, in a line, of labels that could not be drawn. Raises ConfigError where
+    matplotlib is missing or does not load.
     """
-    canvas, figure_of = _matplotlib()
+    _, figure_of = _matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     written = []
 
     def finish(figure: Any, name: str) -> None:
-        canvas(figure)
-        figure.tight_layout()
-        figure.savefig(folder / name, dpi=120)
+        _save(figure, folder / name)
         written.append(folder / name)
 
     if "confusion" in found:
-        names, counts = found["emotions"], np.array(found["confusion"])
-        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        figure = figure_of(figsize=(1.6 + 0.9 * len(names), 1.4 + 0.8 * len(names)))
-        axes = figure.subplots()
-        axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        axes.set_yticks(range(len(names)), names)
-        for (row, column), count in np.ndenumerate(counts):
-            shade = "white" if shares[row, column] > 0.5 else "black"
-            text = f"{count}\n{shares[row, column]:.0%}"
-            axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=9)
-        axes.set_xlabel("recognised")
-        axes.set_ylabel("reference")
-        finish(figure, "confusion.png")
-
+        numbered = draw_confusion(found["emotions"], np.array(found["confusion"]), folder / "confusion.png")
+        written.append(folder / "confusion.png")
+        if numbered:
+            listed = ", ".join(f"{number} {printable(name)}" for number, name in numbered.items())
+            say(f"{written[0]}: labels that cannot be drawn here are numbers: {listed}")
         figure = figure_of(figsize=(4.2, 4))
         axes = figure.subplots()
         bins = found["calibration"]

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ser.errors import RunFolderError, SerError
+from ser.errors import RunFolderError, SerError, printable
 from ser.train.resources import resource
 
 try:
@@ -225,7 +225,7 @@ def own_run(run: Path) -> Iterator[None]:
                     f"{run}: {who} trains in this folder; wait for its end, stop it, or choose another folder"
                 ) from None
             note = f"{run}: no lock ({error.strerror}): nothing but you keeps a second run out of this folder"
-            print(note, file=sys.stderr, flush=True)
+            print(printable(note), file=sys.stderr, flush=True)
         file.truncate(0)
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, file)
@@ -285,7 +285,11 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def tell(text: str, *, consequence: bool = False) -> None:
-    """Print an error, unless another rank has printed the same, or for a consequence any."""
+    """Print an error, unless another rank has printed the same, or for a consequence any.
+
+    Names of files and tensors that stand in it are foreign: they command no terminal.
+    """
+    text = printable(text, lines=True)
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
         # torch raises the death of a loader worker wherever this process is, and again for each that ends with it.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

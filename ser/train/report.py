@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from ser.data.manifest import DIMENSIONS, Utterance
-from ser.errors import ConfigError
-from ser.files import replace_file
+from ser.data.text import did_you_mean
+from ser.errors import ConfigError, printable
+from ser.files import csv_line, finite, replace_file
 from ser.recognizer import Prediction, Recognizer
 from ser.train.losses import ccc_summands, concordance
 from ser.train.metrics import character_errors, ratio, word_errors
@@ -29,6 +31,7 @@ CHUNK = 8192  # utterances that are evaluated together: what is held at once
 CALIBRATION_BINS = 15  # as in Guo et al., 2017
 RESAMPLES = 1000
 MAX_COUNTS = 4_000_000  # of utterances in resamples that are held at once
+MANY_CLASSES = 100  # above, nothing is kept or shown of each pair of classes
 LENGTHS = (0.0, 2.0, 4.0, 8.0, math.inf)  # seconds: the parts by length
 
 # Columns of the predictions file beside p_<emotion> for each class; what is not known is empty.
@@ -77,8 +80,8 @@ class Outcomes:
         names = list(emotions)
         shared: dict[str, str] = {}  # one string for all equal ones: a million rows share few labels
 
-        def number(value: Any) -> float:
-            return math.nan if value in ("", None) else float(value)
+        def number(value: Any) -> float:  # NaN and infinity, of scores that overflowed, are unknown
+            return float(value) if value not in ("", None) and math.isfinite(float(value)) else math.nan
 
         return cls(
             names,
@@ -128,11 +131,27 @@ class Outcomes:
             emotions = [name.removeprefix("p_") for name in found if name.startswith("p_")]
             parts, records = [], []
             for record in reader:
+                check_row(record, emotions, f"line {reader.line_num}")
                 records.append(record)
                 if len(records) == CHUNK:
                     parts.append(cls.of(emotions, records))
                     records = []
             return cls.joined([*parts, cls.of(emotions, records)])
+
+
+def check_row(record: Mapping[str, Any], emotions: Sequence[str], where: str) -> None:
+    """Raise ValueError for what cannot be a row of a predictions file."""
+    if None in record or None in record.values():
+        raise ValueError(f"{where}: has more or fewer cells than the header")
+    for name in (*NUMBER_COLUMNS, *(f"p_{emotion}" for emotion in emotions)):
+        try:
+            value = float(record[name] or 0)
+        except ValueError:
+            value = math.inf
+        share = name in ("confidence", "speaker_right") or name not in NUMBER_COLUMNS
+        if math.isinf(value) or (share and not (math.isnan(value) or 0 <= value <= 1)):
+            expected = "a number from 0 to 1" if share else "a finite number"
+            raise ValueError(f"{where}: {name} is {record[name][:40]!r}; expected {expected}, or nothing")
 
 
 def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, prediction: Prediction) -> dict[str, Any]:
@@ -161,8 +180,8 @@ def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, predict
             row |= {"reference": reference, "word_edits": words.edits, "words": words.length}
             row |= {"character_edits": characters.edits, "characters": characters.length}
     for name, value in (prediction.dimensions or {}).items():
-        if name in DIMENSIONS:
-            row |= {name: getattr(utterance, name), f"{name}_predicted": value}
+        if (ours := name.lower()) in DIMENSIONS:  # some models spell Arousal
+            row |= {ours: getattr(utterance, ours), f"{ours}_predicted": value}
     if prediction.speaker is not None and utterance.speaker in recognizer.speakers:
         row["speaker_right"] = int(prediction.speaker == utterance.speaker)
     return row
@@ -209,7 +228,12 @@ class Figures:
         predicted = np.array([index.get(name, -1) for name in outcomes.text["predicted"]], np.int64)
         self.judged = (reference >= 0) & (predicted >= 0)
         self.right = self.judged & (reference == predicted)
-        self.cells = np.where(self.judged, reference * len(index) + predicted, -1)
+        self.pairs = np.stack([reference, predicted], 1)[self.judged]  # (judged, 2)
+        # Sums are kept of the classes that occur: a model may have thousands more.
+        self.classes = np.unique(self.pairs)  # (C,)
+        place = np.full(len(index) + 1, -1)  # in `classes`; the last for -1, no class
+        place[self.classes] = np.arange(len(self.classes))
+        self.places = np.where(self.judged[:, None], place[np.stack([reference, predicted], 1)], -1)  # (N, 2)
         numbers = outcomes.numbers
         self.rates = {
             name: (part, whole)
@@ -225,16 +249,20 @@ class Figures:
             for name in DIMENSIONS
             if (np.isfinite(numbers[name]) & np.isfinite(numbers[f"{name}_predicted"])).any()
         ]
-        self._kept = self._summands(slice(None)) if self.size <= CHUNK else None
+        self.widths = [3 * len(self.classes), 3 * CALIBRATION_BINS, *[2] * len(self.rates)]
+        self.widths += [6] * len(self.dimensions)
+        self.chunk = max(1, min(CHUNK, MAX_COUNTS // sum(self.widths)))
+        self._kept = self._summands(slice(None)) if self.size <= self.chunk else None
 
     def _summands(self, rows: slice) -> NDArray[np.float64]:
         """(n, M): what each of these utterances adds to each sum."""
         if (kept := getattr(self, "_kept", None)) is not None:
             return kept
-        numbers, cells = self.outcomes.numbers, self.cells[rows]
+        numbers, right = self.outcomes.numbers, self.right[rows, None]
         confidence = np.nan_to_num(numbers["confidence"][rows])
+        true, found = (self.places[rows, i, None] == np.arange(len(self.classes)) for i in (0, 1))
         blocks = [
-            cells[:, None] == np.arange(len(self.emotions) ** 2),
+            np.concatenate([true & right, true, found], axis=1),
             _calibration_summands(confidence, self.right[rows]) * self.judged[rows, None],
         ]
         blocks += [np.nan_to_num(np.stack([part[rows], whole[rows]], 1)) for part, whole in self.rates.values()]
@@ -246,40 +274,40 @@ class Figures:
 
     def totals(self, weights: NDArray[Any]) -> NDArray[np.float64]:
         """The sums with each utterance counted as often as its weight says: (R, N) -> (R, M)."""
-        found = weights[:, :CHUNK] @ self._summands(slice(0, CHUNK))
-        for first in range(CHUNK, self.size, CHUNK):
-            rows = slice(first, first + CHUNK)
+        found = weights[:, : self.chunk] @ self._summands(slice(0, self.chunk))
+        for first in range(self.chunk, self.size, self.chunk):
+            rows = slice(first, first + self.chunk)
             found += weights[:, rows] @ self._summands(rows)
         return found
 
     def totals_by(self, members: NDArray[np.int64], count: int) -> NDArray[np.float64]:
         """The sums of each of `count` groups, of which ``members`` (N,) names one for each utterance: (G, M)."""
-        found = np.zeros((count, self._summands(slice(0, 1)).shape[1]))
-        for first in range(0, self.size, CHUNK):
-            rows = slice(first, first + CHUNK)
+        found = np.zeros((count, sum(self.widths)))
+        for first in range(0, self.size, self.chunk):
+            rows = slice(first, first + self.chunk)
             np.add.at(found, members[rows], self._summands(rows))
         return found
 
     def of(self, totals: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         """(R, M) sums -> name -> (R,), NaN where it is undefined; only what there are labels for."""
         found: dict[str, NDArray[np.float64]] = {}
-        size = len(self.emotions)
-        widths = [size * size, 3 * CALIBRATION_BINS, *[2] * len(self.rates), *[6] * len(self.dimensions)]
-        blocks = iter(np.split(totals, np.cumsum(widths)[:-1], axis=1))
-        confusion, binned = next(blocks).reshape(len(totals), size, size), next(blocks)
+        blocks = iter(np.split(totals, np.cumsum(self.widths)[:-1], axis=1))
+        right, true, recognised = np.split(next(blocks), 3, axis=1)  # (R, C) each
+        binned = next(blocks)
         if self.judged.any():
-            diagonal, count = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum((1, 2))
-            recall, precision = (ratio(diagonal, confusion.sum(axis)) for axis in (2, 1))
-            f1 = np.nan_to_num(ratio(2 * diagonal, confusion.sum(1) + confusion.sum(2))).mean(1)
+            count = true.sum(1)
+            recall, precision = ratio(right, true), ratio(right, recognised)
+            f1 = np.nan_to_num(ratio(2 * right, true + recognised)).sum(1) / len(self.emotions)
             found |= {
-                "accuracy": ratio(diagonal.sum(1), count),
+                "accuracy": ratio(right.sum(1), count),
                 # As `ClassificationCounts`: over the classes that occur, and over all.
                 "unweighted_accuracy": ratio(np.nan_to_num(recall).sum(1), np.isfinite(recall).sum(1)),
                 "macro_f1": np.where(count > 0, f1, np.nan),
                 "ece": expected_calibration_error(binned),
             }
-            found |= {f"precision {name}": precision[:, i] for i, name in enumerate(self.emotions)}
-            found |= {f"recall {name}": recall[:, i] for i, name in enumerate(self.emotions)}
+            for kind, values in (("precision", precision), ("recall", recall)):
+                found |= dict.fromkeys((f"{kind} {name}" for name in self.emotions), np.full(len(totals), np.nan))
+                found |= {f"{kind} {self.emotions[c]}": values[:, i] for i, c in enumerate(self.classes)}
         for name in self.rates:
             found[name] = ratio(*next(blocks).T)
         for name in self.dimensions:
@@ -383,10 +411,11 @@ def report(outcomes: Outcomes, *, resamples: int = RESAMPLES, seed: int = 0) -> 
         "words": int(np.nansum(outcomes.numbers["words"])),
         "speaker": int(np.isfinite(outcomes.numbers["speaker_right"]).sum()),
     }
+    labels = Counter(outcomes.text["emotion"])
+    classes = {"", *outcomes.emotions}
+    found["other_labels"] = {name: count for name, count in labels.most_common() if name not in classes}
     if figures.judged.any():
-        size = len(outcomes.emotions)
-        cells = np.bincount(figures.cells[figures.judged], minlength=size * size)
-        found["confusion"] = cells.reshape(size, size).tolist()
+        found |= confusion(figures.pairs, outcomes.emotions)
         confidence, right = outcomes.numbers["confidence"][figures.judged], figures.right[figures.judged]
         bins = _calibration_summands(confidence, right).sum(0).reshape(3, -1).T
         found["calibration"] = [
@@ -397,6 +426,21 @@ def report(outcomes: Outcomes, *, resamples: int = RESAMPLES, seed: int = 0) -> 
         for name, rows in parts(outcomes)
     }
     return finite(found)
+
+
+def confusion(pairs: NDArray[np.int64], emotions: Sequence[str]) -> dict[str, Any]:
+    """How often which class (row) was recognised as which (column), as a report has it.
+
+    ``pairs`` is (N, 2). "confusion" is the matrix; of more than `MANY_CLASSES` there is "confused" in its place, a
+    list of [reference, recognised, count] of what occurred, the most frequent first.
+    """
+    size = len(emotions)
+    if size <= MANY_CLASSES:
+        cells = np.bincount(pairs @ [size, 1], minlength=size * size)
+        return {"confusion": cells.reshape(size, size).tolist()}
+    found, counts = np.unique(pairs, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return {"confused": [[emotions[found[i, 0]], emotions[found[i, 1]], int(counts[i])] for i in order]}
 
 
 def parts(outcomes: Outcomes) -> Iterator[tuple[str, NDArray[np.bool_]]]:
@@ -411,15 +455,6 @@ def parts(outcomes: Outcomes) -> Iterator[tuple[str, NDArray[np.bool_]]]:
         rows = (seconds >= low) & (seconds < high)
         if rows.any():
             yield f"length: {low:g} to {high:g} s" if high < math.inf else f"length: from {low:g} s", rows
-
-
-def finite(value: Any) -> Any:
-    """As JSON can hold it: None for NaN."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 TITLES = {
@@ -456,34 +491,60 @@ def shared_line(found: Mapping[str, Any]) -> str:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """A report as people read it."""
+    """A report as people read it. Labels are foreign: each is on its line, and commands no terminal."""
     lines = [f"{found['utterances']} utterances, {found['speakers']} speakers"]
-    if 0 < found["judged"]["emotion"] < found["utterances"]:
-        lines.append(f"emotions are judged on {found['judged']['emotion']}: the others' are no class of the model")
+    lines += emotions_judged(found)
     lines.append(f"{'':32}{'':>7}   95 % over utterances   over speakers")
 
     def show(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"
 
+    many = len(found["emotions"]) > MANY_CLASSES
     for name, entry in found["figures"].items():
+        if many and name.startswith(("precision ", "recall ")):
+            continue
         spans = [entry["interval_utterances"], entry["interval_speakers"]]
         shown = ["-" if s is None else f"{show(s[0])} to {show(s[1])}" for s in spans]
-        lines.append(f"{TITLES.get(name, name):32}{show(entry['value']):>7}   {shown[0]:20}   {shown[1]}")
+        title = printable(TITLES.get(name, name))
+        lines.append(f"{title:32}{show(entry['value']):>7}   {shown[0]:20}   {shown[1]}")
     if "confusion" in found:
-        width = max(6, *(len(name) + 1 for name in found["emotions"]))
-        lines += [
-            "",
-            "confusion (rows: reference)",
-            " " * width + "".join(f"{n:>{width}}" for n in found["emotions"]),
-        ]
-        for name, row in zip(found["emotions"], found["confusion"], strict=True):
+        names = [printable(name) for name in found["emotions"]]
+        width = max(6, *(len(name) + 1 for name in names))
+        lines += ["", "confusion (rows: reference)", " " * width + "".join(f"{n:>{width}}" for n in names)]
+        for name, row in zip(names, found["confusion"], strict=True):
             lines.append(f"{name:{width}}" + "".join(f"{n:>{width}}" for n in row))
+    if "confused" in found:
+        lines += ["", f"of {len(found['emotions'])} classes, what was recognised most often:"]
+        for reference, recognised, count in found["confused"][:20]:
+            lines.append(f"{printable(reference)} as {printable(recognised)}: {count}")
     if found["parts"]:
         lines += ["", f"{'part':32}{'n':>7}{'WA':>9}{'UA':>9}{'WER':>9}"]
         for name, part in found["parts"].items():
             cells = (part["figures"].get(key) for key in ("accuracy", "unweighted_accuracy", "wer"))
-            lines.append(f"{name:32}{part['utterances']:>7}" + "".join(f"{show(c):>9}" for c in cells))
+            lines.append(f"{printable(name):32}{part['utterances']:>7}" + "".join(f"{show(c):>9}" for c in cells))
     return "\n".join(lines)
+
+
+def emotions_judged(found: Mapping[str, Any]) -> list[str]:
+    """Lines that say which emotions are in no figure, and why."""
+    judged, others = found["judged"]["emotion"], found.get("other_labels", {})
+    if not others:
+        if 0 < judged < found["utterances"]:
+            return [f"emotions are judged on {judged}: the others have no label"]
+        return []
+    count, known = sum(others.values()), found["emotions"]
+    if not known:
+        return [f"the model recognises no emotions: the labels of {count} utterances are in no figure"]
+    first = itertools.islice(others.items(), 20)
+    listed = ", ".join(f"{name!r}{did_you_mean(name, known[:1000])} x{n}" for name, n in first)
+    listed += f" and {len(others) - 20} more" if len(others) > 20 else ""
+    rename = "--map labels.json gives labels other names"
+    if judged:
+        text = f"emotions are judged on {judged}: the others' are no class of the model: {listed}; {rename}"
+        return [printable(text)]
+    classes = ", ".join(map(repr, known[:20])) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+    text = f"WARNING: no emotion is judged: none of the labels of {count} utterances is a class of the model"
+    return [text, printable(f"  labels:  {listed}"), printable(f"  classes: {classes}"), f"  {rename}"]
 
 
 # ----------------------------------------------------------------------------------------------- comparison
@@ -550,9 +611,8 @@ def write_rows(path: Path, chunks: Iterable[list[dict[str, Any]]], emotions: Seq
     columns = [*TEXT_COLUMNS, *NUMBER_COLUMNS, *(f"p_{name}" for name in emotions)]
     kept = []
     with replace_file(path) as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
+        file.write(csv_line(columns))
         for rows in chunks:
-            writer.writerows(rows)
+            file.writelines(csv_line([finite(row.get(name)) for name in columns]) for row in rows)
             kept.append(Outcomes.of(emotions, rows))
     return Outcomes.joined(kept)

@@ -1,0 +1,198 @@
+"""What a model's card says, computed again: from the model, from its data, and from the run beside it.
+
+Some of it nobody can compute, such as licences: that is named as what it is, claimed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ser.audio import SAMPLE_RATE
+from ser.data.manifest import Utterance
+from ser.data.protocols import overlap
+from ser.data.selection import Selection
+from ser.models.pretrained import shorten
+from ser.recognizer import Recognizer
+from ser.train.card import counts_of, expected_choice, hours_of, same_data, trained_on
+from ser.train.checkpoint import CHANGEABLE, describe
+
+Moved = Callable[[Selection], Selection]  # the same data, where they are now
+
+# Of a run's settings: may differ between the models of one run, as it goes on elsewhere or with other ones.
+NO_DATA = hashlib.sha256().hexdigest()  # the fingerprint of no utterances, as a run without validation has it
+OF_A_RECORD = {"heads", "emotions", "dimensions", "speakers_known", "parameters", "trained_on", "settings"}
+OF_A_RECORD |= {"evaluations"}
+OF_A_START = CHANGEABLE | {"init", "cache", "versions", "world_size", "device", "workers"}
+
+
+class Check(NamedTuple):
+    """Something that the card says, and what it is."""
+
+    name: str
+    told: Any
+    now: Any
+    same: bool
+
+
+def check(name: str, told: Any, now: Any) -> Check:
+    """Compare as JSON holds both."""
+    now = json.loads(json.dumps(now))
+    return Check(name, told, now, alike(told, now))
+
+
+def alike(told: Any, now: Any, *, common: bool = False) -> bool:
+    """Equal, floats to a billionth. ``common``: in objects, what both have."""
+    if isinstance(told, dict) and isinstance(now, dict):
+        names = told.keys() & now.keys()
+        return (common or names == told.keys() | now.keys()) and all(
+            alike(told[name], now[name], common=common) for name in names
+        )
+    if isinstance(told, list) and isinstance(now, list):
+        return len(told) == len(now) and all(map(alike, told, now))
+    if isinstance(told, bool) or isinstance(now, bool) or not isinstance(told, int | float):
+        return told is now or (type(told) is type(now) and told == now)
+    return isinstance(now, int | float) and math.isclose(told, now, rel_tol=1e-12, abs_tol=1e-9)
+
+
+def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
+    """What the model itself tells: heads, labels, size."""
+    symbols = recognizer.vocabulary.tokens if recognizer.vocabulary is not None else []
+    facts = {
+        "heads": list(recognizer.model.heads),
+        "emotions": recognizer.emotions,
+        "dimensions": recognizer.dimensions,
+        "speakers_known": len(recognizer.speakers),
+        "parameters": sum(p.numel() for p in recognizer.model.parameters()),
+    }
+    set_up = {
+        "labels": recognizer.emotions,
+        "speakers": recognizer.speakers,
+        "dimensions": recognizer.dimensions,
+        "symbols": symbols,
+        "orthography": recognizer.orthography,
+        "tags": recognizer.tags,
+    }
+    settings = record["settings"]
+    checks = [check(name, record.get(name), value) for name, value in facts.items()]
+    checks += [
+        check(f"settings.{name}", settings[name], value) for name, value in set_up.items() if name in settings
+    ]
+    if "model" in settings:  # of which another release may know more
+        now = json.loads(json.dumps(describe(recognizer)))
+        checks.append(Check("settings.model", settings["model"], now, alike(settings["model"], now, common=True)))
+    return checks
+
+
+def of_training(record: Mapping[str, Any], recognizer: Recognizer, moved: Moved) -> tuple[list[Check], list[str]]:
+    """What the data of training tell, and what they do not tell, as recordings cannot be read any more."""
+    named = trained_on(record)
+    if named is None:
+        return [], ["trained_on (training was not told the name of its data)"]
+    training = moved(named).utterances(check_files=False)
+    lengths, unread = recognizer.dataset(training).read_headers(range(len(training)))
+    most = float(record["settings"].get("max_seconds") or math.inf) * SAMPLE_RATE
+    kept = [i for i in range(len(training)) if lengths.get(i, 0) <= most]
+    facts: dict[str, Any] = counts_of([training[i] for i in kept])
+    claimed = []
+    if unread:
+        facts = facts if most == math.inf else {}  # else nobody knows which were too long to be trained on
+        claimed = [f"{'trained_on.hours' if facts else 'trained_on'} ({len(unread)} recordings cannot be read)"]
+    else:
+        facts["hours"] = hours_of(lengths[i] for i in kept)
+    checks = [check(f"trained_on.{name}", record["trained_on"].get(name), value) for name, value in facts.items()]
+    return checks + of_sharing(record, named, training, moved), claimed
+
+
+def of_sharing(
+    record: Mapping[str, Any], named: Selection, training: list[Utterance], moved: Moved
+) -> list[Check]:
+    """What other parts have that training has too, and whether validation is the test."""
+    settings, facts = record["settings"], dict[str, Any]()
+    if named.protocol:
+        chosen = moved(named)
+        protocol, (fold, audit) = chosen.find_protocol(), chosen.find_fold(chosen.read(check_files=False))
+        facts["protocol_description"] = protocol.description
+        facts["shared_with_training"] = {part: audit.fractions(part) for part in fold.parts if part != "train"}
+        facts["valid_is_test"] = audit.fractions("test", of="valid").get("recordings") == 1.0
+    elif settings.get("valid"):
+        valid = moved(Selection.from_dict(settings["valid"])).utterances(check_files=False)
+        shared = {kind: found and found.fraction for kind, found in overlap(training, valid).items()}
+        facts["shared_with_training"] = {"valid": shared}
+    return [check(f"settings.{name}", settings.get(name), value) for name, value in facts.items()]
+
+
+def of_choice(record: Mapping[str, Any], folder: Path) -> list[Check]:
+    """Whether each evaluation says rightly that the weights were chosen by it, and that of validation is there."""
+    place = folder.resolve().name
+    weights = record.get("weights", place)
+    checks = [check("weights", weights, place)] if place in ("best", "last") else []
+    if weights not in ("best", "last"):
+        return checks
+    settings = record["settings"]
+    for number, entry in enumerate(record["evaluations"], 1):
+        expected = expected_choice(record, entry["selection"], best=weights == "best")
+        checks.append(check(f"evaluation {number}, chosen_on", entry["chosen_on"], expected))
+    valid = settings.get("valid")
+    had = settings.get("data", {}).get("valid", NO_DATA if valid is None else "") != NO_DATA
+    if trained_on(record) and had != bool(valid):
+        checks.append(Check("settings.valid", valid, "data" if had else None, False))
+    if valid and not any(same_data(entry["selection"], valid) for entry in record["evaluations"]):
+        checks.append(Check("evaluation on the validation part", "none", "one", False))
+    return checks
+
+
+def of_run(record: Mapping[str, Any], folder: Path) -> tuple[list[Check], list[str]]:
+    """What the config.json of the run beside the folder tells, and which settings nothing tells."""
+    settings = record["settings"]
+    path = folder.resolve().parent / "config.json"
+    beside: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            beside = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            beside = {}
+        if not isinstance(beside, dict) or "effective_batch" not in beside:
+            beside = {}  # a model's config.json, say
+    checks, claimed = [], []
+    for name in sorted(settings):
+        if name not in beside:
+            claimed.append(f"settings.{name}")
+            continue
+        found = check(f"settings.{name}", settings[name], beside[name])
+        if name in ("train", "valid"):
+            found = found._replace(same=same_data(found.told, found.now))
+        if not found.same and name in OF_A_START:
+            claimed.append(f"settings.{name} (of the run now: {shorten(repr(found.now), 40)})")
+        else:
+            checks.append(found)
+    if beside.get("valid") and not settings.get("valid"):
+        checks.append(Check("settings.valid", None, beside["valid"], False))
+    return checks, claimed
+
+
+def checks_of(
+    record: Mapping[str, Any], recognizer: Recognizer, folder: Path, moved: Moved
+) -> tuple[list[Check], list[str]]:
+    """All that a card says but for its figures, compared; and what is claimed: nobody can compute it.
+
+    Args:
+        record: of the model folder (see `ser.train.card`).
+        recognizer: the model.
+        folder: where both are.
+        moved: where the data are now.
+    """
+    in_run, settings = of_run(record, folder)
+    of_data, claimed = of_training(record, recognizer, moved)
+    checks = [*of_model(record, recognizer), *of_data, *of_choice(record, folder), *in_run]
+    known = {c.name for c in checks}
+    claimed += [name for name in sorted(record.keys() - OF_A_RECORD) if name not in known]
+    if not any("chosen_on" in name for name in known) and record["evaluations"]:
+        claimed.append("chosen_on")
+    named = {"settings.train", "settings.valid", "settings.licences", *known}
+    claimed += [] if "settings.licences" in known else ["licences"]
+    return checks, claimed + [name for name in settings if name not in named]
