@@ -9,7 +9,6 @@ random state to save, and a resumed run continues exactly.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -38,8 +37,18 @@ from ser.recognizer import Recognizer
 from ser.train.bad_audio import BadAudio, errors_of
 from ser.train.cache import Cache, choose_kind, fill
 from ser.train.card import RECORD, evaluation_entry, training_record, with_evaluation, write_card
-from ser.train.checkpoint import Opened, Progress, Saver, describe, load_checkpoint, open_run
+from ser.train.checkpoint import (
+    Opened,
+    Progress,
+    Saver,
+    describe,
+    is_over,
+    load_checkpoint,
+    open_run,
+    stops_early,
+)
 from ser.train.config import METRICS, TrainConfig, parse_interval
+from ser.train.content import contents, fingerprint
 from ser.train.distributed import World, choose_device
 from ser.train.evaluation import Evaluation, evaluate
 from ser.train.optim import make_optimizer, rate_factor, set_rate
@@ -231,7 +240,9 @@ def _fit(
     metric = choose_metric(config, recognizer, validation)
     recorded = config.to_dict() | {"effective_batch": effective_batch or 0, "metric": metric} | settings
     recorded["model"] = describe(recognizer)
-    recorded["data"] = {"train": fingerprint(dataset), "valid": fingerprint(validation)}
+    sets = {"train": dataset, "valid": validation}
+    recorded["data"] = {name: fingerprint(part) for name, part in sets.items()}
+    recorded["content"] = {name: contents(part.utterances, part.lengths) for name, part in sets.items()}
     if world.is_main:
         opened: Opened | None = None
         failure: SerError | None = None
@@ -246,6 +257,7 @@ def _fit(
     if opened is None:
         assert failure is not None
         raise failure
+    recorded = opened.run.settings
     saver = held.enter_context(Saver())  # whatever way training ends, what is being written is finished
     bad_audio.begin(recorded_lengths, {"train": dataset, "valid": validation})
     for note in opened.notes:
@@ -298,7 +310,7 @@ def _fit(
         if progress.scaler:
             scaler.load_state_dict(progress.scaler)
         if opened.changed:  # of epochs, perhaps, or of when to stop early
-            progress.finished = progress.epoch >= config.epochs or stops_early(config, progress)
+            progress.finished = is_over(progress, recorded)
         what = "is finished, nothing is left to do; it ended" if progress.finished else "is resumed"
         say(world, f"{run} {what} at update {progress.step} of {total}, from {opened.checkpoint.name}")
     finished_before = progress.finished
@@ -373,7 +385,7 @@ def _fit(
             show_rows(world, evaluation)
         if progress.evaluations_since_best == 0:
             save_model("best", evaluation)
-        if stops_early(config, progress):
+        if stops_early(progress, config.early_stop):
             say(world, f"stopping early: {metric} has not improved in {config.early_stop} evaluations")
             progress.finished = True
         progress.evaluation_due = False
@@ -540,15 +552,6 @@ def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: Speec
     return config.metric
 
 
-def fingerprint(dataset: SpeechDataset) -> str:
-    """sha256 of what an epoch depends on: order, names, excerpts, labels, texts and lengths."""
-    digest = hashlib.sha256()
-    for u, length in zip(dataset.utterances, dataset.lengths, strict=True):
-        row = (u.id, u.start, u.end, u.emotion, u.text, u.speaker, u.arousal, u.dominance, u.valence, length)
-        digest.update(repr(row).encode())
-    return digest.hexdigest()
-
-
 def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> None:
     """Keep count of the best value of the metric."""
     value = float(evaluation.metrics().get(metric, math.nan))
@@ -557,11 +560,6 @@ def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> 
         progress.best, progress.best_step, progress.evaluations_since_best = value, progress.step, 0
     else:
         progress.evaluations_since_best += 1
-
-
-def stops_early(config: TrainConfig, progress: Progress) -> bool:
-    """Whether there were enough evaluations without improvement."""
-    return bool(config.early_stop) and progress.evaluations_since_best >= config.early_stop
 
 
 def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:
