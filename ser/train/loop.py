@@ -51,6 +51,7 @@ from ser.train.config import METRICS, TrainConfig, parse_interval
 from ser.train.content import contents, fingerprint
 from ser.train.distributed import World, choose_device
 from ser.train.evaluation import Evaluation, evaluate
+from ser.train.learnable import check_learnable
 from ser.train.optim import make_optimizer, rate_factor, set_rate
 from ser.train.processes import outlive_signals, own_run, stop_on_signals
 from ser.train.report import Outcomes, as_row, report
@@ -234,7 +235,21 @@ def _fit(
             say(world, f"dropped {len(dropped)} training utterances over {config.max_seconds:g} s: {listed}")
         dataset, lengths = recognizer.dataset([train[i] for i in kept]), [lengths[i] for i in kept]
         dataset.lengths = lengths
-    for note in check_training_data(recognizer, dataset, lengths, bad_audio.skipped["train"]):
+    unread = bad_audio.skipped["train"]
+    for note in check_training_data(recognizer, dataset, lengths, unread):
+        say(world, note)
+    batch_samples = int(config.batch_seconds * SAMPLE_RATE) or None
+    sampler = LengthBucketBatchSampler(
+        lengths,
+        seed=config.seed,
+        effective_batch=effective_batch,
+        batch_samples=batch_samples,
+        **config.micro_limits(world.size),
+        batching=config.batching,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    for note in check_learnable(recognizer, dataset, sampler.plan, trained, epochs=config.epochs, unread=unread):
         say(world, note)
 
     metric = choose_metric(config, recognizer, validation)
@@ -288,17 +303,6 @@ def _fit(
         else None,
         ctc_per_character=config.ctc_per_character,
         blank=recognizer.vocabulary.blank if recognizer.vocabulary is not None else 0,
-    )
-    batch_samples = int(config.batch_seconds * SAMPLE_RATE) or None
-    sampler = LengthBucketBatchSampler(
-        lengths,
-        seed=config.seed,
-        effective_batch=effective_batch,
-        batch_samples=batch_samples,
-        **config.micro_limits(world.size),
-        batching=config.batching,
-        rank=world.rank,
-        world_size=world.size,
     )
     # By utterances every epoch has equally many updates; by padded seconds the jitter decides.
     per_epoch = [len(sampler.plan(epoch=e)) for e in range(config.epochs if batch_samples else 1)]
@@ -538,8 +542,8 @@ def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: Speec
         return "none" if config.metric == "auto" else config.metric
     if not possible:
         raise ConfigError(
-            f"the validation data has no label for any head ({', '.join(recognizer.model.heads)}), so no best "
-            "model could be chosen; see --columns, or leave --valid out"
+            f"the validation data has no label for any head ({', '.join(recognizer.model.heads)}; of a dimension "
+            "two different ones are needed), so no best model could be chosen; see --columns, or leave --valid out"
         )
     possible.append("loss")
     if config.metric == "auto":
