@@ -59,6 +59,7 @@ from ser.train.content import weights_sha256
 from ser.train.distributed import World, cpu_threads, joined_world
 from ser.train.loop import FitResult, fit, say
 from ser.train.processes import PREEMPTED, launch, one_voice
+from ser.train.resources import SMALLER_MODEL, memory_explained
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -263,18 +264,19 @@ def main(argv: list[str] | None = None) -> None:
         def label_set(head: str, kind: str, labels: Iterable[str]) -> list[str]:
             return inherited_labels(arguments.init, kind, labels) if head in heads else []
 
-        recognizer, report = Recognizer.create(
-            arguments.init,
-            emotions=label_set("emotion", "emotions", (u.emotion for u in train if u.emotion)),
-            speakers=label_set("speaker", "speakers", (u.speaker for u in train if u.speaker)),
-            dimensions=label_set("dimensions", "dimensions", dimensions_of(train)),
-            vocabulary=chosen_vocabulary(arguments, texts) if "ctc" in heads else None,
-            orthography=arguments.orthography,
-            tags=arguments.tags,
-            pooling=None if config.pooling == "auto" else config.pooling,
-            layers=None if config.layers == "auto" else config.layers,
-            seed=config.seed,
-        )
+        with memory_explained(SMALLER_MODEL, doing="when the model was loaded"):
+            recognizer, report = Recognizer.create(
+                arguments.init,
+                emotions=label_set("emotion", "emotions", (u.emotion for u in train if u.emotion)),
+                speakers=label_set("speaker", "speakers", (u.speaker for u in train if u.speaker)),
+                dimensions=label_set("dimensions", "dimensions", dimensions_of(train)),
+                vocabulary=chosen_vocabulary(arguments, texts) if "ctc" in heads else None,
+                orthography=arguments.orthography,
+                tags=arguments.tags,
+                pooling=None if config.pooling == "auto" else config.pooling,
+                layers=None if config.layers == "auto" else config.layers,
+                seed=config.seed,
+            )
         say(world, str(report))
         if recognizer.emotions:
             check_labels(valid, emotions=recognizer.emotions)

@@ -44,11 +44,13 @@ from ser.files import sync, write_tensors, written
 from ser.models.multitask import MultiTaskModel
 from ser.train.content import digest
 from ser.train.distributed import World
+from ser.train.resources import memory_explained
 
 FORMAT = 1  # raised when the same weights and audio would give other numbers
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 SHARD_BYTES = 64 << 20
 NAME, OLD_NAME = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")  # earlier releases kept no sha256
+SHORTER = "Try --max-seconds to drop the longest training utterances, or leave --cache out"
 STALE_SECONDS = 24 * 3600.0  # after which the unfinished shard of a killed process is removed
 
 
@@ -220,7 +222,9 @@ def compute(
     held = 0  # bytes
     for i in share:
         example = dataset[i]
-        found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
+        at_work = f"with {dataset.utterances[i].id} ({dataset.lengths[i] / SAMPLE_RATE:.1f} s)"
+        with memory_explained(SHORTER, doing=at_work):
+            found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
         if found is None or tuple(found.shape) != cache.shape(dataset.lengths[i]):
             for j in wanted[keys[i]]:  # each under its own name
                 late = f"{dataset.utterances[j].file}: is not as long as its header says"

@@ -49,6 +49,7 @@ from ser.files import (
 from ser.recognizer import Recognizer
 from ser.train.content import changed_settings, digest
 from ser.train.processes import OWNER, attempt, launch
+from ser.train.resources import SMALLER_MODEL, is_out_of_memory, memory_explained
 
 STATE = "state.json"
 SETTINGS = "settings.json"
@@ -139,7 +140,9 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU, which training does not change any more."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
+    with memory_explained(SMALLER_MODEL, doing=f"when {size:.2f} GB were copied on the CPU, to be saved"):
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 # ----------------------------------------------------------------------------------------- one checkpoint
@@ -265,6 +268,8 @@ def load_checkpoint(folder: Path, recognizer: Recognizer, optimizer: torch.optim
     except RunFolderError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise RunFolderError(f"{folder}: cannot be resumed from: {error.__class__.__name__}: {error}") from error
 
 
@@ -625,7 +630,8 @@ class Saver:
                 return
             started = time.perf_counter()
             try:
-                write()
+                with memory_explained(SMALLER_MODEL, doing="when a model or checkpoint was written"):
+                    write()
             except BaseException:
                 self._failed = True
                 raise

@@ -55,7 +55,7 @@ from ser.train.learnable import check_learnable
 from ser.train.optim import make_optimizer, rate_factor, set_rate
 from ser.train.processes import outlive_signals, own_run, stop_on_signals
 from ser.train.report import Outcomes, as_row, report
-from ser.train.resources import memory_gib, worker_death_explained
+from ser.train.resources import SMALLER_MODEL, memory_explained, memory_gib, worker_death_explained
 from ser.train.update import Objective, UpdateResult, run_update
 
 
@@ -154,6 +154,7 @@ class FitResult:
     stopped: bool = False  # asked to stop, by a signal to any rank, it saved its state before the end
 
 
+@memory_explained(SMALLER_MODEL, doing="outside of an update")
 @worker_death_explained()
 def fit(
     recognizer: Recognizer,
@@ -278,7 +279,8 @@ def _fit(
     for note in opened.notes:
         say(world, note)
 
-    model.to(world.device)
+    with memory_explained(SMALLER_MODEL, doing=f"when the model was put onto {world.device.type}"):
+        model.to(world.device)
     model.wav2vec2.activation_checkpointing(config.activation_checkpointing)
     model.freeze(config.freeze)
     for parameter in model.untrained_by([name for name, weight in trained.items() if weight]):
@@ -286,7 +288,8 @@ def _fit(
     if model.config.has_mask_embedding and not model.config.apply_spec_augment:
         model.wav2vec2.masked_spec_embed.requires_grad_(False)
     model.train()
-    wrapped = world.wrap(model)
+    with memory_explained(SMALLER_MODEL, doing="when room for gradients was made"):
+        wrapped = world.wrap(model)
     optimizer = make_optimizer(
         model,
         rate=config.rate,
@@ -310,7 +313,8 @@ def _fit(
     total = sum(per_epoch)
     progress = Progress()
     if opened.checkpoint is not None:
-        progress = load_checkpoint(opened.checkpoint, recognizer, optimizer)
+        with memory_explained(SMALLER_MODEL, doing="when a checkpoint was loaded"):
+            progress = load_checkpoint(opened.checkpoint, recognizer, optimizer)
         if progress.scaler:
             scaler.load_state_dict(progress.scaler)
         if opened.changed:  # of epochs, perhaps, or of when to stop early
