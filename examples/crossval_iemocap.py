@@ -33,7 +33,6 @@ beside them.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -57,6 +56,7 @@ from ser.files import write_json
 from ser.models.pretrained import find_folder
 from ser.recognizer import is_preset
 from ser.train.checkpoint import MAY_CHANGE
+from ser.train.content import NAMES, contents, digest, weights_sha256
 from ser.train.folds import (
     SHORT,
     ablation_markdown,
@@ -132,6 +132,23 @@ def lasting(options: list[str]) -> list[str]:
     return [word for group in sorted(kept) for word in group]
 
 
+def without_paths(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A fold's settings as far as they decide what comes out: of what is told by its content no path.
+
+    Earlier releases told the content of the manifest as a file, and none of --vocab.
+    """
+    kept = {name: v for name, v in settings.items() if name in other or name not in ("content", "vocab_sha256")}
+    names = NAMES if "content" in kept else ("sha256", "columns", *NAMES)
+    kept["data"] = {name: settings["data"].get(name) for name in names}
+    for path, told in (("init", "init_sha256"), ("models", "model_sha256")):
+        if kept.get(told):
+            kept.pop(path, None)
+    hidden = {"--cache"} | ({"--vocab"} if "vocab_sha256" in kept else set())
+    words = kept["training_options"]
+    kept["training_options"] = [w for before, w in zip(["", *words], words, strict=False) if before not in hidden]
+    return kept
+
+
 def check_same(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse to go on with a fold that was trained or judged with other settings."""
     path = folder / "settings.json"
@@ -140,8 +157,9 @@ def check_same(folder: Path, settings: dict[str, Any]) -> None:
         before = json.loads(path.read_text()) if begun else settings
     except ValueError:
         raise ConfigError(f"{path}: is damaged; remove {folder}, or choose another --out") from None
-    if before != settings:
-        differing = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in settings.items() if before.get(k) != v]
+    old, new = without_paths(before, settings), without_paths(settings, before)
+    if old != new:
+        differing = [f"{k}: {old.get(k)!r} then, {v!r} now" for k, v in new.items() if old.get(k) != v]
         listed = "\n  ".join(differing)
         raise ConfigError(f"{folder}: was begun with other settings; choose another --out:\n  {listed}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -293,16 +311,6 @@ def provenance(arguments: argparse.Namespace, rest: list[str], selection: Select
     }
 
 
-def weights_sha256(folder: Path) -> str:
-    """Of all safetensors files of a model folder, by their names."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
 def cross_validate(
     arguments: argparse.Namespace, rest: list[str], selection: Selection, out: Path
 ) -> dict[str, Any]:
@@ -324,7 +332,10 @@ def cross_validate(
     settings = provenance(arguments, rest, selection)
     for name in ("command", "commit", "versions", "processes"):  # may differ
         del settings[name]
-    settings["training_options"] = lasting(rest)
+    settings["training_options"] = options = lasting(rest)
+    settings["content"] = contents(utterances)
+    if "--vocab" in options[:-1]:
+        settings["vocab_sha256"] = digest(Path(options[options.index("--vocab") + 1]))
     for name in names:
         model = {"model_sha256": weights_sha256(arguments.evaluate_only / name)} if arguments.evaluate_only else {}
         check_same(out / name, settings | {"weights": weights} | model)

@@ -51,16 +51,18 @@ from ser.data.protocols import overlap, to_table, usual_known_turns
 from ser.data.selection import add_arguments as add_data_arguments
 from ser.data.selection import from_arguments
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
-from ser.errors import ConfigError
+from ser.errors import ConfigError, ModelFolderError
 from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import find_folder, read_encoder_config
 from ser.recognizer import Recognizer, inherited_labels, is_preset
-from ser.train.checkpoint import CHANGEABLE
+from ser.train.checkpoint import CHANGEABLE, SETTINGS, newest_verified, opened_before
 from ser.train.config import TrainConfig, add_arguments, paper_settings
 from ser.train.config import from_arguments as training_settings
+from ser.train.content import weights_sha256
 from ser.train.distributed import World, cpu_threads, joined_world
 from ser.train.loop import FitResult, fit, say
-from ser.train.processes import PREEMPTED, one_voice
+from ser.train.processes import PREEMPTED, launch, one_voice
+from ser.train.resources import SMALLER_MODEL, memory_explained
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -114,9 +116,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         "hypothesis in evaluation")  # fmt: skip
     add_arguments(parser)
     arguments = parser.parse_args(argv)
-    init = (
-        arguments.init if is_preset(arguments.init) else find_folder(arguments.init, revision=arguments.revision)
-    )
+    init = found_init(arguments)
     if arguments.paper or arguments.paper_script:  # they are defaults: what is given beside them counts
         given = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
         given.add_argument("--alpha", type=float)
@@ -131,6 +131,40 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if bool(arguments.train) == bool(arguments.data):
         raise ConfigError("give either --train (and --valid), or --data with --protocol and --fold")
     return arguments
+
+
+def found_init(arguments: argparse.Namespace) -> str | Path:
+    """--init as a preset or a folder; where it is gone, the newest checkpoint of the run, which has all of it."""
+    try:
+        if is_preset(arguments.init):
+            return arguments.init
+        return find_folder(arguments.init, revision=arguments.revision)
+    except (ConfigError, ModelFolderError):
+        gone = not arguments.overwrite and not Path(arguments.init).exists()
+        newest = newest_verified(arguments.out)[0] if gone else None
+        if newest is None:
+            raise
+        return newest
+
+
+def is_checkpoint(init: str | Path, run: Path) -> bool:
+    """Whether ``init`` stands in for one that is gone."""
+    return not is_preset(init) and Path(init).parent == run / "checkpoints"
+
+
+def origin(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of --init: its path, what tells it from others wherever it lies, and its licence, as far as anybody said."""
+    init, licence = arguments.init, arguments.weights_licence
+    if is_preset(init):
+        return {"init": init, "init_content": init, "licence": licence or "none, they were random"}
+    if is_checkpoint(init, arguments.out):  # --init is gone, and the run knows what it was
+        before = json.loads((init / SETTINGS).read_text(encoding="utf-8"))
+        known = {name: before[name] for name in ("init", "init_content") if name in before}
+        return known | {"licence": licence or before.get("licences", {}).get("weights")}
+    if licence is None and (card := Path(init) / "README.md").is_file():
+        named = re.search(r"^license: *(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        licence = named and named[1]
+    return {"init": str(init), "init_content": weights_sha256(init), "licence": licence}
 
 
 def is_large_960h(init: str | Path) -> bool:
@@ -176,20 +210,14 @@ def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World)
     return parts_of_fold["train"], parts_of_fold.get("valid", []), about
 
 
-def licences(arguments: argparse.Namespace) -> dict[str, str | None]:
-    """Of data and initial weights, as far as anybody said."""
-    data, weights = arguments.data_licence, arguments.weights_licence
+def data_licence(arguments: argparse.Namespace) -> str | None:
+    """Of the corpus, as far as anybody said."""
     prepared = Path(arguments.data or arguments.train)
     report = (prepared if prepared.is_dir() else prepared.parent) / "report.json"
-    if data is None and report.is_file():  # what prepare_iemocap.py wrote beside its manifests
+    if arguments.data_licence is None and report.is_file():  # what prepare_iemocap.py wrote beside its manifests
         with suppress(OSError, ValueError, AttributeError):
-            data = json.loads(report.read_text(encoding="utf-8")).get("licence")
-    if weights is None and is_preset(arguments.init):
-        weights = "none, they were random"
-    elif weights is None and (card := Path(arguments.init) / "README.md").is_file():
-        named = re.search(r"^license: *(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-        weights = named and named[1]
-    return {"data": data, "weights": weights}
+            return json.loads(report.read_text(encoding="utf-8")).get("licence")
+    return arguments.data_licence
 
 
 def chosen_heads(config: TrainConfig, train: list) -> list[str]:
@@ -226,6 +254,8 @@ def main(argv: list[str] | None = None) -> None:
                 world,
                 f"{count} GPUs; to use all: torchrun --standalone --nproc-per-node={count} {shlex.join(sys.argv)}",
             )
+        if is_checkpoint(arguments.init, arguments.out):
+            say(world, f"--init is gone: labels, vocabulary and configuration are those of {arguments.init}")
         train, valid, about = read_parts(arguments, config, world)
         heads = chosen_heads(config, train)
         texts = [clean(u.text or "", orthography=arguments.orthography, tags=arguments.tags) for u in train]
@@ -237,25 +267,27 @@ def main(argv: list[str] | None = None) -> None:
         def label_set(head: str, kind: str, labels: Iterable[str]) -> list[str]:
             return inherited_labels(arguments.init, kind, labels) if head in heads else []
 
-        recognizer, report = Recognizer.create(
-            arguments.init,
-            emotions=label_set("emotion", "emotions", (u.emotion for u in train if u.emotion)),
-            speakers=label_set("speaker", "speakers", (u.speaker for u in train if u.speaker)),
-            dimensions=label_set("dimensions", "dimensions", dimensions_of(train)),
-            vocabulary=chosen_vocabulary(arguments, texts) if "ctc" in heads else None,
-            orthography=arguments.orthography,
-            tags=arguments.tags,
-            pooling=None if config.pooling == "auto" else config.pooling,
-            layers=None if config.layers == "auto" else config.layers,
-            seed=config.seed,
-        )
+        with memory_explained(SMALLER_MODEL, doing="when the model was loaded"):
+            recognizer, report = Recognizer.create(
+                arguments.init,
+                emotions=label_set("emotion", "emotions", (u.emotion for u in train if u.emotion)),
+                speakers=label_set("speaker", "speakers", (u.speaker for u in train if u.speaker)),
+                dimensions=label_set("dimensions", "dimensions", dimensions_of(train)),
+                vocabulary=chosen_vocabulary(arguments, texts) if "ctc" in heads else None,
+                orthography=arguments.orthography,
+                tags=arguments.tags,
+                pooling=None if config.pooling == "auto" else config.pooling,
+                layers=None if config.layers == "auto" else config.layers,
+                seed=config.seed,
+            )
         say(world, str(report))
         if recognizer.emotions:
             check_labels(valid, emotions=recognizer.emotions)
+        begun = origin(arguments) if world.is_main else {}  # which reads all weights; the main rank records it
         settings = {
-            "init": str(arguments.init),
             **about,
-            "licences": licences(arguments),
+            "licences": {"data": data_licence(arguments), "weights": begun.pop("licence", None)},
+            **begun,
             "labels": recognizer.emotions,
             "speakers": recognizer.speakers,
             "dimensions": recognizer.dimensions,
@@ -264,8 +296,9 @@ def main(argv: list[str] | None = None) -> None:
             "tags": arguments.tags,
             "versions": {"ser": ser.__version__, "torch": torch.__version__},
             "world_size": world.size,
+            "launch": launch(),
         }
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        again = opened_before(arguments.out)
         result = fit(
             recognizer,
             train,
@@ -275,8 +308,8 @@ def main(argv: list[str] | None = None) -> None:
             world=world,
             settings=settings,
             # Not again when torchrun restarts the processes after a fault: then the run continues.
-            overwrite=arguments.overwrite and not restarted,
-            resume_from=None if restarted else arguments.resume_from,
+            overwrite=arguments.overwrite and not again,
+            resume_from=None if again else arguments.resume_from,
             allow_changes=arguments.allow_changes,
             verbose=arguments.verbose,
         )

@@ -27,6 +27,7 @@ from ser.data.dataset import SpeechDataset
 from ser.data.manifest import Utterance, read_manifest
 from ser.data.workers import worker_death_explained
 from ser.errors import AudioError, FileError, ResourceError, RunFolderError, SerError
+from ser.train import loop
 from ser.train.bad_audio import BadAudio
 from ser.train.checkpoint import checkpoints
 from ser.train.config import TrainConfig
@@ -383,6 +384,101 @@ def test_out_of_memory_names_the_utterance_its_seconds_and_what_to_change(two_ra
     assert message.startswith(f"{ResourceError.__name__}: out of memory")
     for words in ("long (120.0 s)", "--micro-batch 1", "--max-seconds", "--activation-checkpointing", "--amp"):
         assert words in message
+
+
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.")
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+NUMPY = MemoryError("Unable to allocate 4.00 GiB for an array with shape (1073741824,)")
+FORK = OSError(12, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "told"),
+    [
+        (
+            "torch.optim.AdamW.step",
+            CPU,
+            r"in the optimizer's step: beside the weights and gradients it keeps 0\.00 GB",
+        ),
+        ("torch.optim.AdamW.step", CUDA, r"in the optimizer's step: .*CUDA out of memory\. Tried to allocate 2"),
+        ("torch.nn.utils.clip_grad_norm_", CUDA, "in the optimizer's step"),
+        ("torch.Tensor.backward", CUBLAS, r"with 2 utterances padded to .*train.*Try --micro-batch 1"),
+        ("ser.train.checkpoint.optimizer_tensors", MemoryError(), r"outside of an update\. .*\(MemoryError\)"),
+        ("torch.nn.Module.to", CUDA, "when the model was put onto cpu"),
+        ("ser.train.distributed.World.wrap", CUDA, "when room for gradients was made"),
+        ("ser.train.loop.make_optimizer", CPU, "outside of an update"),
+        ("ser.train.loop.LengthBucketBatchSampler", NUMPY, "outside of an update.*Unable to allocate 4"),
+        ("ser.train.loop.fetch_updates", FORK, "outside of an update.*Cannot allocate memory"),
+        ("ser.train.checkpoint.save_checkpoint", NUMPY, "when a model or checkpoint was written"),
+        ("ser.train.evaluation.word_errors", NUMPY, r"in evaluation\. Try a lower --eval-seconds"),
+    ],
+)
+def test_memory_that_runs_out_anywhere_is_told_with_what_was_done_and_what_helps(
+    tmp_path, monkeypatch, place, error, told
+):
+    rows = toy_rows(tmp_path, 4)
+
+    def short(*_, **__):
+        raise error
+
+    monkeypatch.setattr(place, short)
+    with pytest.raises(ResourceError, match=f"^out of memory {told}") as caught:
+        fit(toy_recognizer(), rows, rows, quick(epochs=1), tmp_path / "run")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "--eval-seconds" in message or "a run that has a checkpoint continues" in message
+    assert "--micro-batch" in message if "padded" in message else "Try --micro-batch" not in message
+
+
+def test_memory_that_runs_out_while_a_checkpoint_is_copied_leaves_the_one_before(tmp_path, monkeypatch):
+    rows = toy_rows(tmp_path, 4)
+    fit(toy_recognizer(), rows, [], quick(epochs=1), tmp_path / "run")
+    real, load = torch.Tensor.to, loop.load_checkpoint
+
+    def short(self, *arguments, copy=False, **options):
+        if copy:
+            raise CPU
+        return real(self, *arguments, copy=copy, **options)
+
+    def then_short(*arguments):
+        found = load(*arguments)
+        monkeypatch.setattr(torch.Tensor, "to", short)
+        return found
+
+    monkeypatch.setattr(loop, "load_checkpoint", then_short)
+    longer = {"epochs": 3, "keep": 9}
+    with pytest.raises(
+        ResourceError, match=r"when 0\.\d\d GB were copied on the CPU, to be saved\. A smaller micro"
+    ):
+        fit(toy_recognizer(), rows, [], quick(**longer), tmp_path / "run", allow_changes=["epochs"])
+    monkeypatch.undo()
+    assert fit(toy_recognizer(), rows, [], quick(**longer), tmp_path / "run", allow_changes=["epochs"]).resumed
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shape mismatch"), OSError(5, "Input/output error"), ValueError("x")]
+)
+def test_other_errors_are_not_taken_for_memory(tmp_path, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("torch.optim.AdamW.step", fails)
+    with pytest.raises(type(error)) as caught:
+        fit(toy_recognizer(), toy_rows(tmp_path, 4), [], quick(epochs=1), tmp_path / "run")
+    assert caught.value is error
+
+
+def test_memory_that_runs_out_while_a_checkpoint_is_loaded_is_no_bad_checkpoint(tmp_path, monkeypatch):
+    rows = toy_rows(tmp_path, 4)
+    fit(toy_recognizer(), rows, [], quick(epochs=1), tmp_path / "run")
+
+    def short(*_):
+        raise CPU
+
+    monkeypatch.setattr("ser.train.checkpoint.load_file", short)
+    with pytest.raises(ResourceError, match="out of memory when a checkpoint was loaded"):
+        fit(toy_recognizer(), rows, [], quick(epochs=1), tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------------------- workers

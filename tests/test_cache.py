@@ -244,6 +244,20 @@ def test_ranks_share_the_work_and_what_comes_of_it_and_the_split_does_not_matter
     assert moved > 0 and apart <= 1e-4 * moved, apart / moved
 
 
+def damaged_on_ranks(world, folder):
+    """Of ten shards three are damaged: what a rank is told, how many it read, and whether all is there again."""
+    cache_module.SHARD_BYTES = 1  # as of what is there
+    rows = read_manifest(Path(folder) / "train.csv")
+    recognizer = toy_recognizer()
+    read = []
+    real = cache_module.digest
+    cache_module.digest = lambda path: read.append(path) or real(path)
+    said = []
+    store = opened(Path(folder) / "damaged", recognizer.model)
+    stored = fill(store, recognizer.dataset(rows), world, said.append, "train")
+    return said[0], len(read), all(bool(stored(i)[0].any()) for i in range(10))
+
+
 def told_on_ranks(world, folder):
     """What a rank is told: each has a cache of its own; the main rank alone has all; one's values are large."""
     recognizer = toy_recognizer()
@@ -267,13 +281,18 @@ def told_on_ranks(world, folder):
     if not world.is_main:
         with torch.no_grad():
             recognizer.model.wav2vec2.feature_extractor.conv_layers[-1].conv.weight *= 1e7
-    return apart, alone, told("shared", world)
+    return apart, alone, told("shared", world), damaged_on_ranks(world, folder)
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    toy_rows(folder, 10)
+    rows = toy_rows(folder, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "SHARD_BYTES", 1)
+        filled(folder / "damaged", rows)
+    for path in sorted(folder.glob("damaged/*/*.safetensors"))[:3]:
+        flip(path, 0.9)
     return list(zip(*run_ranks(told_on_ranks, 2, folder, str(folder)), strict=True))
 
 
@@ -377,3 +396,96 @@ def test_recordings_that_cannot_be_read_are_treated_as_without_a_cache(tmp_path,
     assert counted[0] == counted[1]
     for a, b in zip(log(tmp_path / "plain", "train"), log(tmp_path / "cached", "train"), strict=True):
         assert b["loss_emotion"] == pytest.approx(a["loss_emotion"], rel=0.02)
+
+
+# ------------------------------------------------------------------------------------ what is kept is as written
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """A shard for each utterance."""
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 1)
+
+
+def filled(folder: Path, rows, said=None):
+    """What a run finds: the store and the lines it says."""
+    said = [] if said is None else said
+    recognizer = toy_recognizer()
+    stored = fill(opened(folder, recognizer.model), recognizer.dataset(rows), World(), said.append, "train")
+    return stored, said
+
+
+def values(stored, count=10) -> list[torch.Tensor]:
+    return [stored(i)[0].clone() for i in range(count)]
+
+
+def flip(path: Path, place: float) -> None:
+    """One bit of a file, at a share of its length."""
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
+def swap(one: Path, other: Path) -> None:
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "count"),
+    [
+        (lambda shards: flip(shards[0], 1.0), 1),
+        (lambda shards: flip(shards[1], 0.0), 1),
+        (lambda shards: [flip(path, 0.6) for path in shards[2:5]], 3),
+        (lambda shards: flip(shards[3], 0.01), 1),
+        (lambda shards: os.truncate(shards[4], shards[4].stat().st_size - 1), 1),
+        (lambda shards: os.truncate(shards[4], 0), 1),
+        (lambda shards: swap(shards[5], shards[6]), 2),
+        (lambda shards: shards[7].write_bytes(shards[7].read_bytes() + b"x"), 1),
+        (lambda shards: shards[8].unlink(), 0),
+    ],
+)
+def test_a_shard_that_is_not_as_it_was_written_is_computed_again_and_said(
+    tmp_path, rows, small_shards, damage, count
+):
+    before = values(filled(tmp_path / "c", rows[0])[0])
+    shards = sorted(tmp_path.glob("c/*/*.safetensors"))
+    assert len(shards) == 10
+    damage(shards)
+    stored, said = filled(tmp_path / "c", rows[0])
+    assert all(torch.equal(a, b) for a, b in zip(before, values(stored), strict=True))
+    told = [line for line in said if "damaged" in line]
+    line = f"cache of train: {count} damaged shard{'s' if count > 1 else ''} removed, to be computed again"
+    assert told == [line] * bool(count)
+    assert any(f"{count or 1} utterances" in line for line in said)
+    assert sorted(tmp_path.glob("c/*/*.safetensors")) == shards, "the same bytes under the same names"
+    assert filled(tmp_path / "c", rows[0])[1] == [f"cache of train: all 10 recordings found in {shards[0].parent}"]
+
+
+def test_shards_of_earlier_releases_which_cannot_be_verified_are_computed_again_and_go(tmp_path, rows):
+    filled(tmp_path / "c", rows[0])
+    (shard,) = tmp_path.glob("c/*/*.safetensors")
+    old, foreign = shard.with_name("0a1b2c3d4e5f6071.safetensors"), shard.with_name("mine.safetensors")
+    shutil.copy(shard, foreign)
+    shard.rename(old)
+    _, said = filled(tmp_path / "c", rows[0])
+    assert said[0] == "cache of train: 1 without a sha256, of an earlier release, removed, to be computed again"
+    assert "10 utterances" in said[1] and shard.exists() and not old.exists()
+    assert foreign.exists(), "what is nobody's is left alone, and not read"
+    assert len(filled(tmp_path / "c", rows[0])[1]) == 1
+
+
+def test_only_shards_that_a_run_needs_are_read(tmp_path, rows, small_shards, monkeypatch):
+    filled(tmp_path / "c", [*rows[0], *rows[1]])
+    read = []
+    real = cache_module.digest
+    monkeypatch.setattr(cache_module, "digest", lambda path: read.append(path) or real(path))
+    filled(tmp_path / "c", rows[1])
+    assert len(read) == len(set(read)) == len(rows[1]) == 6
+
+
+def test_ranks_each_verify_a_share_and_all_know_what_is_damaged(told):
+    for said, read, whole in told[3]:
+        assert said == "cache of train: 3 damaged shards removed, to be computed again" and whole
+        assert read <= 5 + 2, "its share, and what it wrote"

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ from ser.train.checkpoint import (
     describe,
     newest_verified,
     open_run,
+    opened_before,
     optimizer_tensors,
     save_checkpoint,
     set_aside_after,
@@ -37,6 +39,7 @@ from ser.train.checkpoint import (
 )
 from ser.train.config import TrainConfig
 from ser.train.loop import fit
+from ser.train.processes import launch
 
 SETTINGS = {"epochs": 3, "rate": 0.1}
 
@@ -578,9 +581,159 @@ def test_an_error_of_the_thread_ends_training_and_what_follows_it_is_not_written
     assert "best: cannot be written" in caught.value.__notes__[0]
 
 
-def test_later_checkpoints_are_set_aside_over_what_was_set_aside_before(saved, recognizer, tmp_path):
+# ------------------------------------------------------------------------- what was gone back behind; rotation
+
+
+def test_going_back_again_keeps_what_was_set_aside_before(saved, recognizer, tmp_path):
     run = copy_of(saved, tmp_path / "run")
-    for _ in range(2):
-        assert set_aside_after(run.folder, 1) == [run.path(2)]
-        save(run, recognizer, 2)
-    assert len(checkpoints(run.folder)) == 2
+    first = (run.path(2) / "manifest.json").read_bytes()
+    for number in range(3):
+        (told,) = set_aside_after(run.folder, 1)
+        assert told.endswith(f"is set aside as aside-step-00000002{['', '-2', '-3'][number]}")
+        save(run, recognizer, 2, best_step=number)  # other bytes each time
+    asides = sorted((run.folder / "checkpoints").glob("aside-*"))
+    assert [p.name.removeprefix("aside-step-00000002") for p in asides] == ["", "-2", "-3"]
+    assert (asides[0] / "manifest.json").read_bytes() == first
+    assert len({(p / "state.json").read_text() for p in asides}) == 2 and all(verify(p) for p in asides)
+    assert checkpoints(run.folder) == [run.path(1), run.path(2)], "and none of them is one of the run's"
+    save(run, recognizer, 9, keep=1)
+    assert sorted((run.folder / "checkpoints").glob("aside-*")) == asides, "nor does rotation remove them"
+    (run.folder / "checkpoints/aside-step-00000009").symlink_to("nowhere")  # as a person may leave
+    assert set_aside_after(run.folder, 8)[0].endswith("aside-step-00000009-2")
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_said_once_and_training_goes_on(
+    saved, recognizer, tmp_path, monkeypatch, capsys
+):
+    run = copy_of(saved, tmp_path / "run")
+    real = checkpoint_module.remove_folder
+
+    def stuck(folder):
+        if folder == run.path(1):
+            raise PermissionError(13, "Permission denied")
+        real(folder)
+
+    monkeypatch.setattr(checkpoint_module, "remove_folder", stuck)
+    for step in (3, 4):
+        save(run, recognizer, step, keep=1)
+    assert checkpoints(run.folder) == [run.path(1), run.path(4)]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{run.path(1)}: an old checkpoint that cannot be removed: Permission denied")
+
+
+# --------------------------------------------------------------- last/ is there when a run is finished, only then
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """The run of three updates, and its rows."""
+    whole, rows = trained
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run", rows
+
+
+def fit_until_opened(run: Path, rows, monkeypatch, config=CONFIG, **options) -> None:
+    """What a run does that is killed at the first moment of its training."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ser.train.loop.load_checkpoint", killed)
+        fit(toy_recognizer(), rows, [], config, run, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"config": replace(CONFIG, epochs=5), "allow_changes": ["epochs"]}, {"resume_from": "step-00000002"}],
+)
+def test_last_is_set_aside_as_soon_as_a_finished_run_goes_on_and_is_there_again_at_its_end(
+    finished, monkeypatch, options
+):
+    run, rows = finished
+    fit(toy_recognizer(), rows, [], replace(CONFIG, keep=9), run, overwrite=True)
+    before = (run / "last/model.safetensors").read_bytes()
+    fit_until_opened(run, rows, monkeypatch, **options)
+    assert not (run / "last").exists()
+    assert (run / "aside-last/model.safetensors").read_bytes() == before, "nothing is lost"
+    config = options.pop("config", CONFIG)
+    fit(toy_recognizer(), rows, [], config, run, **options)
+    assert (run / "last/model.safetensors").is_file() and not (run / "aside-last-2").exists()
+
+
+def test_last_stays_where_changed_settings_leave_a_run_finished_and_where_nothing_changed(finished):
+    run, rows = finished
+    before = (run / "last/training.json").stat().st_ino
+    fit(toy_recognizer(), rows, [], CONFIG, run)
+    fit(toy_recognizer(), rows, [], replace(CONFIG, alpha=0.5, epochs=2), run, allow_changes=["alpha", "epochs"])
+    assert (run / "last/training.json").stat().st_ino == before and not (run / "aside-last").exists()
+
+
+def test_a_last_that_an_earlier_release_left_in_a_run_that_goes_on_is_set_aside(finished, monkeypatch):
+    run, rows = finished
+    longer = replace(CONFIG, epochs=5, keep=9)
+    fit(toy_recognizer(), rows, [], longer, run, allow_changes=["epochs"])
+    shutil.rmtree(checkpoints(run)[-1])
+    fit_until_opened(run, rows, monkeypatch, config=longer)
+    assert not (run / "last").exists()
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_an_overwrite_that_is_killed_leaves_no_last_and_can_be_given_again(finished, monkeypatch, moment):
+    run, rows = finished
+    count = 0
+
+    def killed(name):
+        real = getattr(checkpoint_module, name)
+
+        def removing(path):
+            nonlocal count
+            count += 1
+            if count > moment:
+                raise KeyboardInterrupt
+            real(path)
+
+        return removing
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint_module, "remove_folder", killed("remove_folder"))
+        fit(toy_recognizer(), rows, [], CONFIG, run, overwrite=True)
+    assert (run / "last").exists() == (moment == 0), "it is the first to go"
+    fit(toy_recognizer(seed=5), rows, [], CONFIG, run, overwrite=True)
+    assert not list(run.rglob(".*"))
+    assert (run / "last").is_dir() and len(checkpoints(run)) == 1
+
+
+# ------------------------------------------------------------------------------- once in each launch of torchrun
+
+
+def test_what_is_to_be_done_once_in_a_launch_is_known_by_the_folder_and_not_by_the_number_of_restarts(
+    tmp_path, monkeypatch
+):
+    def launched(name, attempt):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        return opened_before(tmp_path / "run")
+
+    assert not launched("a", 3), "there is no run yet: whatever restarted it had not come to open it"
+    launched("a", 0)
+    run = open_run(tmp_path / "run", SETTINGS | {"launch": launch()}).run
+    assert not launched("a", 0), "the same command, given again"
+    assert launched("a", 1) and launched("a", 2)
+    assert not launched("b", 1), "another launch, restarted before it opened the run"
+    (run.folder / "config.json").write_text("{")
+    assert not launched("a", 1)
+    (run.folder / "config.json").write_text('{"launch": ""}')
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert launch() == "" and not opened_before(run.folder), "without torchrun"
+
+
+def test_launches_of_one_name_are_told_apart_by_their_process_and_its_beginning(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    name, host, parent, began = launch().split()
+    assert (name, host, int(parent)) == ("none", socket.gethostname(), os.getppid()) and int(began) > 0
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert launch() != f"none {host} {parent} {began}"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert launch() == "none", "all nodes have this in common, and no more"

@@ -1,6 +1,8 @@
 """The plan of an epoch and its cut (FAULTS C4, D1)."""
 
 import itertools
+import resource
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -202,6 +204,53 @@ def test_no_swap_brings_the_dearest_rank_and_the_cheapest_nearer(costs, ranks):
     low, high = (hands[sums.index(find(sums))] for find in (min, max))
     gap = max(sums) - min(sums)
     assert all(abs(gap - 2 * (costs[a] - costs[b])) >= gap for a in high for b in low)
+
+
+@quick
+@given(st.lists(st.integers(1, 12) | st.integers(1, 500_000), min_size=1, max_size=40), st.integers(1, 6))
+def test_the_swap_is_the_best_of_all_pairs_and_of_equally_good_ones_the_first(costs, ranks):
+    """Dealing tries no pairs, but does as trying all of them did: a run of several ranks is cut as it was."""
+    costs = costs[: len(costs) // ranks * ranks] or [1] * ranks
+    hands = [list(range(rank, len(costs), ranks)) for rank in range(ranks)]
+    while True:
+        totals = [sum(costs[k] for k in hand) for hand in hands]
+        low, high = hands[totals.index(min(totals))], hands[totals.index(max(totals))]
+        gap = max(totals) - min(totals)
+        left, a, b = min((abs(gap - 2 * (costs[a] - costs[b])), a, b) for a in high for b in low)
+        if left >= gap:
+            break
+        high[high.index(a)], low[low.index(b)] = b, a
+    assert deal_evenly(costs, ranks) == sorted(map(sorted, hands), key=min)
+
+
+@quick
+@given(lengths_strategy, worlds, st.integers(1, 2_000_000))
+def test_an_update_is_cut_into_as_few_steps_as_padded_samples_allow(lengths, world_size, limit):
+    lengths = sorted(lengths, reverse=True)
+    steps = cut_update(range(len(lengths)), lengths, world_size=world_size, micro_samples=limit)
+    missing = [0] * (-len(lengths) % world_size)
+    hands = [[k for k in hand if k < len(lengths)] for hand in deal_evenly(lengths + missing, world_size)]
+
+    def allowed(count: int) -> bool:
+        cuts = [[len(hand) * k // count for k in range(count + 1)] for hand in hands]
+        groups = [hand[a:b] for hand, cut in zip(hands, cuts, strict=True) for a, b in itertools.pairwise(cut)]
+        return all(len(group) < 2 or padded_samples(group, lengths) <= limit for group in groups)
+
+    assert allowed(len(steps)) and not any(allowed(count) for count in range(1, len(steps)))
+
+
+@pytest.mark.parametrize("limits", [{"micro_samples": 640_000}, {"micro_batch": 1}, {"micro_samples": 1}])
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_an_update_of_twenty_thousand_utterances_is_cut_in_seconds_and_little_memory(world_size, limits):
+    """In the square of them it took minutes and gigabytes."""
+    lengths = sorted((16_000 + 7919 * i % 144_000 for i in range(20_000)), reverse=True)
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    steps = cut_update(range(20_000), lengths, world_size=world_size, **limits)
+    assert time.process_time() - began < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+    assert sum(weight for step in steps for rank in step for _, weight in rank) == 20_000
+    sums = [sum(lengths[i] * w for step in steps for i, w in step[rank]) for rank in range(world_size)]
+    assert max(sums) < 1.00001 * sum(sums) / world_size
 
 
 def test_a_count_that_divides_evenly_adds_no_batch():

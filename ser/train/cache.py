@@ -1,7 +1,8 @@
 """What a frozen part of a model makes of each utterance, computed once and kept on disk.
 
     CACHE/features-6f12ab34cd56ef78-fp16/    one folder for each kind, weights, preprocessing and type
-        0a1b2c3d4e5f6071.safetensors         some utterances, each under the sha256 of its recording's content
+        SHA256.safetensors                   some utterances, each under the sha256 of its recording's content; the
+                                             name is the sha256 of the file
 
 Two kinds. "features": the output of the feature encoder, frames of 20 ms, for which nothing above it matters.
 "pooled": where all of wav2vec 2.0 is frozen, the mean over time of each layer that the heads read; as sums over
@@ -10,7 +11,9 @@ layers, a projection and the mean over time commute, an epoch then costs next to
 Each utterance is computed alone and in float32, so the company it had cannot matter, and every key holds all that
 the numbers depend on: a cache may be shared by runs, moved and deleted, and what is there is never stale. A shard
 is written under another name, waited for and renamed: killed while it fills, a cache lacks what it lacks, and the
-next run fills it further. Ranks each fill a share and read all, by memory maps that the system keeps once.
+next run fills it further. A run first reads the shards that it needs, each rank a share: one whose bytes are not
+as they were written is removed and computed again. Ranks each fill a share and read all, by memory maps that the
+system keeps once.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,11 +42,15 @@ from ser.data.dataset import SpeechDataset
 from ser.errors import ConfigError, FileError
 from ser.files import open_tensors, sync, write_tensors, written
 from ser.models.multitask import MultiTaskModel
+from ser.train.content import digest
 from ser.train.distributed import World
+from ser.train.resources import memory_explained
 
 FORMAT = 1  # raised when the same weights and audio would give other numbers
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 SHARD_BYTES = 64 << 20
+NAME, OLD_NAME = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")  # earlier releases kept no sha256
+SHORTER = "Try --max-seconds to drop the longest training utterances, or leave --cache out"
 STALE_SECONDS = 24 * 3600.0  # after which the unfinished shard of a killed process is removed
 
 
@@ -72,6 +81,7 @@ class Cache:
     compute: Callable[[Tensor], Tensor]  # (1, S) float32 waveform -> (T, C) features or (N, D) layers' means
     shape: Callable[[int], tuple[int, int]]  # of that, by samples
     shards: dict[str, Path] = field(default_factory=dict)  # key -> where it stands
+    sound: set[Path] = field(default_factory=set)  # shards that were written or verified in this run
 
     @staticmethod
     def of(model: MultiTaskModel, folder: str | Path, *, kind: str, dtype: str, do_normalize: bool) -> Cache:
@@ -104,15 +114,44 @@ class Cache:
         name = f"{kind}-{digest.hexdigest()[:16]}-{dtype}"
         return Cache(Path(folder) / name, kind, DTYPES[dtype], compute, shape)
 
-    def find(self) -> None:
-        """Look up what is there. A shard that cannot be read counts as absent."""
-        self.shards.clear()
+    def find(self, wanted: Collection[str], world: World) -> tuple[int, int]:
+        """Look up what is there of the ``wanted`` keys, and verify it, each rank a share. All ranks call this.
+
+        A shard that is not as it was written counts as absent, and is removed. Returns how many were so, and how
+        many were of earlier releases, which cannot be verified.
+        """
+        keys, damaged, old = self.listed()
+        wanted = set(wanted)
+        needed = [path for path in keys if path not in self.sound and not wanted.isdisjoint(keys[path])]
+        agreed = world.gather(needed)[0]  # one rank may have looked before another run wrote
+        sound, broken = verified([path for path in agreed[world.rank :: world.size] if path in keys], world)
+        self.sound |= {path for part in world.gather(sound) for path in part}
+        damaged |= broken
+        others = {path for part in world.gather(damaged) for path in part}
+        more, broken = verified([path for path in needed if path not in self.sound | others], world)
+        self.sound |= more
+        damaged |= broken
+        self.shards = {key: path for path in keys if path in self.sound for key in keys[path]}
+        for path in (*damaged, *(old if world.is_main else ())):
+            with suppress(OSError):
+                path.unlink()
+        return len(others | damaged), len(old)
+
+    def listed(self) -> tuple[dict[Path, list[str]], set[Path], set[Path]]:
+        """The keys in each shard, the shards whose header cannot be read, and those of earlier releases."""
+        keys: dict[Path, list[str]] = {}
+        damaged: set[Path] = set()
+        old: set[Path] = set()
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                with open_tensors(path) as file:
-                    self.shards |= dict.fromkeys(file.keys(), path)
+                if NAME.fullmatch(path.stem):
+                    with open_tensors(path) as file:
+                        keys[path] = file.keys()
+                elif OLD_NAME.fullmatch(path.stem):
+                    old.add(path)
             except (SafetensorError, OSError):
-                continue
+                damaged.add(path)
+        return keys, damaged, old
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         """One more shard, whole or not at all. Raises FileError."""
@@ -122,10 +161,23 @@ class Cache:
             try:
                 write_tensors(temporary, tensors)
                 sync(temporary)
-                temporary.replace(self.folder / f"{name}.safetensors")
+                path = self.folder / f"{digest(temporary)}.safetensors"
+                temporary.replace(path)
                 sync(self.folder)
+                self.sound.add(path)
             finally:
                 temporary.unlink(missing_ok=True)
+
+
+def verified(paths: Sequence[Path], world: World) -> tuple[set[Path], set[Path]]:
+    """Shards whose bytes are as they were written, and the others. Their names tell."""
+    sound: set[Path] = set()
+    silent = not (world.is_main and sys.stderr.isatty())
+    for path in tqdm(paths, unit="shard", desc="verifying the cache", leave=False, disable=silent):
+        with suppress(OSError):
+            if digest(path) == path.stem:
+                sound.add(path)
+    return sound, set(paths) - sound
 
 
 class Stored:
@@ -170,7 +222,9 @@ def compute(
     held = 0  # bytes
     for i in share:
         example = dataset[i]
-        found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
+        at_work = f"with {dataset.utterances[i].id} ({dataset.lengths[i] / SAMPLE_RATE:.1f} s)"
+        with memory_explained(SHORTER, doing=at_work):
+            found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
         if found is None or tuple(found.shape) != cache.shape(dataset.lengths[i]):
             for j in wanted[keys[i]]:  # each under its own name
                 late = f"{dataset.utterances[j].file}: is not as long as its header says"
@@ -210,11 +264,15 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink(missing_ok=True)
     keys, errors = content_keys(dataset, world)
-    cache.find()
     wanted: dict[str, list[int]] = {}  # content -> the utterances of it
     for i in range(len(dataset)):
         if i not in errors:
             wanted.setdefault(keys[i], []).append(i)
+    damaged, old = cache.find(wanted, world)
+    if damaged:
+        say(f"cache of {name}: {damaged} damaged shard{'s' if damaged > 1 else ''} removed, to be computed again")
+    if old:
+        say(f"cache of {name}: {old} without a sha256, of an earlier release, removed, to be computed again")
     missing = sorted(
         (same[0] for key, same in wanted.items() if key not in cache.shards), key=lambda i: -dataset.lengths[i]
     )
@@ -239,7 +297,8 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
         for why in filter(None, world.gather(failure)):  # one rank's is all ranks': none waits for another
             raise FileError(why)
         errors |= {i: why for part in world.gather(broken) for i, why in part.items()}
-        cache.find()
+        cache.sound |= {path for part in world.gather(cache.sound) for path in part}
+        cache.find(wanted, world)
         took = time.perf_counter() - started
         say(
             f"cache of {name}: {len(missing)} utterances ({seconds / 3600:.2f} h) computed in {took:.1f} s, "

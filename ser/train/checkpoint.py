@@ -22,7 +22,7 @@ import hashlib
 import json
 import re
 import secrets
-import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ser.data.text import did_you_mean
 from ser.errors import ConfigError, RunFolderError
@@ -45,9 +46,10 @@ from ser.files import (
     write_json,
     write_tensors,
 )
-from ser.models.pretrained import shorten
 from ser.recognizer import Recognizer
-from ser.train.processes import OWNER
+from ser.train.content import changed_settings, digest
+from ser.train.processes import OWNER, attempt, launch
+from ser.train.resources import SMALLER_MODEL, is_out_of_memory, memory_explained
 
 STATE = "state.json"
 SETTINGS = "settings.json"
@@ -72,10 +74,15 @@ MAY_CHANGE = {
     "world_size",
     "versions",
     "licences",
+    "shared_with_training",  # follow from the data
+    "protocol_description",
+    "launch",
 }
 
 # Settings that change what is computed, but not what a checkpoint means: `open_run` lets them pass when asked.
 CHANGEABLE = {
+    "init",  # the weights are the checkpoint's
+    "files",  # names of recordings, where all else is the same
     "cache",
     "cache_dtype",
     "epochs",
@@ -133,7 +140,9 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU, which training does not change any more."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
+    with memory_explained(SMALLER_MODEL, doing=f"when {size:.2f} GB were copied on the CPU, to be saved"):
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 # ----------------------------------------------------------------------------------------- one checkpoint
@@ -146,6 +155,7 @@ class Run:
     folder: Path
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     settings: dict[str, Any] = field(default_factory=dict)
+    stuck: set[Path] = field(default_factory=set, compare=False)  # old checkpoints that cannot be removed
 
     def path(self, step: int) -> Path:
         """Zero-padded, so that names sort as numbers do."""
@@ -201,12 +211,6 @@ def sealed(content: Mapping[str, Any]) -> str:
     return json.dumps({**content, "sha256": own}, indent=1, sort_keys=True) + "\n"
 
 
-def digest(path: Path) -> str:
-    """The sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def own_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, after a look at the manifest alone. Raises RunFolderError."""
     path = folder / MANIFEST
@@ -242,19 +246,30 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_progress(folder: Path) -> Progress:
+    """Where a verified checkpoint stands. Raises RunFolderError."""
+    try:
+        return Progress(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunFolderError(f"{folder / STATE}: cannot be resumed from: {error}") from None
+
+
 def load_checkpoint(folder: Path, recognizer: Recognizer, optimizer: torch.optim.Optimizer) -> Progress:
     """Put a verified checkpoint's weights and optimizer state into place; returns where it stood."""
     try:
         weights = read_tensors(folder / "model.safetensors")
         tensors = read_tensors(folder / "optimizer.safetensors")
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         with torch.no_grad():
             keys = recognizer.keys()
             for name, value in recognizer.model.state_dict().items():
                 value.copy_(weights[keys[name]])
         restore_optimizer(recognizer.model, optimizer, tensors)
-        return Progress(**state)
+        return read_progress(folder)
+    except RunFolderError:
+        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise RunFolderError(f"{folder}: cannot be resumed from: {error.__class__.__name__}: {error}") from error
 
 
@@ -287,7 +302,8 @@ def newest_verified(run: Path) -> tuple[Path | None, list[str]]:
 def rotate(run: Run, *, newest: Path, best: Path, keep: int) -> None:
     """Remove all checkpoints of this run but the ``keep`` newest, the one just written and the best evaluation's.
 
-    What is not known to be this run's (another's, or one whose manifest is damaged) is left alone.
+    What is not known to be this run's (another's, or one whose manifest is damaged) is left alone. One that cannot
+    be removed is said once: no run ends for it.
     """
 
     def ours(folder: Path) -> bool:
@@ -298,18 +314,35 @@ def rotate(run: Run, *, newest: Path, best: Path, keep: int) -> None:
 
     own = [folder for folder in checkpoints(run.folder) if ours(folder)]
     for folder in own:
-        if folder not in (*own[-keep:], newest, best):
+        if folder in (*own[-keep:], newest, best):
+            continue
+        try:
             remove_folder(folder)
+        except OSError as error:
+            if folder not in run.stuck:
+                what = f"{folder}: an old checkpoint that cannot be removed: {error.strerror or error}"
+                tqdm.write(f"{what}; training goes on, and it stays", file=sys.stderr)
+            run.stuck.add(folder)
 
 
-def set_aside_after(run: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after a step, so that those to come have no rivals; returns what they were called."""
-    later = [folder for folder in checkpoints(run) if step_of(folder) > step]
-    for folder in later:
-        aside = folder.with_name(f"aside-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-    return later
+def set_aside_after(run: Path, step: int) -> list[str]:
+    """Rename the checkpoints after a step, so that those to come have no rivals; returns a line for each."""
+    return [
+        f"{folder} is set aside as {set_aside(folder).name}"
+        for folder in checkpoints(run)
+        if step_of(folder) > step
+    ]
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder to aside-NAME, or aside-NAME-2 and so on where that is taken: nothing is lost."""
+    aside, number = folder.with_name(f"aside-{folder.name}"), 1
+    while aside.exists() or aside.is_symlink():
+        number += 1
+        aside = folder.with_name(f"aside-{folder.name}-{number}")
+    folder.rename(aside)
+    sync(folder.parent)
+    return aside
 
 
 # ------------------------------------------------------------------------------------ the run's folder
@@ -335,7 +368,8 @@ def open_run(
 ) -> Opened:
     """Make a run's folder, or find the checkpoint to continue from: the newest sound one, or ``resume_from``.
 
-    Later checkpoints, be they damaged or what ``resume_from`` goes back behind, are renamed to aside-step-N.
+    Later checkpoints, be they damaged or what ``resume_from`` goes back behind, are renamed to aside-step-N, and
+    last/ of a run that was finished and goes on to aside-last: there is a last/ of finished runs alone.
 
     Args:
         folder: the run's.
@@ -361,11 +395,7 @@ def open_run(
     settings = json.loads(json.dumps(settings))  # as it will be read again: lists for tuples
     occupied = folder.is_dir() and any(path.name != OWNER for path in folder.iterdir())
     if occupied and overwrite:
-        if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
-            raise RunFolderError(f"{folder}: is not a training run, so --overwrite does not remove it")
-        for path in folder.iterdir():
-            if path.name != OWNER:  # which is locked
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        remove_run(folder)
         occupied = False
     if (folder / "checkpoints").is_dir():
         files = ("config.json", "metrics.jsonl", "lengths.json", "skipped.jsonl")
@@ -385,36 +415,74 @@ def open_run(
             "to start a run anew"
         )
 
+    return reopened(folder, settings, resume_from, allowed)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove all of a run but who owns it. Killed at any moment, it can be called again, and last/ is gone first.
+
+    Raises RunFolderError for what is no run.
+    """
+    if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
+        raise RunFolderError(f"{folder}: is not a training run, so --overwrite does not remove it")
+
+    def remove(path: Path) -> None:
+        remove_folder(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    kept = {OWNER, "config.json", "checkpoints"}  # it is locked; it is replaced; by these two it is known as a run
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != "last"):
+        if path.name not in kept:
+            remove(path)
+    for path in (folder / "checkpoints").iterdir():
+        remove(path)
+
+
+def reopened(folder: Path, settings: dict[str, Any], resume_from: str | Path | None, allowed: set[str]) -> Opened:
+    """`open_run` of a folder that has checkpoints."""
     checkpoint, reasons = newest_verified(folder) if resume_from is None else (named(folder, resume_from), [])
     if checkpoint is None:
         listed = "\n  ".join(reasons)
         raise RunFolderError(
-            f"{folder}: none of its {len(found)} checkpoints is sound; restore one from a copy, or --overwrite to "
-            f"start anew:\n  {listed}"
+            f"{folder}: none of its {len(reasons)} checkpoints is sound; restore one from a copy, or --overwrite "
+            f"to start anew:\n  {listed}"
         )
     notes = [f"skipped a damaged checkpoint: {reason}" for reason in reasons]
     before = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
-    differences = changed_settings(before, settings)
+    differences = changed_settings(before, settings, may_change=MAY_CHANGE)
     refused = {key: text for key, text in differences.items() if key not in allowed}
     if refused:
         askable = sorted(refused.keys() & CHANGEABLE)
         hint = f"--allow-changes {' '.join(askable)} if that is meant, " if askable else ""
         told = list(refused.values())
         if any(key.startswith("data.") for key in refused):
-            told += [
-                "(of order, ids, excerpts, labels, texts and lengths; a recording mended since may be longer)"
-            ]
+            told += ["(where lengths differ: a recording mended since may be longer)"]
         listed = "\n  ".join(told)
         raise RunFolderError(
             f"{checkpoint}: is of a run with other settings; resume it with the same, {hint}choose another "
             f"folder, or --overwrite:\n  {listed}"
         )
     notes += [f"changed on purpose: {text}" for text in differences.values()]
-    later = set_aside_after(folder, step_of(checkpoint))
-    notes += [f"{path} is set aside as aside-{path.name}" for path in later]
+    if "init" in differences:  # the checkpoint has the weights, and they were begun from these
+        settings |= {name: before[name] for name in ("init", "init_content") if name in before}
+    progress = read_progress(checkpoint)
+    if differences:
+        progress.finished = is_over(progress, settings)
+    if not progress.finished and (folder / "last").is_dir():  # before anything else: a kill may come at any moment
+        notes.append(f"{folder / 'last'} is set aside as {set_aside(folder / 'last').name}: the run goes on")
+    notes += set_aside_after(folder, step_of(checkpoint))
     write_json(folder / "config.json", settings)
     run = Run(folder, own_manifest(checkpoint)["run"], settings)
     return Opened(run, checkpoint, tuple(notes), changed=bool(differences))
+
+
+def is_over(progress: Progress, settings: Mapping[str, Any]) -> bool:
+    """Whether training has come to its end by these settings: of all epochs, or early."""
+    return progress.epoch >= settings["epochs"] or stops_early(progress, settings.get("early_stop", 0))
+
+
+def stops_early(progress: Progress, patience: int) -> bool:
+    """Whether there were ``patience`` evaluations without improvement; 0: never."""
+    return bool(patience) and progress.evaluations_since_best >= patience
 
 
 def named(run: Path, checkpoint: str | Path) -> Path:
@@ -425,23 +493,6 @@ def named(run: Path, checkpoint: str | Path) -> Path:
             verify(folder)
             return folder
     raise RunFolderError(f"{checkpoint}: is no checkpoint of {run}, which has {', '.join(p.name for p in found)}")
-
-
-def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """What differs, beyond what may: "model.encoder.hidden_size" -> the two values in words."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in values.items():
-            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return found
-
-    old, new = (flat({k: v for k, v in values.items() if k not in MAY_CHANGE}) for values in (before, now))
-    return {
-        key: f"{key}: {shorten(repr(old.get(key)), 200)} then, {shorten(repr(new.get(key)), 200)} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    }
 
 
 def describe(recognizer: Recognizer) -> dict[str, Any]:
@@ -459,6 +510,21 @@ def describe(recognizer: Recognizer) -> dict[str, Any]:
     }
 
 
+def opened_before(folder: Path) -> bool:
+    """Whether an earlier attempt of this launch of torchrun has opened the run in a folder.
+
+    Then what was to be done there once (``overwrite``, ``resume_from``) was done. That processes were started
+    again does not tell it: they may have ended before.
+    """
+    if attempt() == "0":
+        return False
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(launch()) and settings.get("launch") == launch()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def interrupted_early(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether the folder holds this very run, stopped before its first checkpoint: it simply starts again."""
     there = {p.name for p in folder.iterdir()} - {OWNER}
@@ -467,7 +533,9 @@ def interrupted_early(folder: Path, settings: dict[str, Any]) -> bool:
     return (
         there <= {"config.json", "metrics.jsonl", "lengths.json", "skipped.jsonl", "checkpoints", "best"}
         and (folder / "config.json").is_file()
-        and not changed_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")), settings)
+        and not changed_settings(
+            json.loads((folder / "config.json").read_text(encoding="utf-8")), settings, may_change=MAY_CHANGE
+        )
     )
 
 
@@ -562,7 +630,8 @@ class Saver:
                 return
             started = time.perf_counter()
             try:
-                write()
+                with memory_explained(SMALLER_MODEL, doing="when a model or checkpoint was written"):
+                    write()
             except BaseException:
                 self._failed = True
                 raise

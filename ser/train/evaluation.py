@@ -87,6 +87,7 @@ def add_outcome(totals: NDArray[np.int64], reference: int, predicted: int) -> No
 
 
 @torch.no_grad()
+@memory_explained("Try a lower --eval-seconds", doing="in evaluation")
 @worker_death_explained()
 def evaluate(
     recognizer: Recognizer,
@@ -159,7 +160,7 @@ def evaluate(
         errors |= batch.errors
         if stop or (errors and bad_audio.policy == "fail"):
             break  # to where the ranks meet
-        with memory_explained(batch, names, "Try a lower --eval-seconds"):
+        with memory_explained("Try a lower --eval-seconds", batch, names):
             batch = batch.to(world.device)
             with recognizer.autocast():
                 outputs = model(**batch.inputs)

@@ -9,7 +9,6 @@ random state to save, and a resumed run continues exactly.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -38,14 +37,25 @@ from ser.recognizer import Recognizer
 from ser.train.bad_audio import BadAudio, errors_of
 from ser.train.cache import Cache, choose_kind, fill
 from ser.train.card import RECORD, evaluation_entry, training_record, with_evaluation, write_card
-from ser.train.checkpoint import Opened, Progress, Saver, describe, load_checkpoint, open_run
+from ser.train.checkpoint import (
+    Opened,
+    Progress,
+    Saver,
+    describe,
+    is_over,
+    load_checkpoint,
+    open_run,
+    stops_early,
+)
 from ser.train.config import METRICS, TrainConfig, parse_interval
+from ser.train.content import contents, fingerprint
 from ser.train.distributed import World, choose_device
 from ser.train.evaluation import Evaluation, evaluate
+from ser.train.learnable import check_learnable
 from ser.train.optim import make_optimizer, rate_factor, set_rate
 from ser.train.processes import lost_here, outlive_signals, own_run, stop_on_signals
 from ser.train.report import Outcomes, as_row, report
-from ser.train.resources import memory_gib
+from ser.train.resources import SMALLER_MODEL, memory_explained, memory_gib
 from ser.train.update import Objective, UpdateResult, run_update
 
 
@@ -150,6 +160,7 @@ class FitResult:
     stopped: bool = False  # asked to stop, by a signal to any rank, it saved its state before the end
 
 
+@memory_explained(SMALLER_MODEL, doing="outside of an update")
 @worker_death_explained()
 def fit(
     recognizer: Recognizer,
@@ -231,13 +242,29 @@ def _fit(
             say(world, f"dropped {len(dropped)} training utterances over {config.max_seconds:g} s: {listed}")
         dataset, lengths = recognizer.dataset([train[i] for i in kept]), [lengths[i] for i in kept]
         dataset.lengths = lengths
-    for note in check_training_data(recognizer, dataset, lengths, bad_audio.skipped["train"]):
+    unread = bad_audio.skipped["train"]
+    for note in check_training_data(recognizer, dataset, lengths, unread):
+        say(world, note)
+    batch_samples = int(config.batch_seconds * SAMPLE_RATE) or None
+    sampler = LengthBucketBatchSampler(
+        lengths,
+        seed=config.seed,
+        effective_batch=effective_batch,
+        batch_samples=batch_samples,
+        **config.micro_limits(world.size),
+        batching=config.batching,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    for note in check_learnable(recognizer, dataset, sampler.plan, trained, epochs=config.epochs, unread=unread):
         say(world, note)
 
     metric = choose_metric(config, recognizer, validation)
     recorded = config.to_dict() | {"effective_batch": effective_batch or 0, "metric": metric} | settings
     recorded["model"] = describe(recognizer)
-    recorded["data"] = {"train": fingerprint(dataset), "valid": fingerprint(validation)}
+    sets = {"train": dataset, "valid": validation}
+    recorded["data"] = {name: fingerprint(part) for name, part in sets.items()}
+    recorded["content"] = {name: contents(part.utterances, part.lengths) for name, part in sets.items()}
     if world.is_main:
         opened: Opened | None = None
         failure: SerError | None = None
@@ -252,6 +279,7 @@ def _fit(
     if opened is None:
         assert failure is not None
         raise failure
+    recorded = opened.run.settings
     for lost in lost_here():
         say(world, lost)
     saver = held.enter_context(Saver())  # whatever way training ends, what is being written is finished
@@ -259,7 +287,8 @@ def _fit(
     for note in opened.notes:
         say(world, note)
 
-    model.to(world.device)
+    with memory_explained(SMALLER_MODEL, doing=f"when the model was put onto {world.device.type}"):
+        model.to(world.device)
     model.wav2vec2.activation_checkpointing(config.activation_checkpointing)
     model.freeze(config.freeze)
     for parameter in model.untrained_by([name for name, weight in trained.items() if weight]):
@@ -267,7 +296,8 @@ def _fit(
     if model.config.has_mask_embedding and not model.config.apply_spec_augment:
         model.wav2vec2.masked_spec_embed.requires_grad_(False)
     model.train()
-    wrapped = world.wrap(model)
+    with memory_explained(SMALLER_MODEL, doing="when room for gradients was made"):
+        wrapped = world.wrap(model)
     optimizer = make_optimizer(
         model,
         rate=config.rate,
@@ -285,28 +315,18 @@ def _fit(
         ctc_per_character=config.ctc_per_character,
         blank=recognizer.vocabulary.blank if recognizer.vocabulary is not None else 0,
     )
-    batch_samples = int(config.batch_seconds * SAMPLE_RATE) or None
-    sampler = LengthBucketBatchSampler(
-        lengths,
-        seed=config.seed,
-        effective_batch=effective_batch,
-        batch_samples=batch_samples,
-        **config.micro_limits(world.size),
-        batching=config.batching,
-        rank=world.rank,
-        world_size=world.size,
-    )
     # By utterances every epoch has equally many updates; by padded seconds the jitter decides.
     per_epoch = [len(sampler.plan(epoch=e)) for e in range(config.epochs if batch_samples else 1)]
     per_epoch = per_epoch if batch_samples else per_epoch * config.epochs
     total = sum(per_epoch)
     progress = Progress()
     if opened.checkpoint is not None:
-        progress = load_checkpoint(opened.checkpoint, recognizer, optimizer)
+        with memory_explained(SMALLER_MODEL, doing="when a checkpoint was loaded"):
+            progress = load_checkpoint(opened.checkpoint, recognizer, optimizer)
         if progress.scaler:
             scaler.load_state_dict(progress.scaler)
         if opened.changed:  # of epochs, perhaps, or of when to stop early
-            progress.finished = progress.epoch >= config.epochs or stops_early(config, progress)
+            progress.finished = is_over(progress, recorded)
         what = "is finished, nothing is left to do; it ended" if progress.finished else "is resumed"
         say(world, f"{run} {what} at update {progress.step} of {total}, from {opened.checkpoint.name}")
     finished_before = progress.finished
@@ -381,7 +401,7 @@ def _fit(
             show_rows(world, evaluation)
         if progress.evaluations_since_best == 0:
             save_model("best", evaluation)
-        if stops_early(config, progress):
+        if stops_early(progress, config.early_stop):
             say(world, f"stopping early: {metric} has not improved in {config.early_stop} evaluations")
             progress.finished = True
         progress.evaluation_due = False
@@ -533,8 +553,8 @@ def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: Speec
         return "none" if config.metric == "auto" else config.metric
     if not possible:
         raise ConfigError(
-            f"the validation data has no label for any head ({', '.join(recognizer.model.heads)}), so no best "
-            "model could be chosen; see --columns, or leave --valid out"
+            f"the validation data has no label for any head ({', '.join(recognizer.model.heads)}; of a dimension "
+            "two different ones are needed), so no best model could be chosen; see --columns, or leave --valid out"
         )
     possible.append("loss")
     if config.metric == "auto":
@@ -547,15 +567,6 @@ def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: Speec
     return config.metric
 
 
-def fingerprint(dataset: SpeechDataset) -> str:
-    """sha256 of what an epoch depends on: order, names, excerpts, labels, texts and lengths."""
-    digest = hashlib.sha256()
-    for u, length in zip(dataset.utterances, dataset.lengths, strict=True):
-        row = (u.id, u.start, u.end, u.emotion, u.text, u.speaker, u.arousal, u.dominance, u.valence, length)
-        digest.update(repr(row).encode())
-    return digest.hexdigest()
-
-
 def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> None:
     """Keep count of the best value of the metric."""
     value = float(evaluation.metrics().get(metric, math.nan))
@@ -564,11 +575,6 @@ def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> 
         progress.best, progress.best_step, progress.evaluations_since_best = value, progress.step, 0
     else:
         progress.evaluations_since_best += 1
-
-
-def stops_early(config: TrainConfig, progress: Progress) -> bool:
-    """Whether there were enough evaluations without improvement."""
-    return bool(config.early_stop) and progress.evaluations_since_best >= config.early_stop
 
 
 def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:

@@ -167,6 +167,12 @@ def ccc_summands(predictions: Tensor, labels: Tensor, utterance_weights: Tensor 
     return torch.stack([weights, weights * p, weights * y, weights * p * p, weights * y * y, weights * p * y])
 
 
+def labels_vary(n: Tensor, y: Tensor, yy: Tensor) -> Tensor:
+    """Whether there are two labels or more and they differ, by their number and the sums of y and of y^2."""
+    # A variance is the difference of two sums: what is left of equal labels is rounding.
+    return (n >= 2) & (yy / n - (y / n).square() > 1e-12 * yy / n)
+
+
 def concordance(moments: Tensor) -> Tensor:
     """`ccc_moments`, summed over whatever is judged together -> the CCC of each dimension, (K,) float64, -1 to 1.
 
@@ -176,11 +182,10 @@ def concordance(moments: Tensor) -> Tensor:
     the labels do not vary.
     """
     n, p, y, pp, yy, py = moments
+    varies = labels_vary(n, y, yy)
     p, y = p / n, y / n
-    # A variance is the difference of two sums: what is left of equal labels is rounding.
-    varies = yy / n - y * y > 1e-12 * yy / n
     ccc = 2 * (py / n - p * y) / ((pp / n - p * p) + (yy / n - y * y) + (p - y).square())
-    return ccc.masked_fill((n < 2) | ~varies, torch.nan)
+    return ccc.masked_fill(~varies, torch.nan)
 
 
 def ccc_loss(

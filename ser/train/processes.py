@@ -325,3 +325,18 @@ def error_store() -> dist.Store | None:
 def attempt() -> str:
     """How often torchrun has restarted the processes."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def launch() -> str:
+    """What tells this launch of torchrun from every other, the same in all its attempts; empty without torchrun.
+
+    Over several nodes it is the launchers' common --rdzv-id alone.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if not name or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return name
+    began = ""
+    with suppress(OSError):  # the launcher's first moment, for ids of processes come again
+        stat = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="utf-8", errors="replace")
+        began = stat.rpartition(")")[2].split()[19]
+    return f"{name} {socket.gethostname()} {os.getppid()} {began}".rstrip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from errno import ENOMEM
 
 import torch
 
@@ -16,28 +17,47 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
+# What helps where no utterances are at work.
+SMALLER_MODEL = (
+    "A smaller micro-batch does not help here: train fewer parameters (--freeze feature-encoder, or encoder), "
+    "take a smaller --init, end other programs, or use a machine with more memory; a run that has a checkpoint "
+    "continues from it"
+)
+SIGNS_OF_NO_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")  # of the CPU, CUDA and cuBLAS
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, the GPU's or the machine's."""
+    if isinstance(error, OSError):  # a further process, say
+        return error.errno == ENOMEM
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_NO_MEMORY))
 
 
 @contextmanager
-def memory_explained(batch: Batch, names: Sequence[str], advice: str) -> Iterator[None]:
-    """Out of memory in here is a ResourceError that names the utterances at work and what to change."""
+def memory_explained(
+    advice: str, batch: Batch | None = None, names: Sequence[str] = (), *, doing: str = ""
+) -> Iterator[None]:
+    """Out of memory in here is a ResourceError that says what was done, on which utterances, and what helps."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and not any(sign in str(error) for sign in signs):
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
             raise
-        seconds = [n / SAMPLE_RATE for n in batch.num_samples.tolist()]
-        held = ", ".join(
-            f"{names[i] if names else f'utterance {i}'} ({s:.1f} s)"
-            for i, s in zip(batch.indices, seconds, strict=True)
-        )
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ResourceError(
-            f"out of memory with {len(seconds)} utterance{'s' if len(seconds) > 1 else ''} padded to "
-            f"{max(seconds):.1f} s: {held}. {advice}. ({reason})"
-        ) from error
+        if batch is not None:
+            doing = f"with {utterances_at_work(batch, names)}"
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ResourceError(f"out of memory {doing}. {advice}. ({reason})") from error
+
+
+def utterances_at_work(batch: Batch, names: Sequence[str]) -> str:
+    """How many utterances a batch has, how long they are, and which."""
+    seconds = [n / SAMPLE_RATE for n in batch.num_samples.tolist()]
+    held = ", ".join(
+        f"{names[i] if names else f'utterance {i}'} ({s:.1f} s)"
+        for i, s in zip(batch.indices, seconds, strict=True)
+    )
+    return f"{len(seconds)} utterance{'s' if len(seconds) > 1 else ''} padded to {max(seconds):.1f} s: {held}"
 
 
 def memory_gib(device: torch.device) -> float | None:

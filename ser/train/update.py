@@ -29,7 +29,7 @@ from ser.train.losses import (
     ctc_feasible,
     ctc_loss,
 )
-from ser.train.resources import memory_explained
+from ser.train.resources import SMALLER_MODEL, memory_explained
 
 SMALLER_UPDATES = (
     "Try --micro-batch 1 (the effective batch stays), --max-seconds to drop the longest training utterances, "
@@ -168,11 +168,11 @@ def run_update(
     if objective.weights.get("dimensions") and count_of["dimensions"]:
         with torch.no_grad():
             for number, batch in enumerate(batches):
-                with memory_explained(batch, names, SMALLER_UPDATES):
+                with memory_explained(SMALLER_UPDATES, batch, names):
                     batch = batch.to(world.device)
                     predictions = forward(model, number, batch).dimensions
-                assert predictions is not None
-                moments += ccc_moments(predictions, batch.dimensions, batch.weights)
+                    assert predictions is not None
+                    moments += ccc_moments(predictions, batch.dimensions, batch.weights)
         moments = world.sum(moments.cpu())
         ccc = concordance(moments)
         if bool(ccc.isnan().all()):  # too few labels, or equal ones: they give no gradient
@@ -182,7 +182,7 @@ def run_update(
         moments = moments.to(world.device)
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
-        with world.no_sync(wrapped, last=last), memory_explained(batch, names, SMALLER_UPDATES):
+        with world.no_sync(wrapped, last=last), memory_explained(SMALLER_UPDATES, batch, names):
             batch = batch.to(world.device)
             outputs = forward(wrapped, number, batch)
             loss = torch.zeros((), device=world.device)
@@ -200,6 +200,23 @@ def run_update(
     trained = [p for p in model.parameters() if p.grad is not None]
     if not trained:  # no label of any task in the whole update
         return UpdateResult(losses, 0.0, stop=asked_to_stop > 0)
+    size = 8e-9 * sum(p.numel() for p in trained)
+    doing = f"in the optimizer's step: beside the weights and gradients it keeps {size:.2f} GB in its first one"
+    with memory_explained(SMALLER_MODEL, doing=doing):
+        return step_of_optimizer(optimizer, trained, losses, world, scaler, clip=clip, stop=asked_to_stop > 0)
+
+
+def step_of_optimizer(
+    optimizer: torch.optim.Optimizer,
+    trained: Sequence[nn.Parameter],
+    losses: dict[str, Tensor],
+    world: World,
+    scaler: torch.amp.GradScaler,
+    *,
+    clip: float,
+    stop: bool,
+) -> UpdateResult:
+    """Clip the gradient and make the step, on all ranks or none."""
     scaler.unscale_(optimizer)
     # The norm is the same on every rank, so all skip the same updates. Reading it is the one wait per update.
     norm = float(torch.nn.utils.clip_grad_norm_(trained, clip or math.inf))
@@ -212,7 +229,7 @@ def run_update(
     else:  # after an overflow the scaler leaves the step out by itself, and halves its scale
         scaler.step(optimizer)
         scaler.update()
-    return UpdateResult(losses, norm, skipped, overflow, stop=asked_to_stop > 0)
+    return UpdateResult(losses, norm, skipped, overflow, stop=stop)
 
 
 def draw_masks(model: MultiTaskModel, batch: Batch, *, seed: int, epoch: int) -> dict[str, Tensor | None]:

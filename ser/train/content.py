@@ -1,0 +1,152 @@
+"""What a run is of, by content: its utterances, and the weights that it began with.
+
+A stopped run continues wherever its recordings, its manifests and ``--init`` lie by then, and however their paths
+are spelt: these digests are compared, and paths are recorded alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from ser.data.dataset import SpeechDataset
+from ser.data.manifest import Utterance
+from ser.data.text import nfc
+from ser.models.pretrained import shorten
+
+# Of a `Selection` as a dictionary: what names the same utterances wherever the manifest lies.
+NAMES = ("protocol", "shares", "seed", "fold", "known_turns", "part")
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of all safetensors files of a model folder, by their names."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        total.update(path.name.encode())
+        total.update(bytes.fromhex(digest(path)))
+    return total.hexdigest()
+
+
+def contents(utterances: Sequence[Utterance], lengths: Sequence[int] | None = None) -> dict[str, Any]:
+    """The number of utterances, and the sha256 of each of their properties that training depends on, in order.
+
+    The name of a file begins below the folder that all of them share. So it stays when the corpus is moved as a
+    whole, also where the manifest has absolute paths. Ids are nothing that training depends on.
+    """
+    files = [Path(os.path.normpath(u.file.absolute())).parts for u in utterances]
+    folders = [parts[:-1] for parts in files] or [()]
+    ends = zip(min(folders), max(folders), strict=False)  # what these two share, all between them share
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], ends)))
+    columns: dict[str, Iterable[Any]] = {
+        "files": (nfc("/".join(parts[shared:])) for parts in files),
+        "excerpts": ((u.start, u.end) for u in utterances),
+        "emotions": (u.emotion for u in utterances),
+        "texts": (u.text for u in utterances),
+        "speakers": (u.speaker for u in utterances),
+        "dimensions": ((u.arousal, u.dominance, u.valence) for u in utterances),
+    }
+    if lengths is not None:
+        columns["lengths"] = lengths
+    digests = {name: rows_sha256((row,) for row in rows) for name, rows in columns.items()}
+    return {"utterances": len(utterances)} | digests
+
+
+def fingerprint(dataset: SpeechDataset) -> str:
+    """What earlier releases recorded in place of `contents`. Ids are in it, and so may be paths."""
+    return rows_sha256(
+        (u.id, u.start, u.end, u.emotion, u.text, u.speaker, u.arousal, u.dominance, u.valence, length)
+        for u, length in zip(dataset.utterances, dataset.lengths, strict=True)
+    )
+
+
+def rows_sha256(rows: Iterable[tuple[Any, ...]]) -> str:
+    """The sha256 of tuples in their order."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(repr(row).encode("utf-8", "surrogatepass"))
+    return total.hexdigest()
+
+
+def changed_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, may_change: Collection[str]
+) -> dict[str, str]:
+    """What differs, beyond what may: the name of a setting, such as "model.encoder.hidden_size" -> what, in words.
+
+    Settings are a run's config.json. Earlier releases recorded less of the content; then what they did record is
+    compared.
+    """
+    before, now = ({k: v for k, v in values.items() if k not in may_change} for values in (before, now))
+    found: dict[str, str] = {}
+    settled = {"content", "init_content"}
+    if "content" in before and "content" in now:
+        found |= changed_data(before["content"], now["content"])
+        settled.add("data")
+    if before.get("init_content") and now.get("init_content"):
+        found |= changed_init(before, now)
+        settled.add("init")
+    old, new = (flat(without_paths({k: v for k, v in s.items() if k not in settled})) for s in (before, now))
+    return found | {
+        key: f"{key}: {shorten(repr(old.get(key)), 200)} then, {shorten(repr(new.get(key)), 200)} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    }
+
+
+def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Of the `contents` of each set. Other names of files alone are a setting of their own."""
+    found = {}
+    for part in sorted({*before, *now}):
+        old, new = before.get(part) or {}, now.get(part) or {}
+        differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        if differing == ["files"]:
+            found["files"] = (
+                f"files: {part} has other names of files then and now, below the folder that all share; all else "
+                "of it is the same"
+            )
+        elif "utterances" in differing:
+            found[f"data.{part}"] = (
+                f"data.{part}: {old.get('utterances', 0)} utterances then, {new.get('utterances', 0)} now"
+            )
+        elif differing:
+            found[f"data.{part}"] = f"data.{part}: other {', '.join(differing)} now, or another order"
+    return found
+
+
+def changed_init(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Of the weights that a run begins with."""
+    old, new = before["init_content"], now["init_content"]
+    if old == new:
+        return {}
+    return {
+        "init": f"init: {before.get('init')} then, and {now.get('init')} now, which has other weights ({old[:12]} "
+        f"then, {new[:12]} now)"
+    }
+
+
+def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the paths in them."""
+    kept = dict(settings)
+    for part in ("train", "valid"):
+        if isinstance(kept.get(part), Mapping):
+            kept[part] = {name: kept[part].get(name) for name in NAMES}
+    if "cache" in kept:
+        kept["cache"] = "kept in a folder" if kept["cache"] else "none"
+    return kept
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
