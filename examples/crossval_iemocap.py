@@ -50,6 +50,7 @@ from typing import Any, TextIO
 import torch
 
 import ser
+from ser.data.labels import check_spellings, label_lines
 from ser.data.protocols import Protocol, check_fold, to_table, usual_known_turns
 from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.errors import ConfigError, FileError
@@ -307,7 +308,10 @@ def cross_validate(
     arguments: argparse.Namespace, rest: list[str], selection: Selection, out: Path
 ) -> dict[str, Any]:
     """Every fold, and the report of all, in ``out``."""
-    protocol, utterances = selection.find_protocol(), selection.read(check_files=arguments.on_bad_audio == "fail")
+    protocol = selection.find_protocol()
+    utterances = selection.read(check_files=arguments.on_bad_audio == "fail", tell=print)
+    print("\n".join(label_lines({"all folds": utterances})))
+    check_spellings({"all folds": utterances}, label_map=selection.label_map)
     folds = {fold.name: fold for fold in protocol.folds(utterances, seed=selection.seed)}
     names = list(dict.fromkeys(arguments.folds or folds))
     if unknown := sorted(set(names) - set(folds)):
