@@ -311,7 +311,9 @@ def cross_validate(
     protocol = selection.find_protocol()
     utterances = selection.read(check_files=arguments.on_bad_audio == "fail", tell=print)
     print("\n".join(label_lines({"all folds": utterances})))
-    check_spellings({"all folds": utterances}, label_map=selection.label_map)
+    settled = not arguments.evaluate_only and not any("heads" in o for o in (*rest, arguments.ablation or ""))
+    used = ["emotion", "speaker"] if settled else ["speaker"]  # else each training knows whether emotions are used
+    check_spellings({"all folds": utterances}, label_map=selection.label_map, columns=used)
     folds = {fold.name: fold for fold in protocol.folds(utterances, seed=selection.seed)}
     names = list(dict.fromkeys(arguments.folds or folds))
     if unknown := sorted(set(names) - set(folds)):

@@ -189,7 +189,13 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     for line in label_lines(sets, emotions=recognizer.emotions):
         say(world, line)
     speakers = {u.speaker for u in training or () if u.speaker is not None}
-    check_spellings(sets, emotions=recognizer.emotions, speakers=speakers, label_map=chosen.label_map)
+    check_spellings(
+        sets,
+        emotions=recognizer.emotions,
+        speakers=speakers,
+        label_map=chosen.label_map,
+        columns=["emotion", "speaker"] if recognizer.emotions else ["speaker"],
+    )
     outcomes = outcomes_of(recognizer, judged, training, arguments, world, arguments.out)
     entries = []
     if outcomes is not None:

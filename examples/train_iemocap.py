@@ -137,11 +137,12 @@ def is_large_960h(init: str | Path) -> bool:
     return config.hidden_size == 1024 and config.feat_extract_norm == "group"
 
 
-def review(sets: dict[str, list[Utterance]], selection: Selection, world: World) -> None:
+def review(sets: dict[str, list[Utterance]], selection: Selection, config: TrainConfig, world: World) -> None:
     """Show the classes of each set before anything is trained; refuse two spellings of one."""
-    for line in label_lines(sets):
+    used = config.heads == "auto" or "emotion" in config.heads.split(",")
+    for line in label_lines(sets, emotions=None if used else ()):
         say(world, line)
-    check_spellings(sets, label_map=selection.label_map)
+    check_spellings(sets, label_map=selection.label_map, columns=["emotion", "speaker"] if used else ["speaker"])
 
 
 def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World) -> tuple[list, list, dict]:
@@ -155,7 +156,7 @@ def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World)
         chosen = [from_arguments(arguments, path) for path in (arguments.train, arguments.valid) if path]
         parts = [selection.read(check_files=check_files, tell=tell) for selection in chosen]
         train, valid = parts[0], parts[1] if arguments.valid else []
-        review(dict(zip(("train", "valid"), parts, strict=False)), chosen[0], world)
+        review(dict(zip(("train", "valid"), parts, strict=False)), chosen[0], config, world)
         check_overlap(train, valid, allow=arguments.allow_overlap)
         names: dict[str, Any] = dict(zip(("train", "valid"), (s.to_dict() for s in chosen), strict=False))
         if valid:
@@ -176,7 +177,7 @@ def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World)
         say(world, f"the protocol tests on strangers: {held_out} (--known-turns)")
     say(world, f"{protocol.name}: {protocol.description}\n{to_table([audit])}")
     parts_of_fold = fold.select(utterances)
-    review(parts_of_fold, selection, world)
+    review(parts_of_fold, selection, config, world)
     about: dict[str, Any] = {
         part: replace(selection, part=part).to_dict() for part in ("train", "valid") if part in fold.parts
     }

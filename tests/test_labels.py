@@ -6,8 +6,10 @@ import json
 import os
 import shlex
 
+import evaluate
 import pytest
 from test_manifest import column
+from toy import toy_recognizer, write_corpus
 
 from ser.data import selection
 from ser.data.labels import check_spellings, label_lines, parse_map, spelling
@@ -150,6 +152,12 @@ def test_names_that_differ_otherwise_are_different(one, other):
     check_spellings({"train": said(one, other, speakers=[one, other]), "valid": said(other)})
 
 
+def test_columns_that_are_not_used_are_not_looked_at():
+    check_spellings({"train": said("a", "A")}, columns=["speaker"])
+    with pytest.raises(ManifestError, match="speaker 'a'"):
+        check_spellings({"train": said("a", "A", speakers=["a", "A"])}, columns=["speaker"])
+
+
 def test_an_emotion_and_a_speaker_are_never_one():
     check_spellings({"train": said("a", speakers=["A"])})
 
@@ -219,6 +227,7 @@ def test_one_class_alone_is_said_loudly():
     lines = label_lines({"train": said("happy", "happy", None), "valid": said("happy")})
     assert sum("has only one emotion, 'happy': there is nothing to tell apart" in line for line in lines) == 2
     assert not any("warning" in line for line in label_lines({"train": said(None, speakers=["s"])}))
+    assert len(label_lines({"t": said("a")}, emotions=[])) == 1, "nobody judges emotions"
     assert any("the model has only one emotion" in line for line in label_lines({"t": said("a")}, emotions=["a"]))
 
 
@@ -328,3 +337,33 @@ def test_what_is_no_selection_is_refused(change):
     for value in (None, [], "m.csv", {}):
         with pytest.raises(ConfigError):
             Selection.from_dict(value)
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_shows_the_classes_and_refuses_another_spelling_than_the_models(tmp_path, capsys):
+    toy_recognizer(heads=("emotion",)).save(tmp_path / "model")
+    toy_recognizer(heads=("ctc",)).save(tmp_path / "ctc")
+    path = write_corpus(tmp_path, 4)
+    path.write_text(path.read_text().replace(",happy,", ",Happy,").replace(",sad,", ",NA,"))
+    options = ["--manifest", str(path), "--device", "cpu", "--resamples", "2"]
+    with pytest.raises(ManifestError, match=r"'happy' \(of the model\) and 'Happy' \(judged 1\)"):
+        evaluate.main(["--model", str(tmp_path / "model"), *options])
+    evaluate.main(["--model", str(tmp_path / "ctc"), *options])  # which judges no emotions
+    capsys.readouterr()
+    out = ["--out", str(tmp_path / "out"), "--no-pictures"]
+    evaluate.main(["--model", str(tmp_path / "model"), *options, "--map", '{"Happy": "happy"}', *out])
+    said = capsys.readouterr().err
+    assert "judged: 4 utterances; emotions angry 1, happy 1, neutral 1; 3 speakers; 1 without emotion" in said
+    assert "emotion 'NA' (1)" in said and "--map, emotion: 'Happy' is 'happy' (1)" in said
+    assert "warning: judged lacks emotions that the model has, and says nothing of them: sad" in said
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["judged"]["emotion"] == 3
+    assert report["selection"]["label_map"] == {"Happy": "happy"}
+
+
+def test_predictions_to_compare_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "p.csv")
+    with pytest.raises(ConfigError, match="not a regular file but a pipe, expected a predictions file"):
+        evaluate.main(["--compare", str(tmp_path / "p.csv"), str(tmp_path / "p.csv")])

@@ -33,8 +33,6 @@ INVISIBLE = re.compile(
 # Not among the cells that stand for nothing, and yet hardly meant as a class.
 SEEMS_MISSING = frozenset({"nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nil", "nat", "?", "--", "missing"})
 
-NOTHING_TO_LEARN = "there is nothing to tell apart, and accuracy, UA and F1 of 1 mean nothing"
-
 
 # ------------------------------------------------------------------------------------------------------- maps
 
@@ -135,6 +133,7 @@ def check_spellings(
     emotions: Collection[str] = (),
     speakers: Collection[str] = (),
     label_map: Mapping[str, Any] | None = None,
+    columns: Collection[str] = ("emotion", "speaker"),
 ) -> None:
     """That no class, and no speaker, is spelt in two ways: they would be two.
 
@@ -142,6 +141,7 @@ def check_spellings(
         sets: name -> utterances.
         emotions, speakers: names that are right as they are, such as the classes of a model.
         label_map: what the sets were read with. A name that it leaves as it is (``"A": "A"``) is right too.
+        columns: those that are used.
 
     Raises:
         ManifestError: names that differ in case, spaces, invisible characters or Unicode form alone, each with
@@ -149,6 +149,8 @@ def check_spellings(
     """
     found = []
     for column, right in (("emotion", emotions), ("speaker", speakers)):
+        if column not in columns:
+            continue
         meant = {old for old, new in map_for(label_map or {}, column).items() if old == new}
         where: dict[str, list[str]] = {name: [] for name in right}
         for title, utterances in sets.items():
@@ -201,12 +203,13 @@ def shown_name(name: str) -> str:
 # ----------------------------------------------------------------------------------------------------- counts
 
 
-def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection[str] = ()) -> list[str]:
+def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection[str] | None = None) -> list[str]:
     """What a user should know of the labels before they are used: classes with counts, and what is odd in them.
 
     Args:
         sets: name -> utterances; the first one is what others are compared with.
-        emotions: the classes of the model that judges them, where there is one.
+        emotions: the classes of the model that judges them, none where nobody judges emotions; None: there is no
+            model yet.
     """
     counts = {title: Counter(u.emotion for u in us if u.emotion is not None) for title, us in sets.items()}
     lines = [_set_line(title, utterances, counts[title]) for title, utterances in sets.items()]
@@ -217,22 +220,20 @@ def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection
     for title, here in counts.items() if emotions else others:
         if here and emotions:
             lines += _lacking(title, here, "the model", emotions, "which are not judged")
-        elif here and learnt:
+        elif here and learnt and emotions is None:
             lines += _lacking(title, here, first, learnt, "which nothing learns")
-    for title, here in counts.items():
-        if len(here) == 1 and not emotions:
+    alone = counts if emotions is None else {"the model": emotions}
+    for title, names in alone.items():
+        if len(names) == 1:
             lines.append(
-                f"warning: {title} has only one emotion, {shown_name(next(iter(here)))}: {NOTHING_TO_LEARN}"
+                f"warning: {title} has only one emotion, {shown_name(next(iter(names)))}: there is nothing to tell "
+                "apart, and accuracy, UA and F1 of 1 mean nothing"
             )
-    if len(emotions) == 1:
-        lines.append(
-            f"warning: the model has only one emotion, {shown_name(next(iter(emotions)))}: {NOTHING_TO_LEARN}"
-        )
     return lines
 
 
 def _set_line(title: str, utterances: Sequence[Utterance], counts: Counter[str]) -> str:
-    """One set: how many utterances, its classes from the most frequent on, and how many lack which label."""
+    """One set: its size, its classes from the most frequent on, and how many utterances lack which label."""
     classes = [f"{_plain(name)} {count}" for name, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))]
     more = [f"{len(classes) - MAX_SHOWN} more classes"] if len(classes) > MAX_SHOWN else []
     parts = [f"emotions {', '.join([*classes[:MAX_SHOWN], *more])}"] if classes else []
