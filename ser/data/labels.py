@@ -116,7 +116,10 @@ def spelling(name: str) -> str:
 
     Spaces between digits stay, since they hold numbers apart, and 1.0 is 1.
     """
-    name = unicodedata.normalize("NFKC", whole(name))
+    name = whole(name)
+    if name.isascii() and name.isalnum():  # as most are: a million speakers take a second
+        return name.lower()
+    name = unicodedata.normalize("NFKC", name)
     name = "".join(" " if c.isspace() else c for c in name if c.isspace() or not is_invisible(c))
     name = re.sub(r"(?<=[0-9]) +(?=[0-9])", "\0", name).replace(" ", "").casefold()
     return unicodedata.normalize("NFKC", name)
@@ -225,10 +228,9 @@ def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection
     alone = counts if emotions is None else {"the model": emotions}
     for title, names in alone.items():
         if len(names) == 1:
-            lines.append(
-                f"warning: {title} has only one emotion, {shown_name(next(iter(names)))}: there is nothing to tell "
-                "apart, and accuracy, UA and F1 of 1 mean nothing"
-            )
+            (name,) = names
+            consequence = "there is nothing to tell apart, and accuracy, UA and F1 of 1 mean nothing"
+            lines.append(f"warning: {title} has only one emotion, {shown_name(name)}: {consequence}")
     return lines
 
 
@@ -260,7 +262,7 @@ def _odd_names(counts: Counter[str]) -> list[str]:
         if name.casefold() in SEEMS_MISSING:
             drop = json.dumps({name: None})
             lines.append(f"{brief(name)} ({counts[name]}) is taken as a class; if it is none: --map '{drop}'")
-        elif any(is_invisible(c) or (c.isspace() and c != " ") for c in name):
+        elif not name.isprintable() or INVISIBLE.search(name):
             lines.append(f"{name!a} ({counts[name]}) has characters that cannot be seen")
         elif len(counts) <= MAX_COMPARED and (near := _near(name, counts)):
             lines.append(f"{brief(name)} ({counts[name]}): did you mean {brief(near)} ({counts[near]})?")

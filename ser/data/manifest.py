@@ -265,6 +265,11 @@ def _unknown_column(name: str) -> str:
     return f"no column of ours is called {name!r}{did_you_mean(name, COLUMNS)}; ours are {', '.join(COLUMNS)}"
 
 
+def _quoted(word: str) -> str:
+    """A word as a shell takes it, where a terminal can show it."""
+    return shlex.quote(word) if word.isprintable() else brief(word)
+
+
 class _Renaming:
     """From a manifest's column names to ours, as `columns` says."""
 
@@ -317,7 +322,7 @@ class _Renaming:
         lines = [f"{self.path}: columns read: {', '.join(shown)}; not read: {listed(others, rest) or 'none'}"]
         aside = {name for name in others if name in self.columns}
         hints = [
-            f"  {brief(name)} is not read; did you mean --columns {shlex.quote(f'{ours}={name}')}?"
+            f"  {brief(name)} is not read; did you mean --columns {_quoted(f'{ours}={name}')}?"
             for name in others[:MAX_COLUMNS]
             if name not in aside and (ours := often_called(name, [c for c in COLUMNS if c not in read]))
         ]
