@@ -140,6 +140,7 @@ def is_large_960h(init: str | Path) -> bool:
 def review(sets: dict[str, list[Utterance]], selection: Selection, config: TrainConfig, world: World) -> None:
     """Show the classes of each set before anything is trained; refuse two spellings of one."""
     used = config.heads == "auto" or "emotion" in config.heads.split(",")
+    sets = {"train": sets["train"]} | sets  # the first one is what the others are compared with
     for line in label_lines(sets, emotions=None if used else ()):
         say(world, line)
     check_spellings(sets, label_map=selection.label_map, columns=["emotion", "speaker"] if used else ["speaker"])
