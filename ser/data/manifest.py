@@ -548,6 +548,38 @@ def map_for(label_map: Mapping[str, Any], column: str) -> dict[str, str | None]:
     return {old: new for old, new in label_map.items() if not isinstance(new, Mapping)}
 
 
+def _new_names(
+    column: str, counts: Counter[str], names: Mapping[str, str | None], missing: Missing, lines: list[str]
+) -> dict[str, str | None]:
+    """What becomes of the labels of a column that do not stay: first as the map says, then by the rules.
+
+    Args:
+        column: emotion or speaker.
+        counts: label -> how many rows have it.
+        names: the map, see `map_for`.
+        missing: knows which labels are none.
+        lines: takes what a user should know.
+    """
+    new = {name: names[name] for name in counts if name in names}
+    if new:
+        shown = [f"{brief(n)} is {'no label' if to is None else brief(to)} ({counts[n]})" for n, to in new.items()]
+        lines.append(f"  --map, {column}: {cut(', '.join(shown))}")
+    new |= {n: None for n in counts if n not in new and missing(column, n, count=counts[n])}
+    floats = {}
+    if column == "speaker" and not missing.literal:
+        floats = {n: whole(n) for n in counts if n not in new and whole(n) != n}
+        new |= {n: names.get(to, to) for n, to in floats.items()}
+    if floats:
+        shown = [f"{brief(n)} is {brief(to)}" for n, to in floats.items()]
+        lines.append(f"  speakers that are whole numbers written as floats are those: {cut(', '.join(shown))}")
+    known = dict.fromkeys([*counts, *floats.values()])
+    for name in [name for name in names if name not in known][:MAX_SHOWN]:
+        lines.append(
+            f"  --map: no {column} here is called {brief(name)}{did_you_mean(name, list(known)[:MAX_COLUMNS])}"
+        )
+    return new
+
+
 def _with_names(
     utterances: list[Utterance], label_map: Mapping[str, Any], missing: Missing, lines: list[str]
 ) -> list[Utterance]:
@@ -556,26 +588,8 @@ def _with_names(
     Each name is looked at once, however many rows have it. What a user should know goes to `lines`.
     """
     for column in ("emotion", "speaker"):
-        counts = Counter(getattr(u, column) for u in utterances)
-        del counts[None]
-        names = map_for(label_map, column)
-        new: dict[str, str | None] = {name: names[name] for name in counts if name in names}
-        mapped = [
-            f"{brief(n)} is {'no label' if to is None else brief(to)} ({counts[n]})" for n, to in new.items()
-        ]
-        rest = [name for name in counts if name not in new]
-        new |= {name: None for name in rest if missing(column, name, count=counts[name])}
-        if column == "speaker" and not missing.literal:
-            floats = {name: whole(name) for name in rest if name not in new and whole(name) != name}
-            if floats:
-                shown = cut(", ".join(f"{brief(n)} is {brief(to)}" for n, to in floats.items()))
-                lines.append(f"  speakers that are whole numbers written as floats are those numbers: {shown}")
-            new |= {name: names.get(to, to) for name, to in floats.items()}
-            counts.update(floats.values())
-        if mapped:
-            lines.append(f"  --map, {column}: {cut(', '.join(mapped))}")
-        for name in [name for name in names if name not in counts][:MAX_SHOWN]:
-            lines.append(f"  --map: no {column} here is called {brief(name)}{did_you_mean(name, counts)}")
+        counts: Counter[str] = Counter(name for u in utterances if (name := getattr(u, column)) is not None)
+        new = _new_names(column, counts, map_for(label_map, column), missing, lines)
         labels = {new.get(name, name) for name in counts} - {None}
         if column == "emotion" and labels and labels <= PAPER_EMOTIONS.keys():
             new = {name: PAPER_EMOTIONS.get(new.get(name, name) or "") for name in counts}
