@@ -155,7 +155,7 @@ def find_quoting(file: BinaryIO) -> Quoting:
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        opens = line.startswith(b'"') or b'\t"' in line
+        opens = b'"' in line and (line.startswith(b'"') or b'\t"' in line)
         if len(line) > MAX_LINE_BYTES or (width and not opens):
             continue
         text = line.decode(errors="replace")
