@@ -49,6 +49,7 @@ from typing import Any, TextIO
 import torch
 
 import ser
+from ser.data.labels import check_spellings, label_lines
 from ser.data.protocols import Protocol, check_fold, to_table, usual_known_turns
 from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.errors import ConfigError, FileError
@@ -315,7 +316,12 @@ def cross_validate(
     arguments: argparse.Namespace, rest: list[str], selection: Selection, out: Path
 ) -> dict[str, Any]:
     """Every fold, and the report of all, in ``out``."""
-    protocol, utterances = selection.find_protocol(), selection.read(check_files=arguments.on_bad_audio == "fail")
+    protocol = selection.find_protocol()
+    utterances = selection.read(check_files=arguments.on_bad_audio == "fail", tell=print)
+    print("\n".join(label_lines({"all folds": utterances})))
+    settled = not arguments.evaluate_only and not any("heads" in o for o in (*rest, arguments.ablation or ""))
+    used = ["emotion", "speaker"] if settled else ["speaker"]  # else each training knows whether emotions are used
+    check_spellings({"all folds": utterances}, label_map=selection.label_map, columns=used)
     folds = {fold.name: fold for fold in protocol.folds(utterances, seed=selection.seed)}
     names = list(dict.fromkeys(arguments.folds or folds))
     if unknown := sorted(set(names) - set(folds)):

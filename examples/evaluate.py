@@ -33,6 +33,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from typing import Any
 import torch
 
 import ser
+from ser.data.labels import check_spellings, label_lines
 from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.protocols import KNOWN, overlap
 from ser.data.selection import Selection, add_arguments, from_arguments
@@ -119,7 +121,9 @@ def training_utterances(
         return None
 
 
-def read_data(arguments: argparse.Namespace, record: dict | None) -> tuple[Selection, list, list | None, dict]:
+def read_data(
+    arguments: argparse.Namespace, record: dict | None, tell: Callable[[str], None]
+) -> tuple[Selection, list, list | None, dict]:
     """What is judged, by name and as utterances; what the model was trained on; what a report says of both."""
     named = None if record is None else card.trained_on(record)
     if arguments.train:
@@ -128,14 +132,14 @@ def read_data(arguments: argparse.Namespace, record: dict | None) -> tuple[Selec
         if arguments.fold or arguments.known_turns:
             raise ConfigError("--fold and --known-turns need --protocol, which says how the manifest is divided")
         chosen = from_arguments(arguments, arguments.manifest)
-        everything = judged = chosen.read(check_files=arguments.on_bad_audio == "fail")
+        everything = judged = chosen.read(check_files=arguments.on_bad_audio == "fail", tell=tell)
         about: dict[str, Any] = {"manifest": chosen.data}
     else:
         arguments.data = arguments.data or arguments.manifest
         chosen = replace(from_arguments(arguments), part=arguments.part)
         if named is not None and same_fold(named, chosen) and arguments.known_turns is None:
             chosen = replace(chosen, known_turns=named.known_turns)
-        everything = chosen.read(check_files=arguments.on_bad_audio == "fail")
+        everything = chosen.read(check_files=arguments.on_bad_audio == "fail", tell=tell)
         protocol, (fold, _) = chosen.find_protocol(), chosen.find_fold(everything)
         judged = chosen.of(fold, everything)
         about = {"data": chosen.data, "protocol": protocol.name, "description": protocol.description}
@@ -192,7 +196,18 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     record = card.read_record(find_folder(arguments.model))
     if arguments.card and record is None:
         raise ConfigError(f"--card: {arguments.model} has no {card.RECORD}, as training writes it")
-    chosen, judged, training, about = read_data(arguments, record)
+    chosen, judged, training, about = read_data(arguments, record, lambda line: say(world, line))
+    sets = {chosen.part or "judged": judged}
+    for line in label_lines(sets, emotions=recognizer.emotions):
+        say(world, line)
+    speakers = {u.speaker for u in training or () if u.speaker is not None}
+    check_spellings(
+        sets,
+        emotions=recognizer.emotions,
+        speakers=speakers,
+        label_map=chosen.label_map,
+        columns=["emotion", "speaker"] if recognizer.emotions else ["speaker"],
+    )
     rewriting = Rewriting()
     outcomes = outcomes_of(recognizer, judged, training, arguments, world, arguments.out, rewriting)
     entries = []

@@ -19,6 +19,7 @@ import ser
 from ser.data.corpora import LICENCES, Corpus, parse_crema_d, parse_emodb, parse_ravdess, read_named
 from ser.data.datasheet import data_sheet, listen, to_markdown
 from ser.data.iemocap import four_classes, read_iemocap, read_paper_folds
+from ser.data.labels import label_lines
 from ser.data.manifest import Utterance, write_manifest
 from ser.data.protocols import PROTOCOLS, Protocol, kfold, to_table, write_folds
 from ser.errors import printable
@@ -74,6 +75,7 @@ def main() -> None:
     else:
         protocols = list(PROTOCOLS.values())
 
+    print("\n".join(line for name, found in manifests.items() for line in label_lines({name: found})))
     (arguments.out / "folds").mkdir(parents=True, exist_ok=True)
     sheets = {name: data_sheet(utterances, sounds) for name, utterances in manifests.items()}
     for name, utterances in manifests.items():

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="of each run (default: 5)")
     arguments = parser.parse_args()
 
-    rows = read_manifest(arguments.corpus / "metadata.csv", columns={"text": "transcript"})
+    rows = read_manifest(arguments.corpus / "metadata.csv", columns={"text": "transcript"}, tell=print)
     held_out = [u for u in rows if u.speaker in arguments.held_out]
     rest = [u for u in rows if u.speaker not in arguments.held_out]
     if not held_out or not rest:

@@ -46,10 +46,11 @@ from typing import Any
 import torch
 
 import ser
-from ser.data.manifest import DIMENSIONS, check_labels, check_overlap
+from ser.data.labels import check_spellings, label_lines
+from ser.data.manifest import DIMENSIONS, Utterance, check_labels, check_overlap
 from ser.data.protocols import overlap, to_table, usual_known_turns
+from ser.data.selection import Selection, from_arguments
 from ser.data.selection import add_arguments as add_data_arguments
-from ser.data.selection import from_arguments
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
 from ser.errors import ConfigError, ModelFolderError
 from ser.models.config import PRESETS, Wav2Vec2Config
@@ -173,13 +174,27 @@ def is_large_960h(init: str | Path) -> bool:
     return config.hidden_size == 1024 and config.feat_extract_norm == "group"
 
 
+def review(sets: dict[str, list[Utterance]], selection: Selection, config: TrainConfig, world: World) -> None:
+    """Show the classes of each set before anything is trained; refuse two spellings of one."""
+    used = config.heads == "auto" or "emotion" in config.heads.split(",")
+    sets = {"train": sets["train"]} | sets  # the first one is what the others are compared with
+    for line in label_lines(sets, emotions=None if used else ()):
+        say(world, line)
+    check_spellings(sets, label_map=selection.label_map, columns=["emotion", "speaker"] if used else ["speaker"])
+
+
 def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World) -> tuple[list, list, dict]:
     """Training and validation utterances, and what settings and model card have to say about them."""
     check_files = config.on_bad_audio == "fail"  # else a file that is not there is skipped like any other
+
+    def tell(line: str) -> None:
+        say(world, line)
+
     if arguments.train:
         chosen = [from_arguments(arguments, path) for path in (arguments.train, arguments.valid) if path]
-        parts = [selection.read(check_files=check_files) for selection in chosen]
+        parts = [selection.read(check_files=check_files, tell=tell) for selection in chosen]
         train, valid = parts[0], parts[1] if arguments.valid else []
+        review(dict(zip(("train", "valid"), parts, strict=False)), chosen[0], config, world)
         check_overlap(train, valid, allow=arguments.allow_overlap)
         names: dict[str, Any] = dict(zip(("train", "valid"), (s.to_dict() for s in chosen), strict=False))
         if valid:
@@ -187,7 +202,8 @@ def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World)
             names["shared_with_training"] = {"valid": shared}
         return train, valid, names
     selection = from_arguments(arguments)
-    protocol, utterances = selection.find_protocol(), selection.read(check_files=check_files)
+    protocol = selection.find_protocol()
+    utterances = selection.read(check_files=check_files, tell=tell)
     fold, audit = selection.find_fold(utterances)
     strangers = all(audit.fractions(part).get("speakers", 0.0) == 0.0 for part in ("valid", "test"))
     trains_speakers = "speaker" in config.heads or (config.heads == "auto" and config.beta > 0)
@@ -199,6 +215,7 @@ def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World)
         say(world, f"the protocol tests on strangers: {held_out} (--known-turns)")
     say(world, f"{protocol.name}: {protocol.description}\n{to_table([audit])}")
     parts_of_fold = fold.select(utterances)
+    review(parts_of_fold, selection, config, world)
     about: dict[str, Any] = {
         part: replace(selection, part=part).to_dict() for part in ("train", "valid") if part in fold.parts
     }

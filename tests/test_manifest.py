@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ser.data.cells import MAX_LINE_BYTES, MISSING_LABELS, MISSING_TEXTS, whole
 from ser.data.manifest import (
     COLUMNS,
-    MAX_LINE_BYTES,
+    PAPER_EMOTIONS,
     Overlap,
     Utterance,
     check_labels,
@@ -339,8 +340,12 @@ def test_a_manifest_without_rows_is_refused(folder, name, content):
 
 def test_what_is_no_regular_file_is_refused_without_waiting(folder):
     os.mkfifo(folder / "fifo.csv")
-    assert "not a regular file" in refusal(folder / "fifo.csv")
-    assert "not a regular file" in refusal(folder / "wav")
+    message = refusal(folder / "fifo.csv")
+    assert "not a regular file but a pipe" in message and "save its content to a file" in message
+    assert "not a regular file but a folder" in refusal(folder / "wav")
+    assert "not a regular file but a device" in refusal(Path("/dev/zero"))
+    (folder / "link.csv").symlink_to(folder / "fifo.csv")
+    assert "not a regular file but a pipe" in refusal(folder / "link.csv")
     assert "No such file" in refusal(folder / "missing.csv")
     assert "null" in refusal(folder / "a\0b.csv")
     assert "No such file" in refusal(folder / "missing" / "m.csv")
@@ -390,6 +395,377 @@ def test_too_many_columns_are_refused_at_once(folder):
     assert "100001 columns, at most 1000" in refusal(write(folder / "m.csv", f"file,{header}\n"))
 
 
+# ---------------------------------------------------------------------------------------- what stands for nothing
+
+
+def read_with_notes(path: Path, **options) -> tuple[list[Utterance], str]:
+    """The utterances, and what the user is told."""
+    notes: list[str] = []
+    return read_manifest(path, tell=notes.append, check_files=False, **options), "\n".join(notes)
+
+
+def column(path: Path, name: str, cells: list[str]) -> Path:
+    """A CSV with these cells in one column."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["file", name], *([f"{i}.wav", cell] for i, cell in enumerate(cells))])
+    return path
+
+
+NOTHING = ["nan", "NaN", "NA", "N/A", "null", "NULL", "None", "-", " nan ", "-\u00a0", ""]
+SOMETHING = ["NAN", "Na", "n/a", "#N/A", "none", "Null", "--", "na", "nil"]
+
+
+@pytest.mark.parametrize("name", ["emotion", "speaker"])
+def test_cells_that_stand_for_nothing_are_no_label_and_are_counted(folder, name):
+    path = column(folder / "m.csv", name, [*NOTHING, *SOMETHING, "nan"])
+    utterances, told = read_with_notes(path)
+    assert [getattr(u, name) for u in utterances] == [None] * len(NOTHING) + SOMETHING + [None]
+    assert f"{name} '-' (2), 'N/A' (1), 'NA' (1), 'NULL' (1), 'NaN' (1), 'None' (1), 'nan' (3), 'null' (1)" in told
+    assert "--literal-labels" in told
+    utterances, told = read_with_notes(path, literal_labels=True)
+    assert [getattr(u, name) for u in utterances] == [c.strip() or None for c in [*NOTHING, *SOMETHING, "nan"]]
+    assert "--literal-labels" not in told
+
+
+def test_in_numbers_too_but_what_is_no_number_stays_an_error(folder):
+    for cell in NOTHING:
+        utterances, told = read_with_notes(column(folder / "m.csv", "arousal", [cell, "2.5"]))
+        assert [u.arousal for u in utterances] == [None, 2.5]
+        assert ("taken as empty" in told) == bool(cell)
+    for cell in [*SOMETHING, "inf"]:
+        assert "expected a number" in refusal(column(folder / "m.csv", "valence", [cell]), check_files=False)
+    assert "expected a number" in refusal(
+        column(folder / "m.csv", "valence", ["NA"]), check_files=False, literal_labels=True
+    )
+
+
+def test_in_texts_only_nan_stands_for_nothing(folder):
+    words = ["None", "NA", "N/A", "null", "NULL", "-", "NAN", "Nan", "nan nan"]
+    path = column(folder / "m.csv", "text", ["nan", "NaN", " nan ", *words])
+    utterances, told = read_with_notes(path)
+    assert [u.text for u in utterances] == [None, None, None, *words]
+    assert "text 'NaN' (1), 'nan' (2)" in told
+    assert [u.text for u in read_with_notes(path, literal_labels=True)[0]] == ["nan", "NaN", " nan ", *words]
+
+
+def test_other_columns_ids_and_files_are_never_taken_for_nothing(folder):
+    write(folder / "m.csv", "file,id,age\nNone,NA,nan\n")
+    assert read_with_notes(folder / "m.csv")[0] == [Utterance("NA", folder / "None", extra={"age": "nan"})]
+
+
+def test_nan_in_json_is_null_wherever_it_stands_and_infinity_is_no_label(folder):
+    names = [name for name in COLUMNS if name != "file"]
+    cells = ", ".join(f'"{name}": NaN' for name in [*names, "age"])
+    write(folder / "m.jsonl", f'{{"file": "a.wav", {cells}}}')
+    assert read_with_notes(folder / "m.jsonl")[0] == [Utterance("a.wav", folder / "a.wav")]
+    assert read_with_notes(folder / "m.jsonl", literal_labels=True)[0] == [Utterance("a.wav", folder / "a.wav")]
+    write(folder / "m.jsonl", '{"file": NaN}')
+    assert "has no file" in refusal(folder / "m.jsonl")
+    for name in ("emotion", "speaker", "text", "id"):
+        for value in ("Infinity", "-Infinity", "1e999"):
+            write(folder / "m.jsonl", f'{{"file": "a.wav", "{name}": {value}}}')
+            assert f"'{name}' is {'-' * (value[0] == '-')}inf" in refusal(folder / "m.jsonl", check_files=False)
+
+
+def test_json_numbers_and_booleans_are_labels_as_json_writes_them(folder):
+    values = [1, 1.5, True, "1", "null", 10**20]
+    write(folder / "m.jsonl", "\n".join(json.dumps({"file": f"{i}", "emotion": v}) for i, v in enumerate(values)))
+    labels = [u.emotion for u in read_with_notes(folder / "m.jsonl")[0]]
+    assert labels == ["1", "1.5", "true", "1", None, "100000000000000000000"]
+
+
+# ---------------------------------------------------------------------------------------- who speaks
+
+
+def test_speakers_that_are_whole_floats_are_the_whole_numbers_and_it_is_said(folder):
+    names = ["1.0", "2", "3.00", "-4.0", "0.0", "-0.0", "1e+16", "1.2e+3"]
+    others = ["1.5", "01.0", "1.", "1e5", "12e4", ".0", "1.0a", "1e+999", "v1.0", "1_0.0", "1.05"]
+    utterances, told = read_with_notes(column(folder / "m.csv", "speaker", [*names, *others]))
+    whole = ["1", "2", "3", "-4", "0", "0", "10000000000000000", "1200"]
+    assert [u.speaker for u in utterances] == [*whole, *others]
+    assert "speakers that are whole numbers written as floats are those: '1.0' is '1', '3.00' is '3'" in told
+    rows = [{"file": f"{i}", "speaker": s} for i, s in enumerate([1, 1.0, 2.5, "1.0", 1e16, 1e22])]
+    write(folder / "m.jsonl", "\n".join(map(json.dumps, rows)))
+    speakers = [u.speaker for u in read_with_notes(folder / "m.jsonl")[0]]
+    assert speakers == ["1", "1", "2.5", "1", "10000000000000000", "10000000000000000000000"]
+
+
+def test_whole_floats_stay_where_labels_are_literal_and_in_other_columns(folder):
+    path = column(folder / "m.csv", "speaker", ["1.0"])
+    utterances, told = read_with_notes(path, literal_labels=True)
+    assert utterances[0].speaker == "1.0" and "whole numbers" not in told
+    utterances, told = read_with_notes(column(folder / "m.csv", "emotion", ["1.0"]))
+    assert utterances[0].emotion == "1.0" and "whole numbers" not in told
+
+
+def test_the_same_speaker_as_float_and_whole_number_is_shared(folder):
+    train = read_with_notes(column(folder / "t.csv", "speaker", ["1", "2"]))[0]
+    valid = read_with_notes(column(folder / "v.csv", "speaker", ["1.0", "3.0"]))[0]
+    assert find_overlap(train, valid).speakers == ["1"]
+
+
+# ---------------------------------------------------------------------------------------- what a user is told
+
+
+def test_the_columns_that_are_read_and_those_that_are_not_are_named(folder):
+    path = write(folder / "m.csv", "path,Emotion,transcript,speaker,,age\na.wav,happy,hello,s,,3\n")
+    _, told = read_with_notes(path, columns={"file": "path", "text": "transcript"})
+    assert told.splitlines() == [
+        f"{path}: columns read: file (from 'path'), text (from 'transcript'), speaker; not read: 'Emotion', "
+        "'age', 1 without a name",
+        "  'Emotion' is not read; did you mean --columns emotion=Emotion?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("Emotion", "emotion"),
+        ("EMOTION", "emotion"),
+        ("emotions", "emotion"),
+        ("emo", "emotion"),
+        ("label", "emotion"),
+        ("emotoin", "emotion"),
+        ("emotion\u200b", "emotion"),
+        ("\uff45motion", "emotion"),
+        ("speaker_id", "speaker"),
+        ("Speaker ID", "speaker"),
+        ("client_id", "speaker"),
+        ("spk", "speaker"),
+        ("transcript", "text"),
+        ("Transcription", "text"),
+        ("sentence", "text"),
+        ("Text", "text"),
+        ("start_time", "start"),
+        ("End", "end"),
+        ("Valence", "valence"),
+        ("EmoAct", "arousal"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_column_that_seems_to_be_meant_is_pointed_at(folder, suffix, theirs, ours):
+    path = folder / f"m{suffix}"
+    if suffix == ".jsonl":
+        write(path, json.dumps({"file": "a.wav", theirs: "1"}))
+    else:
+        write(
+            path,
+            "\n".join(("," if suffix == ".csv" else "\t").join(r) for r in (["file", theirs], ["a.wav", "1"])),
+        )
+    told = read_with_notes(path)[1]
+    assert f"{theirs!r} is not read; did you mean --columns" in told and f"{ours}={repr(theirs)[1:-1]}" in told
+
+
+def test_no_column_is_pointed_at_where_ours_is_read_or_nothing_is_near(folder):
+    path = write(folder / "m.csv", "file,emotion,label,Emotion,age,split,kind,seconds,path,session\na" + "," * 9)
+    told = read_with_notes(path)[1]
+    assert "did you mean" not in told
+    path = write(folder / "m.csv", "file,text,transcript\na.wav,b,c\n")
+    told = read_with_notes(path, columns={"text": "transcript"})[1]
+    assert "did you mean" not in told and "not read: 'text'" in told
+
+
+def test_foreign_column_names_cannot_write_on_a_terminal_and_long_lists_are_cut(folder):
+    names = ["file", "\x1b[31mred", "Emotion\x07", *(f"c{i}" for i in range(500))]
+    path = write(folder / "m.csv", f"{','.join(names)}\na.wav{',' * (len(names) - 1)}\n")
+    told = read_with_notes(path)[1]
+    assert "\x1b" not in told and "'\\x1b[31mred'" in told and "482 more" in told and len(told) < 1000
+    assert told.replace("\n", "").isprintable() and "did you mean --columns 'emotion=Emotion\\x07'?" in told
+
+
+def test_nothing_is_told_without_asking(folder, capsys):
+    read_manifest(write(folder / "m.csv", "file,Emotion,speaker\nwav/a.wav,nan,1.0\n"))
+    assert capsys.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------------------------------- maps of labels
+
+
+def test_a_map_renames_and_drops_labels_and_the_rest_stays(folder):
+    path = column(folder / "m.csv", "emotion", ["hapy", "happy", "xxx", "", "NA", "sad", " hapy "])
+    utterances, told = read_with_notes(path, label_map={"hapy": "happy", "xxx": None, "angy": "angry"})
+    assert [u.emotion for u in utterances] == ["happy", "happy", None, None, None, "sad", "happy"]
+    assert "--map, emotion: 'hapy' is 'happy' (2), 'xxx' is no label (1)" in told
+    assert "--map: no emotion here is called 'angy'" in told
+    assert [u.speaker for u in utterances] == [None] * 7
+
+
+def test_a_map_goes_before_the_cells_that_stand_for_nothing_and_the_papers_labels(folder):
+    path = column(folder / "m.csv", "emotion", ["NA", "-", "e0", "e1"])
+    utterances, told = read_with_notes(path, label_map={"NA": "neutral", "e0": "zero"})
+    assert [u.emotion for u in utterances] == ["neutral", None, "zero", "e1"]
+    assert "emotion '-' (1)" in told and "'NA' (1)" not in told
+    labels = [
+        u.emotion for u in read_with_notes(column(path, "emotion", ["e0", "e1", "e9"]), label_map={"e9": None})[0]
+    ]
+    assert labels == ["neutral", "happy", None]
+
+
+def test_a_map_of_speakers_renames_speakers_alone(folder):
+    path = write(folder / "m.csv", "file,emotion,speaker\na,1,1\nb,2,2.0\nc,s1,s1\n")
+    label_map = {"1": "angry", "speaker": {"s1": "S1", "2": "two"}}
+    rows = [(u.emotion, u.speaker) for u in read_with_notes(path, label_map=label_map)[0]]
+    assert rows == [("angry", "1"), ("2", "two"), ("s1", "S1")]
+
+
+# ---------------------------------------------------------------------------------------- quotation marks
+
+
+def texts_of(path: Path, **options) -> tuple[list[str | None], str]:
+    utterances, told = read_with_notes(path, **options)
+    return [u.text for u in utterances], told
+
+
+def tsv(path: Path, texts: list[str], end: str = "\n", mark: str = "") -> Path:
+    """The texts as they are, in the middle of three columns."""
+    lines = ["file\ttext\tage", *(f"{i}.wav\t{text}\t3" for i, text in enumerate(texts))]
+    return write(path, mark + end.join([*lines, ""]))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["one", '"two', "three", 'four"', "five"],
+        ["one", '"'],
+        ['"', '"'],
+        ['"yes" she said'],
+        ['"yes" she said "no"'],
+        ['"quoted"', '"open'],
+        ['"open', '"quoted"', 'x "y" z'],
+        ['""quoted""'],
+        ['"a" "b"'],
+    ],
+)
+def test_in_a_tsv_an_unpaired_quotation_mark_is_a_character(folder, texts, end, mark):
+    assert texts_of(tsv(folder / "m.tsv", texts, end, mark))[0] == texts
+    told = texts_of(folder / "m.tsv")[1]
+    line = next(i for i, text in enumerate(texts, 2) if text.startswith('"') and text not in ('"quoted"', '""'))
+    assert f"quotation marks are characters, as those in line {line} do not enclose a cell" in told
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_in_a_tsv_paired_quotation_marks_quote_as_pandas_writes_them(folder, end):
+    texts = ['"two words"', '"say ""no"""', 'it is 5"', '""', '"a\tb"', "plain"]
+    found, told = texts_of(tsv(folder / "m.tsv", texts, end))
+    assert found == ["two words", 'say "no"', 'it is 5"', None, "a\tb", "plain"]
+    assert "quotation marks quote" in told
+    write(folder / "all.tsv", end.join(['"file"\t"text"', '"a.wav"\t"x"', '"b.wav"\t"y ""z"""', ""]))
+    assert texts_of(folder / "all.tsv")[0] == ["x", 'y "z"']
+
+
+def test_in_a_tsv_without_a_mark_at_the_beginning_of_a_cell_nothing_is_said_of_them(folder):
+    found, told = texts_of(tsv(folder / "m.tsv", ['a "b" c', 'd"', "", ' "e']))
+    assert found == ['a "b" c', 'd"', None, ' "e']
+    assert "quotation" not in told
+
+
+def test_cells_side_by_side_are_not_one_quoted_cell_with_a_tab(folder):
+    write(folder / "m.tsv", 'file\ttext\temotion\na.wav\t"one\ttwo"\n')
+    (utterance,) = read_with_notes(folder / "m.tsv")[0]
+    assert (utterance.text, utterance.emotion) == ('"one', 'two"')
+
+
+def test_a_quoted_cell_of_several_lines_in_a_tsv_is_an_error_that_says_why(folder):
+    path = write(folder / "m.tsv", 'file\ttext\na.wav\t"one\ntwo"\nb.wav\tx\n')
+    message = refusal(path, check_files=False)
+    assert "quotation marks are characters here, as those in line 2 do not enclose a cell" in message
+    assert "line 3: 1 fields, but the header has 2" in message
+    path = write(folder / "m.tsv", '"file"\t"text"\n"a.wav"\t"one\n')
+    assert "no column 'file'" in refusal(path) and "quotation marks are characters here" in refusal(path)
+
+
+def test_a_damaged_or_endless_line_does_not_decide_what_quotation_marks_mean(folder):
+    write(folder / "m.tsv", b'file\ttext\na.wav\t"\xff"\nb.wav\t"x"\n')
+    assert "line 2: not UTF-8" in refusal(folder / "m.tsv", check_files=False)
+    path = write(folder / "long.tsv", 'file\ttext\na.wav\t"x"\n')
+    os.truncate(path, 1 << 30)
+    assert "line 3: longer than" in refusal(path, check_files=False)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["0.wav,happy,one", '1.wav,happy,"two', "2.wav,sad,three", '3.wav,happy,four"', "4.wav,sad,five"],
+        ["0.wav,happy,one", '1.wav,happy,"two', '2.wav,sad,four"'],
+    ],
+)
+def test_an_open_quote_in_a_csv_that_takes_whole_rows_is_an_error(folder, rows):
+    message = refusal(write(folder / "m.csv", "\n".join(["file,emotion,text", *rows, ""])), check_files=False)
+    assert (
+        "line 3: a quoted cell holds line 4, which looks like a row of its own; is a quote left open?" in message
+    )
+
+
+def test_so_it_is_where_the_file_stands_last(folder):
+    path = write(folder / "m.csv", 'emotion,text,file\nhappy,"two,1.wav\nsad,four",2.wav\n')
+    assert "line 2: a quoted cell holds line 3" in refusal(path, check_files=False)
+
+
+def test_a_quoted_text_of_several_lines_in_a_csv_is_read(folder):
+    write(folder / "m.csv", 'file,emotion,text\n1.wav,happy,"one, two\nthree, four, five\n\nsix"\n2.wav,sad,x\n')
+    assert texts_of(folder / "m.csv")[0] == ["one, two\nthree, four, five\n\nsix", "x"]
+    write(folder / "m.csv", 'text,file\n"one\ntwo",1.wav\n"x, y\nz",2.wav\n')
+    assert texts_of(folder / "m.csv")[0] == ["one\ntwo", "x, y\nz"]
+
+
+# ---------------------------------------------------------------------------------------- names of files
+
+NFC, NFD = (unicodedata.normalize(form, "k\u00e4se \u1eadt") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize("written", [NFC, NFD, "k\u00e4se \u1ea1\u0302t"])
+@pytest.mark.parametrize("there", [NFC, NFD])
+@pytest.mark.parametrize("check_files", [True, False])
+def test_a_file_is_found_whatever_the_unicode_form_of_its_name(tmp_path, written, there, check_files):
+    (tmp_path / there / there).mkdir(parents=True)
+    file = tmp_path / there / there / f"{there}.wav"
+    file.touch()
+    path = write(
+        tmp_path / "m.csv",
+        f"file,start,end\n{written}/{written}/{written}.wav,,\n{written}/{written}/{written}.wav,1,2\n",
+    )
+    utterances = read_manifest(path, check_files=check_files)
+    assert [str(u.file) for u in utterances] == [str(file)] * 2
+    name = f"{written}/{written}/{written}.wav"
+    assert [u.id for u in utterances] == [name, f"{name}#1.0-2.0"]
+
+
+def test_one_file_under_two_spellings_is_one_recording(tmp_path):
+    (tmp_path / f"{NFD}.wav").touch()
+    path = write(tmp_path / "m.csv", f"file\n{NFC}.wav\n{NFD}.wav\n")
+    assert "line 3: the same recording (file, start, end) is line 2 already" in refusal(path)
+    sets = [
+        read_manifest(write(tmp_path / f"{i}.csv", f"file\n{name}.wav\n"), check_files=i == 0)
+        for i, name in enumerate((NFC, NFD))
+    ]
+    assert find_overlap(*sets).utterances == [f"{NFD}.wav"]
+
+
+def test_where_both_spellings_are_files_each_is_itself(tmp_path):
+    for name in (NFC, NFD):
+        (tmp_path / f"{name}.wav").touch()
+    path = write(tmp_path / "m.csv", f"file\n{NFC}.wav\n{NFD}.wav\n")
+    assert [u.file.name for u in read_manifest(path)] == [f"{NFC}.wav", f"{NFD}.wav"]
+    path = write(tmp_path / "m.csv", "file\nk\u00e4se \u1ea1\u0302t.wav\n")
+    assert "does not exist" in refusal(path), "neither is chosen"
+
+
+def test_another_name_is_not_found(tmp_path):
+    (tmp_path / f"{NFD}.wav").touch()
+    for name in ("kase at", "k\u00c4se \u1eadt", f"{NFC}/x"):
+        assert "does not exist" in refusal(write(tmp_path / "m.csv", f"file\n{name}.wav\n"))
+    long = "\u00e4/" * 30_000
+    assert "cannot be found: File name too long" in refusal(write(tmp_path / "m.csv", f"file\n{long}a.wav\n"))
+
+
+def test_where_both_forms_name_one_file_they_are_one_recording(tmp_path, monkeypatch):
+    monkeypatch.setattr("ser.data.manifest.ONE_FILE_IN_ANY_FORM", True)
+    sets = [[Utterance(name, tmp_path / name)] for name in (NFC, NFD)]
+    assert find_overlap(*sets).utterances == [NFD]
+
+
 # ---------------------------------------------------------------------------------------- writing
 
 characters = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
@@ -397,9 +773,9 @@ texts = st.text(characters, min_size=1, max_size=12).filter(lambda t: not t.issp
 difficult = texts | st.sampled_from(
     ['a, "b"', "\n", "a\r\nb", '"', "\t", "'", "\ufeff", " x ", "\u2028", "1", "\r"]
 )
-text_cells = difficult.filter(lambda t: t and not t.isspace())
+text_cells = difficult.filter(lambda t: t and not t.isspace() and t.strip() not in MISSING_TEXTS)
 label_cells = text_cells.map(lambda t: unicodedata.normalize("NFC", t.strip())).filter(
-    lambda t: t and t == t.strip() and t not in ("e0", "e1", "e2", "e3")
+    lambda t: t and t == t.strip() and t not in PAPER_EMOTIONS and t not in MISSING_LABELS and whole(t) == t
 )
 file_names = st.text(characters, min_size=1, max_size=8).map(lambda t: "f" + t.replace("/", "_"))
 times = st.floats(0, 1e6, allow_subnormal=False)
@@ -419,16 +795,19 @@ rows = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.lists(rows, min_size=1, max_size=5, unique_by=(lambda r: r["id"], lambda r: r["name"])))
-def test_what_is_written_reads_as_the_same_utterances(tmp_path_factory, suffix, rows):
+@given(
+    rows=st.lists(rows, min_size=1, max_size=5, unique_by=(lambda r: r["id"], lambda r: r["name"])),
+    literal=st.none() | st.sampled_from(sorted(MISSING_LABELS)),
+)
+def test_what_is_written_reads_as_the_same_utterances(tmp_path_factory, suffix, rows, literal):
     root = tmp_path_factory.getbasetemp() / "corpus"
     utterances = [
         Utterance(
             id=row["id"],
             file=(root if row["inside"] else Path("/elsewhere")) / row["name"],
-            emotion=row["emotion"],
-            text=row["text"],
-            speaker=row["speaker"],
+            emotion=literal or row["emotion"],
+            text=literal or row["text"],
+            speaker="1.0" if literal else row["speaker"],
             start=row["times"] and row["times"][0],
             end=row["times"] and row["times"][1],
             extra=row["extra"],
@@ -437,8 +816,16 @@ def test_what_is_written_reads_as_the_same_utterances(tmp_path_factory, suffix, 
     ]
     path = tmp_path_factory.getbasetemp() / f"written{suffix}"
     root.mkdir(exist_ok=True)
-    write_manifest(path, utterances, root=root)
-    assert read_manifest(path, root=root, check_files=False) == utterances
+    values = [
+        value for u in utterances for value in (u.id, str(u.file), u.emotion, u.text, u.speaker, *u.extra.values())
+    ]
+    if suffix == ".tsv" and any("\n" in value for value in values if value):
+        with pytest.raises(ManifestError, match=r"holds a line end, which cannot stand in a .tsv"):
+            write_manifest(path, utterances, root=root, literal_labels=literal is not None)
+        return
+    write_manifest(path, utterances, root=root, literal_labels=literal is not None)
+    again = read_manifest(path, root=root, check_files=False, literal_labels=literal is not None)
+    assert again == utterances
 
 
 def test_files_are_written_relative_to_the_manifest_where_possible(folder):
@@ -485,6 +872,14 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_one(folder):
         ([good, Utterance("b", bad, extra={" x": "x"})], "extra column ' x'"),
         ([good, Utterance("b", bad, extra={"": "x"})], "extra column ''"),
         ([good, Utterance("b", bad, extra={"\0": "x"})], "extra column"),
+        (
+            [good, Utterance("b", bad, emotion="None")],
+            "emotion 'None' would be read as none; write and read it with",
+        ),
+        ([good, Utterance("b", bad, speaker="-")], "speaker '-' would be read as none"),
+        ([good, Utterance("b", bad, speaker="1.0")], "speaker '1.0' would be read as '1'"),
+        ([good, Utterance("b", bad, text="nan")], "text 'nan' would be read as none"),
+        ([good, Utterance("b", bad, arousal=float("nan"))], "arousal is 'nan', expected a number"),
     ]:
         for target in (path, folder / "m.jsonl"):
             with pytest.raises(ManifestError) as caught:

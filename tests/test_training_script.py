@@ -137,6 +137,63 @@ def test_the_paper_s_three_columns_and_another_corpus_s_names_train(corpus, tmp_
     assert ser.load(tmp_path / "run/best").vocabulary.tokens[-2:] == ("A", "B")
 
 
+def with_cells(corpus, path: Path, column: str, cells: dict[int, str], name: str | None = None) -> Path:
+    """The corpus's training manifest with other cells in some rows of a column, which may get another name."""
+    with (corpus / "train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for i, cell in cells.items():
+        rows[i][column] = cell
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow([name if name and key == column else key for key in rows[0]])
+        table.writerows(row.values() for row in rows)
+    return path
+
+
+def test_two_spellings_of_a_class_are_refused_before_anything_is_trained(corpus, tmp_path, monkeypatch, capsys):
+    with_cells(corpus, tmp_path / "t.csv", "emotion", {0: "Angry", 1: "happy\u200b"})
+    options = f"--root {corpus} --init {corpus}/init {QUICK} --out run"
+    with pytest.raises(ser.SerError) as caught:
+        call(f"--train t.csv {options}", tmp_path, monkeypatch)
+    assert "'Angry' (train 1) and 'angry' (train 2)" in str(caught.value)
+    assert r"'happy\u200b' (train 1) and 'happy' (train 1)" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    assert "happy 1" in capsys.readouterr().err, "the classes were shown"
+    with pytest.raises(ser.SerError, match=r"'happy' \(valid 1\)") as caught:  # across the sets
+        with_cells(corpus, tmp_path / "u.csv", "emotion", {1: "Happy", 5: "Happy"})
+        call(f"--train u.csv --valid {corpus}/valid.csv --allow-overlap speakers {options}", tmp_path, monkeypatch)
+    call(f"--train t.csv {options} --heads ctc", tmp_path, monkeypatch)  # where no emotion is trained
+    assert ser.load(tmp_path / "run/best").emotions == []
+
+
+def test_a_map_makes_them_one_and_run_and_card_keep_it(corpus, tmp_path, monkeypatch, capsys):
+    with_cells(corpus, tmp_path / "t.csv", "emotion", {0: "Angry", 1: "xxx", 2: "NA"})
+    (tmp_path / "labels.json").write_text('{"Angry": "angry", "xxx": null}')
+    options = f"--train t.csv --root {corpus} --init {corpus}/init {QUICK} --out run"
+    call(f"{options} --map labels.json", tmp_path, monkeypatch)
+    said = capsys.readouterr().err
+    assert "--map, emotion: 'Angry' is 'angry' (1), 'xxx' is no label (1)" in said
+    assert "emotion 'NA' (1)" in said and "2 without emotion" in said
+    assert ser.load(tmp_path / "run/best").emotions == ["angry", "happy", "neutral", "sad"]
+    record = json.loads((tmp_path / "run/best/training.json").read_text())
+    assert record["settings"]["train"]["label_map"] == {"Angry": "angry", "xxx": None}
+    assert record["trained_on"]["per_emotion"] == {"angry": 3, "happy": 1, "neutral": 1, "sad": 2}
+    call(f"{options} --map labels.json", tmp_path, monkeypatch)
+    assert "is finished" in capsys.readouterr().err, "the same command finds the run again"
+
+
+def test_a_column_in_another_case_is_pointed_at_and_one_class_alone_is_said(corpus, tmp_path, monkeypatch, capsys):
+    with_cells(corpus, tmp_path / "t.csv", "emotion", {}, name="Emotion")
+    options = f"--root {corpus} --init {corpus}/init --epochs 1 --effective-batch 4"
+    call(f"--train t.csv {options} --out run", tmp_path, monkeypatch)
+    said = capsys.readouterr().err
+    assert "'Emotion' is not read; did you mean --columns emotion=Emotion?" in said and "9 without emotion" in said
+    call(f"--train t.csv {options} --out one --columns emotion=Emotion --map labels.json".replace(
+        "labels.json", '{"happy":"angry","sad":"angry","neutral":"angry"}'), tmp_path, monkeypatch)  # fmt: skip
+    said = capsys.readouterr().err
+    assert "did you mean" not in said and "warning: train has only one emotion, 'angry'" in said
+
+
 def test_the_label_set_is_that_of_init_where_it_has_every_training_label(corpus, tmp_path, capsys, monkeypatch):
     write_corpus(tmp_path, 6)
     manifest = tmp_path / "train.csv"

@@ -6,6 +6,8 @@ required; `emotion`, `text`, `speaker`, `id`, `start` and `end` (seconds), `arou
 
     file,emotion,text,speaker
     wav/03a01Fa.wav,happiness,Der Lappen liegt auf dem Eisschrank.,03
+
+Cells that stand for nothing (`ser.data.cells.MISSING_LABELS`, `MISSING_TEXTS`) are no label and no text.
 """
 
 from __future__ import annotations
@@ -15,24 +17,44 @@ import functools
 import json
 import math
 import os
+import shlex
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ser.data.cells import (
+    MAX_LINE_BYTES,
+    MAX_SHOWN,
+    Files,
+    Missing,
+    Quoting,
+    brief,
+    cut,
+    find_quoting,
+    listed,
+    often_called,
+    swallowed,
+    whole,
+)
 from ser.data.text import did_you_mean, nfc, unique_names
 from ser.errors import ConfigError, ManifestError
 from ser.files import csv_line, replace_file
 
 DIMENSIONS = ("arousal", "dominance", "valence")
-COLUMNS = ("file", "emotion", "text", "speaker", "id", "start", "end", *DIMENSIONS)
+NUMBERS = ("start", "end", *DIMENSIONS)
+COLUMNS = ("file", "emotion", "text", "speaker", "id", *NUMBERS)
 
 # The labels of Cai et al.'s manifests. Names are stored, never bare numbers.
 PAPER_EMOTIONS = {"e0": "neutral", "e1": "happy", "e2": "angry", "e3": "sad"}
 
+# A Mac takes both forms of a name for the same file.
+ONE_FILE_IN_ANY_FORM = sys.platform == "darwin"
+
 # A manifest may have millions of rows, so only its lines are bounded. The csv module bounds fields itself.
-MAX_LINE_BYTES = 1024 * 1024
 MAX_CELL = 128 * 1024
 MAX_COLUMNS = 1000
 
@@ -106,18 +128,40 @@ class _Problems:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
+def check_regular(path: Path, expected: str) -> None:
+    """Refuse what is no regular file before anything is read of it: a pipe waits for ever, a device has no end.
+
+    Raises:
+        ManifestError: ``path`` is a folder, a pipe, a device or a socket; the message says that ``expected`` was.
+        OSError: it is not there.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    advice = "" if stat.S_ISDIR(mode) else "; save its content to a file, and give the name of that"
+    raise ManifestError(f"{path}: not a regular file but {kind}, expected {expected}{advice}")
+
+
 def read_manifest(
     path: str | os.PathLike[str],
     *,
     root: str | os.PathLike[str] | None = None,
     columns: Mapping[str, str] | None = None,
     check_files: bool = True,
+    literal_labels: bool = False,
+    label_map: Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> list[Utterance]:
     """The utterances of a manifest, in its order.
 
-    UTF-8, with or without a byte order mark, any line ends, blank lines allowed, quoted fields as in CSV. An empty
-    cell (or JSON null) means None; spaces around labels and numbers do not count, and labels are NFC. The default
-    id is the file as it is written, with ``#start-end`` for an excerpt. Columns without a name are ignored.
+    UTF-8, with or without a byte order mark, any line ends, blank lines allowed. A CSV quotes fields as usual; a
+    TSV does so where all its fields that begin with a quotation mark end with one on the same line, else the mark
+    is a character. An empty cell (or JSON null, or NaN) means None; spaces around labels and numbers do not count,
+    and labels are NFC. A speaker that is a whole number written as a float (1.0) is the whole number. The default
+    id is the file as it is written, with ``#start-end`` for an excerpt. Columns without a name are ignored. A file
+    that is not there is found under the same name in another Unicode form (NFC, NFD).
 
     The paper's three-column CSV (``file,emotion,text`` with labels e0..e3) reads as it is: where all labels of a
     manifest are among e0, e1, e2, e3 they become neutral, happy, angry, sad.
@@ -128,6 +172,11 @@ def read_manifest(
         columns: our name -> the manifest's, e.g. ``{"text": "transcript"}``. A column of ours that this sets aside
             is kept among the others as ``<name>_original``.
         check_files: every file must exist. (It is not opened; that is the work of `ser.audio`.)
+        literal_labels: take labels and texts as they are written, those of `ser.data.cells.MISSING_LABELS` and
+            `MISSING_TEXTS` and speakers such as 1.0 too.
+        label_map: emotion as written -> its name, None for no label; below "speaker", the same of speakers. See
+            `ser.data.labels.parse_map`.
+        tell: is called with each line that a user should know: which columns were read, which cells are no label.
 
     Returns:
         At least one utterance; the paths are absolute.
@@ -144,17 +193,29 @@ def read_manifest(
     problems = _Problems()
     utterances: list[Utterance] = []
     checks = _Checks(check_files=check_files, unit="line")
+    missing = Missing(literal=literal_labels)
+    files = Files()
+    quoting = Quoting()
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ManifestError(f"{path}: not a regular file, expected a CSV or JSON lines manifest")
+        check_regular(path, "a CSV or JSON lines manifest")
         if not folder.is_dir():
             raise ManifestError(f"{path}: its recordings should be in {folder}, which is not a folder")
         with path.open("rb") as file:
-            read_rows = _json_rows if _is_json(path) else _csv_rows
-            for line, cells in read_rows(path, file, renaming, problems):
+            if _delimiter(path) == "\t":
+                quoting = find_quoting(file)
+                renaming.remark = quoting.remark()
+            rows = (
+                _json_rows(file, renaming, problems)
+                if _is_json(path)
+                else _csv_rows(path, file, renaming, problems, quoting)
+            )
+            for line, cells in rows:
                 found: list[str] = []
-                utterance = _utterance(cells, folder, found)
+                utterance = _utterance(cells, folder, found, missing)
                 if not found:
+                    name = cells["file"]
+                    if name is not None and not name.isascii():
+                        utterance = replace(utterance, file=files.find(utterance.file))
                     found += checks.of(utterance, line)
                 for what in found:
                     problems.add(f"line {line}", what)
@@ -162,12 +223,14 @@ def read_manifest(
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         cause = error.strerror if isinstance(error, OSError) else error
         raise ManifestError(f"{path}: cannot read the manifest: {cause}") from error
-    problems.raise_if_any(f"{path}: the manifest cannot be used, these are its problems")
+    problems.raise_if_any(f"{path}: the manifest cannot be used, these are its problems{quoting.remark()}")
     if not utterances:
         raise ManifestError(f"{path}: the manifest has no rows")
-    labels = {u.emotion for u in utterances} - {None}
-    if labels and labels <= PAPER_EMOTIONS.keys():
-        utterances = [replace(u, emotion=PAPER_EMOTIONS[u.emotion] if u.emotion else None) for u in utterances]
+    notes = [*renaming.lines(), *quoting.lines()]
+    utterances = _with_names(utterances, label_map or {}, missing, notes)
+    if tell is not None:
+        for note in [*notes, *missing.lines()]:
+            tell(note)
     return utterances
 
 
@@ -202,6 +265,11 @@ def _unknown_column(name: str) -> str:
     return f"no column of ours is called {name!r}{did_you_mean(name, COLUMNS)}; ours are {', '.join(COLUMNS)}"
 
 
+def _quoted(word: str) -> str:
+    """A word as a shell takes it, where a terminal can show it."""
+    return shlex.quote(word) if word.isprintable() else brief(word)
+
+
 class _Renaming:
     """From a manifest's column names to ours, as `columns` says."""
 
@@ -211,6 +279,8 @@ class _Renaming:
         for ours in columns:
             if ours not in COLUMNS:
                 raise ManifestError(f"{path}: {_unknown_column(ours)}")
+        self.found: list[str] = []  # the manifest's names, as soon as they are known
+        self.remark = ""  # for errors about them
         self.ours = {theirs: ours for ours, theirs in columns.items()}
         if len(self.ours) < len(columns):
             raise ManifestError(f"{path}: one column cannot be two of ours: {dict(columns)}")
@@ -222,6 +292,7 @@ class _Renaming:
 
     def check(self, found: Sequence[str]) -> None:
         """That `found`, the manifest's names, has every column that is asked for."""
+        self.found = list(found)
         wanted = {"file": "file", **self.columns}
         missing = [
             f"no column {theirs!r}"
@@ -233,9 +304,29 @@ class _Renaming:
         if missing:
             hint = "" if len(found) > 1 else "; fields are separated by commas, in a .tsv file by tabs"
             raise ManifestError(
-                f"{self.path}: {'; '.join(missing)}; the columns are {_brief(list(found))}{hint}; "
-                "other names can be given as columns, such as file=path"
+                f"{self.path}: {'; '.join(missing)}; the columns are {brief(list(found))}{hint}; "
+                f"other names can be given as columns, such as file=path{self.remark}"
             )
+
+    def lines(self) -> list[str]:
+        """Which columns were read as what, and those that were not, with what they may be meant for."""
+        read = {self(name): name for name in self.found if self(name) in COLUMNS}
+        others = [name for name in self.found if name and self(name) not in COLUMNS]
+        shown = [
+            ours if ours == read[ours] else f"{ours} (from {brief(read[ours])})"
+            for ours in COLUMNS
+            if ours in read
+        ]
+        nameless = self.found.count("")
+        rest = [f"{nameless} without a name"] if nameless else []
+        lines = [f"{self.path}: columns read: {', '.join(shown)}; not read: {listed(others, rest) or 'none'}"]
+        aside = {name for name in others if name in self.columns}
+        hints = [
+            f"  {brief(name)} is not read; did you mean --columns {_quoted(f'{ours}={name}')}?"
+            for name in others[:MAX_COLUMNS]
+            if name not in aside and (ours := often_called(name, [c for c in COLUMNS if c not in read]))
+        ]
+        return lines + hints[:MAX_SHOWN]
 
 
 class _Unreadable(Exception):
@@ -250,6 +341,7 @@ class _Lines:
         self.problems = problems
         self.number = 0
         self.damaged: set[int] = set()
+        self.recent: list[str] = []  # as many as the reader wants to keep
 
     def __iter__(self) -> Iterator[str]:
         while line := self.file.readline(MAX_LINE_BYTES + 1):
@@ -269,17 +361,25 @@ class _Lines:
             if what:
                 self.damaged.add(self.number)
                 self.problems.add(f"line {self.number}", f"{what}; save the manifest as UTF-8")
+            self.recent.append(text)
             yield text
 
 
 def _csv_rows(
-    path: Path, file: BinaryIO, renaming: _Renaming, problems: _Problems
+    path: Path, file: BinaryIO, renaming: _Renaming, problems: _Problems, quoting: Quoting
 ) -> Iterator[tuple[int, dict[str, str | None]]]:
     """(line, name -> cell) of each row whose number of fields is right."""
     lines = _Lines(file, problems)
-    reader = csv.reader(lines, delimiter=_delimiter(path), strict=True)
+    delimiter = _delimiter(path)
+    reader = csv.reader(
+        lines,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_NONE if quoting.broken else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
     names: list[str] | None = None
     while True:
+        lines.recent.clear()
         first = reader.line_num + 1
         try:
             cells = next(reader)
@@ -302,6 +402,9 @@ def _csv_rows(
             continue
         elif len(cells) != len(names):
             problems.add(f"line {first}", f"{len(cells)} fields, but the header has {len(names)}")
+        elif len(lines.recent) > 1 and (held := swallowed(lines.recent, names, delimiter)):
+            what = f"a quoted cell holds line {first + held}, which looks like a row of its own"
+            problems.add(f"line {first}", f"{what}; is a quote left open?")
         else:
             yield first, {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
@@ -314,34 +417,37 @@ def _header(path: Path, line: int, found: list[str], renaming: _Renaming) -> lis
     names = [renaming(name) for name in found]
     for name in filter(None, names):
         if names.count(name) > 1:
-            raise ManifestError(f"{path}: line {line}: the column {_brief(name)} stands twice")
+            raise ManifestError(f"{path}: line {line}: the column {brief(name)} stands twice")
     return names
 
 
 def _json_rows(
-    path: Path, file: BinaryIO, renaming: _Renaming, problems: _Problems
+    file: BinaryIO, renaming: _Renaming, problems: _Problems
 ) -> Iterator[tuple[int, dict[str, str | None]]]:
     """(line, name -> cell) of each line that is a JSON object."""
     lines = _Lines(file, problems)
     every_name: dict[str, None] = {}
+    # NaN, which is not JSON, is how pandas frames that became dicts write what is missing.
+    decode = json.JSONDecoder(object_pairs_hook=unique_names, parse_constant=_constant).decode
     try:
         for text in lines:
+            lines.recent.clear()
             if not text.strip() or lines.number in lines.damaged:
                 continue
             try:
-                values = json.loads(text, object_pairs_hook=unique_names)
+                values = decode(text)
                 if not isinstance(values, dict):
-                    raise ValueError(f"found {_brief(values)}, expected one object per line")
+                    raise ValueError(f"found {brief(values)}, expected one object per line")
                 count = len(values)
                 values = {name.strip(): value for name, value in values.items()}
                 every_name.update(dict.fromkeys(values))
                 cells = {renaming(name): _cell(name, value, renaming) for name, value in values.items()}
                 if len(cells) < count:
-                    raise ValueError(f"two of {_brief(list(values))} become one column")
+                    raise ValueError(f"two of {brief(list(values))} become one column")
                 if "\\u" in text and not all(_is_text(part) for pair in cells.items() for part in pair):
                     raise ValueError("half a surrogate pair or a NUL, which is no text")
             except (ValueError, RecursionError) as error:
-                problems.add(f"line {lines.number}", f"not a JSON row: {_cut(str(error))}")
+                problems.add(f"line {lines.number}", f"not a JSON row: {cut(str(error))}")
                 continue
             yield lines.number, {name: cell for name, cell in cells.items() if name}
     except _Unreadable:
@@ -350,12 +456,19 @@ def _json_rows(
         renaming.check(list(every_name))
 
 
+def _constant(name: str) -> float | None:
+    """What NaN, Infinity and -Infinity mean in JSON."""
+    return None if name == "NaN" else float(name)
+
+
 def _cell(name: str, value: Any, renaming: _Renaming) -> str | None:
-    """A JSON value as the string that a CSV would hold."""
+    """A JSON value as the string that a CSV would hold: 1 is "1", 1.0 "1.0", true "true"."""
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, dict | list) and renaming(name) in COLUMNS:
-        raise ValueError(f"{_brief(name)} is {_brief(value)}, expected a string or number")
+    unfit = isinstance(value, dict | list) or (isinstance(value, float) and not math.isfinite(value))
+    ours = renaming(name)
+    if unfit and ours in COLUMNS and not (isinstance(value, float) and ours in NUMBERS):
+        raise ValueError(f"{brief(name)} is {brief(value)}, expected a string or number")
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -363,30 +476,25 @@ def _is_text(value: str | None) -> bool:
     return value is None or not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
 
 
-def _brief(value: object) -> str:
-    return _cut(repr(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-def _utterance(cells: dict[str, str | None], folder: Path, found: list[str]) -> Utterance:
+def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], missing: Missing) -> Utterance:
     """The row as an utterance; what is wrong with it goes to `found`."""
     full: dict[str, Any] = {name: cell for name, cell in cells.items() if cell and not cell.isspace()}
     name = full.pop("file", "")
     if not name:
         found.append("has no file")
     start, end = (_number(part, full.pop(part, None), found, least=0) for part in ("start", "end"))
-    dimensions = {name: _number(name, full.pop(name, None), found) for name in DIMENSIONS}
+    dimensions = {name: _number(name, full.pop(name, None), found, missing) for name in DIMENSIONS}
     if end is not None and end <= (start or 0.0):
         found.append(f"end {end} is not after start {start or 0.0}")
     emotion, speaker = (_label(full.pop(kind, None)) for kind in ("emotion", "speaker"))
+    text = full.pop("text", None)
+    if text is not None and len(text) < 8 and missing("text", text):  # the cells that can be
+        text = None
     return Utterance(
         id=full.pop("id", None) or name + _excerpt(start, end),
         file=folder / name,
         emotion=emotion,
-        text=full.pop("text", None),
+        text=text,
         speaker=speaker,
         start=start,
         end=end,
@@ -401,7 +509,9 @@ def _label(cell: str | None) -> str | None:
     return None if cell is None else nfc(cell.strip())
 
 
-def _number(name: str, cell: str | None, found: list[str], *, least: float = -math.inf) -> float | None:
+def _number(
+    name: str, cell: str | None, found: list[str], missing: Missing | None = None, *, least: float = -math.inf
+) -> float | None:
     if cell is None:
         return None
     try:
@@ -410,7 +520,9 @@ def _number(name: str, cell: str | None, found: list[str], *, least: float = -ma
         number = math.nan
     if math.isfinite(number) and number >= least:
         return number
-    found.append(f"{name} is {_brief(cell)}, expected {'a number' if least else 'seconds, 0 or more'}")
+    if missing is not None and missing(name, cell):
+        return None
+    found.append(f"{name} is {brief(cell)}, expected {'a number' if least else 'seconds, 0 or more'}")
     return None
 
 
@@ -422,7 +534,71 @@ def _excerpt(start: float | None, end: float | None) -> str:
 
 def _audio(utterance: Utterance) -> tuple[str, float, float | None]:
     """What tells one recording from another."""
-    return os.path.normpath(utterance.file.absolute()), utterance.start or 0.0, utterance.end
+    name = os.path.normpath(utterance.file.absolute())
+    if ONE_FILE_IN_ANY_FORM and not name.isascii():
+        name = nfc(name)
+    return name, utterance.start or 0.0, utterance.end
+
+
+def map_for(label_map: Mapping[str, Any], column: str) -> dict[str, str | None]:
+    """The part of a label map that is about emotions, or about speakers: name as written -> its name, or None."""
+    if column == "speaker":
+        speakers = label_map.get("speaker")
+        return dict(speakers) if isinstance(speakers, Mapping) else {}
+    return {old: new for old, new in label_map.items() if not isinstance(new, Mapping)}
+
+
+def _new_names(
+    column: str, counts: Counter[str], names: Mapping[str, str | None], missing: Missing, lines: list[str]
+) -> dict[str, str | None]:
+    """What becomes of the labels of a column that do not stay: first as the map says, then by the rules.
+
+    Args:
+        column: emotion or speaker.
+        counts: label -> how many rows have it.
+        names: the map, see `map_for`.
+        missing: knows which labels are none.
+        lines: takes what a user should know.
+    """
+    new = {name: names[name] for name in counts if name in names}
+    if new:
+        shown = [f"{brief(n)} is {'no label' if to is None else brief(to)} ({counts[n]})" for n, to in new.items()]
+        lines.append(f"  --map, {column}: {cut(', '.join(shown))}")
+    new |= {n: None for n in counts if n not in new and missing(column, n, count=counts[n])}
+    floats = {}
+    if column == "speaker" and not missing.literal:
+        floats = {n: whole(n) for n in counts if n not in new and whole(n) != n}
+        new |= {n: names.get(to, to) for n, to in floats.items()}
+    if floats:
+        shown = [f"{brief(n)} is {brief(to)}" for n, to in floats.items()]
+        lines.append(f"  speakers that are whole numbers written as floats are those: {cut(', '.join(shown))}")
+    known = dict.fromkeys([*counts, *floats.values()])
+    for name in [name for name in names if name not in known][:MAX_SHOWN]:
+        lines.append(
+            f"  --map: no {column} here is called {brief(name)}{did_you_mean(name, list(known)[:MAX_COLUMNS])}"
+        )
+    return new
+
+
+def _with_names(
+    utterances: list[Utterance], label_map: Mapping[str, Any], missing: Missing, lines: list[str]
+) -> list[Utterance]:
+    """The utterances with their labels as `label_map` and the rules of `read_manifest` name them.
+
+    Each name is looked at once, however many rows have it. What a user should know goes to `lines`.
+    """
+    for column in ("emotion", "speaker"):
+        counts: Counter[str] = Counter(name for u in utterances if (name := getattr(u, column)) is not None)
+        new = _new_names(column, counts, map_for(label_map, column), missing, lines)
+        labels = {new.get(name, name) for name in counts} - {None}
+        if column == "emotion" and labels and labels <= PAPER_EMOTIONS.keys():
+            new = {name: PAPER_EMOTIONS.get(new.get(name, name) or "") for name in counts}
+        if new:
+            changes: dict[str | None, Any] = {name: {column: to} for name, to in new.items()}
+            utterances = [
+                replace(u, **changes[n]) if (n := getattr(u, column)) in changes else u for u in utterances
+            ]
+    return utterances
 
 
 class _Checks:
@@ -442,13 +618,13 @@ class _Checks:
         if first_audio != number:
             yield f"the same recording (file, start, end) is {self.unit} {first_audio} already"
         elif first_id != number:
-            yield f"the id {_brief(utterance.id)} is that of {self.unit} {first_id} already"
+            yield f"the id {brief(utterance.id)} is that of {self.unit} {first_id} already"
         if self.check_files:
             name = str(utterance.file)
             if name not in self.unusable:
                 self.unusable[name] = _why_unusable(utterance.file)
             if why := self.unusable[name]:
-                yield f"the file {_brief(name)} {why}"
+                yield f"the file {brief(name)} {why}"
 
 
 def _why_unusable(file: Path) -> str:
@@ -468,6 +644,7 @@ def write_manifest(
     utterances: Iterable[Utterance],
     *,
     root: str | os.PathLike[str] | None = None,
+    literal_labels: bool = False,
 ) -> None:
     """A manifest that `read_manifest` reads as the same utterances; whole or not at all.
 
@@ -479,11 +656,12 @@ def write_manifest(
         utterances: at least one.
         root: files inside this folder are written relative to it, by default to the manifest's folder. To read
             the manifest, pass the same one.
+        literal_labels: it will be read with this too, so that labels such as "None" are labels.
 
     Raises:
-        ManifestError: there are no utterances; rows that `read_manifest` would refuse, or with a value that
-            cannot stand in a manifest (a NUL, half a surrogate pair, longer than 128 KiB); an extra column with
-            one of our names; or the file cannot be written.
+        ManifestError: there are no utterances; rows that `read_manifest` would refuse or read otherwise, or with
+            a value that cannot stand in a manifest (a NUL, half a surrogate pair, longer than 128 KiB; in a TSV a
+            line end); an extra column with one of our names; or the file cannot be written.
     """
     path = Path(path)
     folder = Path(path.parent if root is None else root).absolute()
@@ -493,12 +671,18 @@ def write_manifest(
     used = {"file", "id", *(name for name in COLUMNS for u in utterances if getattr(u, name) is not None)}
     others = dict.fromkeys(name for u in utterances for name in u.extra)
     names = [*(name for name in COLUMNS if name in used), *others]
-    to_line = functools.partial(csv_line, delimiter=_delimiter(path))
+    delimiter = _delimiter(path)
+    to_line = functools.partial(csv_line, delimiter=delimiter)
     as_json = _is_json(path)
+    literal = Missing(literal=literal_labels)
     problems = _Problems()
+
+    def breaks(cell: str) -> bool:
+        return delimiter == "\t" and "\n" in cell and not as_json
+
     for name in others:
-        if name in COLUMNS or not name or name != name.strip() or not _is_text(name):
-            problems.add(f"extra column {_brief(name)}", "is not a name of its own")
+        if name in COLUMNS or not name or name != name.strip() or not _is_text(name) or breaks(name):
+            problems.add(f"extra column {brief(name)}", "is not a name of its own")
     checks = _Checks(check_files=False, unit="utterance")
     try:
         with replace_file(path) as file:
@@ -509,19 +693,37 @@ def write_manifest(
                 line = json.dumps(cells, ensure_ascii=False) + "\n" if as_json else to_line(map(cells.get, names))
                 texts = {name: str(value) for name, value in cells.items()}
                 found: list[str] = []
-                _utterance({**texts}, folder, found)  # as the reader will see it
+                # As the reader will see it.
+                found += _read_otherwise(_utterance({**texts}, folder, found, Missing(literal=True)), literal)
                 found += checks.of(utterance, number)
+                if any(map(breaks, texts.values())):
+                    found.append("holds a line end, which cannot stand in a .tsv; write a .csv or .jsonl")
+                elif not as_json and "\n" in line[:-1] and swallowed(line.split("\n"), names, delimiter):
+                    found.append("holds a line that looks like a row of the manifest; write a .jsonl")
                 if not all(map(_is_text, texts.values())):
                     found.append("holds a NUL or half a surrogate pair")
                 elif max(map(len, texts.values())) > MAX_CELL or len(line.encode()) > MAX_LINE_BYTES:
                     found.append("is too long for a manifest")
                 for what in found:
-                    problems.add(f"utterance {number} {_brief(utterance.id)}", what)
+                    problems.add(f"utterance {number} {brief(utterance.id)}", what)
                 if not found:
                     file.write(line)
             problems.raise_if_any(f"{path}: nothing was written, these are the problems")
     except OSError as error:
         raise ManifestError(f"{path}: cannot write the manifest: {error.strerror or error}") from error
+
+
+def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
+    """Which labels a reader would take for something else."""
+    advice = "write and read it with literal_labels"
+    for column in ("emotion", "speaker", "text"):
+        value = getattr(utterance, column)
+        if value is None:
+            continue
+        if missing(column, value):
+            yield f"{column} {brief(value)} would be read as none; {advice}"
+        elif column == "speaker" and not missing.literal and whole(value) != value:
+            yield f"speaker {brief(value)} would be read as {whole(value)!r}; {advice}"
 
 
 def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
@@ -561,8 +763,8 @@ def check_labels(
             label = getattr(utterance, kind)
             if label is not None and label not in names:
                 near = did_you_mean(label, names) if problems.count < MAX_LISTED else ""
-                problems.add(f"utterance {_brief(utterance.id)}", f"unknown {kind} {_brief(label)}{near}")
-    lists = "; ".join(f"the {kind}s are {_brief(sorted(names))}" for kind, names in known.items())
+                problems.add(f"utterance {brief(utterance.id)}", f"unknown {kind} {brief(label)}{near}")
+    lists = "; ".join(f"the {kind}s are {brief(sorted(names))}" for kind, names in known.items())
     problems.raise_if_any(f"{lists}; these are other labels")
 
 
@@ -607,7 +809,7 @@ def check_overlap(
     found = {"speakers": overlap.speakers, "utterances": overlap.utterances}
     for kind, shared in found.items():
         if shared and OVERLAPS.index(allow) < OVERLAPS.index(kind):
-            shown = ", ".join(map(_brief, shared[:MAX_LISTED]))
+            shown = ", ".join(map(brief, shared[:MAX_LISTED]))
             more = f" and {len(shared) - MAX_LISTED} more" if len(shared) > MAX_LISTED else ""
             need = "utterances" if overlap.utterances else "speakers"
             raise ManifestError(

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ser.data.manifest import Utterance, parse_columns, read_manifest
+from ser.data.cells import brief
+from ser.data.labels import check_map, parse_map
+from ser.data.manifest import Utterance, check_regular, parse_columns, read_manifest
 from ser.data.protocols import (
     KINDS,
     PROTOCOLS,
@@ -26,6 +29,18 @@ from ser.data.protocols import (
     with_known_turns,
 )
 from ser.errors import ConfigError, ManifestError
+
+# As JSON has them; the others are strings or null.
+KINDS_OF_FIELDS: dict[str, tuple[type, ...]] = {
+    "data": (str,),
+    "sha256": (str,),
+    "columns": (dict,),
+    "shares": (list, tuple),
+    "seed": (int,),
+    "known_turns": (int,),
+    "label_map": (dict,),
+    "literal_labels": (bool,),
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,7 @@ class Selection:
         fold: name; None: the only one.
         known_turns: of each training speaker, held out as the part "known" (see `with_known_turns`).
         part: train, valid, test or known.
+        label_map, literal_labels: as of `read_manifest`.
     """
 
     data: str
@@ -55,17 +71,26 @@ class Selection:
     fold: str | None = None
     known_turns: int = 0
     part: str | None = None
+    label_map: dict[str, Any] = field(default_factory=dict)
+    literal_labels: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Selection:
         """The inverse of `to_dict`. Raises ConfigError for what is none."""
-        if not isinstance(values, Mapping) or not values.keys() <= {f.name for f in fields(cls)}:
-            raise ConfigError(f"{values!r} does not name utterances")
-        return cls(**values)
+        kinds = {f.name: KINDS_OF_FIELDS.get(f.name, (str, type(None))) for f in fields(cls)}
+        sound = isinstance(values, Mapping) and "data" in values and values.keys() <= kinds.keys()
+        if not sound or not all(isinstance(value, kinds[name]) for name, value in values.items()):
+            raise ConfigError(f"{brief(values)} does not name utterances")
+        found = cls(**values)
+        check_map(found.label_map, "label_map")
+        if not all(isinstance(x, str) for x in (*found.shares, *found.columns, *found.columns.values())):
+            raise ConfigError(f"{brief(values)} does not name utterances")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return asdict(self)
+        """As JSON holds it; how labels are read, only where that was said, so that older ones are equal."""
+        usual = {"label_map": {}, "literal_labels": False}
+        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
     @property
     def manifest(self) -> Path:
@@ -75,20 +100,32 @@ class Selection:
 
     def stamped(self) -> Selection:
         """With the manifest's present sha256."""
+        path = self.manifest
         try:
-            return replace(self, sha256=hashlib.sha256(self.manifest.read_bytes()).hexdigest())
-        except OSError as error:
-            raise ManifestError(f"{self.manifest}: cannot be read: {error.strerror}") from None
+            check_regular(path, "a CSV or JSON lines manifest")
+            with path.open("rb") as file:
+                return replace(self, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            cause = error.strerror if isinstance(error, OSError) else error
+            raise ManifestError(f"{path}: cannot be read: {cause}") from None
 
-    def read(self, *, check_files: bool = True) -> list[Utterance]:
-        """All utterances of the manifest.
+    def read(self, *, check_files: bool = True, tell: Callable[[str], None] | None = None) -> list[Utterance]:
+        """All utterances of the manifest; ``tell`` is called with what a user should know of it.
 
         Raises:
             ManifestError: it cannot be used, or is another one than was meant.
         """
         if self.sha256 and self.stamped().sha256 != self.sha256:
             raise ManifestError(f"{self.manifest}: has changed since; its sha256 was {self.sha256}")
-        return read_manifest(self.manifest, root=self.root, columns=self.columns, check_files=check_files)
+        return read_manifest(
+            self.manifest,
+            root=self.root,
+            columns=self.columns,
+            check_files=check_files,
+            literal_labels=self.literal_labels,
+            label_map=self.label_map,
+            tell=tell,
+        )
 
     def find_protocol(self) -> Protocol:
         """The protocol. Raises ConfigError where none is named."""
@@ -132,6 +169,8 @@ class Selection:
         columns = [f"{ours}={theirs}" for ours, theirs in self.columns.items()]
         for name, values in (("columns", columns), ("shares", self.shares)):
             options += [f"--{name}", *values] if values else []
+        options += ["--map", json.dumps(self.label_map)] if self.label_map else []
+        options += ["--literal-labels"] if self.literal_labels else []
         return options
 
 
@@ -147,12 +186,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "head on (default: up to 10 where one is trained and the protocol tests on strangers)")  # fmt: skip
     add("--root", help="folder that the manifests' files are relative to (default: that of the manifest)")
     add("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
+    add("--map", metavar="JSON", help="file, or the object itself: emotion as written -> its name, or null for no "
+        'label, as {"hapy": "happy", "xxx": null}; "speaker": the same of speakers')  # fmt: skip
+    add("--literal-labels", action="store_true", help="take cells such as nan, NA, None and - as labels, and "
+        "speakers such as 1.0 as they are written (default: they are no label, and 1.0 is 1)")  # fmt: skip
 
 
 def from_arguments(arguments: argparse.Namespace, data: str | os.PathLike[str] | None = None) -> Selection:
     """What the flags name: the divided corpus, or the plain manifest ``data``; with its present sha256."""
     plain = Selection(
-        str(data or arguments.data), root=arguments.root, columns=parse_columns(arguments.columns)
+        str(data or arguments.data),
+        root=arguments.root,
+        columns=parse_columns(arguments.columns),
+        label_map=parse_map(arguments.map) if arguments.map else {},
+        literal_labels=arguments.literal_labels,
     ).stamped()
     if data is not None:
         return plain

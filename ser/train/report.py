@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ser.data.manifest import DIMENSIONS, Utterance
+from ser.data.manifest import DIMENSIONS, Utterance, check_regular
 from ser.data.text import did_you_mean
-from ser.errors import ConfigError, printable
+from ser.errors import ConfigError, ManifestError, printable
 from ser.files import csv_line, finite, replace_file
 from ser.recognizer import Prediction, Recognizer
 from ser.train.losses import ccc_summands, concordance
@@ -117,11 +117,14 @@ class Outcomes:
             return cls._read(path)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        except ManifestError as error:
+            raise ConfigError(str(error)) from None
         except (ValueError, csv.Error) as error:
             raise ConfigError(f"{path}: is no sound predictions file: {error}") from None
 
     @classmethod
     def _read(cls, path: Path) -> Outcomes:
+        check_regular(path, "a predictions file")
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             found = reader.fieldnames or []

@@ -1,0 +1,221 @@
+"""What the cells of a manifest mean: which stand for nothing, what quotation marks do, what a column may be.
+
+Rules of reading, each by itself; `ser.data.manifest` applies them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import math
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ser.data.text import nfc
+
+# What programs write where there is nothing. "None", "NA" and "null" are words too, so a text may be one of them.
+MISSING_LABELS = frozenset({"nan", "NaN", "NA", "N/A", "null", "NULL", "None", "-"})
+MISSING_TEXTS = frozenset({"nan", "NaN"})
+
+# What others call our columns, lower-case letters and digits alone; for a hint only.
+OFTEN_CALLED = {
+    "emotion": "emotion emotions emo emotionlabel emotionclass label labels class category emotionid",
+    "text": "text transcript transcripts transcription sentence utterance words rawtext normalizedtext",
+    "speaker": "speaker speakers speakerid spk spkid spkr spkrid speakername clientid actor actorid",
+    "id": "id uttid utteranceid",
+    "start": "start starttime begin onset",
+    "end": "end endtime stop offset",
+    "arousal": "arousal activation aro act emoact",
+    "dominance": "dominance dom emodom",
+    "valence": "valence val emoval",
+}
+
+# 1.0 or 1e+16: a whole number that became a float, as all of pandas' columns do where a number is missing.
+WHOLE_FLOAT = re.compile(r"-?(0|[1-9][0-9]*)\.0+|-?[1-9](\.[0-9]+)?e\+[0-9]+")
+
+MAX_LINE_BYTES = 1024 * 1024
+MAX_PATH = 4096  # no longer one can exist
+MAX_SHOWN = 20  # names in one line
+
+
+# ------------------------------------------------------------------------------------------------ foreign names
+
+
+def brief(value: object) -> str:
+    """A value in a message: what does not print is escaped, and the end of a long one is cut."""
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """At most 200 characters."""
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def listed(names: Sequence[str], rest: Sequence[str] = ()) -> str:
+    """Foreign names in one line that a terminal can show, the first `MAX_SHOWN` of them."""
+    more = [f"{len(names) - MAX_SHOWN} more"] if len(names) > MAX_SHOWN else []
+    return ", ".join([*map(brief, names[:MAX_SHOWN]), *more, *rest])
+
+
+# ------------------------------------------------------------------------------------------------------ cells
+
+
+class Missing:
+    """The cells that stand for nothing, counted.
+
+    Attributes:
+        literal: none do.
+        cells: column -> cell -> how often.
+    """
+
+    def __init__(self, *, literal: bool) -> None:
+        self.literal = literal
+        self.cells: dict[str, Counter[str]] = {}
+
+    def __call__(self, column: str, cell: str, *, count: int = 1) -> bool:
+        """Whether this cell (so many of them) stands for nothing."""
+        cell = cell.strip()
+        if self.literal or cell not in (MISSING_TEXTS if column == "text" else MISSING_LABELS):
+            return False
+        self.cells.setdefault(column, Counter())[cell] += count
+        return True
+
+    def lines(self) -> list[str]:
+        """What was taken for nothing, in words."""
+        shown = [
+            f"{column} {', '.join(f'{cell!r} ({count})' for cell, count in sorted(cells.items()))}"
+            for column, cells in self.cells.items()
+        ]
+        how = "cells that are taken as empty (--literal-labels takes them as they stand)"
+        return [f"  {how}: {'; '.join(shown)}"] if shown else []
+
+
+def whole(name: str) -> str:
+    """``"1"`` of ``"1.0"``; else the name."""
+    if not WHOLE_FLOAT.fullmatch(name) or not math.isfinite(float(name)):
+        return name
+    whole = name.partition(".")[0] if "e" not in name else str(int(float(name)))
+    return "0" if whole == "-0" else whole
+
+
+# ---------------------------------------------------------------------------------------------------- columns
+
+
+def often_called(name: str, ours: Sequence[str]) -> str:
+    """The one of ``ours`` that the column ``name`` seems to be meant for, or ""."""
+    key = "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c.isalnum())
+    exact = [column for column in ours if key in OFTEN_CALLED.get(column, "").split()]
+    near = difflib.get_close_matches(key, [column for column in ours if len(column) > 3], n=1, cutoff=0.8)
+    return next(iter([*exact, *near]), "")
+
+
+# -------------------------------------------------------------------------------------------- quotation marks
+
+
+@dataclass(frozen=True)
+class Quoting:
+    """What quotation marks mean in a TSV.
+
+    Attributes:
+        seen: a cell begins with one.
+        broken: the first line in which such a cell does not end with one; 0: they all do.
+    """
+
+    seen: bool = False
+    broken: int = 0
+
+    def lines(self) -> list[str]:
+        """Which was taken, in words."""
+        if self.broken:
+            why = f"those in line {self.broken} do not enclose a cell (Common Voice does not quote)"
+            return [f"  quotation marks are characters, as {why}"]
+        return ["  quotation marks quote, as they enclose cells everywhere (pandas does so)"] if self.seen else []
+
+    def remark(self) -> str:
+        """For an error that may follow from it."""
+        why = f"quotation marks are characters here, as those in line {self.broken} do not enclose a cell"
+        return f"; {why}" if self.broken else ""
+
+
+def find_quoting(file: BinaryIO) -> Quoting:
+    """Read a TSV once to know what its quotation marks mean; the file is at its beginning again afterwards.
+
+    Every cell that begins with one must also end with one on its own line, with those inside doubled.
+    """
+    number = width = 0
+    found = Quoting()
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        opens = b'"' in line and (line.startswith(b'"') or b'\t"' in line)
+        if len(line) > MAX_LINE_BYTES or (width and not opens):
+            continue
+        text = line.decode(errors="replace")
+        try:
+            quoted: list[str] | None = next(csv.reader([text], delimiter="\t", strict=True), [])
+        except csv.Error:
+            quoted = None
+        plain = text.count("\t") + 1
+        if not width and quoted != []:
+            width = plain if quoted is None else len(quoted)
+        if opens and (quoted is None or len(quoted) != width == plain):
+            found = Quoting(seen=True, broken=number)
+            break
+        found = Quoting(seen=found.seen or opens)
+    file.seek(0)
+    return found
+
+
+def swallowed(lines: Sequence[str], names: Sequence[str], delimiter: str) -> int:
+    """Which of the lines of one row looks like a row of its own, so that a quote seems left open; 0: none does.
+
+    Where the first line and another one have all fields, with files of the same kind, they are rows: a text that
+    holds such a line is not known.
+    """
+    place = names.index("file")
+    cells = [line.rstrip("\r\n").split(delimiter) for line in lines]
+    kinds = [Path(row[place].strip('" ')).suffix.lower() if len(row) == len(names) else "" for row in cells]
+    return next((i for i, kind in enumerate(kinds) if i and kind and kind == kinds[0]), 0)
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+class Files:
+    """Recordings whose names on the disk are in another Unicode form than in the manifest, as Macs decompose them.
+
+    Folders are listed once, and only where a name that is not ASCII is not there.
+    """
+
+    def __init__(self) -> None:
+        self.listings: dict[str, dict[str, str]] = {}  # folder -> composed name -> name, "" where there are two
+
+    def find(self, file: Path) -> Path:
+        """The file that is there; as it is where there is none."""
+        if len(str(file)) > MAX_PATH or os.path.lexists(file):
+            return file
+        found = file.anchor
+        for name in file.parts[1:]:
+            there = os.path.join(found, name)  # noqa: PTH118 (a million Path objects are a gigabyte)
+            if not name.isascii() and not os.path.lexists(there):
+                there = os.path.join(found, self._listing(found).get(nfc(name)) or name)  # noqa: PTH118
+            found = there
+        return Path(found) if os.path.lexists(found) else file
+
+    def _listing(self, folder: str) -> dict[str, str]:
+        if folder not in self.listings:
+            found: dict[str, str] = {}
+            with suppress(OSError, ValueError):
+                for name in os.listdir(folder):  # noqa: PTH208
+                    if not name.isascii():
+                        found[nfc(name)] = "" if nfc(name) in found else name
+            self.listings[folder] = found
+        return self.listings[folder]

@@ -1,0 +1,307 @@
+"""Names of emotions and speakers: from what people wrote to what was meant, and how many of each there are.
+
+A class in two spellings (angry, Angry) would be two classes, so it is refused, with the map that makes it one.
+What may be a slip (hapy beside happy) is shown, with the counts of all classes, before anything is made of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ser.data.cells import MAX_SHOWN, brief, cut, whole
+from ser.data.manifest import Utterance, check_regular, map_for
+from ser.data.text import nfc, unique_names
+from ser.errors import ConfigError, ManifestError
+
+MAX_MAP_BYTES = 16 * 1024 * 1024
+MAX_EXAMPLE = 1000  # characters
+MAX_COMPARED = 200  # classes that are compared with each other for slips
+
+# Characters without a picture of their own, beside those of the categories Cc and Cf: joiners, fillers,
+# selectors of variants.
+INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+
+# Not among the cells that stand for nothing, and yet hardly meant as a class.
+SEEMS_MISSING = frozenset({"nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nil", "nat", "?", "--", "missing"})
+
+
+# ------------------------------------------------------------------------------------------------------- maps
+
+
+def parse_map(source: str) -> dict[str, Any]:
+    """A label map: emotion as written -> its name, None for no label; below "speaker", the same of speakers.
+
+        {"hapy": "happy", "xxx": null, "speaker": {"s1": "S1"}}
+
+    A name that stays itself (``"A": "A"``) is meant as it is, however near another one looks.
+
+    Args:
+        source: the JSON object, or the path of a file that holds it.
+
+    Raises:
+        ConfigError: there is no such file, it is no such object, or a new name is to be renamed itself.
+    """
+    inline = source.lstrip().startswith("{")
+    where = "--map" if inline else f"--map {source}"
+    try:
+        if not inline:
+            check_regular(Path(source), "a JSON object of names")
+            with Path(source).open("rb") as file:
+                content = file.read(MAX_MAP_BYTES + 1)
+            if len(content) > MAX_MAP_BYTES:
+                raise ConfigError(f"{where}: larger than {MAX_MAP_BYTES} bytes")
+            source = content.decode("utf-8-sig")
+        return check_map(json.loads(source, object_pairs_hook=unique_names), where)
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
+    except (ManifestError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: no JSON object of names: {error}") from None
+
+
+def check_map(values: object, where: str) -> dict[str, Any]:
+    """A label map as JSON has it, with its names as labels are read; ``where`` it is from, for the message.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(values, dict):
+        example = '{"hapy": "happy", "xxx": null}'
+        raise ConfigError(f"{where}: found {brief(values)}, expected an object such as {example}")
+    speakers = values.get("speaker")
+    if not isinstance(speakers, dict):
+        return dict(_checked(where, values))
+    emotions = {old: new for old, new in values.items() if old != "speaker"}
+    return _checked(where, emotions) | {"speaker": _checked(where, speakers)}
+
+
+def is_name(text: str) -> bool:
+    """Whether it can be a label: neither empty nor half a surrogate pair."""
+    return bool(text.strip()) and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _checked(where: str, values: Mapping[str, Any]) -> dict[str, str | None]:
+    """One level of a map, its names as labels are read."""
+    names: dict[str, str | None] = {}
+    for old, new in values.items():
+        if not (new is None or (isinstance(new, str) and is_name(new))) or not is_name(old):
+            raise ConfigError(f"{where}: {brief(old)} is {brief(new)}, expected a name, or null for no label")
+        old = nfc(old.strip())
+        if old in names:
+            raise ConfigError(f"{where}: {brief(old)} stands twice")
+        names[old] = None if new is None else nfc(new.strip())
+    for old, new in names.items():
+        if new is not None and names.get(new, new) != new:
+            end = "no label" if names[new] is None else brief(names[new])
+            raise ConfigError(
+                f"{where}: {brief(old)} is to be {brief(new)}, but that is to be {end}; each name is replaced "
+                "once, so write what it is to be in the end"
+            )
+    return names
+
+
+# -------------------------------------------------------------------------------------------------- spellings
+
+
+def spelling(name: str) -> str:
+    """What is left of a name without case, spaces, invisible characters and variants of the same character.
+
+    Spaces between digits stay, since they hold numbers apart, and 1.0 is 1.
+    """
+    name = whole(name)
+    if name.isascii() and name.isalnum():  # as most are: a million speakers take a second
+        return name.lower()
+    name = unicodedata.normalize("NFKC", name)
+    name = "".join(" " if c.isspace() else c for c in name if c.isspace() or not is_invisible(c))
+    name = re.sub(r"(?<=[0-9]) +(?=[0-9])", "\0", name).replace(" ", "").casefold()
+    return unicodedata.normalize("NFKC", name)
+
+
+def is_invisible(character: str) -> bool:
+    """Whether a character has no picture and takes no room."""
+    return unicodedata.category(character) in ("Cc", "Cf") or INVISIBLE.match(character) is not None
+
+
+def check_spellings(
+    sets: Mapping[str, Iterable[Utterance]],
+    *,
+    emotions: Collection[str] = (),
+    speakers: Collection[str] = (),
+    label_map: Mapping[str, Any] | None = None,
+    columns: Collection[str] = ("emotion", "speaker"),
+) -> None:
+    """That no class, and no speaker, is spelt in two ways: they would be two.
+
+    Args:
+        sets: name -> utterances.
+        emotions, speakers: names that are right as they are, such as the classes of a model.
+        label_map: what the sets were read with. A name that it leaves as it is (``"A": "A"``) is right too.
+        columns: those that are used.
+
+    Raises:
+        ManifestError: names that differ in case, spaces, invisible characters or Unicode form alone, each with
+            where it stands, and a map that makes them one.
+    """
+    found = []
+    for column, right in (("emotion", emotions), ("speaker", speakers)):
+        if column not in columns:
+            continue
+        meant = {old for old, new in map_for(label_map or {}, column).items() if old == new}
+        where: dict[str, list[str]] = {name: [] for name in right}
+        for title, utterances in sets.items():
+            counts = Counter(getattr(u, column) for u in utterances)
+            for name, count in counts.items():
+                if name is not None:
+                    where.setdefault(name, []).append(f"{title} {count}")
+        groups: dict[str, list[str]] = {}
+        for name in where:
+            if name not in meant:
+                groups.setdefault(spelling(name), []).append(name)
+        for names in groups.values():
+            if len(names) > 1 and not set(names) <= set(right):
+                found.append(_twins(column, names, where, right))
+    if found:
+        more = [f"and {len(found) - MAX_SHOWN} more"] if len(found) > MAX_SHOWN else []
+        listed = "\n  ".join([*(line for line, _ in found[:MAX_SHOWN]), *more])
+        advice = "old name: new name, or null to drop the label; a name that maps to itself is meant as it is"
+        raise ManifestError(
+            "these names differ in case, spaces, invisible characters or Unicode form alone, and would be several "
+            f"classes or speakers:\n  {listed}\nwrite each in one way, or give --map labels.json ({advice}), such "
+            f"as {_example([one for _, one in found])}"
+        )
+
+
+def _example(maps: Sequence[Mapping[str, Any]]) -> str:
+    """One map of all, as JSON that can be copied; of the first alone where that would be long."""
+    speakers = {old: new for one in maps for old, new in map_for(one, "speaker").items()}
+    together = {old: new for one in maps for old, new in map_for(one, "emotion").items()}
+    text = json.dumps(together | ({"speaker": speakers} if speakers else {}))
+    return text if len(text) <= MAX_EXAMPLE else json.dumps(maps[0])
+
+
+def _twins(
+    column: str, names: Sequence[str], where: Mapping[str, Sequence[str]], right: Collection[str]
+) -> tuple[str, dict[str, Any]]:
+    """The line that shows the spellings of one name, and a map that makes them one."""
+    shown = [f"{shown_name(n)} ({', '.join(where[n]) or 'of the model'})" for n in names[:MAX_SHOWN]]
+    kept = next((n for n in names if n in right), names[0])
+    renamed = {n: kept for n in names if n != kept}
+    return f"{column} {' and '.join(shown)}", {"speaker": renamed} if column == "speaker" else renamed
+
+
+def shown_name(name: str) -> str:
+    """A name in quotes; where something in it cannot be seen, or looks like another character, it is escaped."""
+    plain = unicodedata.normalize("NFKC", name) == name and not any(map(is_invisible, name))
+    return brief(name) if plain else cut(ascii(name))
+
+
+# ----------------------------------------------------------------------------------------------------- counts
+
+
+def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection[str] | None = None) -> list[str]:
+    """What a user should know of the labels before they are used: classes with counts, and what is odd in them.
+
+    Args:
+        sets: name -> utterances; the first one is what others are compared with.
+        emotions: the classes of the model that judges them, none where nobody judges emotions; None: there is no
+            model yet.
+    """
+    counts = {title: Counter(u.emotion for u in us if u.emotion is not None) for title, us in sets.items()}
+    lines = [_set_line(title, utterances, counts[title]) for title, utterances in sets.items()]
+    everywhere = sum(counts.values(), Counter[str]())
+    lines += [f"  {line}" for line in _odd_names(everywhere)]
+    lines += [f"warning: {line}" for line in _zeros(sets)]
+    (first, learnt), *others = counts.items()
+    for title, here in counts.items() if emotions else others:
+        if here and emotions:
+            lines += _lacking(title, here, "the model", emotions, "which are not judged")
+        elif here and learnt and emotions is None:
+            lines += _lacking(title, here, first, learnt, "which nothing learns")
+    alone = counts if emotions is None else {"the model": emotions}
+    for title, names in alone.items():
+        if len(names) == 1:
+            (name,) = names
+            consequence = "there is nothing to tell apart, and accuracy, UA and F1 of 1 mean nothing"
+            lines.append(f"warning: {title} has only one emotion, {shown_name(name)}: {consequence}")
+    return lines
+
+
+def _set_line(title: str, utterances: Sequence[Utterance], counts: Counter[str]) -> str:
+    """One set: its size, its classes from the most frequent on, and how many utterances lack which label."""
+    classes = [f"{_plain(name)} {count}" for name, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))]
+    more = [f"{len(classes) - MAX_SHOWN} more classes"] if len(classes) > MAX_SHOWN else []
+    parts = [f"emotions {', '.join([*classes[:MAX_SHOWN], *more])}"] if classes else []
+    speakers = {u.speaker for u in utterances if u.speaker is not None}
+    parts += [f"{len(speakers)} speakers"] if speakers else []
+    lacking = {
+        "emotion": len(utterances) - counts.total(),
+        "text": sum(u.text is None for u in utterances),
+        "speaker": sum(u.speaker is None for u in utterances),
+    }
+    without = [f"{count} without {name}" for name, count in lacking.items() if count]
+    return f"{title}: {len(utterances)} utterances; {'; '.join([*parts, *without])}"
+
+
+def _plain(name: str) -> str:
+    """A name, in quotes where it is more than letters and digits."""
+    return name if name.replace("_", "").replace("-", "").isalnum() and len(name) < 50 else shown_name(name)
+
+
+def _odd_names(counts: Counter[str]) -> list[str]:
+    """Classes that are perhaps none: slips of another, what seems to be missing, what cannot be seen."""
+    lines = []
+    for name in sorted(counts):
+        if name.casefold() in SEEMS_MISSING:
+            drop = json.dumps({name: None})
+            lines.append(f"{brief(name)} ({counts[name]}) is taken as a class; if it is none: --map '{drop}'")
+        elif not name.isprintable() or INVISIBLE.search(name):
+            lines.append(f"{name!a} ({counts[name]}) has characters that cannot be seen")
+        elif len(counts) <= MAX_COMPARED and (near := _near(name, counts)):
+            lines.append(f"{brief(name)} ({counts[name]}): did you mean {brief(near)} ({counts[near]})?")
+    return lines[:MAX_SHOWN]
+
+
+def _near(name: str, counts: Counter[str]) -> str:
+    """The class, at least twice as frequent, of which ``name`` may be a slip: a letter more, less or another."""
+    digits = re.sub(r"[^0-9]", "", name)
+    for other in counts:
+        if counts[other] < 2 * counts[name] or abs(len(other) - len(name)) > 1:
+            continue
+        likeness = difflib.SequenceMatcher(None, name.casefold(), other.casefold(), autojunk=False).ratio()
+        if likeness >= 0.8 and spelling(name) != spelling(other) and digits == re.sub(r"[^0-9]", "", other):
+            return other
+    return ""
+
+
+def _lacking(title: str, here: Collection[str], other: str, there: Collection[str], consequence: str) -> list[str]:
+    """Which classes one of the two has and the other, the first set or the model, lacks."""
+    lines = []
+    for names, what in (
+        (set(here) - set(there), f"has emotions that {other} lacks, {consequence}"),
+        (set(there) - set(here), f"lacks emotions that {other} has, and says nothing of them"),
+    ):
+        shown = [_plain(name) for name in sorted(names)[:MAX_SHOWN]]
+        more = [f"{len(names) - MAX_SHOWN} more"] if len(names) > MAX_SHOWN else []
+        if names:
+            lines.append(f"warning: {title} {what}: {', '.join([*shown, *more])}")
+    return lines
+
+
+def _zeros(sets: Mapping[str, Sequence[Utterance]]) -> list[str]:
+    """Speakers who are the same number with and without leading zeros, which a spreadsheet takes away."""
+    numbers: dict[str, set[str]] = {}
+    for name in {u.speaker for utterances in sets.values() for u in utterances}:
+        if name is not None and name.isdecimal():
+            numbers.setdefault(name.lstrip("0") or "0", set()).add(name)
+    twins = [" and ".join(map(brief, sorted(names))) for _, names in sorted(numbers.items()) if len(names) > 1]
+    more = [f"{len(twins) - MAX_SHOWN} more"] if len(twins) > MAX_SHOWN else []
+    shown = ", ".join([*twins[:MAX_SHOWN], *more])
+    return [f"speakers differ in leading zeros alone, and count as different people: {shown}"] if twins else []
