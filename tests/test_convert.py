@@ -350,6 +350,10 @@ def test_labels_symbols_and_speakers_can_be_given_and_must_fit_the_heads(styles,
 def test_names_for_heads_that_have_them_or_are_not_there_are_refused(styles, randomise, recognizer, tmp_path):
     pickled_folder(tmp_path / "whole", recognizer)
     with pytest.raises(ModelFolderError, match="keep the names"):
+        convert(tmp_path / "whole", tmp_path / "new", speakers=["x", "y"])
+    with pytest.raises(
+        ModelFolderError, match="--labels names the classes of a head that has no names; there is none"
+    ):
         convert(tmp_path / "whole", tmp_path / "new", labels=["x", "y", "z"])
     source = paper_folder(tmp_path / "old", paper_recognizer(styles, randomise))
     with pytest.raises(ModelFolderError, match="has no speaker_head; --speakers names classes that do not exist"):

@@ -276,7 +276,7 @@ def damaged(folder: Path, name: str, **values) -> None:
         ("config.json", "ser__speakers", "Ann", "ser.speakers needs a list"),
         ("config.json", "ser__speakers", [1, 2], "ser.speakers needs a list"),
         ("config.json", "ser__speakers", ["Ann", "Ann"], "name a class twice"),
-        ("config.json", "ser__pooling", "sum", r"ser.pooling is 'sum'; expected one of mean"),
+        ("config.json", "ser__pooling", "median", r"ser.pooling is 'median'; expected one of mean"),
         ("config.json", "ser__pooling", [], "ser.pooling"),
         ("config.json", "ser__layers", "4", "layers is '4', but the encoder has 3 layers"),
         ("config.json", "ser__layers", "9" * 10_000, "ser.layers"),

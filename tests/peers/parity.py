@@ -70,7 +70,7 @@ def encoder_row(values: dict[str, Any], *, samples: int = 16_000) -> dict[str, f
     cls = reference_class(values["model_type"])
     reference = randomise(cls(cls.config_class(**values)))
     ours = Wav2Vec2(Wav2Vec2Config.from_dict(values)).eval()
-    keys = written_names(ours.state_dict(), ours.config, projector=False)
+    keys = written_names(ours.state_dict(), ours.config, classifier=None)
     theirs = reference.state_dict()
     ours.load_state_dict({name: theirs[key] for name, key in keys.items()}, strict=True)
     assert len(keys) == len(theirs), "the reference has other tensors"
