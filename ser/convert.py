@@ -253,7 +253,7 @@ class TensorsInMemory(TensorFiles):
     def __init__(self, source: Source) -> None:
         self.folder = source.path
         self.tensors = source.tensors
-        self.names = {name: (source.path, name) for name in source.tensors}
+        self.names = {name: (source.path, source.keys.get(name, name)) for name in source.tensors}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:

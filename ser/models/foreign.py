@@ -190,7 +190,10 @@ def fairseq_values(path: Path, checkpoint: Mapping) -> tuple[dict, bool | None]:
         modes, mode = {"default": "group", "layer_norm": "layer"}, values["feat_extract_norm"]
         values["feat_extract_norm"] = modes.get(mode, mode) if isinstance(mode, str) else mode
     if isinstance(inner.get("conv_feature_layers"), str):
-        layers = conv_layers(inner["conv_feature_layers"])
+        try:
+            layers = conv_layers(inner["conv_feature_layers"])
+        except ConfigError as error:
+            raise ModelFolderError(f"{path}: {error}") from None
         for i, name in enumerate(("conv_dim", "conv_kernel", "conv_stride")):
             values[name] = [layer[i] for layer in layers]
     architecture = inner.get("_name", inner.get("arch"))
