@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from foreign_models import EmotionModel, Wav2Vec2ForCTCnCLS
+from foreign_models import EmotionModel, Wav2Vec2ForCTCnCLS, speech_classification
 from public import ENCODERS
 from torch import Tensor, nn
 
@@ -133,6 +133,19 @@ def dimensional_row(values: dict[str, Any]) -> dict[str, float]:
         return {"forward": difference(found, model(waveform))}
 
 
+def notebook_row(values: dict[str, Any], mode: str) -> dict[str, float]:
+    """ForSpeechClassification of the widespread notebook, as its own code saves it."""
+    labels = {"id2label": EMOTIONS, "label2id": {name: i for i, name in EMOTIONS.items()}}
+    cls = speech_classification(values["model_type"])
+    model = randomise(cls(cls.config_class(**values, **labels, pooling_mode=mode)))
+    waveform = torch.randn(1, 16_000, generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        found = ser.load(folder).model(waveform).emotion
+        assert found is not None
+        return {"forward": difference(found, model(waveform))}
+
+
 def paper_row(values: dict[str, Any]) -> dict[str, float]:
     """The model of Cai et al. with the speaker head that followers add, once it has names for its classes."""
     model = randomise(Wav2Vec2ForCTCnCLS(transformers.Wav2Vec2Config(**values, vocab_size=32)))
@@ -202,6 +215,12 @@ def rows() -> list[tuple[str, str, Callable[[], dict[str, float]]]]:
                 found.append(("Heads", name, classify))
     base = {"model_type": "wav2vec2"} | width
     found.append(("Heads", "audEERING's dimensional model", partial(dimensional_row, base | pre_norm)))
+    for kind in ARCHITECTURES:
+        name = f"{ARCHITECTURES[kind]}ForSpeechClassification (a notebook's), mean"
+        found.append(("Heads", name, partial(notebook_row, {"model_type": kind} | width, "mean")))
+    for mode in ("sum", "max"):
+        name = f"Wav2Vec2ForSpeechClassification (a notebook's), {mode}"
+        found.append(("Heads", name, partial(notebook_row, base, mode)))
     found.append(("Heads", "the paper's model, with a speaker head", partial(paper_row, base)))
     for kind in ("pytorch_model.bin", "fairseq", "torchaudio", "speechbrain"):
         found.append(("Source formats", kind, partial(format_row, kind)))
