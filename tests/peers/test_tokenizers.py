@@ -4,12 +4,17 @@ import json
 import random
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
+import ser
+from ser.convert import convert
 from ser.data.text import SPECIALS
 from ser.errors import SerError
 from ser.folder import read_do_normalize, read_vocabulary
+from ser.recognizer import Recognizer, inherited_vocabulary
 
 LETTERS = "abcdefghij"
 USUAL = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4} | {c: 5 + i for i, c in enumerate(LETTERS)}
@@ -68,7 +73,7 @@ CASES = {
 def test_symbols_are_decoded_as_the_tokenizer_decodes_them(tmp_path, case, release):
     vocabulary, settings = CASES[case]
     if case == "special tokens of its own" and release == 4:
-        pytest.skip("its special tokens went into another file there")
+        settings = {"bos_token": "[BOS]", "additional_special_tokens": ["[LAUGH]"]}
     write(tmp_path, "vocab.json", vocabulary)
     theirs = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), **settings)
     theirs.save_pretrained(tmp_path)
@@ -149,6 +154,54 @@ def test_a_tokenizer_in_one_file_completes_or_is_the_vocabulary(tmp_path):
     for _ in range(2):
         assert read_vocabulary(tmp_path, "librispeech", rows=14, values={}).tokens == (*XLSR, "<s>")
         write(tmp_path, "vocab.json", XLSR)
+
+
+def xlsr_folder(folder, randomise, config, release=4):
+    """A ForCTC with 13 symbols in vocab.json and a head of 15, as the XLSR tutorial leaves it."""
+    folder.mkdir()
+    write(folder, "vocab.json", XLSR)
+    tokenizer = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), **XLSR_NAMES)
+    tokenizer.save_pretrained(folder)
+    if release == 4:
+        as_release_4(folder)
+    Wav2Vec2FeatureExtractor().save_pretrained(folder)
+    peer = transformers.Wav2Vec2ForCTC
+    model = randomise(peer(peer.config_class(**config.to_dict(), vocab_size=len(tokenizer), pad_token_id=12)))
+    model.eval().save_pretrained(folder)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("release", [5, 4])
+def test_a_vocabulary_that_other_files_complete_is_read_when_loaded_trained_from_and_converted(
+    styles, randomise, tmp_path, release
+):
+    model, tokenizer = xlsr_folder(tmp_path / "m", randomise, styles["large-style"], release)
+    waveform = torch.randn(1, 7000, generator=torch.Generator().manual_seed(3))
+    inputs = Wav2Vec2FeatureExtractor.from_pretrained(tmp_path / "m")(
+        waveform[0].numpy(), sampling_rate=16000, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = expected_text(tokenizer, model(inputs.input_values).logits.argmax(-1)[0])
+    assert expected and ser.load(tmp_path / "m").predict(waveform[0], 16000)[0].transcript == expected
+
+    vocabulary = inherited_vocabulary(tmp_path / "m", "none")
+    recognizer, report = Recognizer.create(tmp_path / "m", emotions=["a", "b"], vocabulary=vocabulary)
+    assert torch.equal(recognizer.model.lm_head.weight, model.lm_head.weight)
+    assert vocabulary.blank == 12 and len(vocabulary) == 15 and not report.notes
+    recognizer.save(tmp_path / "ours")
+    assert ser.load(tmp_path / "ours").predict(waveform[0], 16000)[0].transcript == expected
+
+    weights = tmp_path / "m" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "m" / "pytorch_model.bin")
+    weights.unlink()
+    convert(tmp_path / "m", tmp_path / "converted")
+    assert ser.load(tmp_path / "converted").predict(waveform[0], 16000)[0].transcript == expected
+
+
+def test_an_orthography_with_a_delimiter_of_its_own_keeps_it(tmp_path):
+    write(tmp_path, "vocab.json", USUAL | {"/": 15})
+    assert read_vocabulary(tmp_path, "buckwalter").word_delimiter == "/"
+    assert read_vocabulary(tmp_path, "timit").word_delimiter == "|"
 
 
 # ----------------------------------------------------------------------------------------------- sound
