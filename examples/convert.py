@@ -1,8 +1,11 @@
 """Turn a checkpoint of another library into a model folder, and prove that it computes the same.
 
-A folder of transformers with pytorch_model.bin:
+A folder of transformers with pytorch_model.bin, or its name on the Hugging Face hub:
 
     python examples/convert.py downloads/wav2vec2-base models/wav2vec2-base
+    python examples/convert.py superb/wav2vec2-base-superb-er models/superb
+
+Its classes keep their names; where nobody gave them any (LABEL_0, LABEL_1), --labels does.
 
 fairseq, torchaudio:
 
@@ -47,7 +50,8 @@ def parse_arguments() -> argparse.Namespace:
         description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "source", type=Path, help="folder of transformers, or file of fairseq, torchaudio, speechbrain"
+        "source",
+        help="folder of transformers, its OWNER/NAME on the hub, or file of fairseq, torchaudio, speechbrain",
     )
     parser.add_argument("target", type=Path, help="model folder to write")
     parser.add_argument("--config", type=Path, help="config.json, or a part of it, for what the source lacks; it "

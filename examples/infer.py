@@ -255,7 +255,7 @@ def json_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[st
 
 
 def comma_separated(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
-    first = ["file", "id", "start", "end", "seconds", "emotion"]
+    first = ["file", "id", "start", "end", "seconds", "kind", "emotion"]
     last = ["transcript", "speaker", "speaker_probability", "warning", "error"]
     shares = [f"p_{name}" for name in recognizer.emotions]
     yield csv_line([*first, *shares, *recognizer.dimensions, *last])
@@ -272,6 +272,11 @@ def paper_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[s
         names = recognizer.emotions
     if not names:
         raise ConfigError("the model has no emotion head, and the paper's format is about nothing else")
+    if recognizer.kind != "single-label":
+        raise ConfigError(
+            f"the paper's format is of one emotion out of several, and this model is {recognizer.kind}: use csv "
+            "or jsonl"
+        )
     for record in records:
         if record["error"] is None:
             shares = " ".join(str(record["probabilities"][name]) for name in names).replace("None", "nan")
@@ -283,9 +288,13 @@ def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
     total = shutil.get_terminal_size((120, 24)).columns
     emotion = max([len("emotion"), *(len(name) + 5 for name in recognizer.emotions)])
     speaker = max([len("speaker"), *map(len, recognizer.speakers)])
-    fixed = {"seconds": 7, "emotion": min(emotion, 20), "speaker": min(speaker, 20)}
-    fixed |= {name: max(len(name), 6) for name in recognizer.dimensions}
-    heads = {"emotion": recognizer.emotions, **dict.fromkeys(recognizer.dimensions, True)}
+    several = recognizer.kind == "multi-label"
+    fixed = {"seconds": 7, "emotion": 32 if several else min(emotion, 20), "speaker": min(speaker, 20)}
+    numbers = {f"={name}": name for name in recognizer.dimensions}  # a foreign model may call one "file"
+    fixed |= {"kind": len(recognizer.kind or "")} | {key: max(len(name), 6) for key, name in numbers.items()}
+    # The kind of answer is a column where it is not the usual one.
+    heads: dict[str, Any] = {"kind": recognizer.kind not in (None, "single-label")}
+    heads |= {"emotion": recognizer.emotions, **dict.fromkeys(numbers, True)}
     heads |= {"transcript": recognizer.vocabulary, "speaker": recognizer.speakers}
     columns = ["file", "seconds", *(name for name, there in heads.items() if there)]
     rest = max(20, total - 1 - sum(fixed.get(c, 0) for c in columns) - 2 * (len(columns) - 1))
@@ -293,26 +302,37 @@ def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
     widths = {**fixed, "file": file, "transcript": rest - file}
 
     def line(cells: dict[str, str]) -> str:
-        numbers = ("seconds", *recognizer.dimensions)
-        texts = (fit(cells[c], widths[c], keep_end=c == "file", right=c in numbers) for c in columns)
+        right = ("seconds", *numbers)
+        texts = (fit(cells[c], widths[c], keep_end=c == "file", right=c in right) for c in columns)
         return "  ".join(texts).rstrip() + "\n"
 
-    yield line({name: name for name in columns})
+    yield line({name: name for name in columns} | numbers)
     for record in records:
         if record["error"] is not None:
             name = fit(record["id"] or record["file"], file, keep_end=True)
             yield f"{name}  {fit('error: ' + record['error'], total - file - 3)}".rstrip() + "\n"
             continue
-        share = (record["probabilities"] or {}).get(record["emotion"], 0.0)
         cells = {
             "file": record["id"] or record["file"],
             "seconds": f"{record['seconds']:.2f}",
-            "emotion": f"{record['emotion']} {rounded(share)}",
+            "kind": record["kind"] or "",
+            "emotion": likeliest(record),
             "transcript": record["transcript"] or "",
             "speaker": record["speaker"] or "",
         }
-        cells |= {name: rounded(value) for name, value in (record["dimensions"] or {}).items()}
+        cells |= {f"={name}": rounded(value) for name, value in (record["dimensions"] or {}).items()}
         yield line(cells)
+
+
+def likeliest(record: Record) -> str:
+    """The likeliest emotion with its probability; where several can be right, all above one half."""
+    shares = record["probabilities"] or {}
+    names = [record["emotion"]]
+    if record["kind"] == "multi-label":
+        names = (
+            sorted((n for n, share in shares.items() if (share or 0) >= 0.5), key=lambda n: -shares[n]) or names
+        )
+    return ", ".join(f"{name} {rounded(shares.get(name, 0.0))}" for name in names)
 
 
 def rounded(score: float | None) -> str:

@@ -55,7 +55,7 @@ from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
 from ser.errors import ConfigError, ModelFolderError
 from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import find_folder, read_encoder_config
-from ser.recognizer import Recognizer, inherited_labels, is_preset
+from ser.recognizer import Recognizer, inherited_labels, inherited_vocabulary, is_preset
 from ser.train.checkpoint import CHANGEABLE, SETTINGS, newest_verified, opened_before
 from ser.train.config import TrainConfig, add_arguments, paper_settings
 from ser.train.config import from_arguments as training_settings
@@ -360,10 +360,7 @@ def chosen_vocabulary(arguments: argparse.Namespace, texts: list[str]) -> Vocabu
         return Vocabulary.read(arguments.vocab, word_delimiter=delimiter)
     if arguments.build_vocab:
         return Vocabulary.build(texts, word_delimiter=delimiter)
-    inherited = Path(arguments.init) / "vocab.json"
-    if inherited.is_file():
-        return Vocabulary.read(inherited, word_delimiter=delimiter)
-    return Vocabulary.librispeech()
+    return inherited_vocabulary(arguments.init, arguments.orthography) or Vocabulary.librispeech()
 
 
 if __name__ == "__main__":

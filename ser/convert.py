@@ -25,8 +25,9 @@ from torch import Tensor
 
 from ser.data.manifest import PAPER_EMOTIONS
 from ser.data.text import Vocabulary
-from ser.errors import ConfigError, ModelFolderError
+from ser.errors import ConfigError, ModelFolderError, brief_repr
 from ser.files import read_tensors, write_folder_atomically, write_json, write_tensors
+from ser.folder import check_names, class_names, classifier_form, read_do_normalize, read_vocabulary
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
 from ser.models.foreign import (
     FAIRSEQ_PRETRAINING,
@@ -48,16 +49,22 @@ from ser.models.pretrained import (
     TensorFiles,
     canonical_name,
     check_folder,
+    exists,
     fill,
     fill_encoder,
+    find_folder,
+    is_hub_name,
     load_encoder,
     materialise,
     opened,
     read_json,
+    refuse_adapters,
     resolve_inside,
     shorten,
     stands_in,
     summary,
+    unwrapped,
+    without_wrappers,
 )
 from ser.models.wav2vec2 import Wav2Vec2
 from ser.recognizer import Recognizer
@@ -89,6 +96,7 @@ class Source:
     symbols: list[str] | None = None  # of the CTC head, in the order of its rows
     do_normalize: bool = True
     assumed: dict[str, Any] = field(default_factory=dict)  # what it does not say, and a comparison cannot prove
+    notes: list[str] = field(default_factory=list)  # the same of how sound and text are prepared, in words
 
     @property
     def paper(self) -> bool:
@@ -143,11 +151,11 @@ def read_hugging_face_folder(folder: Path) -> Source:
         for path, key in stored.names.values():
             with opened(path) as file:
                 state[key] = file.get_tensor(key).clone()
+    refuse_adapters(folder, state)
     keys = {canonical_name(key): key for key in state}
     tensors = by_our_names(folder, state, keys)
     source = Source(folder, "hugging-face", files, len(state), tensors, tensors, keys, values=values)
-    if stands_in(folder, "preprocessor_config.json"):
-        source.do_normalize = read_json(folder, "preprocessor_config.json").get("do_normalize") is not False
+    source.do_normalize = read_do_normalize(folder, source.notes)
     return source
 
 
@@ -159,7 +167,10 @@ def read_file(path: Path) -> Source:
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
             state = checkpoint[name]
             break
-    state = copied_tensors(path, state)
+    copied = copied_tensors(path, state)
+    state = {without_wrappers(key): tensor for key, tensor in copied.items()}
+    by_our_names(path, copied, {without_wrappers(key): key for key in copied})
+    refuse_adapters(path, state)
     kind, prefix = recognised(path, state)
     if kind == "hugging-face":
         outer = prefix
@@ -220,12 +231,19 @@ def fairseq_symbols(path: Path, checkpoint: Mapping) -> list[str] | None:
     if type(found) is not Dictionary:
         return None
     symbols = vars(found).get("symbols")
-    if not isinstance(symbols, list) or symbols[:2] != ["<s>", "<pad>"]:
+    if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
+        raise ModelFolderError(
+            f"{path}: its dictionary is {brief_repr(symbols, 80)}; expected symbols; pass --vocab"
+        )
+    if symbols[:2] != ["<s>", "<pad>"]:
         raise ModelFolderError(f"{path}: its dictionary does not begin with <s> and <pad>; pass --vocab")
     return ["<pad>", "<s>", *symbols[2:]]
 
 
 # ---------------------------------------------------------------------------------------------- writing
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class TensorsInMemory(TensorFiles):
@@ -234,12 +252,16 @@ class TensorsInMemory(TensorFiles):
     def __init__(self, source: Source) -> None:
         self.folder = source.path
         self.tensors = source.tensors
-        self.names = {name: (source.path, name) for name in source.tensors}
+        self.names = {name: (source.path, source.keys.get(name, name)) for name in source.tensors}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors."""
-        return {name: self.tensors[name] for name in names}
+        """The named tensors, which are of floating point, but for a batch norm's counter."""
+        found = {name: self.tensors[name] for name in names}
+        for name, tensor in found.items():
+            if tensor.dtype not in FLOATS and not name.endswith(".num_batches_tracked"):
+                raise ModelFolderError(f"{self.folder}: {name} holds {tensor.dtype}; expected floating point")
+        return found
 
 
 def chosen_labels(
@@ -256,9 +278,10 @@ def chosen_labels(
     if vocabulary is None and source.rows("lm_head"):
         if source.symbols is not None:
             vocabulary = Vocabulary({symbol: i for i, symbol in enumerate(source.symbols)})
-        elif source.path.is_dir() and stands_in(source.path, "vocab.json"):
-            vocabulary = Vocabulary.read(resolve_inside(source.path, "vocab.json"))
-        else:
+        elif source.path.is_dir():
+            rows, values, notes = source.rows("lm_head"), source.values, source.notes
+            vocabulary = read_vocabulary(source.path, "librispeech", rows=rows, values=values, notes=notes)
+        if vocabulary is None:
             vocabulary = Vocabulary.librispeech()
             assumed["vocabulary"] = "".join(vocabulary.tokens)
     for head, flag, names in (
@@ -319,7 +342,9 @@ def built_recognizer(source: Source, labels: Mapping[str, Any]) -> tuple[Recogni
 
 # Files of a Hugging Face folder that go along, and what in them would name code or templates to run.
 COMPANIONS = (
+    "processor_config.json",
     "preprocessor_config.json",
+    "tokenizer.json",
     "vocab.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -329,17 +354,40 @@ CODE = ("auto_map", "custom_pipelines", "custom_object_save", "chat_template", "
 
 
 def write_hugging_face(source: Source, folder: Path) -> None:
-    """The folder as it is, but for code: the same keys, types and numbers."""
+    """The folder as it is, but for code and wrappers' prefixes: the same keys, types and numbers."""
     write_json(folder / "config.json", without_code(source.values))
     for name in COMPANIONS if source.path.is_dir() else ():
         if stands_in(source.path, name):
             write_json(folder / name, without_code(read_json(source.path, name)))
-    write_tensors(folder / "model.safetensors", {source.keys[name]: t for name, t in source.tensors.items()})
+    write_tensors(
+        folder / "model.safetensors", {unwrapped(source.keys[name]): t for name, t in source.tensors.items()}
+    )
 
 
 def without_code(values: Mapping) -> dict:
-    """The entries that no program would take for code."""
-    return {key: value for key, value in values.items() if key not in CODE}
+    """The entries that no program would take for code; also of entries, such as feature_extractor."""
+    kept = {key: value for key, value in values.items() if key not in CODE}
+    return {
+        key: {k: v for k, v in value.items() if k not in CODE} if isinstance(value, dict) else value
+        for key, value in kept.items()
+    }
+
+
+def named(source: Source, labels: Sequence[str]) -> None:
+    """Give the classes of a `transformers` classifier their names, where it has none of its own."""
+    form = classifier_form(TensorsInMemory(source))
+    rows = source.rows("cls_head") if form == "linear" else source.rows("dimension_head.out_proj")
+    theirs = class_names(source.path / "config.json", source.values)
+    if form is None or theirs not in ([], [f"LABEL_{i}" for i in range(len(theirs))]):
+        raise ModelFolderError(
+            f"{source.path}: --labels names the classes of a head that has no names; "
+            + (f"this one's are {', '.join(theirs)}" if form else "there is none")
+        )
+    if len(labels) != rows:
+        raise ModelFolderError(f"{source.path}: --labels has {len(labels)} names for {rows} classes")
+    check_names(source.path, "--labels", list(labels))
+    source.values["id2label"] = {str(i): name for i, name in enumerate(labels)}
+    source.values["label2id"] = {name: i for i, name in enumerate(labels)}
 
 
 # ---------------------------------------------------------------------------------------------- verification
@@ -422,14 +470,14 @@ def sha256(path: Path) -> str:
 
 def check_paths(source: Path, target: Path, *, overwrite: bool) -> None:
     """Refuse a target that would destroy something."""
-    if not source.exists():
+    if not exists(source):
         raise ModelFolderError(f"{source}: there is no such file or folder")
     if not source.is_dir() and not source.is_file():
         raise ModelFolderError(f"{source}: is not a regular file")
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ModelFolderError(f"{target}: lies in {source} or around it; choose a folder beside it")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if not exists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
         raise ModelFolderError(f"{target}: exists; choose another folder, or --overwrite")
@@ -453,11 +501,13 @@ def convert(
     """Write the model folder ``target`` from a checkpoint of another library, after comparing the two.
 
     Args:
-        source: a folder of `transformers`, or a file that fairseq, torchaudio or speechbrain saved.
+        source: a folder of `transformers`, its OWNER/NAME on the Hugging Face hub, or a file that fairseq,
+            torchaudio or speechbrain saved.
         target: the folder to write; complete or not at all.
         config: values of config.json that the source lacks or has wrong.
         vocabulary: of the CTC head; default: the source's own, else the 32 symbols of LibriSpeech.
-        labels: of the emotion head; default: those of the paper, e0..e3: neutral, happy, angry, sad.
+        labels: of the emotion head; default: those of the paper, e0..e3: neutral, happy, angry, sad. Of a folder
+            of `transformers` only where its classes have no names, or LABEL_0 and so on.
         speakers: of the speaker head; default: s0, s1, ...
         overwrite: replace a model folder that stands there.
         reference: what computes the layers to compare with, such as that of examples/references.py; None: the
@@ -474,24 +524,30 @@ def convert(
     """
     import ser
 
-    path, target = Path(source), Path(target)
+    path, target, name = Path(source), Path(target), Path(source).name
+    if not exists(path) and is_hub_name(str(source)):
+        path, name = find_folder(str(source), pickles=True), str(source)
     check_paths(path, target, overwrite=overwrite)
     found = read_source(path, config or {})
-    say(f"{path}: {found.kind}, {found.count} tensors")
+    say(f"{source}: {found.kind}, {found.count} tensors")
     # A folder that says all that there is to say stays as it is; the others get what they lack.
     recognizer = None
     if found.keys and not found.paper:
-        if labels or speakers or vocabulary:
+        if speakers or vocabulary:
             raise ModelFolderError(
-                f"{path}: --labels, --speakers and --vocab are for the paper's folders, and for heads of fairseq "
-                "and torchaudio; the heads of this one keep the names that they have"
+                f"{path}: --speakers and --vocab are for the paper's folders, and for heads of fairseq and "
+                "torchaudio; the heads of this one keep the names that they have"
             )
+        if labels:
+            named(found, labels)
         report = check_encoder(found)
         report.new = []  # nothing is added
     else:
         recognizer, report = built_recognizer(found, chosen_labels(found, labels, speakers, vocabulary))
     for name, value in found.assumed.items():
         say(f"assumed {name}: {value}")
+    for note in found.notes:
+        say(note)
     certificate: dict[str, Any] = {}
 
     def write(folder: Path) -> None:
@@ -504,10 +560,14 @@ def convert(
         comparison = compare(found, folder, reference)
         say(f"compared with: {comparison['reference']}; largest difference {comparison['largest']}")
         certificate.update(
-            source={"name": path.name, "kind": found.kind, "sha256": {f.name: sha256(f) for f in found.files}},
+            source={
+                "name": name,
+                "kind": found.kind,
+                "sha256": {f.name: sha256(f) for f in found.files},
+            },
             model={"type": encoder_config(found).model_type, "sha256": sha256(folder / "model.safetensors")},
             tensors={"read": found.count, "written": written, "unused": found.unused, "new": report.new},
-            assumed=found.assumed,
+            assumed=found.assumed | ({"notes": found.notes} if found.notes else {}),
             comparison=comparison,
             versions={"ser": ser.__version__, "torch": str(torch.__version__)},
         )

@@ -5,6 +5,45 @@ to tell bad input from a defect. They carry a single message string, which keeps
 an error in a data-loader worker reaches the user with its text.
 """
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def brief_repr(value: Any, most: int = 500) -> str:
+    """Return the ``repr`` of a foreign value, cut at about ``most`` characters.
+
+    It takes no longer than that, whatever the value is: nested deep or in itself, a list that holds itself
+    twice 60 times over, a number of a million digits. Of what is no plain data stands the type alone.
+    """
+    text = ""
+    for piece in _pieces(value, most):
+        text += piece
+        if len(text) > most:
+            return f"{text[:most]}..."
+    return text
+
+
+def _pieces(value: Any, most: int, depth: int = 0) -> Iterator[str]:
+    if isinstance(value, str | bytes):
+        yield repr(value[: most + 1])
+    elif isinstance(value, int) and value.bit_length() > 4 * most:
+        yield f"<a whole number of {value.bit_length():,} bits>"
+    elif value is None or isinstance(value, int | float):
+        yield repr(value)
+    elif isinstance(value, list | tuple | set | frozenset | Mapping) and depth < 20:
+        opening, closing = "[]" if isinstance(value, list) else "()" if isinstance(value, tuple) else "{}"
+        yield opening
+        for number, item in enumerate(value):
+            yield ", " if number else ""
+            if isinstance(value, Mapping):
+                yield from _pieces(item, most, depth + 1)
+                yield ": "
+                item = value[item]
+            yield from _pieces(item, most, depth + 1)
+        yield closing
+    else:
+        yield f"<{type(value).__name__}>"
+
 
 class SerError(Exception):
     """Base of all errors about input, configuration or files. The message names file and cause."""

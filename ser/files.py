@@ -40,6 +40,7 @@ from torch import Tensor
 
 from ser.errors import FileError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # with which its files of some 130 bytes begin
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST}  # where a folder stands already
 READER_SECONDS = 30.0  # how long a named pipe may be without a reader
@@ -56,6 +57,12 @@ def cannot_write(path: Path, error: OSError, size: int = 0) -> FileError:
         f"{path}: cannot be written: {cause} ({needed}{free:,} free); what stood there is untouched; make room "
         "and give the same command again"
     )
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Tell whether the file is a pointer of git-lfs, which stands where the file itself was not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 @contextmanager

@@ -10,6 +10,7 @@ folder that training wrote is all that inference needs, and nothing else decides
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -37,12 +38,13 @@ from ser.audio import (
     read_windows,
 )
 from ser.data.dataset import SpeechDataset, pad
-from ser.data.manifest import DIMENSIONS, Utterance
+from ser.data.manifest import Utterance
 from ser.data.sampler import evaluation_batches
-from ser.data.text import ORTHOGRAPHIES, Vocabulary
+from ser.data.text import ORTHOGRAPHIES, SPECIALS, Vocabulary
 from ser.data.workers import AGAIN, WORKER_SECONDS, decoded, worker_death_explained
-from ser.errors import AudioError, ConfigError, ModelFolderError, SerError
+from ser.errors import AudioError, ConfigError, ModelFolderError, SerError, brief_repr
 from ser.files import write_folder_atomically, write_json, write_tensors
+from ser.folder import FORMAT, classifier_form, read_settings, read_vocabulary
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
 from ser.models.memory import freed_memory_kept
 from ser.models.multitask import HEADS, HeadsConfig, MultiTaskModel, Outputs
@@ -51,19 +53,18 @@ from ser.models.pretrained import (
     LoadReport,
     TensorFiles,
     check_folder,
+    exists,
     fill,
     fill_encoder,
     find_folder,
     materialise,
     read_encoder_config,
     read_json,
-    resolve_inside,
     shorten,
-    stands_in,
     written_names,
 )
 
-FORMAT = 1  # of the "ser" part of config.json
+LOG = logging.getLogger("ser")  # where loading says what a folder lacks; on standard error unless it is set up
 MAX_SECONDS = 120.0  # attention's memory grows with the square of the length
 # Padded seconds per forward pass in inference. On a CPU more do not stay in its caches: 64 took a quarter longer.
 BATCH_SECONDS = {"cpu": 16.0, "cuda": 64.0}
@@ -77,8 +78,10 @@ WHERE_LABELS_STAND = {
     "emotion": "id2label in config.json",
     "ctc": "vocab.json",
     "speaker": "ser.speakers in config.json",
-    "dimensions": "id2label in config.json, of arousal, dominance and valence",
+    "dimensions": "id2label in config.json, with problem_type regression or of arousal, dominance and valence",
 }
+# Settings of `HeadsConfig` that stand in the "ser" part of config.json; its sizes follow from the labels.
+READS = ("layers", "weighted_final_norm", "pooling", "emotion_head", "dimension_head")
 # model_type -> how its classes in `transformers` begin
 ARCHITECTURES = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM", "data2vec-audio": "Data2VecAudio"}
 
@@ -94,9 +97,12 @@ class Prediction:
     seconds: float
     start: float | None = None  # of a window, in seconds from the beginning of the file
     end: float | None = None
-    emotion: str | None = None
-    probabilities: dict[str, float] | None = None  # by emotion name, in the model's order; they sum to 1
-    dimensions: dict[str, float] | None = None  # arousal, dominance, valence, on the training labels' scale
+    kind: str | None = None  # "single-label", "multi-label" or "regression"; see `Recognizer.kind`
+    emotion: str | None = None  # the likeliest
+    probabilities: dict[str, float] | None = (
+        None  # by emotion name, in the model's order; single-label: they sum to 1
+    )
+    dimensions: dict[str, float] | None = None  # such as arousal, on the training labels' scale
     transcript: str | None = None
     speaker: str | None = None  # the most likely of the speakers in training
     speaker_probability: float | None = None
@@ -114,6 +120,7 @@ class Recognizer:
         model: the `MultiTaskModel`.
         emotions, speakers: class names in the order of the heads; empty without such a head.
         dimensions: names such as arousal, likewise.
+        multi_label: whether emotions are judged one by one, so that several can be likely at once.
         vocabulary: CTC symbols, or None without a CTC head.
         orthography, tags: how training cleaned its text (see `ser.data.text`).
         do_normalize: whether waveforms are made zero mean and unit variance.
@@ -132,12 +139,13 @@ class Recognizer:
         emotions: Sequence[str] = (),
         speakers: Sequence[str] = (),
         dimensions: Sequence[str] = (),
+        multi_label: bool = False,
         vocabulary: Vocabulary | None = None,
         orthography: str = "librispeech",
         tags: str = "remove",
         do_normalize: bool = True,
     ) -> None:
-        self.model = model
+        self.model, self.multi_label = model, multi_label
         self.emotions, self.speakers, self.vocabulary = list(emotions), list(speakers), vocabulary
         self.dimensions = list(dimensions)
         self.orthography, self.tags, self.do_normalize = orthography, tags, do_normalize
@@ -153,7 +161,27 @@ class Recognizer:
         named = {"emotions": self.emotions, "speakers": self.speakers, "dimensions": self.dimensions}
         for kind, names in named.items():
             if len(set(names)) < len(names):
-                raise ConfigError(f"{kind} {shorten(repr(names))} name a class twice")
+                raise ConfigError(f"{kind} {brief_repr(names)} name a class twice")
+
+    @property
+    def kind(self) -> str | None:
+        """What the model answers with on emotions.
+
+        "single-label": one of them, with probabilities that sum to 1. "multi-label": each by itself, with
+        probabilities that do not. "regression": numbers by their names, in `Prediction.dimensions`. None: nothing.
+        """
+        if self.emotions:
+            return "multi-label" if self.multi_label else "single-label"
+        return "regression" if self.dimensions else None
+
+    def require_single_label(self, purpose: str) -> None:
+        """Raise ConfigError where several emotions can be right at once."""
+        if self.kind == "multi-label":
+            raise ConfigError(
+                "the model judges each emotion by itself (problem_type multi_label_classification), and a "
+                f"manifest has one emotion per utterance: it cannot be used {purpose}. To train a head of "
+                "one label on its encoder, pass its folder as --init"
+            )
 
     # ------------------------------------------------------------------------------------ making one
 
@@ -197,15 +225,19 @@ class Recognizer:
         folder = find_folder(init)
         config, values = read_encoder_config(folder)
         files = TensorFiles(folder)
-        own = read_labels(folder, values)
+        own = read_settings(folder, values, files)
         if vocabulary is not None:
-            own["vocabulary"] = read_vocabulary(folder, own["orthography"])
-        there = own["reads"] | {"projection": projection_size(files)}
+            rows = head_rows(files)
+            own.vocabulary = read_vocabulary(folder, own.orthography, rows=rows, values=values, notes=own.notes)
+        there = own.reads | {"projection": projection_size(files)}
         sizes = head_sizes(labels, there | reads)
         same_input = head_sizes(labels, there) == sizes
-        kept = {HEADS[name]: same_input and own[kind] == labels[kind] for name, kind in LABELS.items()}
-        kept["lm_head"] = own["vocabulary"] is not None and own["vocabulary"] == vocabulary
-        model, report = build(config, sizes), LoadReport(folder)
+        kept = {HEADS[name]: same_input and getattr(own, kind) == labels[kind] for name, kind in LABELS.items()}
+        kept["lm_head"] = own.vocabulary is not None and own.vocabulary == vocabulary
+        if own.multi_label and labels["emotions"]:
+            kept["cls_head"] = False
+            own.notes.append("the emotion head there is of several labels at once (multi-label): it is made anew")
+        model, report = build(config, sizes), LoadReport(folder, notes=own.notes)
         parts: dict[str, list[str]] = {}  # what stands on the encoder: heads, and what they read
         for name in model.state_dict():
             if not name.startswith("wav2vec2."):
@@ -220,7 +252,7 @@ class Recognizer:
                 else:
                     model.renew(part)
                     report.new += names
-        return cls(model, orthography=orthography, tags=tags, do_normalize=own["do_normalize"], **labels), report
+        return cls(model, orthography=orthography, tags=tags, do_normalize=own.do_normalize, **labels), report
 
     @classmethod
     def load(
@@ -235,7 +267,13 @@ class Recognizer:
         dtype = choose_precision(precision, torch.device(device))
         folder = find_folder(folder, revision=revision)
         config, values = read_encoder_config(folder)
-        own, files = read_labels(folder, values), TensorFiles(folder)
+        files = TensorFiles(folder)
+        if classifier_form(files) == "linear" and "projector.weight" not in files.names:
+            raise ModelFolderError(
+                f"{folder}: has classifier.weight without projector.weight: no ForSequenceClassification, but a "
+                "model that judges each frame perhaps, which is not supported"
+            )
+        own = read_settings(folder, values, files)
         there = {name.split(".")[0] for name in files.names}
         heads = [name for name, part in HEADS.items() if part in there]
         if not heads:
@@ -244,31 +282,28 @@ class Recognizer:
                 f"ser.load_encoder reads it, or train heads on it with --init {folder}"
             )
         if "ctc" in heads:  # others may leave any vocab.json behind
-            own["vocabulary"] = vocabulary = read_vocabulary(folder, own["orthography"])
+            rows = head_rows(files)
+            vocabulary = read_vocabulary(folder, own.orthography, rows=rows, values=values, notes=own.notes)
+            own.vocabulary = vocabulary
             if "ser" not in values and vocabulary is not None and not vocabulary.case:
-                own["orthography"] = "none"  # of others, with letters of both cases or none: texts keep theirs
-        _, key = files.names.get("cls_head.weight", (None, ""))
-        if key.endswith("classifier.weight") and "projector.weight" not in files.names:
-            raise ModelFolderError(
-                f"{folder}: has classifier.weight without projector.weight: no ForSequenceClassification, but a "
-                "model that judges each frame perhaps, which is not supported"
-            )
+                own.orthography = "none"  # of others, with letters of both cases or none: texts keep theirs
         labels: dict[str, Any] = {"emotions": [], "speakers": [], "dimensions": [], "vocabulary": None}
         for name in heads:
             kind = LABELS[name]
-            labels[kind] = own[kind]
-            if not own[kind]:
+            labels[kind] = getattr(own, kind)
+            if not labels[kind]:
                 raise ModelFolderError(
                     f"{folder}: has {HEADS[name]} but no names for its classes ({WHERE_LABELS_STAND[name]}); "
                     "examples/convert.py makes a folder with them"
                 )
         try:
-            sizes = head_sizes(labels, own["reads"] | {"projection": projection_size(files)})
+            sizes = head_sizes(labels, own.reads | {"projection": projection_size(files)})
             recognizer = cls(
                 build(config, sizes),
-                orthography=own["orthography"],
-                tags=own["tags"],
-                do_normalize=own["do_normalize"],
+                multi_label=own.multi_label,
+                orthography=own.orthography,
+                tags=own.tags,
+                do_normalize=own.do_normalize,
                 **labels,
             )
         except ConfigError as error:
@@ -280,6 +315,8 @@ class Recognizer:
         if dtype != torch.float32:
             model.wav2vec2.round_weights(dtype)
         model.eval().to(device)
+        for note in own.notes:
+            LOG.warning("%s: %s", folder, note)
         return recognizer
 
     def autocast(self) -> torch.autocast:
@@ -313,7 +350,7 @@ class Recognizer:
         if tensors is None:
             self.require_float32("to save it")
         folder = Path(folder)
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             try:
                 ours = read_json(check_folder(folder), "config.json").get("model_type") in MODEL_TYPES
             except ModelFolderError:
@@ -337,7 +374,7 @@ class Recognizer:
         # What that class computes: transformers 5 sums layers without a pre-norm encoder's final norm.
         raw = not (heads.weighted_final_norm and self.model.config.do_stable_layer_norm)
         theirs = heads.layers == "last" or (heads.layers == "weighted" and raw)
-        if heads.projection and heads.pooling == "mean" and self.emotions and theirs:
+        if self.classifier and heads.pooling == "mean" and theirs:
             architecture = "ForSequenceClassification"
         config: dict[str, Any] = {
             "architectures": [ARCHITECTURES[self.model.config.model_type] + architecture],
@@ -346,9 +383,11 @@ class Recognizer:
             "feat_extract_activation": "gelu",
             "ctc_loss_reduction": "sum",
         }
-        if self.emotions:
-            config["id2label"] = {str(i): name for i, name in enumerate(self.emotions)}
-            config["label2id"] = {name: i for i, name in enumerate(self.emotions)}
+        if names := self.dimensions if self.classifier == "dimension_head" else self.emotions:
+            config["id2label"] = {str(i): name for i, name in enumerate(names)}
+            config["label2id"] = {name: i for i, name in enumerate(names)}
+        if self.multi_label or self.classifier == "dimension_head":
+            config["problem_type"] = "multi_label_classification" if self.multi_label else "regression"
         if self.vocabulary is not None:
             config |= {"vocab_size": len(self.vocabulary), "pad_token_id": self.vocabulary.blank}
         if heads.projection:
@@ -356,9 +395,7 @@ class Recognizer:
         config["use_weighted_layer_sum"] = heads.layers == "weighted"
         config["ser"] = {
             "format": FORMAT,
-            "layers": heads.layers,
-            "weighted_final_norm": heads.weighted_final_norm,
-            "pooling": heads.pooling,
+            **{name: value for name, value in heads.to_dict().items() if name in READS},
             "speakers": self.speakers,
             "dimensions": self.dimensions,
             "orthography": self.orthography,
@@ -380,6 +417,7 @@ class Recognizer:
         if self.vocabulary is not None:
             tokens = self.vocabulary.tokens
             write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
+            specials = self.vocabulary.specials
             special: dict[str, str | None] = {
                 "pad_token": tokens[self.vocabulary.blank],
                 "unk_token": None if self.vocabulary.unknown is None else tokens[self.vocabulary.unknown],
@@ -387,7 +425,12 @@ class Recognizer:
                 "eos_token": "</s>" if "</s>" in tokens else None,
             }
             delimiter = {"word_delimiter_token": self.vocabulary.word_delimiter}
-            tokenizer = {"tokenizer_class": "Wav2Vec2CTCTokenizer", "do_lower_case": False} | special | delimiter
+            if self.vocabulary.separator != " ":
+                delimiter["replace_word_delimiter_char"] = self.vocabulary.separator
+            lower = {"do_lower_case": self.vocabulary.lower_case}
+            tokenizer: dict[str, Any] = {"tokenizer_class": "Wav2Vec2CTCTokenizer"} | lower | special | delimiter
+            if others := [t for t in tokens if t in specials - SPECIALS and t not in special.values()]:
+                tokenizer["additional_special_tokens"] = others
             write_json(folder / "tokenizer_config.json", tokenizer)
             write_json(folder / "special_tokens_map.json", special)
         tensors, keys = self.model.state_dict() if tensors is None else tensors, self.keys()
@@ -395,8 +438,16 @@ class Recognizer:
 
     def keys(self) -> dict[str, str]:
         """The names of the model's tensors -> their keys in ``model.safetensors``."""
-        model = self.model
-        return written_names(model.state_dict(), model.config, projector=model.projector is not None)
+        return written_names(self.model.state_dict(), self.model.config, classifier=self.classifier)
+
+    @property
+    def classifier(self) -> str | None:
+        """The part that is written as the head of ForSequenceClassification: cls_head or dimension_head."""
+        heads = self.model.heads_config
+        if heads.projection and heads.num_emotions and heads.emotion_head == "linear":
+            return "cls_head"
+        alone = heads.num_dimensions and not heads.num_emotions
+        return "dimension_head" if heads.projection and alone and heads.dimension_head == "linear" else None
 
     # ------------------------------------------------------------------------------------ using one
 
@@ -575,13 +626,14 @@ class Recognizer:
 
     def decode(self, outputs: Outputs) -> list[Prediction]:
         """Scores of a batch to names and text; ``file`` and ``seconds`` are left empty."""
-        emotion = None if outputs.emotion is None else outputs.emotion.float().softmax(-1).cpu()
+        scores = None if outputs.emotion is None else outputs.emotion.float()
+        emotion = None if scores is None else (scores.sigmoid() if self.multi_label else scores.softmax(-1)).cpu()
         speaker = None if outputs.speaker is None else outputs.speaker.float().softmax(-1).cpu()
         dimensions = None if outputs.dimensions is None else outputs.dimensions.float().cpu()
         symbols = None if outputs.ctc is None else outputs.ctc.argmax(-1).cpu()
         predictions = []
         for row, frames in enumerate(outputs.num_frames.tolist()):
-            found: dict[str, Any] = {}
+            found: dict[str, Any] = {"kind": self.kind}
             if emotion is not None:
                 values = emotion[row].tolist()
                 found["probabilities"] = dict(zip(self.emotions, values, strict=True))
@@ -858,86 +910,16 @@ def head_sizes(labels: dict[str, Any], reads: dict[str, Any]) -> HeadsConfig:
     )
 
 
+def head_rows(files: TensorFiles) -> int | None:
+    """Outputs of the CTC head in a folder, None without one."""
+    shape = files.shapes.get("lm_head.weight", ())
+    return shape[0] if len(shape) == 2 else None
+
+
 def projection_size(files: TensorFiles) -> int:
     """Of the projector in a folder, 0 without one."""
     shape = files.shapes.get("projector.weight", ())
     return shape[0] if len(shape) == 2 else 0
-
-
-def read_labels(folder: Path, values: dict) -> dict[str, Any]:
-    """What a folder says besides tensors: labels, preprocessing. ``values`` is its config.json.
-
-    The vocabulary is read by itself, where there is a CTC head (`read_vocabulary`).
-    """
-    path = folder / "config.json"
-    own = values.get("ser", {})
-    if not isinstance(own, dict):
-        raise ModelFolderError(f"{path}: ser is {shorten(repr(own))}; expected an object")
-    if own.get("format", FORMAT) != FORMAT:
-        raise ModelFolderError(
-            f"{path}: ser.format is {shorten(repr(own['format']))}, this version reads {FORMAT}; update ser"
-        )
-    id2label = values.get("id2label", {})
-    numbers = [str(i) for i in range(len(id2label))] if isinstance(id2label, dict) else None
-    if numbers is None or set(id2label) != set(numbers) or not all(isinstance(v, str) for v in id2label.values()):
-        raise ModelFolderError(f'{path}: id2label needs names for "0" to "K-1"; found {shorten(repr(id2label))}')
-    emotions = [id2label[n] for n in numbers]
-    named = {kind: own.get(kind, []) for kind in ("speakers", "dimensions")}
-    for kind, names in named.items():
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ModelFolderError(f"{path}: ser.{kind} needs a list of names")
-    if "ser" not in values and {name.lower() for name in emotions} <= set(DIMENSIONS):
-        emotions, named["dimensions"] = [], emotions
-    weighted = values.get("use_weighted_layer_sum") or False
-    if not isinstance(weighted, bool):
-        raise ModelFolderError(
-            f"{path}: use_weighted_layer_sum is {shorten(repr(weighted))}; expected true or false"
-        )
-    if values.get("pooling_mode", "mean") != "mean":  # of a widespread script's ForSpeechClassification
-        raise ModelFolderError(
-            f"{path}: pooling_mode is {shorten(repr(values['pooling_mode']))}; of such models mean is supported"
-        )
-    # What the class of the release that saved the folder computes; see HeadsConfig.
-    release = str(values.get("transformers_version") or "4").partition(".")[0]
-    reads = {
-        "layers": own.get("layers", "weighted" if weighted else "last"),
-        "weighted_final_norm": own.get("weighted_final_norm", release in ("2", "3", "4")),
-        "pooling": own.get("pooling", "mean"),
-    }
-    try:
-        HeadsConfig(**reads)
-    except ConfigError as error:
-        raise ModelFolderError(f"{path}: ser.{shorten(str(error))}") from None
-    choices = {}
-    for name, default, known in (
-        ("orthography", "librispeech", [*ORTHOGRAPHIES]),
-        ("tags", "remove", ["remove", "keep-letters"]),
-    ):
-        choices[name] = own.get(name, default)
-        if choices[name] not in known:  # lists, for what stands there may be unhashable
-            raise ModelFolderError(
-                f"{path}: ser.{name} is {shorten(repr(choices[name]))}; expected one of {', '.join(known)}"
-            )
-    do_normalize = True
-    if stands_in(folder, "preprocessor_config.json"):
-        path = folder / "preprocessor_config.json"
-        preprocessor = read_json(folder, "preprocessor_config.json")
-        rate = preprocessor.get("sampling_rate", SAMPLE_RATE)
-        if rate != SAMPLE_RATE:
-            raise ModelFolderError(f"{path}: sampling_rate is {shorten(repr(rate))}; supported: {SAMPLE_RATE}")
-        do_normalize = preprocessor.get("do_normalize", True)
-        if not isinstance(do_normalize, bool):
-            raise ModelFolderError(
-                f"{path}: do_normalize is {shorten(repr(do_normalize))}; expected true or false"
-            )
-    return {
-        "emotions": emotions,
-        **named,
-        "vocabulary": None,
-        "reads": reads,
-        **choices,
-        "do_normalize": do_normalize,
-    }
 
 
 def is_preset(init: str | Path) -> bool:
@@ -945,21 +927,13 @@ def is_preset(init: str | Path) -> bool:
 
     Raises ConfigError for what is neither that, nor a path, nor a name on the hub.
     """
-    if Path(init).exists() or "/" in str(init):
+    if exists(Path(init)) or "/" in str(init):
         return False
     try:
         Wav2Vec2Config.named(str(init))
     except ConfigError as error:
         raise ConfigError(f"{init}: there is no such model folder, and {error}") from None
     return True
-
-
-def read_vocabulary(folder: Path, orthography: str) -> Vocabulary | None:
-    """The symbols in a folder's vocab.json; None without the file."""
-    if not stands_in(folder, "vocab.json"):
-        return None
-    delimiter = ORTHOGRAPHIES[orthography].word_delimiter
-    return Vocabulary.read(resolve_inside(folder, "vocab.json"), word_delimiter=delimiter)
 
 
 def inherited_labels(init: str | Path, kind: str, training: Iterable[str]) -> list[str]:
@@ -972,6 +946,19 @@ def inherited_labels(init: str | Path, kind: str, training: Iterable[str]) -> li
     if is_preset(init):
         return wanted
     folder = find_folder(init)
-    own = read_labels(folder, read_json(folder, "config.json"))[kind]
+    own = getattr(read_settings(folder, read_json(folder, "config.json"), TensorFiles(folder)), kind)
     kept = set(wanted) == set(own) if kind == "speakers" else set(wanted) <= set(own)
     return own if wanted and kept else wanted
+
+
+def inherited_vocabulary(init: str | Path, orthography: str) -> Vocabulary | None:
+    """The symbols of the folder ``init``, with the orthography's delimiter where it has one of its own.
+
+    None for a preset, and for a folder without any.
+    """
+    if is_preset(init):
+        return None
+    folder = find_folder(init)
+    return read_vocabulary(
+        folder, orthography, rows=head_rows(TensorFiles(folder)), values=read_json(folder, "config.json")
+    )

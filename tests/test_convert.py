@@ -12,6 +12,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 import types
 import zipfile
 from collections import OrderedDict
@@ -350,10 +351,104 @@ def test_labels_symbols_and_speakers_can_be_given_and_must_fit_the_heads(styles,
 def test_names_for_heads_that_have_them_or_are_not_there_are_refused(styles, randomise, recognizer, tmp_path):
     pickled_folder(tmp_path / "whole", recognizer)
     with pytest.raises(ModelFolderError, match="keep the names"):
+        convert(tmp_path / "whole", tmp_path / "new", speakers=["x", "y"])
+    with pytest.raises(
+        ModelFolderError, match="--labels names the classes of a head that has no names; there is none"
+    ):
         convert(tmp_path / "whole", tmp_path / "new", labels=["x", "y", "z"])
     source = paper_folder(tmp_path / "old", paper_recognizer(styles, randomise))
     with pytest.raises(ModelFolderError, match="has no speaker_head; --speakers names classes that do not exist"):
         convert(source, tmp_path / "new", speakers=["Ann"])
+
+
+def classifier_folder(folder: Path, styles, randomise, **config) -> Recognizer:
+    """A ForSequenceClassification as transformers saves it, with LABEL_0 and so on; returns what it is."""
+    heads = HeadsConfig(num_emotions=2, projection=11)
+    model = randomise(MultiTaskModel(styles["base-style"], heads))
+    Recognizer(model, emotions=["LABEL_0", "LABEL_1"]).save(folder)
+    values = json.loads((folder / "config.json").read_text())
+    del values["ser"], values["id2label"], values["label2id"]
+    (folder / "config.json").write_text(json.dumps(values | config))
+    return ser.load(folder)
+
+
+@pytest.mark.parametrize("theirs", [{}, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}])
+def test_classes_that_nobody_named_get_names(styles, randomise, tmp_path, theirs):
+    before = classifier_folder(tmp_path / "a", styles, randomise, **theirs)
+    assert before.emotions == ["LABEL_0", "LABEL_1"]
+    convert(tmp_path / "a", tmp_path / "b", labels=["calm", "stressed"])
+    after = ser.load(tmp_path / "b")
+    assert after.emotions == ["calm", "stressed"]
+    assert torch.equal(after.model.cls_head.weight, before.model.cls_head.weight)
+    for labels, reason in ((["a"], "1 names for 2 classes"), (["a", "\ud800"], "half a surrogate pair")):
+        with pytest.raises(ModelFolderError, match=reason):
+            convert(tmp_path / "a", tmp_path / "c", labels=labels)
+    with pytest.raises(ModelFolderError, match="this one's are calm, stressed"):
+        convert(tmp_path / "b", tmp_path / "c", labels=["x", "y"])
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model.", "base_model.model.", "module._orig_mod."])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_wrappers_put_into_keys_is_gone_when_converted(styles, randomise, tmp_path, wrapper, kind):
+    before = classifier_folder(tmp_path / "a", styles, randomise)
+    state = load_file(tmp_path / "a" / "model.safetensors")
+    pickle_ = tmp_path / "a" / ("pytorch_model.bin" if kind == "folder" else "epoch9.pt")
+    torch.save({wrapper + key: tensor for key, tensor in state.items()}, pickle_)
+    (tmp_path / "a" / "model.safetensors").unlink()
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    source = tmp_path / "a" if kind == "folder" else pickle_
+    convert(source, tmp_path / "b", config=config)
+    assert load_file(tmp_path / "b" / "model.safetensors").keys() == state.keys()
+    assert torch.equal(ser.load(tmp_path / "b").model.cls_head.weight, before.model.cls_head.weight)
+    torch.save(torch.load(pickle_) | {f"{wrapper}projector.lora_A.default.weight": torch.zeros(2)}, pickle_)
+    with pytest.raises(ModelFolderError, match=r"adapters of PEFT.*merge_and_unload"):
+        convert(source, tmp_path / "c", config=config)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8])
+@pytest.mark.parametrize("kind", ["bin", "file", "paper"])
+def test_weights_that_are_no_floating_point_numbers_are_refused(
+    styles, randomise, recognizer, tmp_path, dtype, kind
+):
+    if kind == "paper":
+        folder = paper_folder(tmp_path / "a", paper_recognizer(styles, randomise))
+    else:
+        pickled_folder(tmp_path / "a", recognizer)
+        folder = tmp_path / "a"
+    path = folder / "pytorch_model.bin"
+    torch.save({key: tensor.to(dtype) for key, tensor in torch.load(path).items()}, path)
+    config = json.loads((folder / "config.json").read_text()) if kind == "file" else None
+    with pytest.raises(ModelFolderError, match=f"holds {dtype}; expected floating point"):
+        convert(path if kind == "file" else folder, tmp_path / "new", config=config)
+    assert left_in(tmp_path) == ["a"]
+
+
+def test_the_settings_of_release_5_go_along_without_what_names_code(recognizer, tmp_path):
+    pickled_folder(tmp_path / "a", recognizer)
+    (tmp_path / "a" / "preprocessor_config.json").unlink()
+    extractor = {"do_normalize": False, "auto_map": {"AutoFeatureExtractor": "evil.Evil"}}
+    processor = {"feature_extractor": extractor, "auto_map": {"AutoProcessor": "evil.Evil"}}
+    (tmp_path / "a" / "processor_config.json").write_text(json.dumps(processor))
+    convert(tmp_path / "a", tmp_path / "b")
+    assert ser.load(tmp_path / "b").do_normalize is False
+    assert "evil" not in (tmp_path / "b" / "processor_config.json").read_text()
+
+
+def test_what_is_assumed_of_sound_is_said_and_certified(recognizer, tmp_path):
+    pickled_folder(tmp_path / "a", recognizer)
+    (tmp_path / "a" / "preprocessor_config.json").unlink()
+    lines: list[str] = []
+    certificate = convert(tmp_path / "a", tmp_path / "b", say=lines.append)
+    (note,) = certificate["assumed"]["notes"]
+    assert "do_normalize true is assumed" in note and note in lines
+
+
+def test_a_pointer_of_git_lfs_is_named_as_such(recognizer, tmp_path):
+    pickled_folder(tmp_path / "a", recognizer)
+    (tmp_path / "a" / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\nsize 1\n")
+    for source in (tmp_path / "a", tmp_path / "a" / "pytorch_model.bin"):
+        with pytest.raises(ModelFolderError, match=r"pytorch_model\.bin: is a pointer of git-lfs.*git lfs pull"):
+            convert(source, tmp_path / "b")
 
 
 # ------------------------------------------------------------------------------------------------ fairseq
@@ -854,6 +949,61 @@ def test_a_folder_in_which_one_bit_differs_from_the_source_is_not_put_into_place
     with pytest.raises(ModelFolderError, match=rf"other numbers in {name}"):
         convert(tmp_path / "a.ckpt", tmp_path / "new", config=encoder.config.to_dict())
     assert left_in(tmp_path) == ["a.ckpt"]
+
+
+# A list that holds itself twice, 60 times over, takes 10 kB in a pickle.
+def laugh() -> list:
+    value = ["ha"]
+    for _ in range(60):
+        value = [value, value]
+    return value
+
+
+def in_itself() -> dict:
+    value: dict = {}
+    value["in"] = value
+    return value
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["activation_fn", "pos_conv_depth", "extractor_mode", "encoder_embed_dim", "conv_bias", "dropout", "arch",
+     "conv_feature_layers", "w2v_args", "normalize"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    [laugh(), in_itself(), 10**100_000, torch.zeros(7), {("a", 1): 2}, "x" * 1_000_000],
+    ids=["laugh", "in itself", "huge", "tensor", "tuple", "long"],
+)
+def test_settings_of_any_content_are_taken_or_refused_at_once(encoder, tmp_path, key, value):
+    settings = argparse.Namespace(**(fairseq_settings(encoder.config) | {key: value}))
+    torch.save({"model": fairseq_state(encoder), "args": settings}, tmp_path / "a.pt")
+    began = time.perf_counter()
+    try:
+        convert(tmp_path / "a.pt", tmp_path / "new")
+    except ModelFolderError as error:
+        assert len(str(error)) < 2000
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize("settings", [{1: 2}, {(1, 2): 3, "model": {None: 1}}, [1], "x", 7])
+def test_settings_whose_names_are_no_strings_are_not_taken(encoder, tmp_path, settings):
+    for name in ("args", "cfg"):
+        torch.save({"model": fairseq_state(encoder), name: settings}, tmp_path / "a.pt")
+        convert(tmp_path / "a.pt", tmp_path / "new", config={"num_attention_heads": 4}, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "symbols", [[["a"]], [{}, "<pad>"], "abc", {"a": 1}, [laugh()], ["<s>", "<pad>", ["</s>"]], 3]
+)
+def test_symbols_that_are_no_strings_are_refused(fairseq_dictionary, encoder, tmp_path, symbols):
+    state = fairseq_state(encoder) | {"proj.weight": torch.zeros(3, 24), "proj.bias": torch.zeros(3)}
+    dictionary = fairseq_dictionary([])
+    dictionary.symbols = symbols
+    saved = {"model": state, "args": argparse.Namespace(**fairseq_settings(encoder.config))}
+    torch.save(saved | {"task_state": {"target_dictionary": dictionary}}, tmp_path / "a.pt")
+    with pytest.raises(ModelFolderError, match=r"its dictionary is .*pass --vocab"):
+        convert(tmp_path / "a.pt", tmp_path / "new")
 
 
 def test_the_certificate_says_what_was_read_written_and_compared(encoder, tmp_path):

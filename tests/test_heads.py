@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ser.errors import ConfigError
-from ser.models.heads import POOLINGS, Pooling, RegressionHead, mix_layers, new_linear
+from ser.models.heads import POOLINGS, DenseHead, Pooling, mix_layers, new_linear
 from ser.models.multitask import HEADS, HeadsConfig, MultiTaskModel
 
 NAN = float("nan")
@@ -99,14 +99,15 @@ def test_pooling_of_half_precision_is_computed_in_float32(method):
     hidden = torch.ones(1, 4000, 3, dtype=torch.bfloat16)
     pooled = pool(hidden, torch.tensor([4000]), method)
     assert pooled.dtype == torch.float32
-    torch.testing.assert_close(pooled[:, :3], torch.ones(1, 3), rtol=1e-6, atol=0.0)
+    expected = torch.full((1, 3), 4000.0 if method == "sum" else 1.0)
+    torch.testing.assert_close(pooled[:, :3], expected, rtol=1e-6, atol=0.0)
 
 
 def test_an_unknown_pooling_is_an_error_that_lists_the_known():
-    with pytest.raises(ConfigError, match=r"'max'; expected one of mean, mean\+std"):
-        Pooling("max", 1)
-    with pytest.raises(ConfigError, match=r"'max'; expected one of mean, mean\+std"):
-        HeadsConfig(num_emotions=2, pooling="max")
+    with pytest.raises(ConfigError, match=r"'median'; expected one of mean, mean\+std"):
+        Pooling("median", 1)
+    with pytest.raises(ConfigError, match=r"'median'; expected one of mean, mean\+std"):
+        HeadsConfig(num_emotions=2, pooling="median")
 
 
 def test_a_new_head_has_small_normal_weights_and_no_bias():
@@ -197,7 +198,7 @@ def test_exactly_the_parameters_that_tasks_reach_are_trained_by_them(config, ran
 
 def test_the_regression_head_is_dropout_linear_tanh_dropout_linear():
     torch.manual_seed(0)
-    head = RegressionHead(6, 3, dropout=0.5, initializer_range=0.3)
+    head = DenseHead(6, 3, dropout=0.5, initializer_range=0.3)
     x = torch.randn(400, 6)
     expected = head.eval()(x)
     assert torch.allclose(expected, torch.tanh(x @ head.dense.weight.T) @ head.out_proj.weight.T, atol=1e-6)

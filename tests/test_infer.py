@@ -389,6 +389,47 @@ def test_the_papers_format_needs_an_emotion_head(work, tmp_path, styles, randomi
     assert head.split() == ["file", "seconds", "transcript"] and line.startswith("a.wav")
 
 
+@pytest.fixture(scope="module")
+def of_kinds(work, tmp_path_factory, styles, randomise) -> dict[str, Path]:
+    """Models that do not answer with one label, by what they answer with."""
+    folder = tmp_path_factory.mktemp("kinds")
+    several = randomise(MultiTaskModel(styles["base-style"], HeadsConfig(num_emotions=4)))
+    Recognizer(several, emotions=EMOTIONS, multi_label=True).save(folder / "multi-label")
+    numbers = randomise(MultiTaskModel(styles["base-style"], HeadsConfig(num_dimensions=2)))
+    Recognizer(numbers, dimensions=["LABEL_0", "file"]).save(folder / "regression")
+    return {kind: folder / kind for kind in ("multi-label", "regression")}
+
+
+@pytest.mark.parametrize("kind", ["multi-label", "regression"])
+def test_every_format_says_what_kind_of_answer_it_holds(work, of_kinds, kind):
+    model = of_kinds[kind]
+    (expected,) = ser.load(model).predict([work / "a.wav"])
+    options = ("a.wav", "--model", model, "--format")
+    (from_json,) = json.loads(run(*options, "json", cwd=work).stdout)
+    assert from_json == json.loads(run(*options, "jsonl", cwd=work).stdout)
+    assert from_json["kind"] == kind == expected.kind
+    assert from_json["probabilities"] == expected.probabilities
+    assert from_json["dimensions"] == expected.dimensions
+    head, line = csv.reader(io.StringIO(run(*options, "csv", cwd=work).stdout))
+    assert line[head.index("kind")] == kind
+    head, line = run(*options, "table", cwd=work).stdout.splitlines()
+    assert line.startswith("a.wav") and kind in line
+    if kind == "regression":
+        assert head.split() == ["file", "seconds", "kind", "LABEL_0", "file"]
+        assert line.split()[-2:] == [f"{value:.2f}" for value in expected.dimensions.values()]
+    else:
+        likely = [f"{n} {p:.2f}" for n, p in expected.probabilities.items() if p >= 0.5]
+        assert len(likely) > 0 and all(name[:4] in line for name in likely[:1])
+    said = run(*options, "paper", cwd=work, check=2).stderr
+    assert ("no emotion head" if kind == "regression" else f"this model is {kind}") in said
+
+
+def test_of_one_label_the_kind_is_a_column_of_csv_and_not_of_the_table(work):
+    head, line = csv.reader(io.StringIO(run("a.wav", "--model", "model", "--format", "csv", cwd=work).stdout))
+    assert line[head.index("kind")] == "single-label"
+    assert "kind" not in run("a.wav", "--model", "model", cwd=work).stdout
+
+
 @pytest.mark.parametrize("format", ["table", "json", "jsonl", "csv", "paper"])
 def test_an_output_file_is_what_standard_output_would_have(work, tmp_path, format):
     printed = run(*MIXED, "--model", "model", "--format", format, cwd=work, check=1).stdout

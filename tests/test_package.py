@@ -247,8 +247,9 @@ MAY_IMPORT = {
     "ser.audio": {"ser.errors"},
     "ser.models": {"ser.audio", *BOTTOM},
     "ser.data": {"ser.audio", *BOTTOM},
-    "ser.recognizer": {"ser.models", "ser.data", "ser.audio", *BOTTOM},
-    "ser.convert": {"ser", "ser.recognizer", "ser.models", "ser.data", *BOTTOM},
+    "ser.folder": {"ser.models", "ser.data", "ser.audio", *BOTTOM},
+    "ser.recognizer": {"ser.folder", "ser.models", "ser.data", "ser.audio", *BOTTOM},
+    "ser.convert": {"ser", "ser.recognizer", "ser.folder", "ser.models", "ser.data", *BOTTOM},
     "ser.train": {"ser.recognizer", "ser.models", "ser.data", "ser.audio", *BOTTOM},
 }
 CORE = {"torch", "numpy", "safetensors", "tqdm", *sys.stdlib_module_names}

@@ -109,6 +109,72 @@ def test_prefix_and_both_spellings_of_weight_norm_load(folder, waveform):
     assert_same(load_encoder(folder), random_encoder(), waveform)
 
 
+WRAPPERS = ["module.", "_orig_mod.", "_fsdp_wrapped_module._checkpoint_wrapped_module."]  # anywhere in a key
+OUTER = ["model.", "base_model.model.", "module._orig_mod.", "_orig_mod.module.", "model.module."]
+
+
+@pytest.mark.parametrize("wrapper", [*WRAPPERS, *OUTER])
+@pytest.mark.parametrize("prefix", ["", "wav2vec2."])
+def test_keys_that_wrappers_saved_load_without_what_stands_before_them(folder, waveform, wrapper, prefix):
+    source = load_encoder(folder)
+    rewrite(folder, lambda tensors: {f"{wrapper}{prefix}{key}": tensor for key, tensor in tensors.items()})
+    assert_same(load_encoder(folder), source, waveform)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_keys_of_parts_that_were_wrapped_by_themselves_load(folder, waveform, wrapper):
+    source, part = load_encoder(folder), "feature_extractor."
+    rewrite(folder, lambda tensors: {key.replace(part, part + wrapper): t for key, t in tensors.items()})
+    assert_same(load_encoder(folder), source, waveform)
+
+
+def test_two_wrappings_of_one_tensor_are_refused(folder):
+    rewrite(
+        folder,
+        lambda t: t | {f"module.{k}": v.clone() for k, v in t.items() if k.startswith("encoder.layer_norm")},
+    )
+    with pytest.raises(ModelFolderError, match=r"mean the same stand there twice: .*module\.encoder\.layer_norm"):
+        load_encoder(folder)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["base_model.model.encoder.layers.0.attention.q_proj.lora_A.default.weight",
+     "base_model.model.encoder.layers.0.attention.q_proj.base_layer.weight",
+     "base_model.model.classifier.modules_to_save.default.weight"],
+)  # fmt: skip
+def test_adapters_beside_the_weights_are_refused_by_name_with_what_to_do(folder, key):
+    rewrite(folder, lambda tensors: tensors | {key: torch.zeros(2, 2)})
+    with pytest.raises(ModelFolderError, match=rf"adapters of PEFT: {key}.*merge_and_unload"):
+        load_encoder(folder)
+
+
+def test_a_folder_with_an_adapter_alone_is_said_to_be_one(folder):
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(ModelFolderError, match=r"adapter of PEFT.*merge_and_unload"):
+            load_encoder(folder)
+        (folder / "config.json").unlink(missing_ok=True)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pointer_of_git_lfs_is_named_as_such(folder, name):
+    (folder / name).write_text(POINTER)
+    with pytest.raises(ModelFolderError, match=rf"{name}: is a pointer of git-lfs.*git lfs pull"):
+        load_encoder(folder)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a/" * 2500, "a/" + "b" * 5000, "a\0b", "owner/na\0me", ""])
+def test_a_name_that_no_folder_can_have_is_no_such_folder(name):
+    with pytest.raises(ModelFolderError) as caught:
+        load_encoder(name)
+    assert len(str(caught.value)) < 1000
+
+
 def test_half_precision_files_become_float32(folder, waveform):
     rewrite(folder, lambda tensors: {k: v.half() for k, v in tensors.items()})
     source = random_encoder()

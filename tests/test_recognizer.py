@@ -287,7 +287,7 @@ def damaged(folder: Path, name: str, **values) -> None:
         ("config.json", "ser__speakers", "Ann", "ser.speakers needs a list"),
         ("config.json", "ser__speakers", [1, 2], "ser.speakers needs a list"),
         ("config.json", "ser__speakers", ["Ann", "Ann"], "name a class twice"),
-        ("config.json", "ser__pooling", "sum", r"ser.pooling is 'sum'; expected one of mean"),
+        ("config.json", "ser__pooling", "median", r"ser.pooling is 'median'; expected one of mean"),
         ("config.json", "ser__pooling", [], "ser.pooling"),
         ("config.json", "ser__layers", "4", "layers is '4', but the encoder has 3 layers"),
         ("config.json", "ser__layers", "9" * 10_000, "ser.layers"),
@@ -312,6 +312,87 @@ def test_hostile_labels_are_refused_with_their_file(recognizer, tmp_path, file, 
     with pytest.raises(SerError, match=expected) as caught:
         ser.load(tmp_path / "model")
     assert str(tmp_path / "model") in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "preprocessor_config.json", "tokenizer_config.json"])
+def test_a_pointer_of_git_lfs_is_named_as_such(recognizer, tmp_path, name):
+    recognizer.save(tmp_path / "model")
+    (tmp_path / "model" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(SerError, match=rf"{name}: is a pointer of git-lfs.*git lfs pull"):
+        ser.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("id2label", {str(i): 10**4000 for i in range(3)}),
+        ("ser", 10**4000),
+        ("problem_type", 10**4000),
+        ("pooling_mode", 10**4000),
+        ("use_weighted_layer_sum", 10**4000),
+        ("hidden_size", 10**4000),
+        ("layerdrop", 10**4000),
+        ("conv_dim", [10**4000]),
+        ("model_type", 10**4000),
+        ("hidden_act", ["x" * 1_000_000]),
+    ],
+)
+def test_huge_values_of_a_foreign_configuration_are_refused_in_a_short_line(recognizer, tmp_path, key, value):
+    recognizer.save(tmp_path / "model")
+    damaged(tmp_path / "model", "config.json", **{key: value})
+    with pytest.raises(SerError, match=r"config\.json") as caught:
+        ser.load(tmp_path / "model")
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_whole_number_of_too_many_digits_is_no_json(recognizer, tmp_path):
+    recognizer.save(tmp_path / "model")
+    for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json", "vocab.json"):
+        path = tmp_path / "model" / name
+        before = path.read_text()
+        path.write_text(before.replace("{", '{"x": ' + "9" * 5000 + ",", 1))
+        with pytest.raises(SerError, match=rf"{name}: (is not JSON|not a vocabulary)"):
+            ser.load(tmp_path / "model")
+        path.write_text(before)
+
+
+@pytest.mark.parametrize("form", ["linear", "dense"])
+@pytest.mark.parametrize("pooling", ["mean", "sum", "max"])
+def test_the_forms_of_heads_and_poolings_are_saved_and_loaded(styles, randomise, tmp_path, form, pooling):
+    heads = HeadsConfig(3, 0, 0, 2, pooling=pooling, emotion_head=form, dimension_head=form)
+    model = randomise(MultiTaskModel(styles["base-style"], heads))
+    before = Recognizer(model.eval(), emotions=EMOTIONS, dimensions=["arousal", "tension"])
+    before.save(tmp_path / "model")
+    after = ser.load(tmp_path / "model")
+    assert after.model.heads_config == heads and same_state(before, after)
+    assert (after.emotions, after.dimensions, after.kind) == (EMOTIONS, ["arousal", "tension"], "single-label")
+
+
+def test_a_folder_of_the_usual_heads_is_written_as_before(recognizer, tmp_path):
+    recognizer.save(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert "problem_type" not in config
+    assert list(config["ser"]) == ["format", "layers", "weighted_final_norm", "pooling", "speakers", "dimensions",
+                                   "orthography", "tags"]  # fmt: skip
+    sizes = {"num_emotions", "vocab_size", "num_speakers", "num_dimensions", "projection"}
+    assert set(HeadsConfig(3).to_dict()) == {*sizes, "layers", "weighted_final_norm", "pooling"}
+
+
+def test_how_a_foreign_tokenizer_writes_is_kept_when_its_model_is_saved(styles, randomise, tmp_path):
+    tokens = ["A", "_", "?", "[BOS]", "B", "+"]
+    vocabulary = Vocabulary(
+        {token: i for i, token in enumerate(tokens)}, word_delimiter="+", blank="_", unknown="?",
+        specials=["[BOS]"], lower_case=True, separator="-",
+    )  # fmt: skip
+    heads = HeadsConfig(vocab_size=6)
+    Recognizer(randomise(MultiTaskModel(styles["base-style"], heads)), vocabulary=vocabulary).save(
+        tmp_path / "model"
+    )
+    found = ser.load(tmp_path / "model").vocabulary
+    for v in (vocabulary, found):
+        assert v.decode([1, 0, 0, 1, 0, 5, 3, 4, 2]) == "aa-b"
+        assert v.encode("ab? _a") == [0, 4, 5, 0] and v.blank == 1
+    assert found == vocabulary
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "preprocessor_config.json"])

@@ -152,8 +152,7 @@ class SpeechDataset(Dataset[Example]):
         self.references = [""] * len(self.texts)
         if vocabulary is not None:
             present = ORTHOGRAPHIES[orthography].present
-            written = ("".join(vocabulary.tokens[i] for i in target) for target in self.targets)
-            self.references = [present(text.replace(vocabulary.word_delimiter, " ")) for text in written]
+            self.references = [present(vocabulary.spelt(target)) for target in self.targets]
 
     def __len__(self) -> int:
         return len(self.utterances)

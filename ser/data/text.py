@@ -17,9 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from ser.errors import ConfigError, TextError
-from ser.files import replace_file
+from ser.errors import ConfigError, TextError, brief_repr
+from ser.files import is_lfs_pointer, replace_file
 
 # A foreign vocabulary is read from a file that somebody else wrote. The largest that are of use (characters of
 # Chinese) have some 20,000 symbols; at 20 bytes each 65,536 symbols still fit.
@@ -283,18 +284,34 @@ class Vocabulary:
         case: "upper" or "lower" where all its letters are; empty where it has both, or a script without case.
         blank: id of the CTC blank, ``<pad>``.
         unknown: id of ``<unk>``, or None. Nothing is ever encoded as it.
+        specials: symbols that are no text, `SPECIALS` and those of a foreign tokenizer.
+        lower_case: whether what is decoded is shown in lower case, and the symbols are upper case.
+        separator: what the delimiter is shown as.
     """
 
     tokens: tuple[str, ...]
     word_delimiter: str
     case: str = field(compare=False)
-    blank: int = field(compare=False)
+    blank: int
+    specials: frozenset[str] = field(compare=False)
+    lower_case: bool = field(compare=False)
+    separator: str = field(compare=False)
     unknown: int | None = field(compare=False)
     _ids: dict[str, int] = field(compare=False, repr=False)
     _delimiter: int | None = field(compare=False, repr=False)
 
-    def __init__(self, ids: Mapping[str, int], *, word_delimiter: str = "|") -> None:
-        """From a mapping token -> id.
+    def __init__(
+        self,
+        ids: Mapping[str, int],
+        *,
+        word_delimiter: str = "|",
+        blank: str | None = None,
+        unknown: str | None = None,
+        specials: Iterable[str] = (),
+        lower_case: bool = False,
+        separator: str = " ",
+    ) -> None:
+        """From a mapping token -> id. ``blank`` and ``unknown`` are tokens; None: those of the usual names.
 
         Raises:
             TextError: the ids are not 0..n-1 without gaps or duplicates, there is no ``<pad>``, more than
@@ -305,19 +322,20 @@ class Vocabulary:
         by_id: dict[int, str] = {}
         for token, id_ in ids.items():
             if not isinstance(token, str) or not token:
-                raise TextError(f"token {token!r} is not a non-empty string")
+                raise TextError(f"token {brief_repr(token, 80)} is not a non-empty string")
             if not token.isprintable() and any(unicodedata.category(c) == "Cs" for c in token):
-                raise TextError(f"token {token!r} is not valid Unicode")
+                raise TextError(f"token {brief_repr(token, 80)} is not valid Unicode")
             if isinstance(id_, bool) or not isinstance(id_, int):
-                raise TextError(f"the id of {token!r} is {_brief(id_)}, expected an integer")
+                raise TextError(f"the id of {brief_repr(token, 80)} is {brief_repr(id_, 80)}, expected an integer")
             if not 0 <= id_ < len(ids):
                 raise TextError(
-                    f"the id of {token!r} is {_brief(id_)}, but {len(ids)} tokens have ids 0..{len(ids) - 1}"
+                    f"the id of {brief_repr(token, 80)} is {brief_repr(id_, 80)}, but {len(ids)} tokens have "
+                    f"ids 0..{len(ids) - 1}"
                 )
             if id_ in by_id:
-                raise TextError(f"{by_id[id_]!r} and {token!r} have the same id {id_}")
+                raise TextError(f"{brief_repr(by_id[id_], 80)} and {brief_repr(token, 80)} have the same id {id_}")
             by_id[id_] = token
-        blanks = [b for b in BLANKS if b in ids]
+        blanks = [b for b in (blank, *BLANKS) if b is not None and b in ids]
         if not blanks:
             raise TextError("there is no '<pad>', which is the CTC blank")
 
@@ -327,12 +345,17 @@ class Vocabulary:
         keep("tokens", tuple(by_id[i] for i in range(len(by_id))))
         keep("word_delimiter", word_delimiter)
         keep("blank", ids[blanks[0]])
-        keep("unknown", next((ids[u] for u in UNKNOWNS if u in ids), None))
+        keep("unknown", next((ids[u] for u in (unknown, *UNKNOWNS) if u is not None and u in ids), None))
+        named = {blanks[0], *(u for u in (unknown,) if u is not None), *specials}
+        keep("specials", (SPECIALS | named) - {word_delimiter})
+        keep("lower_case", lower_case)
+        keep("separator", separator)
         keep("_delimiter", ids.get(word_delimiter))
-        # encode looks up single characters between the words, so it never meets a special, a longer token or the
-        # delimiter here. A token that another program wrote decomposed counts as its composed character, unless
-        # that has a token of its own.
-        keep("_ids", {**{nfc(token): id_ for token, id_ in ids.items()}, **ids})
+        # encode looks up single characters between the words, so it never meets a longer token or the delimiter
+        # here. A token that another program wrote decomposed counts as its composed character, unless that has a
+        # token of its own.
+        text = {token: id_ for token, id_ in ids.items() if token not in self.specials}
+        keep("_ids", {**{nfc(token): id_ for token, id_ in text.items()}, **text})
         letters = [c for c in self._ids if len(c) == 1]
         # A sharp s, which is a letter of capitals too in many a list, tells nothing.
         cases = {
@@ -375,10 +398,25 @@ class Vocabulary:
         Raises:
             TextError: with the path, if it is not a regular file of at most 2 MiB that holds such an object.
         """
+        ids = cls.read_ids(path)
+        try:
+            return cls(ids, word_delimiter=word_delimiter)
+        except TextError as error:
+            raise TextError(f"{path}: not a vocabulary: {error}") from error
+
+    @staticmethod
+    def read_ids(path: str | os.PathLike[str]) -> dict[str, Any]:
+        """The object in a vocab.json, of any content.
+
+        Raises:
+            TextError: with the path, if it is not a regular file of at most 2 MiB that holds an object.
+        """
         path = Path(path)
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise TextError(f"{path}: not a regular file, expected a vocab.json")
+            if is_lfs_pointer(path):
+                raise TextError(f"{path}: is a pointer of git-lfs, not the file; run `git lfs pull` in its folder")
             with path.open("rb") as file:
                 content = file.read(MAX_VOCABULARY_BYTES + 1)
         except (OSError, ValueError) as error:
@@ -389,7 +427,7 @@ class Vocabulary:
             ids = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_names)
             if not isinstance(ids, dict):
                 raise TextError(f"expected an object of token -> id, found {type(ids).__name__}")
-            return cls(ids, word_delimiter=word_delimiter)
+            return ids
         except (TextError, ValueError, RecursionError) as error:
             raise TextError(f"{path}: not a vocabulary: {error}") from error
 
@@ -484,23 +522,25 @@ class Vocabulary:
         Raises:
             TextError: an id outside 0..V-1.
         """
-        pieces: list[str] = []
+        symbols: list[int] = []
         previous: int | None = None
         for id_ in map(int, ids):
             if not 0 <= id_ < len(self.tokens):
                 raise TextError(f"symbol {id_} is outside the vocabulary 0..{len(self.tokens) - 1}")
-            if id_ != previous and self.tokens[id_] not in SPECIALS:
-                pieces.append(" " if id_ == self._delimiter else self.tokens[id_])
+            if id_ != previous:
+                symbols.append(id_)
             previous = id_
-        return nfc(" ".join("".join(pieces).split()))
+        return self.spelt(symbols)
+
+    def spelt(self, ids: Iterable[int]) -> str:
+        """The text of symbols, one after the other, as it is shown: without specials, delimiters as spaces."""
+        shown = (self.separator if i == self._delimiter else self.tokens[i] for i in ids)
+        text = "".join(token for token in shown if token not in self.specials)
+        return nfc(" ".join((text.lower() if self.lower_case else text).split()))
 
     def _words(self, text: str) -> list[str]:
+        text = text.upper() if self.lower_case else text
         return nfc(text).replace(self.word_delimiter, " ").split()
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _cause(error: Exception) -> str:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor
 
-from ser.errors import ConfigError
+from ser.errors import ConfigError, brief_repr
 
 MODEL_TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
 
@@ -118,20 +118,27 @@ class Wav2Vec2Config:
                 kind = (
                     "a list of whole numbers" if isinstance(field.default, tuple) else type(field.default).__name__
                 )
-                raise ConfigError(f"{field.name} is {value!r}; expected {kind}, such as {field.default!r}")
+                raise ConfigError(
+                    f"{field.name} is {brief_repr(value)}; expected {kind}, such as {field.default!r}"
+                )
         if self.model_type not in MODEL_TYPES:
-            raise ConfigError(f"model_type is {self.model_type!r}; expected one of {', '.join(MODEL_TYPES)}")
+            raise ConfigError(
+                f"model_type is {brief_repr(self.model_type)}; expected one of {', '.join(MODEL_TYPES)}"
+            )
         for field in fields(self):
             owner, value = OWN_FIELDS.get(field.name, self.model_type), getattr(self, field.name)
             if owner != self.model_type and value != field.default:
                 raise ConfigError(
-                    f"{field.name} is {value!r} in a configuration of {self.model_type}; only {owner} has a choice"
+                    f"{field.name} is {brief_repr(value)} in a configuration of {self.model_type}; "
+                    f"only {owner} has a choice"
                 )
         sizes = {name: (getattr(self, name),) for name in SIZES}
         sizes |= {n: getattr(self, n) for n in ("conv_dim", "conv_kernel", "conv_stride")}
         for name, values in sizes.items():
             if not values or len(values) > 64 or not all(1 <= v <= 65_536 for v in values):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; sizes from 1 to 65,536 can be built")
+                raise ConfigError(
+                    f"{name} is {brief_repr(getattr(self, name))}; sizes from 1 to 65,536 can be built"
+                )
         if self.num_hidden_layers > 512:
             raise ConfigError(f"num_hidden_layers is {self.num_hidden_layers}; at most 512 can be built")
         if self.model_type == "data2vec-audio":
@@ -158,7 +165,9 @@ class Wav2Vec2Config:
                     f"hidden_size {self.hidden_size} is not a multiple of {name} {getattr(self, name)}"
                 )
         if self.feat_extract_norm not in ("group", "layer"):
-            raise ConfigError(f"feat_extract_norm is {self.feat_extract_norm!r}; expected 'group' or 'layer'")
+            raise ConfigError(
+                f"feat_extract_norm is {brief_repr(self.feat_extract_norm)}; expected 'group' or 'layer'"
+            )
         for name in (field.name for field in fields(self) if field.name.endswith(("dropout", "prob", "drop"))):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
@@ -176,12 +185,12 @@ class Wav2Vec2Config:
         """
         model_type = values.get("model_type", "wav2vec2")
         if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-            raise ConfigError(f"model_type is {model_type!r}; supported: {', '.join(MODEL_TYPES)}")
+            raise ConfigError(f"model_type is {brief_repr(model_type)}; supported: {', '.join(MODEL_TYPES)}")
         for key, neutral in NEUTRAL_VALUES.items():
             if key in values and values[key] not in neutral:
                 raise ConfigError(
-                    f"the configuration sets {key} = {values[key]!r}, which changes the computation and is not "
-                    f"supported in {model_type}; supported: {' or '.join(repr(v) for v in neutral)}"
+                    f"the configuration sets {key} = {brief_repr(values[key])}, which changes the computation and "
+                    f"is not supported in {model_type}; supported: {' or '.join(repr(v) for v in neutral)}"
                 )
         names = {field.name for field in fields(cls)}
         values = {key: value for key, value in values.items() if key in names}

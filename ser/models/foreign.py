@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ser.errors import ConfigError, ModelFolderError
+from ser.errors import ConfigError, ModelFolderError, brief_repr
 from ser.models.pickles import Namespace
 from ser.models.pretrained import shorten, summary
 
@@ -106,10 +106,9 @@ def with_split_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def settings_of(value: Any) -> dict:
-    """A Namespace's or a mapping's entries, else none."""
-    if type(value) is Namespace:
-        return vars(value)
-    return dict(value) if isinstance(value, Mapping) else {}
+    """A Namespace's or a mapping's entries whose names are strings, else none."""
+    entries = vars(value) if type(value) is Namespace else value
+    return {k: v for k, v in entries.items() if isinstance(k, str)} if isinstance(entries, Mapping) else {}
 
 
 def conv_layers(text: str) -> list[tuple[int, int, int]]:
@@ -143,7 +142,7 @@ def conv_layers(text: str) -> list[tuple[int, int, int]]:
             raise ValueError
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise ConfigError(
-            f"conv_feature_layers is {shorten(repr(text), 200)}; expected lists of (channels, kernel, stride), "
+            f"conv_feature_layers is {brief_repr(text, 200)}; expected lists of (channels, kernel, stride), "
             "joined by + and repeated by *"
         ) from None
     return [(channels, kernel, stride) for channels, kernel, stride in layers]
@@ -160,9 +159,10 @@ def fairseq_values(path: Path, checkpoint: Mapping) -> tuple[dict, bool | None]:
     if not inner:
         return {}, None
     for key, supported in (("activation_fn", "gelu"), ("layer_type", "transformer"), ("pos_conv_depth", 1)):
-        if inner.get(key, supported) != supported:
+        value = inner.get(key, supported)
+        if type(value) is not type(supported) or value != supported:
             raise ModelFolderError(
-                f"{path}: {key} is {shorten(repr(inner[key]), 80)}; supported in fairseq's models: {supported}"
+                f"{path}: {key} is {brief_repr(value, 80)}; supported in fairseq's models: {supported}"
             )
     ours = {
         "extractor_mode": "feat_extract_norm",
@@ -187,13 +187,17 @@ def fairseq_values(path: Path, checkpoint: Mapping) -> tuple[dict, bool | None]:
     both = inner | {key: value for key, value in outer.items() if "drop" in key}
     values = {name: both[key] for key, name in ours.items() if both.get(key) is not None}
     if "feat_extract_norm" in values:
-        modes = {"default": "group", "layer_norm": "layer"}
-        values["feat_extract_norm"] = modes.get(values["feat_extract_norm"], values["feat_extract_norm"])
+        modes, mode = {"default": "group", "layer_norm": "layer"}, values["feat_extract_norm"]
+        values["feat_extract_norm"] = modes.get(mode, mode) if isinstance(mode, str) else mode
     if isinstance(inner.get("conv_feature_layers"), str):
-        layers = conv_layers(inner["conv_feature_layers"])
+        try:
+            layers = conv_layers(inner["conv_feature_layers"])
+        except ConfigError as error:
+            raise ModelFolderError(f"{path}: {error}") from None
         for i, name in enumerate(("conv_dim", "conv_kernel", "conv_stride")):
             values[name] = [layer[i] for layer in layers]
-    if str(inner.get("_name", inner.get("arch", ""))).startswith("hubert"):
+    architecture = inner.get("_name", inner.get("arch"))
+    if isinstance(architecture, str) and architecture.startswith("hubert"):
         values["model_type"] = "hubert"
     normalize = task.get("normalize")
     return values, normalize if isinstance(normalize, bool) else None

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from ser.errors import ConfigError
 from ser.models.dropout import Dropout
 
-POOLINGS = {"mean": 1, "mean+std": 2, "attentive": 2}  # name -> how many times the hidden size it gives
+# name -> how many times the hidden size it gives
+POOLINGS = {"mean": 1, "mean+std": 2, "attentive": 2, "sum": 1, "max": 1}
+HEAD_FORMS = ("linear", "dense")  # of an emotion or dimension head: one linear layer, or a `DenseHead`
 ATTENTION_SIZE = 128  # of attentive pooling's hidden layer, as in the paper
 
 
 class Pooling(nn.Module):
     """One vector per utterance from its valid frames: a mean, weighted or not, and perhaps a standard deviation.
 
-    "mean" is what the code of Cai et al. does (their text says sum; a sum grows with the length). "mean+std"
+    "mean" is what the code of Cai et al. does (their text says sum; a sum grows with the length). "sum" and "max"
+    are the other two of a widespread notebook (``pooling_mode``), over valid frames here. "mean+std"
     appends the standard deviation over time, as in x-vectors (Snyder et al., 2018). "attentive" weights the frames
     of both by a learnt score (attentive statistics pooling, Okabe et al., Interspeech 2018, eq. 2 to 6).
     """
@@ -44,6 +47,10 @@ class Pooling(nn.Module):
         hidden = hidden.masked_fill(padding[..., None], 0.0)
         scores = self.score(self.dense(hidden).tanh())[..., 0] if self.method == "attentive" else None  # (B, T)
         hidden = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
+        if self.method == "max":
+            return hidden.masked_fill(padding[..., None], -torch.inf).amax(1)
+        if self.method == "sum":
+            return hidden.sum(1)
         if scores is None:
             mean = hidden.sum(1) / count  # (B, D)
         else:
@@ -57,9 +64,12 @@ class Pooling(nn.Module):
         return torch.cat([mean, variance.clamp(min=1e-7).sqrt()], dim=-1)
 
 
-class RegressionHead(nn.Module):
-    """Arousal, dominance and valence from a pooled vector (Wagner et al., *Dawn of the Transformer Era in Speech
-    Emotion Recognition*, TPAMI 2023): dropout, linear, tanh, dropout, linear, and no squashing after it.
+class DenseHead(nn.Module):
+    """Scores from a pooled vector: dropout, linear, tanh, dropout, linear, and no squashing after it.
+
+    It gives arousal, dominance and valence in the model of Wagner et al. (*Dawn of the Transformer Era in Speech
+    Emotion Recognition*, TPAMI 2023), and emotions in ``Wav2Vec2ForSpeechClassification`` of a widespread
+    notebook.
     """
 
     def __init__(self, inputs: int, outputs: int, *, dropout: float, initializer_range: float) -> None:
@@ -90,6 +100,13 @@ def new_linear(inputs: int, outputs: int, initializer_range: float) -> nn.Linear
     layer = nn.Linear(inputs, outputs)
     renew(layer, initializer_range)
     return layer
+
+
+def new_head(form: str, inputs: int, outputs: int, *, dropout: float, initializer_range: float) -> nn.Module:
+    """A head of a form in `HEAD_FORMS`, initialised at random."""
+    if form == "dense":
+        return DenseHead(inputs, outputs, dropout=dropout, initializer_range=initializer_range)
+    return new_linear(inputs, outputs, initializer_range)
 
 
 def renew(module: nn.Module, initializer_range: float) -> None:

@@ -14,16 +14,17 @@ Shapes: B batch, S samples, T frames, D hidden size, K classes, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ser.errors import ConfigError
+from ser.errors import ConfigError, brief_repr
 from ser.models.config import Wav2Vec2Config
 from ser.models.dropout import Dropout
-from ser.models.heads import POOLINGS, Pooling, RegressionHead, mix_layers, new_linear, renew
+from ser.models.heads import HEAD_FORMS, POOLINGS, Pooling, mix_layers, new_head, new_linear, renew
 from ser.models.wav2vec2 import Wav2Vec2
 
 
@@ -43,20 +44,38 @@ class HeadsConfig:
     weighted_final_norm: bool = True
     projection: int = 0  # size of a linear layer on every frame before pooling, as in ForSequenceClassification
     pooling: str = "mean"
+    # One of `HEAD_FORMS` each. Published models have all four: see docs/inference.md.
+    emotion_head: str = "linear"
+    dimension_head: str = "dense"
 
     def __post_init__(self) -> None:
         """Refuse sizes and names that cannot be built."""
         for name in (f.name for f in fields(self) if isinstance(f.default, int) and f.type == "int"):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= 1_000_000:
-                raise ConfigError(f"{name} is {value!r}; expected a whole number from 0 to 1,000,000")
+                raise ConfigError(f"{name} is {brief_repr(value)}; expected a whole number from 0 to 1,000,000")
         if not isinstance(self.pooling, str) or self.pooling not in POOLINGS:
-            raise ConfigError(f"pooling is {self.pooling!r}; expected one of {', '.join(POOLINGS)}")
+            raise ConfigError(f"pooling is {brief_repr(self.pooling)}; expected one of {', '.join(POOLINGS)}")
+        for name in ("emotion_head", "dimension_head"):
+            if getattr(self, name) not in HEAD_FORMS:
+                raise ConfigError(
+                    f"{name} is {brief_repr(getattr(self, name))}; expected {' or '.join(HEAD_FORMS)}"
+                )
         if type(self.weighted_final_norm) is not bool:
-            raise ConfigError(f"weighted_final_norm is {self.weighted_final_norm!r}; expected true or false")
+            raise ConfigError(
+                f"weighted_final_norm is {brief_repr(self.weighted_final_norm)}; expected true or false"
+            )
         number = isinstance(self.layers, str) and self.layers.isdecimal() and len(self.layers) < 4
         if self.layers not in ("last", "weighted") and not number:
-            raise ConfigError(f"layers is {self.layers!r}; expected last, weighted, or the number of a layer")
+            raise ConfigError(
+                f"layers is {brief_repr(self.layers)}; expected last, weighted, or the number of a layer"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, but without those that earlier versions lacked where they are as they were then."""
+        default = HeadsConfig()
+        later = ("emotion_head", "dimension_head")
+        return {k: v for k, v in asdict(self).items() if k not in later or v != getattr(default, k)}
 
 
 class Outputs(NamedTuple):
@@ -77,10 +96,10 @@ HEADS = {"emotion": "cls_head", "ctc": "lm_head", "speaker": "speaker_head", "di
 class MultiTaskModel(nn.Module):
     """An encoder with emotion, CTC, speaker and dimension heads."""
 
-    cls_head: nn.Linear | None
+    cls_head: nn.Module | None
     lm_head: nn.Linear | None
     speaker_head: nn.Linear | None
-    dimension_head: RegressionHead | None
+    dimension_head: nn.Module | None
 
     def __init__(self, config: Wav2Vec2Config, heads: HeadsConfig) -> None:
         super().__init__()
@@ -100,14 +119,13 @@ class MultiTaskModel(nn.Module):
         self.projector = new_linear(config.hidden_size, width, spread) if heads.projection else None
         self.pooling = Pooling(heads.pooling, width, spread)
         pooled = self.pooling.output_size
-        self.cls_head = new_linear(pooled, heads.num_emotions, spread) if heads.num_emotions else None
+        make = partial(new_head, dropout=config.final_dropout, initializer_range=spread)
+        self.cls_head = make(heads.emotion_head, pooled, heads.num_emotions) if heads.num_emotions else None
         self.lm_head = new_linear(config.hidden_size, heads.vocab_size, spread) if heads.vocab_size else None
         self.speaker_head = new_linear(pooled, heads.num_speakers, spread) if heads.num_speakers else None
-        self.dimension_head = None
-        if heads.num_dimensions:
-            self.dimension_head = RegressionHead(
-                pooled, heads.num_dimensions, dropout=config.final_dropout, initializer_range=spread
-            )
+        self.dimension_head = (
+            make(heads.dimension_head, pooled, heads.num_dimensions) if heads.num_dimensions else None
+        )
 
     def head(self, name: str) -> nn.Module | None:
         """The head called "emotion", "ctc", "speaker" or "dimensions", or None."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ser.errors import ModelFolderError
+from ser.files import is_lfs_pointer
 
 MAX_FILE_BYTES = 20 * 2**30  # the largest public checkpoints of this family, of 2 billion parameters, have 8 GB
 MAX_PICKLE_BYTES = 64 * 2**20  # of the instructions alone; the tensors stand beside them
@@ -66,6 +67,11 @@ def read_pickle(path: Path) -> Any:
         raise ModelFolderError(f"{path}: pickles are read with torch 2.6 or newer; this is {torch.__version__}")
     if not path.is_file():
         raise ModelFolderError(f"{path}: there is no such file")
+    if is_lfs_pointer(path):
+        raise ModelFolderError(
+            f"{path}: is a pointer of git-lfs, which stands in place of the file itself; fetch it: run "
+            f"`git lfs pull` in {path.parent}"
+        )
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise ModelFolderError(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
@@ -160,14 +166,16 @@ def copied_tensors(path: Path, state: Any) -> dict[str, Tensor]:
     most, total = path.stat().st_size, 0
     for key, tensor in state.items():
         if type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise ModelFolderError(f"{path}: {key} is a {type(tensor).__name__}; expected a tensor")
+            raise ModelFolderError(f"{path}: {key[:200]} is a {type(tensor).__name__}; expected a tensor")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise ModelFolderError(f"{path}: {key} is {tensor.layout} on {tensor.device}; expected a plain tensor")
+            raise ModelFolderError(
+                f"{path}: {key[:200]} is {tensor.layout} on {tensor.device}; expected a plain tensor"
+            )
         shown, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
         total += shown
         if shown > held or held > most or total > 2 * most:  # twice: tied weights stand there under two names
             raise ModelFolderError(
-                f"{path}: {key} has shape {tuple(tensor.shape)}, more than the file's {most:,} bytes hold"
+                f"{path}: {key[:200]} has shape {tuple(tensor.shape)}, more than the file's {most:,} bytes hold"
             )
     return {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ser.errors import ConfigError, ModelFolderError, printable
-from ser.files import open_tensors
+from ser.files import is_lfs_pointer, open_tensors
 from ser.models.config import Wav2Vec2Config
 from ser.models.wav2vec2 import Wav2Vec2
 
@@ -49,12 +49,20 @@ WEIGHT_NORM = {
     "encoder.pos_conv_embed.conv.weight_v": "encoder.pos_conv_embed.conv.parametrizations.weight.original1",
 }
 
+# What wrappers put into keys: anywhere (DataParallel, torch.compile, FSDP, activation checkpointing), and before
+# all others (Lightning, speechbrain; PEFT, whose adapters have names of their own).
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+OUTER_WRAPPERS = ("base_model.model.", "model.")
+ADAPTERS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "base_layer"} | {
+    "modules_to_save", "original_module", "ia3_l", "hada_w1_a", "lokr_w1", "oft_r", "boft_R", "vera_lambda_b",
+}  # fmt: skip
+
 # All other spellings of keys -> ours.
 SPELLINGS = WEIGHT_NORM | {
-    # ForSequenceClassification's head
+    # ForSequenceClassification's head, of emotions or dimensions: see `ser.folder`
     "classifier.weight": "cls_head.weight",
     "classifier.bias": "cls_head.bias",
-    # the regression head of Wagner et al. (audEERING)
+    # the head of Wagner et al. (audEERING), of dimensions, and of ForSpeechClassification, of emotions
     "classifier.dense.weight": "dimension_head.dense.weight",
     "classifier.dense.bias": "dimension_head.dense.bias",
     "classifier.out_proj.weight": "dimension_head.out_proj.weight",
@@ -75,6 +83,9 @@ HEAD_PARTS = (
     "dimension_head.",
 )
 
+# Where folders say how sound is prepared; the first that says it counts (`ser.folder`).
+PREPROCESSORS = ("processor_config.json", "preprocessor_config.json")
+
 # Tensors that folders hold for pre-training. Left unread; anything else that the configuration does not ask for is
 # refused, since then configuration and weights disagree.
 PRETRAINING_PARTS = ("quantizer.", "project_hid.", "project_q.", "dropout_features.")
@@ -89,6 +100,9 @@ class LoadReport:
     new: list[str] = field(default_factory=list)  # in the model, not in the folder: initialised at random
     unused: list[str] = field(default_factory=list)  # in the folder, of no use to this model
     ignored_settings: list[str] = field(default_factory=list)  # keys of config.json that are not the encoder's
+    notes: list[str] = field(
+        default_factory=list
+    )  # what the folder does not say or contradicts, and what was taken
 
     def __str__(self) -> str:
         loaded = f"{len(self.matched)} tensors loaded" if self.matched else "random weights"
@@ -97,13 +111,15 @@ class LoadReport:
             lines.append(f"  {len(self.new)} newly initialised: {', '.join(self.new)}")
         if self.unused:
             lines.append(f"  {len(self.unused)} not used: {summary(self.unused)}")
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
 
 def summary(names: Iterable[str], most: int = 8) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
-    return printable(", ".join(names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = printable(", ".join(shorten(name, 200) for name in names[:most]))
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def shorten(text: str, most: int = 500) -> str:
@@ -114,6 +130,20 @@ def shorten(text: str, most: int = 500) -> str:
 # ---------------------------------------------------------------------------------------------- reading
 
 
+def exists(path: Path) -> bool:
+    """Whether something is there. Of a name that no file can have, which Path.exists raises for: no."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def refuse_lfs_pointer(path: Path, target: Path) -> None:
+    """Raise ModelFolderError where ``target``, which stands at ``path``, is a pointer of git-lfs."""
+    if is_lfs_pointer(target):
+        raise ModelFolderError(
+            f"{path}: is a pointer of git-lfs, which stands in place of the file itself; fetch it: run "
+            f"`git lfs pull` in {path.parent}"
+        )
+
+
 def resolve_inside(folder: Path, name: str) -> Path:
     """The regular file ``name`` of ``folder``, links followed; it must stay in the folder.
 
@@ -122,7 +152,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     """
     if Path(name).name != name:
         raise ModelFolderError(
-            f"{folder}: {name!r} is not a plain file name; files outside the folder are not read"
+            f"{folder}: {shorten(repr(name), 200)} is not a plain file name; files outside the folder are not read"
         )
     path = folder / name
     try:
@@ -151,6 +181,7 @@ def read_json(folder: Path, name: str) -> dict:
     if size > MAX_JSON_BYTES:
         raise ModelFolderError(f"{folder / name}: {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
     try:
+        refuse_lfs_pointer(folder / name, path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelFolderError(f"{folder / name}: cannot be read: {error.strerror}") from None
@@ -166,19 +197,30 @@ def stands_in(folder: Path, name: str) -> bool:
     return os.path.lexists(folder / name)
 
 
-def find_folder(name: str | Path, *, revision: str | None = None) -> Path:
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it looks like the OWNER/NAME of a repository on the Hugging Face hub."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and len(name) < 200
+
+
+def find_folder(name: str | Path, *, revision: str | None = None, pickles: bool = False) -> Path:
     """The model folder called ``name``: a path, or else OWNER/NAME on the Hugging Face hub.
 
     From the hub come config files and safetensors alone, into its own cache; what is in the cache already is used
-    without asking the hub. ``revision`` is a branch, tag or commit there; a commit never changes.
+    without asking the hub. ``revision`` is a branch, tag or commit there; a commit never changes. With
+    ``pickles``, to be converted, pytorch_model.bin comes too where a repository has no safetensors.
 
     Raises ModelFolderError, which says what is there instead of a model folder.
     """
     path = Path(name)
-    on_hub = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
-    if path.exists() or not on_hub:
+    if exists(path) or not (isinstance(name, str) and is_hub_name(name)):
         if revision is not None:
-            raise ModelFolderError(f"{name}: is no name on the hub, so it has no revision {revision}")
+            raise ModelFolderError(
+                f"{shorten(str(name))}: is no name on the hub, so it has no revision {revision}"
+            )
         return check_folder(path)
     try:
         from huggingface_hub import snapshot_download
@@ -188,40 +230,51 @@ def find_folder(name: str | Path, *, revision: str | None = None) -> Path:
             f"huggingface_hub would be needed: pip install 'ser[hub]' ({type(error).__name__}: {error})"
         ) from None
 
-    def fetch(*, from_cache: bool) -> Path:
-        patterns = ["*.json", "model*.safetensors"]
+    def fetch(*, from_cache: bool, pickled: bool = False) -> Path:
+        patterns = ["*.json", "model*.safetensors", *(["pytorch_model*.bin"] if pickled else [])]
         return Path(
             snapshot_download(str(name), revision=revision, allow_patterns=patterns, local_files_only=from_cache)
         )
+
+    def holds(folder: Path, *files: str) -> bool:
+        return any(stands_in(folder, file) for file in files)
 
     try:
         cached = fetch(from_cache=True)
     except (OSError, ValueError):  # not in the cache
         cached = None
     # Other programs leave a part of a folder in the cache, without what says how sound is prepared.
-    complete = cached is not None and stands_in(cached, "preprocessor_config.json")
-    weights = ("model.safetensors", "model.safetensors.index.json")
-    if cached is not None and complete and any(stands_in(cached, file) for file in weights):
+    weights = SAFETENSORS + PICKLES if pickles else SAFETENSORS
+    if cached is not None and holds(cached, *PREPROCESSORS) and holds(cached, *weights):
         return check_folder(cached)
     try:
         folder = fetch(from_cache=False)
+        if pickles and not holds(folder, *SAFETENSORS):
+            folder = fetch(from_cache=False, pickled=True)
     except Exception as error:  # the hub's client has kinds of its own, and those of its http library
         reason = str(error).strip().partition("\n")[0]
         at = f" at revision {revision}" if revision else ""
         raise ModelFolderError(
             f"{name}: there is no such folder, and the Hugging Face hub could not give it{at}: {reason}"
         ) from None
+    if not pickles and not holds(folder, *SAFETENSORS):
+        raise ModelFolderError(
+            f"{name}: the repository on the Hugging Face hub has no model.safetensors, and of it config files and "
+            "safetensors alone are fetched. Where it has pytorch_model.bin, a pickle, this makes a folder of it: "
+            f"python examples/convert.py {name} FOLDER"
+        )
     return check_folder(folder)
 
 
 def check_folder(folder: str | Path) -> Path:
     """``folder`` as a Path, or an error that says what is there instead of a model folder."""
     folder = Path(folder)
-    if not folder.exists():
-        raise ModelFolderError(f"{folder}: there is no such folder")
+    if not exists(folder):
+        raise ModelFolderError(f"{shorten(str(folder))}: there is no such folder")
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: is a file; expected a folder with config.json and model.safetensors")
     if not stands_in(folder, "config.json"):
+        refuse_adapter(folder)
         found = summary(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise ModelFolderError(f"{folder}: has no config.json, so it is not a model folder; it holds {found}")
     return folder
@@ -263,8 +316,9 @@ class TensorFiles:
                         stray[name] = (self.names[name][1], key)
                     self.names[name] = (path, key)
                     self.shapes[name] = tuple(file.get_slice(key).get_shape())
+        refuse_adapters(folder, (key for _, key in self.names.values()))
         if stray:
-            listed = "; ".join(f"{a} and {b}" for a, b in stray.values())
+            listed = summary(f"{a} and {b}" for a, b in stray.values())
             raise ModelFolderError(f"{folder}: tensors that mean the same stand there twice: {listed}")
 
     def _files(self) -> list[Path]:
@@ -282,6 +336,7 @@ class TensorFiles:
             if missing:
                 raise ModelFolderError(f"{folder}: shards named by {index} are missing: {summary(missing)}")
             return [resolve_inside(folder, name) for name in shards]
+        refuse_adapter(folder)
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
         advice = (
             f"; {', '.join(pickles)} is a pickle, which can run code, so it is not read here; "
@@ -290,6 +345,12 @@ class TensorFiles:
             else ""
         )
         raise ModelFolderError(f"{folder}: has no model.safetensors{advice}")
+
+    def move(self, old: str, new: str) -> None:
+        """Rename the tensors of the part ``old`` (such as cls_head): whose they are, config.json says."""
+        for name in [name for name in self.names if name.startswith(f"{old}.")]:
+            renamed = name.replace(old, new, 1)
+            self.names[renamed], self.shapes[renamed] = self.names.pop(name), self.shapes.pop(name)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors as float32.
@@ -319,6 +380,7 @@ def opened(path: Path):
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
+        refuse_lfs_pointer(path, path)
     except OSError as error:
         raise ModelFolderError(f"{path}: cannot be read: {error.strerror}") from None
     if MAX_HEADER_BYTES < size < path.stat().st_size:
@@ -335,20 +397,55 @@ def opened(path: Path):
         raise ModelFolderError(f"{path}: is not a sound safetensors file{kind}: {error}") from None
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raise ModelFolderError where PEFT saved adapters alone, without the model that they belong to."""
+    if stands_in(folder, "adapter_config.json"):
+        raise ModelFolderError(
+            f"{folder}: holds an adapter of PEFT (adapter_config.json) and not the model that it changes; {MERGE}"
+        )
+
+
+def refuse_adapters(path: Path, keys: Iterable[str]) -> None:
+    """Raise ModelFolderError where adapters stand beside the weights that they change, as in PEFT."""
+    found = [key for key in keys if not ADAPTERS.isdisjoint(key.split("."))]
+    if found:
+        raise ModelFolderError(f"{path}: {len(found)} tensors are adapters of PEFT: {summary(found, 3)}; {MERGE}")
+
+
+MERGE = "merge it into the model with PEFT first (merge_and_unload(), then save_pretrained)"
+
+
+def without_wrappers(key: str) -> str:
+    """A checkpoint's key without the parts in `WRAPPERS`."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
+def unwrapped(key: str) -> str:
+    """A checkpoint's key without all that wrappers put into it."""
+    key = without_wrappers(key)
+    while key.startswith(OUTER_WRAPPERS):
+        for prefix in OUTER_WRAPPERS:
+            key = key.removeprefix(prefix)
+    return key
+
+
 def canonical_name(key: str) -> str:
     """Our name for a checkpoint's key: without the prefix of the base model, in the spelling that we write."""
+    key = unwrapped(key)
     for prefix in PREFIXES.values():
         key = key.removeprefix(prefix)
     return SPELLINGS.get(key, key)
 
 
-def written_names(names: Iterable[str], config: Wav2Vec2Config, *, projector: bool) -> dict[str, str]:
-    """The names of a `MultiTaskModel`'s tensors -> the keys by which `transformers` knows them."""
+def written_names(names: Iterable[str], config: Wav2Vec2Config, *, classifier: str | None) -> dict[str, str]:
+    """The names of a `MultiTaskModel`'s tensors -> the keys by which `transformers` knows them.
+
+    ``classifier`` is the part that is the head of its ForSequenceClassification, such as cls_head.
+    """
     keys = {name: name.replace("wav2vec2.", PREFIXES[config.model_type], 1) for name in names}
-    if projector:  # then the emotion head is that of ForSequenceClassification
-        keys |= {
-            name: name.replace("cls_head.", "classifier.", 1) for name in keys if name.startswith("cls_head.")
-        }
+    if classifier:
+        head = f"{classifier}."
+        keys |= {name: name.replace(head, "classifier.", 1) for name in keys if name.startswith(head)}
     return keys
 
 

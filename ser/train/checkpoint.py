@@ -499,7 +499,7 @@ def describe(recognizer: Recognizer) -> dict[str, Any]:
     """What weights need to mean the same: configuration, heads, labels, vocabulary, preprocessing."""
     return {
         "encoder": recognizer.model.config.to_dict(),
-        "heads": asdict(recognizer.model.heads_config),
+        "heads": recognizer.model.heads_config.to_dict(),
         "emotions": recognizer.emotions,
         "speakers": recognizer.speakers,
         "dimensions": recognizer.dimensions,

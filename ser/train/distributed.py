@@ -5,6 +5,7 @@ One process is a world of one: the same calls, which then do nothing.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -129,6 +130,8 @@ def joined_world(device: str = "auto", *, timeout: float = 600.0, launcher: int 
         # the restarts are counted differently by each; see docs/reliability.md for what to do there.
         store = dist.PrefixStore(f"attempt-{attempt()}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    if rank:  # what loading a folder says, every rank would say
+        logging.getLogger("ser").setLevel(logging.ERROR)
     yield World(rank=rank, size=size, device=chosen)
     # Not after an error: taking the group down may wait for ranks that wait for this one.
     dist.destroy_process_group()

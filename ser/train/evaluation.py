@@ -119,6 +119,7 @@ def evaluate(
         stop: may become true on any rank meanwhile; then the result, on all ranks, is ``interrupted``.
         timeout: seconds to wait for a worker.
     """
+    recognizer.require_single_label("for an evaluation")
     world = world or World(device=recognizer.device)
     bad_audio = bad_audio or BadAudio(world)
     model = recognizer.model

@@ -223,6 +223,7 @@ def _fit(
 ) -> FitResult:
     """`fit`, which gives back what is ``held`` at its end: the folder, the saver, the signals."""
     recognizer.require_float32("to train it")
+    recognizer.require_single_label("to be trained")
     model = recognizer.model
     effective_batch = config.resolved_effective_batch(world.size)
     trained = trained_heads(recognizer, config)

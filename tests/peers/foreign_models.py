@@ -31,6 +31,28 @@ class EmotionModel(transformers.Wav2Vec2PreTrainedModel):
         return self.classifier(self.wav2vec2(input_values)[0].mean(dim=1))
 
 
+def speech_classification(model_type):
+    """ForSpeechClassification of the widespread notebook (m3hrdadfi/soxan), for one of the architectures."""
+    prefix = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM", "data2vec-audio": "Data2VecAudio"}[
+        model_type
+    ]
+    base = getattr(transformers, f"{prefix}PreTrainedModel")
+
+    class ForSpeechClassification(base):
+        def __init__(self, config):
+            super().__init__(config)
+            setattr(self, self.base_model_prefix, getattr(transformers, f"{prefix}Model")(config))
+            self.classifier = RegressionHead(config)  # the same layers
+            self.post_init()
+
+        def forward(self, input_values):
+            hidden = getattr(self, self.base_model_prefix)(input_values)[0]
+            pooled = {"mean": hidden.mean(1), "sum": hidden.sum(1), "max": hidden.max(1)[0]}
+            return self.classifier(pooled[self.config.pooling_mode])
+
+    return ForSpeechClassification
+
+
 class Wav2Vec2ForCTCnCLS(transformers.Wav2Vec2PreTrainedModel):
     """The layers of the code of Cai et al. (2021), and the speaker head that followers add."""
 

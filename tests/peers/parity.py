@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from foreign_models import EmotionModel, Wav2Vec2ForCTCnCLS
+from foreign_models import EmotionModel, Wav2Vec2ForCTCnCLS, speech_classification
 from public import ENCODERS
 from torch import Tensor, nn
 
@@ -70,7 +70,7 @@ def encoder_row(values: dict[str, Any], *, samples: int = 16_000) -> dict[str, f
     cls = reference_class(values["model_type"])
     reference = randomise(cls(cls.config_class(**values)))
     ours = Wav2Vec2(Wav2Vec2Config.from_dict(values)).eval()
-    keys = written_names(ours.state_dict(), ours.config, projector=False)
+    keys = written_names(ours.state_dict(), ours.config, classifier=None)
     theirs = reference.state_dict()
     ours.load_state_dict({name: theirs[key] for name, key in keys.items()}, strict=True)
     assert len(keys) == len(theirs), "the reference has other tensors"
@@ -129,6 +129,19 @@ def dimensional_row(values: dict[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)
         found = ser.load(folder).model(waveform).dimensions
+        assert found is not None
+        return {"forward": difference(found, model(waveform))}
+
+
+def notebook_row(values: dict[str, Any], mode: str) -> dict[str, float]:
+    """ForSpeechClassification of the widespread notebook, as its own code saves it."""
+    labels = {"id2label": EMOTIONS, "label2id": {name: i for i, name in EMOTIONS.items()}}
+    cls = speech_classification(values["model_type"])
+    model = randomise(cls(cls.config_class(**values, **labels, pooling_mode=mode)))
+    waveform = torch.randn(1, 16_000, generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        found = ser.load(folder).model(waveform).emotion
         assert found is not None
         return {"forward": difference(found, model(waveform))}
 
@@ -202,6 +215,12 @@ def rows() -> list[tuple[str, str, Callable[[], dict[str, float]]]]:
                 found.append(("Heads", name, classify))
     base = {"model_type": "wav2vec2"} | width
     found.append(("Heads", "audEERING's dimensional model", partial(dimensional_row, base | pre_norm)))
+    for kind in ARCHITECTURES:
+        name = f"{ARCHITECTURES[kind]}ForSpeechClassification (a notebook's), mean"
+        found.append(("Heads", name, partial(notebook_row, {"model_type": kind} | width, "mean")))
+    for mode in ("sum", "max"):
+        name = f"Wav2Vec2ForSpeechClassification (a notebook's), {mode}"
+        found.append(("Heads", name, partial(notebook_row, base, mode)))
     found.append(("Heads", "the paper's model, with a speaker head", partial(paper_row, base)))
     for kind in ("pytorch_model.bin", "fairseq", "torchaudio", "speechbrain"):
         found.append(("Source formats", kind, partial(format_row, kind)))

@@ -1,5 +1,6 @@
 """A name on the Hugging Face hub loads from the hub's cache, without a connection; its layout is not a way out."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from toy import toy_recognizer
 
 import ser
@@ -119,3 +122,87 @@ def test_a_revision_of_a_folder_is_an_error(tmp_path):
     toy_recognizer().save(tmp_path / "model")
     with pytest.raises(ModelFolderError, match=r"no revision v1"):
         ser.load(tmp_path / "model", revision="v1")
+
+
+# ------------------------------------------------------------------------------------ what is fetched
+
+# In the place of the hub's client: what it fetches comes out of the folder HUB, by the patterns of the call.
+CLIENT = """
+import fnmatch, os, pathlib, shutil
+
+def snapshot_download(name, revision=None, allow_patterns=None, local_files_only=False):
+    there = pathlib.Path(os.environ["HUB"]) / name
+    here = pathlib.Path("cache") / name.replace("/", "--")
+    if not here.exists() and local_files_only:
+        raise OSError("not in the cache")
+    if not local_files_only:
+        here.mkdir(parents=True, exist_ok=True)
+        for file in there.iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, here)
+    return str(here)
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """owner/name in a folder that stands for the hub, and a function that runs Python with a client for it."""
+    recognizer = toy_recognizer()
+    recognizer.save(tmp_path / "hub" / "owner" / "name")
+    (tmp_path / "client").mkdir()
+    (tmp_path / "client" / "huggingface_hub.py").write_text(CLIENT)
+
+    def run(*command: str) -> subprocess.CompletedProcess:
+        path = f"{tmp_path / 'client'}{os.pathsep}{ROOT}"
+        settings = os.environ | {"PYTHONPATH": path, "HUB": str(tmp_path / "hub")}
+        command = (sys.executable, "-W", "ignore", *command)
+        return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+
+    return tmp_path / "hub" / "owner" / "name", run
+
+
+def as_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def test_a_repository_with_a_pickle_alone_is_said_to_be_one_and_the_line_that_is_advised_works(hub):
+    folder, run = hub
+    as_pickle(folder)
+    said = run("-c", LOAD, "owner/name").stdout
+    assert said.startswith("refused: owner/name: the repository on the Hugging Face hub has no model.safetensors")
+    assert "python examples/convert.py owner/name FOLDER" in said
+    assert not list(folder.parents[2].glob("cache/*/*.bin")), "no pickle was fetched"
+    done = run(str(ROOT / "examples" / "convert.py"), "owner/name", "converted")
+    assert done.returncode == 0, done.stderr
+    assert run("-c", LOAD, "converted").stdout.split() == ["s0"]
+    certificate = json.loads((folder.parents[2] / "converted" / "certificate.json").read_text())
+    assert certificate["source"]["name"] == "owner/name"
+    # and once more, out of the cache
+    shutil.rmtree(folder)
+    assert run(str(ROOT / "examples" / "convert.py"), "owner/name", "again").returncode == 0
+
+
+def test_where_there_are_safetensors_no_pickle_is_fetched_to_be_converted(hub):
+    folder, run = hub
+    shutil.copy(folder / "config.json", folder / "pytorch_model.bin")
+    done = run(str(ROOT / "examples" / "convert.py"), "owner/name", "converted")
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.parents[2].glob("cache/*/*.bin"))
+
+
+def test_the_processor_of_release_5_comes_along_and_makes_a_folder_in_the_cache_complete(hub):
+    folder, run = hub
+    (folder / "preprocessor_config.json").unlink()
+    processor = {"feature_extractor": {"do_normalize": False}}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    code = "import ser; print(ser.load('owner/name').do_normalize)"
+    assert run("-c", code).stdout.split() == ["False"]
+    shutil.rmtree(folder)  # so that nothing can be fetched
+    assert run("-c", code).stdout.split() == ["False"]
+
+
+def test_a_name_that_neither_is_a_folder_nor_on_the_hub_is_an_error_of_one_line(hub):
+    _, run = hub
+    done = run(str(ROOT / "examples" / "convert.py"), "owner/other", "converted")
+    assert done.returncode == 1 and "could not give it" in done.stderr and "Traceback" not in done.stderr

@@ -47,7 +47,7 @@ def reference_with_the_weights_of(ours, values=None, *, suffix="Model", **settin
     with torch.device("meta"):
         reference = cls(cls.config_class(**(values | settings)))
     state = ours.state_dict()
-    keys = written_names(state, config, projector=getattr(ours, "projector", None) is not None)
+    keys = written_names(state, config, classifier="cls_head" if getattr(ours, "projector", None) else None)
     reference.load_state_dict({keys[name]: value for name, value in state.items()}, strict=True, assign=True)
     return reference.eval()
 
@@ -64,7 +64,7 @@ def gradients(module, rename=str):
 
 def our_gradients(model):
     """Of a `MultiTaskModel`, by the reference's names."""
-    keys = written_names(model.state_dict(), model.config, projector=model.projector is not None)
+    keys = written_names(model.state_dict(), model.config, classifier="cls_head" if model.projector else None)
     return gradients(model, keys.__getitem__)
 
 
@@ -314,7 +314,7 @@ def test_each_claimed_encoder_at_full_size_has_the_parameters_of_the_reference(n
     cls = reference_class(config)
     with torch.device("meta"):
         ours, reference = Wav2Vec2(config).state_dict(), cls(cls.config_class(**ENCODERS[name])).state_dict()
-    keys = written_names(ours, config, projector=False)
+    keys = written_names(ours, config, classifier=None)
     assert {keys[k]: v.shape for k, v in ours.items()} == {k: v.shape for k, v in reference.items()}
 
 

@@ -1,0 +1,415 @@
+"""What a model folder says besides its tensors: labels, what its heads compute, how sound and text are prepared.
+
+A folder is ours, or one that a release from 3 to 5 of `transformers` wrote, and those put the same things into
+different files. Where several say something, the first of these counts, as in release 5:
+
+    sound   "feature_extractor" in processor_config.json, preprocessor_config.json, tokenizer_config.json
+    tokens  vocab.json (else tokenizer.json), then what completes it: "added_tokens_decoder" in
+            tokenizer_config.json, else added_tokens.json and tokenizer.json
+    names of special tokens
+            tokenizer_config.json where it has "added_tokens_decoder"; else special_tokens_map.json, then it
+
+What no file says, and what they contradict each other in, becomes a note with what was taken instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ser.audio import SAMPLE_RATE
+from ser.data.manifest import DIMENSIONS
+from ser.data.text import BLANKS, ORTHOGRAPHIES, Vocabulary
+from ser.errors import ConfigError, ModelFolderError, TextError, brief_repr
+from ser.models.multitask import HeadsConfig
+from ser.models.pretrained import PREPROCESSORS, TensorFiles, read_json, resolve_inside, shorten, stands_in
+
+FORMAT = 1  # of the "ser" part of config.json
+
+# problem_type in config.json -> what the head of a ForSequenceClassification answers with
+PROBLEMS = {
+    "single_label_classification": "single-label",
+    "multi_label_classification": "multi-label",
+    "regression": "regression",
+}
+POOLING_MODES = ("mean", "sum", "max")  # of ForSpeechClassification
+
+
+@dataclass
+class FolderSettings:
+    """What was read. ``reads`` are settings of `HeadsConfig`: what the heads read, and their form."""
+
+    emotions: list[str] = field(default_factory=list)
+    speakers: list[str] = field(default_factory=list)
+    dimensions: list[str] = field(default_factory=list)
+    multi_label: bool = False
+    vocabulary: Vocabulary | None = None  # read by itself, where there is a CTC head (`read_vocabulary`)
+    reads: dict[str, Any] = field(default_factory=dict)
+    orthography: str = "librispeech"
+    tags: str = "remove"
+    do_normalize: bool = True
+    notes: list[str] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------------------------------------- labels
+
+
+def check_names(path: Path, what: str, names: Any) -> list[str]:
+    """``names`` as a list of strings that can be written and printed, or ModelFolderError."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelFolderError(f"{path}: {what} needs a list of names; found {brief_repr(names)}")
+    for name in names:
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise ModelFolderError(
+                f"{path}: {what} has the name {brief_repr(name, 80)}, which is no valid text (half a surrogate "
+                "pair); correct it there"
+            )
+    return names
+
+
+def class_names(path: Path, values: Mapping) -> list[str]:
+    """The names in id2label, in the order of the head's rows; empty without any."""
+    id2label = values.get("id2label")
+    if id2label is None:
+        return []
+    numbers = [str(i) for i in range(len(id2label))] if isinstance(id2label, dict) else None
+    if numbers is None or set(id2label) != set(numbers) or not all(isinstance(v, str) for v in id2label.values()):
+        raise ModelFolderError(f'{path}: id2label needs names for "0" to "K-1"; found {brief_repr(id2label)}')
+    return check_names(path, "id2label", [id2label[n] for n in numbers])
+
+
+def classifier_form(files: TensorFiles) -> str | None:
+    """The form (`HEAD_FORMS`) of the head that `transformers` calls classifier, None without one."""
+    for name, form in (("cls_head.weight", "linear"), ("dimension_head.dense.weight", "dense")):
+        _, key = files.names.get(name, (None, ""))
+        if "classifier" in key.split("."):
+            return form
+    return None
+
+
+def answer_kind(path: Path, values: Mapping, names: list[str], notes: list[str]) -> str:
+    """What the classifier answers with: "single-label", "multi-label" or "regression"."""
+    problem = values.get("problem_type")
+    if problem is not None and problem not in (*PROBLEMS,):
+        raise ModelFolderError(
+            f"{path}: problem_type is {brief_repr(problem, 80)}; expected one of {', '.join(PROBLEMS)}"
+        )
+    if "ser" in values:
+        return PROBLEMS.get(problem or "", "single-label")
+    if names and {name.lower() for name in names} <= set(DIMENSIONS):
+        if problem not in (None, "regression"):
+            notes.append(f"problem_type is {problem}, but the names are {', '.join(names)}: taken as dimensions")
+        return "regression"
+    if problem is None and len(names) == 1:
+        notes.append(f"{names[0]!r} is the only class and problem_type is missing: taken as a regression")
+        return "regression"
+    return PROBLEMS.get(problem or "", "single-label")
+
+
+def label_classifier(path: Path, values: Mapping, files: TensorFiles, found: FolderSettings) -> None:
+    """Decide whose head `transformers`' classifier is, emotions' or dimensions', and move its tensors there."""
+    form, names = classifier_form(files), class_names(path, values)
+    if form is not None and not names and "ser" not in values:
+        weight = "cls_head.weight" if form == "linear" else "dimension_head.out_proj.weight"
+        names = [f"LABEL_{i}" for i in range((files.shapes.get(weight) or (0,))[0])]
+        found.notes.append(
+            f"{path.name} has no id2label: the classes are called {', '.join(names[:4])}, as transformers does; "
+            "examples/convert.py --labels names them"
+        )
+    kind = answer_kind(path, values, names, found.notes)
+    if kind == "regression":
+        found.dimensions = found.dimensions or names
+        if form == "linear":
+            files.move("cls_head", "dimension_head")
+        if form is not None:
+            found.reads["dimension_head"] = form
+    else:
+        found.emotions, found.multi_label = names, kind == "multi-label"
+        if form == "dense":
+            files.move("dimension_head", "cls_head")
+            found.reads["emotion_head"] = form
+
+
+def own_entries(path: Path, values: Mapping) -> dict:
+    """The "ser" part of config.json, of this version's format."""
+    own = values.get("ser", {})
+    if not isinstance(own, dict):
+        raise ModelFolderError(f"{path}: ser is {brief_repr(own)}; expected an object")
+    if own.get("format", FORMAT) != FORMAT:
+        raise ModelFolderError(
+            f"{path}: ser.format is {brief_repr(own['format'])}, this version reads {FORMAT}; update ser"
+        )
+    return own
+
+
+def what_heads_read(path: Path, values: Mapping, own: Mapping, form: str | None, notes: list[str]) -> dict:
+    """The settings of `HeadsConfig` but its sizes."""
+    weighted = values.get("use_weighted_layer_sum") or False
+    if not isinstance(weighted, bool):
+        raise ModelFolderError(f"{path}: use_weighted_layer_sum is {brief_repr(weighted)}; expected true or false")
+    mode = values.get("pooling_mode", "mean")  # of ForSpeechClassification, whose head is dense
+    if mode not in POOLING_MODES:
+        raise ModelFolderError(
+            f"{path}: pooling_mode is {brief_repr(mode)}; supported: {', '.join(POOLING_MODES)}"
+        )
+    if form != "dense" and mode != "mean":
+        notes.append(f"pooling_mode is {mode}, which no class with this head follows: the mean is taken")
+        mode = "mean"
+    # What the class of the release that saved the folder computes; see HeadsConfig.
+    release = str(values.get("transformers_version") or "4").partition(".")[0]
+    reads = {
+        "layers": own.get("layers", "weighted" if weighted and form != "dense" else "last"),
+        "weighted_final_norm": own.get("weighted_final_norm", release in ("2", "3", "4")),
+        "pooling": own.get("pooling", mode),
+        "emotion_head": own.get("emotion_head", "linear"),
+        "dimension_head": own.get("dimension_head", "dense"),
+    }
+    try:
+        HeadsConfig(**reads)
+    except ConfigError as error:
+        raise ModelFolderError(f"{path}: ser.{shorten(str(error))}") from None
+    return reads
+
+
+def read_settings(folder: Path, values: dict, files: TensorFiles) -> FolderSettings:
+    """Read labels, what the heads compute, and how sound is prepared; ``values`` is config.json.
+
+    The tensors of a classifier are moved in ``files`` to the head that its labels make it.
+    """
+    path = folder / "config.json"
+    own, found = own_entries(path, values), FolderSettings()
+    found.speakers = check_names(path, "ser.speakers", own.get("speakers", []))
+    found.dimensions = check_names(path, "ser.dimensions", own.get("dimensions", []))
+    found.reads = what_heads_read(path, values, own, classifier_form(files), found.notes)
+    for name, known in (("orthography", [*ORTHOGRAPHIES]), ("tags", ["remove", "keep-letters"])):
+        choice = own.get(name, getattr(found, name))
+        if choice not in known:  # lists, for what stands there may be unhashable
+            raise ModelFolderError(
+                f"{path}: ser.{name} is {brief_repr(choice)}; expected one of {', '.join(known)}"
+            )
+        setattr(found, name, choice)
+    label_classifier(path, values, files, found)
+    found.do_normalize = read_do_normalize(folder, found.notes)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------- sound
+
+
+def extractors(folder: Path) -> dict[str, dict]:
+    """What a folder's files say of the preparation of sound, by where it stands; the first counts."""
+    found = {}
+    processor, preprocessor = PREPROCESSORS
+    if stands_in(folder, processor):
+        values = read_json(folder, processor)
+        name = "feature_extractor" if "feature_extractor" in values else "audio_processor"
+        if values.get(name) is not None:  # else of a release that kept it in the other file
+            found[f"{name} in {processor}"] = values[name]
+    if stands_in(folder, preprocessor):
+        found[preprocessor] = read_json(folder, preprocessor)
+    if stands_in(folder, "tokenizer_config.json"):
+        values = read_json(folder, "tokenizer_config.json")
+        if "do_normalize" in values:  # the Wav2Vec2Tokenizer of release 4.3
+            found["tokenizer_config.json"] = {"do_normalize": values["do_normalize"]}
+    for place, values in found.items():
+        if not isinstance(values, dict):
+            raise ModelFolderError(f"{folder}: {place} is {brief_repr(values, 80)}; expected an object")
+    return found
+
+
+def read_do_normalize(folder: Path, notes: list[str]) -> bool:
+    """Whether waveforms are made zero mean and unit variance; ``notes`` take what was assumed."""
+    said: dict[str, bool] = {}
+    places = extractors(folder)
+    for place, values in places.items():
+        rate = values.get("sampling_rate", SAMPLE_RATE)
+        if rate != SAMPLE_RATE:
+            raise ModelFolderError(
+                f"{folder}: {place}: sampling_rate is {brief_repr(rate)}; supported: {SAMPLE_RATE}"
+            )
+        said[place] = values.get("do_normalize", True)
+        if not isinstance(said[place], bool):
+            raise ModelFolderError(
+                f"{folder}: {place}: do_normalize is {brief_repr(said[place])}; expected true or false"
+            )
+    if not places:
+        notes.append(
+            f"there is neither {' nor '.join(PREPROCESSORS)}, so no file says how sound is prepared: "
+            "do_normalize true is assumed"
+        )
+        return True
+    (first, normalize), *others = said.items()
+    if "do_normalize" not in places[first]:
+        notes.append(f"{first} lacks do_normalize: true is assumed, the default there")
+    for place, value in others:
+        if value != normalize and "do_normalize" in places[place]:
+            notes.append(
+                f"do_normalize is {str(normalize).lower()} in {first}, which counts, and {str(value).lower()} "
+                f"in {place}"
+            )
+    return normalize
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def token_text(path: Path, name: str, token: Any) -> str | None:
+    """A token of a tokenizer's files: a string, or an object whose content it is."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise ModelFolderError(f"{path}: {name} is {brief_repr(token, 80)}; expected a token")
+    return text
+
+
+def tokenizer_settings(folder: Path) -> dict:
+    """tokenizer_config.json with special_tokens_map.json, in the precedence of the head of this file."""
+    found = read_json(folder, "tokenizer_config.json") if stands_in(folder, "tokenizer_config.json") else {}
+    if "added_tokens_decoder" not in found and stands_in(folder, "special_tokens_map.json"):
+        found |= read_json(folder, "special_tokens_map.json")
+    return found
+
+
+def added_tokens(folder: Path, settings: Mapping) -> list[tuple[Any, Any, bool]]:
+    """(token, id, whether it is special) of the tokens that complete a vocabulary."""
+    decoder = settings.get("added_tokens_decoder")
+    path = folder / "tokenizer_config.json"
+    if decoder is None:
+        found = []
+        if stands_in(folder, "added_tokens.json"):
+            found += [(token, id_, False) for token, id_ in read_json(folder, "added_tokens.json").items()]
+        if stands_in(folder, "tokenizer.json"):
+            path = folder / "tokenizer.json"
+            rows = read_json(folder, "tokenizer.json").get("added_tokens") or []
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise ModelFolderError(
+                    f"{path}: added_tokens is {brief_repr(rows, 80)}; expected a list of objects"
+                )
+            found += [(token_text(path, "added_tokens", r), r.get("id"), r.get("special") is True) for r in rows]
+        return found
+    if not isinstance(decoder, dict) or not all(i.isdecimal() and len(i) < 10 for i in decoder):
+        raise ModelFolderError(f"{path}: added_tokens_decoder is {brief_repr(decoder, 80)}; expected tokens by id")
+    return [
+        (token_text(path, "added_tokens_decoder", t), int(i), isinstance(t, dict) and t.get("special") is True)
+        for i, t in decoder.items()
+    ]
+
+
+def base_ids(folder: Path, settings: Mapping) -> dict[str, Any] | None:
+    """The tokens of vocab.json (of one language), or of tokenizer.json without it; None without either."""
+    if stands_in(folder, "vocab.json"):
+        resolve_inside(folder, "vocab.json")
+        ids = Vocabulary.read_ids(folder / "vocab.json")
+        if ids and all(isinstance(value, dict) for value in ids.values()):  # by language
+            language = settings.get("target_lang")
+            if not isinstance(language, str) or language not in ids:
+                raise ModelFolderError(
+                    f"{folder / 'vocab.json'}: has {len(ids)} languages, {brief_repr([*ids], 80)}, and "
+                    f"target_lang in tokenizer_config.json is {brief_repr(language, 80)}; expected one of them"
+                )
+            ids = ids[language]
+        return ids
+    if stands_in(folder, "tokenizer.json"):
+        model = read_json(folder, "tokenizer.json").get("model")
+        found = model.get("vocab") if isinstance(model, dict) else None
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def complete(
+    ids: dict[str, Any], added: Iterable[tuple[Any, Any, bool]], special: Iterable[str | None], rows: int | None
+) -> None:
+    """Give ``ids`` the added tokens that the CTC head has one of its ``rows`` for.
+
+    A token that vocab.json has keeps its id, as in `transformers`, which also gives special tokens that no file
+    has the next ids.
+    """
+    taken = set(map(str, ids.values()))
+    for token, id_, _ in added:
+        fits = rows is None or (type(id_) is int and id_ < rows)
+        if token not in ids and str(id_) not in taken and fits:
+            ids[token] = id_
+    if rows is not None:
+        for token in special:
+            if token is not None and token not in ids and len(ids) < rows:
+                ids[token] = len(ids)
+
+
+def choose_blank(path: Path, ids: Mapping, stated: str | None, values: Mapping, notes: list[str]) -> str | None:
+    """The CTC blank: pad_token of the tokenizer, else ``<pad>`` or ``[PAD]``, else pad_token_id of config.json."""
+    named = values.get("pad_token_id")
+    by_id = next((token for token, id_ in ids.items() if type(named) is int and id_ == named), None)
+    blank = next((token for token in (stated, *BLANKS, by_id) if token in ids), None)
+    if stated is not None and blank != stated:
+        notes.append(f"pad_token is {stated!r}, which the vocabulary lacks: the blank is {blank!r}")
+    if blank is not None and type(named) is int and ids[blank] != named:
+        notes.append(
+            f"the CTC blank is {blank!r}, row {brief_repr(ids[blank], 40)}, as the tokenizer says; pad_token_id "
+            f"in config.json is {brief_repr(named, 40)}"
+        )
+    return blank
+
+
+def read_vocabulary(
+    folder: Path,
+    orthography: str,
+    *,
+    rows: int | None = None,
+    values: Mapping | None = None,
+    notes: list[str] | None = None,
+) -> Vocabulary | None:
+    """The symbols of a folder's CTC head, of ``rows`` outputs; None where no file has any.
+
+    Where the orthography has a word delimiter of its own, that counts. ``values`` is config.json; ``notes`` take
+    what was assumed.
+    """
+    notes = notes if notes is not None else []
+    settings = tokenizer_settings(folder)
+    ids = base_ids(folder, settings)
+    if ids is None:
+        return None
+    path = folder / "tokenizer_config.json"
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    special = {name: token_text(path, name, settings.get(name, usual)) for name, usual in names.items()}
+    delimiter = token_text(path, "word_delimiter_token", settings.get("word_delimiter_token", "|")) or " "
+    lower_case, separator = settings.get("do_lower_case", False), settings.get("replace_word_delimiter_char", " ")
+    if not isinstance(lower_case, bool):
+        raise ModelFolderError(f"{path}: do_lower_case is {brief_repr(lower_case, 80)}; expected true or false")
+    if not isinstance(separator, str) or len(separator) > 16:
+        raise ModelFolderError(
+            f"{path}: replace_word_delimiter_char is {brief_repr(separator, 80)}; expected some characters"
+        )
+    if ORTHOGRAPHIES[orthography].word_delimiter != "|":
+        delimiter = ORTHOGRAPHIES[orthography].word_delimiter
+    added = added_tokens(folder, settings)
+    complete(ids, added, special.values(), rows)
+    stated = special["pad_token"] if "pad_token" in settings else None
+    blank = choose_blank(path, ids, stated, values or {}, notes)
+    if not settings:
+        notes.append(
+            "there is neither tokenizer_config.json nor special_tokens_map.json: the word delimiter is assumed to "
+            f"be {delimiter!r}, the CTC blank {blank!r}"
+        )
+    elif delimiter not in ids:
+        notes.append(f"the word delimiter {brief_repr(delimiter, 40)} is not in the vocabulary: words are joined")
+    extra = [*listed(settings, "additional_special_tokens"), *listed(settings, "extra_special_tokens")]
+    tokens = [token_text(path, "a special token", token) for token in extra] + [t for t, _, s in added if s]
+    try:
+        return Vocabulary(
+            ids,
+            word_delimiter=delimiter,
+            blank=blank,
+            unknown=special["unk_token"],
+            specials=[token for token in (*special.values(), *tokens) if isinstance(token, str)],
+            lower_case=lower_case,
+            separator=separator,
+        )
+    except TextError as error:
+        raise TextError(f"{folder / 'vocab.json'}: not a vocabulary: {error}") from error
+
+
+def listed(settings: Mapping, name: str) -> list:
+    """The entry called ``name`` where it is a list."""
+    found = settings.get(name)
+    return found if isinstance(found, list) else []
