@@ -193,7 +193,7 @@ def check_can_write(path: Path) -> None:
     except FileNotFoundError:  # a link may lead to what is not there yet
         mode = stat.S_IFREG
         if not folder.is_dir():
-            raise FileNotFoundError(errno.ENOENT, f"there is no folder {folder}", str(path)) from None
+            raise FileNotFoundError(errno.ENOENT, f"No such file or directory: {folder}", str(path)) from None
     else:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, "is a folder; give a file", str(path))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -529,7 +529,8 @@ class Recognizer:
             raise ConfigError(f"max_seconds is {max_seconds!r}; expected a number above 0")
         items = each_of(inputs)
         recordings = (find_recording(i, item, sampling_rate, max_seconds) for i, item in enumerate(items))
-        runs = gather(recordings, None if isinstance(items, Sized) else self.batch_seconds)
+        there = hasattr(items, "__len__") and hasattr(items, "__getitem__")  # and not only when they are asked for
+        runs = gather(recordings, None if there else self.batch_seconds)
         batches = plan_batches(runs, self.batch_seconds)  # of recordings, not of numbers
         loader = decoded(Decoder(), batches, pack, workers=workers, timeout=timeout, then=AGAIN)
         # Batches come by length, results go out in the order of the inputs.

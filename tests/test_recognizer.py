@@ -13,6 +13,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 from toy import toy_rows
+from tqdm import tqdm
 
 import ser
 from ser.data.manifest import Utterance
@@ -871,8 +872,9 @@ def test_an_endless_stream_of_bad_recordings_yields_its_errors(recognizer):
     results.close()
 
 
+@pytest.mark.parametrize("bar", [False, True])
 @pytest.mark.parametrize("seconds", [0.1, 1.0, 3.0])
-def test_a_generator_is_asked_for_a_batchs_worth_before_its_first_result(recognizer, seconds):
+def test_a_generator_is_asked_for_a_batchs_worth_before_its_first_result(recognizer, seconds, bar):
     sounds = [noise(round(seconds * 16_000), seed) for seed in range(3)]
     taken = 0
 
@@ -882,7 +884,8 @@ def test_a_generator_is_asked_for_a_batchs_worth_before_its_first_result(recogni
             taken += 1
             yield sounds[number % 3]
 
-    results = recognizer.stream(live(), 16_000)
+    source = tqdm(live(), total=200, disable=True) if bar else live()  # which has a length, and waits all the same
+    results = recognizer.stream(source, 16_000)
     first = next(results)
     assert taken == min(MOST_FIRST, -(-16 // seconds))
     found = [first, *results]
