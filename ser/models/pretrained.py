@@ -257,6 +257,8 @@ def find_folder(name: str | Path, *, revision: str | None = None, pickles: bool 
         raise ModelFolderError(
             f"{name}: there is no such folder, and the Hugging Face hub could not give it{at}: {reason}"
         ) from None
+    if not holds(folder, *weights):
+        refuse_adapter(folder)
     if not pickles and not holds(folder, *SAFETENSORS):
         raise ModelFolderError(
             f"{name}: the repository on the Hugging Face hub has no model.safetensors, and of it config files and "

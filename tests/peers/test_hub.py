@@ -183,6 +183,13 @@ def test_a_repository_with_a_pickle_alone_is_said_to_be_one_and_the_line_that_is
     assert run(str(ROOT / "examples" / "convert.py"), "owner/name", "again").returncode == 0
 
 
+def test_a_repository_with_an_adapter_alone_is_said_to_be_one(hub):
+    folder, run = hub
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    assert "adapter of PEFT" in run("-c", LOAD, "owner/name").stdout
+
+
 def test_where_there_are_safetensors_no_pickle_is_fetched_to_be_converted(hub):
     folder, run = hub
     shutil.copy(folder / "config.json", folder / "pytorch_model.bin")
