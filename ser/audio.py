@@ -365,16 +365,21 @@ def level_warning(waveform: Tensor) -> str | None:
     """
     if len(waveform) < _TOO_SHORT:
         return None
-    loudness = (waveform - waveform.mean()).abs_()  # without a constant offset, which is no sound
-    loud = int(torch.count_nonzero(loudness > _QUIET))
-    if loud < min(_LEAST_SOUND * SAMPLE_RATE, len(waveform) / 4):
+    offset = waveform.mean()  # a constant is no sound
+    least = min(_LEAST_SOUND * SAMPLE_RATE, len(waveform) / 4)
+    some = waveform[::8]  # of speech an eighth of its samples are enough, and the rest need not be looked at
+    for part in (some, waveform):
+        loud = int(torch.count_nonzero((part - offset).abs_() > _QUIET))
+        if loud >= least:
+            break
+    if loud < least:
         return (
             f"silent: {1000 * loud / SAMPLE_RATE:.0f} ms of {len(waveform) / SAMPLE_RATE:.2f} s are above "
             f"{20 * math.log10(_QUIET):.0f} dBFS, which is no speech; what is recognised means nothing"
         )
-    loudness = torch.abs(waveform, out=loudness)
-    share = int(torch.count_nonzero(loudness > _NEAR_FULL_SCALE)) / len(waveform)
-    if share > _CLIPPED and float(loudness.max()) < _OVERSHOOT:
+    near = some.abs() > _NEAR_FULL_SCALE
+    share = int(torch.count_nonzero(near)) / len(near)
+    if share > _CLIPPED and float(waveform.abs().max()) < _OVERSHOOT:
         return f"clipped: {100 * share:.0f} % of it is within 1 dB of full scale; it was recorded too loudly"
     return None
 
@@ -574,7 +579,7 @@ def _id3_length(head: bytes) -> int:
 
 
 def _after_tags(file: _Bytes, position: int, size: int) -> int:
-    """Where ID3v2 and APEv2 tags and padding with zero bytes, in any order and number, end."""
+    """Where tags and padding with zero bytes, in any order and number, end."""
     padding = 1 << 20  # a file of nothing but zeros is not looked through to its end
     while position < size:
         head = _at(file, position, 32)
@@ -582,6 +587,8 @@ def _after_tags(file: _Bytes, position: int, size: int) -> int:
             position += length
         elif head[:8] == b"APETAGEX" and len(head) == 32:
             position += 32 + struct.unpack_from("<I", head, 12)[0]
+        elif head[:3] == b"TAG":  # ID3v1, behind the first of joined files
+            position += 227 if head[3:4] == b"+" else 128
         elif head[:1] == b"\0" and padding > 0:
             data = _at(file, position, 1 << 16)
             zeros = len(data) - len(data.lstrip(b"\0"))
@@ -648,9 +655,17 @@ def _second_wav(file: _Bytes, position: int, size: int) -> int | None:
     return None
 
 
-def _wav_sound(file: _Bytes, size: int, name: str) -> tuple[int, int, int]:
-    """Of a WAV or RF64 file: where its sound begins, the bytes of it that it declares, and those of a frame."""
-    position, data_size_64, block_align = 12, 0, 0
+class _WavSound(NamedTuple):
+    """Where the sound of a WAV or RF64 file begins, and what is said of it."""
+
+    body: int  # place of its first byte
+    declared: int  # bytes
+    block_align: int  # bytes of a frame
+    ds64: int  # place of the sizes that do not fit into 32 bits; 0 without them, as in all but RF64
+
+
+def _wav_sound(file: _Bytes, size: int, name: str) -> _WavSound:
+    position, ds64, data_size_64, block_align = 12, 0, 0, 0
     for _ in range(1000):  # chunks; real files have a handful
         if position + 8 > size:
             break
@@ -658,7 +673,7 @@ def _wav_sound(file: _Bytes, size: int, name: str) -> tuple[int, int, int]:
         kind, length = _unpack("<4sI", file, name)
         body = position + 8
         if kind == b"ds64":  # RF64: the sizes that do not fit into 32 bits
-            _, data_size_64 = _unpack("<QQ", file, name)
+            ds64, (_, data_size_64) = body, _unpack("<QQ", file, name)
         elif kind == b"fmt " and not block_align:
             coding, _, _, _, block_align, _ = _unpack("<HHIIHH", file, name)
             if coding == 0xFFFE:  # extensible: the coding is the start of a GUID
@@ -669,7 +684,8 @@ def _wav_sound(file: _Bytes, size: int, name: str) -> tuple[int, int, int]:
         elif kind == b"data":
             if not block_align:
                 raise AudioError(f"{name}: its data chunk comes before its format; {_ADVICE}")
-            return body, data_size_64 if data_size_64 and length == 0xFFFFFFFF else length, block_align
+            declared = data_size_64 if data_size_64 and length == 0xFFFFFFFF else length
+            return _WavSound(body, declared, block_align, ds64)
         position = body + length + (length & 1)
     raise AudioError(f"{name}: ends before its sound begins (no data chunk): truncated or damaged; copy it again")
 
@@ -679,7 +695,7 @@ def _wav_source(file: _Bytes, size: int, name: str) -> _Source:
 
     libsndfile shortens its own header's figure to what the file holds, so a cut would go unseen.
     """
-    body, declared, block_align = _wav_sound(file, size, name)
+    body, declared, block_align, ds64 = _wav_sound(file, size, name)
     held, after = size - body, min(body + declared, size)
     rest = max(_chunks_end(file, place, size) for place in (after, min(after + (declared & 1), size)))
     # A size of the list that is right, because nothing or complete chunks follow, is no placeholder.
@@ -699,8 +715,11 @@ def _wav_source(file: _Bytes, size: int, name: str) -> _Source:
         if more > max(_MUCH_MORE, 0.01 * declared):
             warning = f"{more} bytes behind the sound that its header declares are unknown and were not read"
         return _Source(declared // block_align, None, warning)
-    sizes = {4: min(size - 8, 0xFFFFFFFF), body - 4: min(held, 0xFFFFFFFF)}  # libsndfile takes 0 as 0
-    part = _Part(file, 0, size, {place: struct.pack("<I", number) for place, number in sizes.items()})
+    # libsndfile takes 0 as 0.
+    sizes = {4: struct.pack("<I", min(size - 8, 0xFFFFFFFF)), body - 4: struct.pack("<I", min(held, 0xFFFFFFFF))}
+    if ds64:
+        sizes |= {body - 4: b"\xff" * 4, ds64: struct.pack("<QQQ", size - 8, held, held // block_align)}
+    part = _Part(file, 0, size, sizes)
     warning = (
         f"its header leaves its length open (0x{declared:x} bytes, as programs write that cannot go back): read "
         "to the end of the file, so nothing would show that it was cut"

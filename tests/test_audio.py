@@ -867,6 +867,37 @@ def test_mutated_files_give_an_error_or_a_valid_signal():
     assert figures["peak_mib"] < 1024 and figures["slowest_seconds"] < 10
 
 
+DAMAGED_HEADERS = """
+import json, random, sys
+from pathlib import Path
+sys.path.insert(0, "tests/soak")
+from audio import encoded, noise, with_checksums
+from ser.audio import load_audio, load_windows
+from ser.errors import SerError
+path, chance, ends = Path(sys.argv[1]), random.Random(3), {"refused": 0, "read": 0}
+good = encoded(noise(1.0, 16_000, 1), 16_000, "OGG", "VORBIS")
+for number in range(60):
+    changed = bytearray(good)
+    changed[chance.randrange(200, 3400)] ^= 1 << chance.randrange(8)
+    path.write_bytes(with_checksums(changed))
+    excerpt = lambda: load_audio(path, start=0.1, end=0.3)
+    windows = lambda: [*load_windows(path, window=0.2, hop=0.1, start=0.1)]
+    for read in (excerpt, windows):
+        try:
+            read()
+            ends["read"] += 1
+        except SerError:
+            ends["refused"] += 1
+print(json.dumps(ends))
+"""
+
+
+def test_parts_of_an_ogg_with_damaged_headers_do_not_end_the_process(tmp_path):
+    """One bit changed, and the checksums right: libvorbis crashes where it is asked to seek in such a stream."""
+    ends = in_a_child(DAMAGED_HEADERS, tmp_path / "a.ogg")
+    assert ends["refused"] + ends["read"] == 120 and ends["refused"] > 40
+
+
 def test_errors_are_ser_errors_and_cross_process_borders(tmp_path):
     import pickle
 

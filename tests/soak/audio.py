@@ -111,6 +111,8 @@ def repaired(changed: bytes, data: bytes) -> bytes:
 def with_sizes(data: bytearray) -> bytes:
     """A WAV file whose two sizes are those of what it holds."""
     place = data.find(b"data")
+    if len(data) < 8:
+        return bytes(data)
     data[4:8] = struct.pack("<I", len(data) - 8)
     if 0 < place < len(data) - 8:
         data[place + 4 : place + 8] = struct.pack("<I", len(data) - place - 8)
