@@ -14,7 +14,9 @@ import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import infer
 import numpy as np
 import pytest
 import soundfile
@@ -533,3 +535,31 @@ def test_help_shows_the_commands_and_every_option():
     assert "python examples/infer.py speech.wav recordings/ test.csv --model runs/demo/best" in done.stdout
     for option in ("--model", "--format", "--output", "--device", "--workers", "--max-seconds", "--root"):
         assert option in done.stdout
+
+
+def test_scores_that_overflow_are_null_in_json_and_empty_in_csv():
+    nan, inf = float("nan"), float("inf")
+    found = Prediction("a.wav", 1.0, emotion="sad", probabilities={"sad": nan}, dimensions={"arousal": -inf})
+    labels = SimpleNamespace(emotions=["sad"], dimensions=["arousal"], vocabulary=None, speakers=[])
+
+    def shown(form: str) -> str:
+        return "".join(infer.FORMATS[form](iter([infer.as_record("a.wav", found)]), labels))
+
+    def refuse(constant: str):
+        raise AssertionError(constant)
+
+    record = json.loads(shown("jsonl"), parse_constant=refuse)
+    assert record["probabilities"] == {"sad": None} and record["dimensions"] == {"arousal": None}
+    assert json.loads(shown("json"), parse_constant=refuse) == [record]
+    (row,) = csv.DictReader(io.StringIO(shown("csv")))
+    assert (row["p_sad"], row["arousal"]) == ("", "")
+    assert "sad nan" in shown("table") and shown("paper").endswith(" 0  nan\n")
+
+
+def test_a_row_reads_back_whatever_the_transcript_and_the_name_hold():
+    text = 'a\r\n"b",\rc\u2028'
+    found = Prediction(text, 1.0, emotion=text, probabilities={text: 1.0}, transcript=text)
+    labels = SimpleNamespace(emotions=[text], dimensions=[], vocabulary=None, speakers=[])
+    shown = "".join(infer.comma_separated(iter([infer.as_record(text, found)]), labels))
+    (row,) = csv.DictReader(io.StringIO(shown, newline=""))
+    assert row["file"] == row["emotion"] == row["transcript"] == text and row[f"p_{text}"] == "1.0"

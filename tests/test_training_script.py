@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from toy import toy_recognizer, write_corpus
 
 import ser
+from ser.data.text import Vocabulary
+from ser.errors import ConfigError
 from ser.train.config import TrainConfig
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_iemocap.py"
@@ -201,6 +203,37 @@ def test_the_label_set_is_that_of_init_where_it_has_every_training_label(corpus,
     call(f"--train {manifest} --init {corpus}/init {QUICK} --out run", tmp_path, monkeypatch)
     assert ser.load(tmp_path / "run/best").emotions == ["angry", "happy", "neutral", "sad"]
     assert "newly initialised" not in capsys.readouterr().err, "the head was kept"
+
+
+def test_texts_follow_the_case_of_the_vocabulary_of_init_and_every_change_is_said(
+    corpus, tmp_path, capsys, monkeypatch
+):
+    recognizer = toy_recognizer(heads=("emotion", "ctc"))
+    letters = [token.lower() for token in recognizer.vocabulary.tokens]
+    recognizer.vocabulary = Vocabulary({token: i for i, token in enumerate(letters)})
+    recognizer.save(tmp_path / "lower")
+    rows = [row for row in csv.DictReader((corpus / "train.csv").open()) if row["text"]]
+    for name in ("train", "valid"):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "emotion", "text"])
+            parts = rows[:4] if name == "train" else rows[4:7]
+            writer.writerows([f"{corpus}/{r['file']}", r["emotion"], f"{r['text'].title()} 7"] for r in parts)
+    call("--train train.csv --valid valid.csv --init lower --out run --epochs 1 --effective-batch 4", tmp_path,
+         monkeypatch)  # fmt: skip
+    said = capsys.readouterr().err
+    assert "the vocabulary has lower-case letters alone: 4 texts are written so" in said
+    assert "characters outside the vocabulary, removed: '7' x4" in said
+    (entry,) = (e for e in map(json.loads, (tmp_path / "run/metrics.jsonl").open()) if e["kind"] == "valid")
+    assert (entry["references_recased"], entry["characters_outside_vocabulary"]) == (3, 3)
+    model = ser.load(tmp_path / "run/last")
+    assert list(model.vocabulary.tokens) == letters and entry["words"] >= 3
+
+
+def test_training_texts_with_spaces_need_a_word_delimiter(corpus, tmp_path, monkeypatch):
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "A": 1, "B": 2}))
+    with pytest.raises(ConfigError, match=r"delimiter '\|' is not in the vocabulary of 3 symbols, and a training"):
+        call(f"--train {corpus}/train.csv --init small --vocab vocab.json --out run", tmp_path, monkeypatch)
 
 
 def test_dimensions_a_weighted_layer_sum_and_attentive_pooling_train_on_two_processes_and_are_shown(
