@@ -51,6 +51,20 @@ def test_batches_come_in_order_and_no_process_is_left():
         assert not children()
 
 
+@pytest.fixture(autouse=True)
+def limit():
+    """A test that hangs fails."""
+
+    def hangs(*_):
+        raise TimeoutError(f"not done in {LIMIT} s")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(LIMIT)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.parametrize("after", [1, 3, 8])
 def test_a_stopped_worker_is_given_up_and_killed_wherever_it_is_waited_for(after):
     """After the first batch, amid those asked ahead, and when nothing is missing but its end."""
@@ -62,6 +76,17 @@ def test_a_stopped_worker_is_given_up_and_killed_wherever_it_is_waited_for(after
     with pytest.raises(ResourceError, match=r"gave nothing within --timeout: .* killed after 1\.0 seconds"):
         list(found)
     assert time.monotonic() - started < 10 and not children()
+
+
+def test_a_worker_that_does_not_end_in_time_is_given_up_too_though_no_batch_is_missing():
+    """torch itself waits five seconds for it, and five more after a SIGTERM."""
+    found = batches_of(4, timeout=6.0)
+    for _ in range(4):
+        next(found)
+    os.kill(children()[0], signal.SIGSTOP)
+    with pytest.raises(ResourceError, match="gave nothing within"):
+        next(found)
+    assert not children()
 
 
 def test_one_stopped_worker_among_several_ends_all():
@@ -135,6 +160,34 @@ def test_no_worker_is_left_where_batches_are_not_taken_to_their_end():
     next(found)
     assert len(children()) == 2
     found.close()
+    assert not children()
+
+
+def test_a_stopped_worker_does_not_outlive_its_use_where_nobody_waits_for_it():
+    found = batches_of(40, timeout=60.0)
+    next(found)
+    (worker,) = children()
+    os.kill(worker, signal.SIGSTOP)
+    found.close()  # torch waits ten seconds
+    deadline = time.monotonic() + 5
+    while children() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not children()
+
+
+def test_a_worker_that_dies_while_the_model_is_at_work_is_told_as_such(monkeypatch):
+    recognizer = toy_recognizer()
+    decode = recognizer.decode
+
+    def kill_the_worker(outputs):
+        for pid in children():
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(5)
+        return decode(outputs)
+
+    monkeypatch.setattr(recognizer, "decode", kill_the_worker)
+    with pytest.raises(ResourceError, match=r"decodes audio died: .*give the same command again$"):
+        list(recognizer.stream([np.ones(3000, dtype="f4")] * 2000, 16_000, workers=1))
     assert not children()
 
 

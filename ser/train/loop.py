@@ -192,8 +192,8 @@ def fit(
         allow_changes: settings that may differ from the resumed run's; see `CHANGEABLE`.
         verbose: print reference beside hypothesis for a few utterances of each evaluation.
 
-    Asked to stop, by SIGTERM, SIGUSR1 or Ctrl-C to any rank, all finish the same update and save; the result is
-    ``stopped``, and the same call continues.
+    Asked to stop, by SIGTERM, SIGUSR1, SIGHUP or Ctrl-C to any rank, all finish the same update and save; the
+    result is ``stopped``, and the same call continues.
 
     Raises:
         ConfigError, RunFolderError, FileError, AudioError, ResourceError: with what to do.
