@@ -117,6 +117,21 @@ def test_an_unlucky_first_epoch_is_not_refused_where_another_teaches(rows):
         check_learnable(recognizer, dataset, plan, {"dimensions": 1.0}, epochs=4, unread=unread)
 
 
+def test_labels_of_recordings_that_cannot_be_read_teach_nothing(rows):
+    few = [replace(row, emotion="sad" if i == 1 else None) for i, row in enumerate(rows)]
+    recognizer = toy_recognizer(heads=("emotion",))
+
+    def check(unread):
+        plan = [list(range(12))]
+        return check_learnable(
+            recognizer, recognizer.dataset(few), lambda epoch: plan, {"emotion": 1.0}, epochs=2, unread=unread
+        )
+
+    assert check([few[0].id]) == []
+    with pytest.raises(ConfigError, match="nothing of emotion is learnt: no training utterance has a label"):
+        check([few[1].id])
+
+
 def test_a_small_last_update_is_not_worth_a_line(tmp_path, rows, capsys):
     many = [replace(row, id=f"{row.id}{n}", start=0.001 * n) for n in range(7) for row in rows][:81]
     many = [replace(row, arousal=float(i), valence=float(i)) for i, row in enumerate(many)]
