@@ -500,6 +500,7 @@ def test_letters_of_both_cases_are_in_that_of_the_orthography():
     both = LOWER + LOWER[:26].upper()
     assert written("Hello", both) == "HELLO" and written("Hello", both, orthography="none") == "Hello"
     assert written("Hello", LOWER, orthography="none") == "hello"
+    assert written("Straße", LOWER.upper() + "ß", orthography="none") == "STRAßE"
 
 
 def test_buckwalter_s_letters_are_never_changed():
