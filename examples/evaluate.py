@@ -239,7 +239,7 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     if not world.is_main:
         return True
     print(table(found))
-    for note in [*rewriting.notes(), *not_judged(judged, recognizer)]:
+    for note in not_judged(judged, recognizer):
         print(printable(note))
     show_notes(found, recognizer)
     if arguments.card:

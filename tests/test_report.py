@@ -21,12 +21,16 @@ from toy import toy_recognizer, write_corpus
 
 from ser.audio import audio_info
 from ser.data.manifest import Utterance, read_manifest
+from ser.data.protocols import PROTOCOLS
 from ser.data.text import Rewriting, Vocabulary
 from ser.errors import ConfigError
+from ser.files import write_json
 from ser.recognizer import Prediction
 from ser.train import evaluation as module
 from ser.train import report as figures_module
 from ser.train.evaluation import judge
+from ser.train.folds import pooled_report
+from ser.train.folds import to_markdown as folds_to_markdown
 from ser.train.pictures import draw, draw_confusion, drawable
 from ser.train.report import (
     Figures,
@@ -232,6 +236,21 @@ def test_labels_of_another_spelling_are_all_named_with_the_nearest_classes():
     assert "recognises no emotions: the labels of 9 utterances are in no figure" in shown
     rows = [row | {"emotion": "sad" if i % 2 else None} for i, row in enumerate(rows)]
     assert "judged on 5: the others have no label" in table(report(Outcomes.of(EMOTIONS, rows), resamples=2))
+
+
+def test_what_the_vocabulary_cannot_write_is_shown_with_a_report_and_summed_over_folds(tmp_path):
+    changes = [{"references_recased": {"lower": 2}, "characters_outside_vocabulary": {"7": 3, "\x1b": 1}}]
+    changes += [{"characters_outside_vocabulary": {"7": 1}, "references_left_empty": 1}, {}]
+    for name, change in zip("abc", changes, strict=True):
+        (tmp_path / name).mkdir()
+        written = write_rows(tmp_path / name / "predictions.csv", [drawn(4)], EMOTIONS)
+        write_json(tmp_path / name / "report.json", report(written, resamples=2) | change)
+    pooled = pooled_report(tmp_path, "abc", PROTOCOLS["paper10"], resamples=2)
+    assert pooled["characters_outside_vocabulary"] == {"7": 4, "\x1b": 1}
+    for shown in (table(pooled), folds_to_markdown(pooled | {"weights": "last", "audit": "", "repeat": []})):
+        assert "the vocabulary has lower-case letters alone: 2 texts are written so" in shown
+        assert "removed: '7' x4, '\\x1b' x1" in shown and "1 texts have no character of the vocabulary" in shown
+    assert "vocabulary" not in table(report(Outcomes.of(EMOTIONS, drawn(4)), resamples=2))
 
 
 def test_many_labels_that_are_no_class_are_cut():

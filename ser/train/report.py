@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from ser.data.manifest import DIMENSIONS, Utterance, check_regular
+from ser.data.text import Rewriting
 from ser.errors import ConfigError, ManifestError, printable
 from ser.files import csv_line, finite, replace_file
 from ser.recognizer import Prediction, Recognizer
@@ -529,6 +530,7 @@ def table(found: Mapping[str, Any]) -> str:
         for name, part in found["parts"].items():
             cells = (part["figures"].get(key) for key in ("accuracy", "unweighted_accuracy", "wer"))
             lines.append(f"{printable(name):32}{part['utterances']:>7}" + "".join(f"{show(c):>9}" for c in cells))
+    lines += map(printable, Rewriting.of(found).notes())
     return "\n".join(lines)
 
 
