@@ -52,7 +52,7 @@ import ser
 from ser.data.labels import check_spellings, label_lines
 from ser.data.protocols import Protocol, check_fold, to_table, usual_known_turns
 from ser.data.selection import Selection, add_arguments, from_arguments
-from ser.errors import ConfigError, FileError
+from ser.errors import ConfigError, FileError, printable
 from ser.files import write_json
 from ser.models.pretrained import find_folder
 from ser.recognizer import is_preset
@@ -77,6 +77,11 @@ SETTLED = {"--fold", "--train", "--valid", "--overwrite", "--resume-from", "--al
 PAPER_TABLE_3 = 0.7815  # WA of Cai et al. (2021), ten folds by recording side
 PAPER_UTTERANCES = 5531
 POLL = 0.25  # seconds after which a signal is passed on
+
+
+def tell(text: str, to: TextIO | None = None) -> None:
+    """Show a text at once; names of folders and folds are foreign."""
+    print(printable(text, lines=True), file=to, flush=True)
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -199,7 +204,7 @@ def run_fold(
     if commands.closed:
         return
     if is_judged(folder):
-        print(f"{fold}: done already", flush=True)
+        tell(f"{fold}: done already")
         return
     environment = dict(os.environ)
     own = devices.get()  # GPUs of its own, if there are any
@@ -253,9 +258,9 @@ def train_and_judge(
     judged = json.loads((folder / "report.json").read_text())
     figures = judged["figures"]
     shown = "  ".join(f"{k} {figures[n]['value']:.4f}" for k, n in SHORT.items() if n in figures)
-    print(f"{fold}: {shown}  {time.perf_counter() - started:.0f} s", flush=True)
+    tell(f"{fold}: {shown}  {time.perf_counter() - started:.0f} s")
     if arguments.evaluate_only or trained_on_some(judged):
-        print(f"    {shared_line(judged)}", flush=True)
+        tell(f"    {shared_line(judged)}")
 
 
 class Stopped(Exception):
@@ -284,7 +289,7 @@ class Commands:
     def stop(self, signal: str) -> None:
         """Training saves and ends, and what judges is done again."""
         self.stopped = signal
-        print(f"{signal}: what trains saves and ends", file=sys.stderr, flush=True)
+        tell(f"{signal}: what trains saves and ends", to=sys.stderr)
         for process in list(self.running):
             process.terminate()
 
@@ -317,8 +322,8 @@ def cross_validate(
 ) -> dict[str, Any]:
     """Every fold, and the report of all, in ``out``."""
     protocol = selection.find_protocol()
-    utterances = selection.read(check_files=arguments.on_bad_audio == "fail", tell=print)
-    print("\n".join(label_lines({"all folds": utterances})))
+    utterances = selection.read(check_files=arguments.on_bad_audio == "fail", tell=tell)
+    tell("\n".join(label_lines({"all folds": utterances})))
     settled = not arguments.evaluate_only and not any("heads" in o for o in (*rest, arguments.ablation or ""))
     used = ["emotion", "speaker"] if settled else ["speaker"]  # else each training knows whether emotions are used
     check_spellings({"all folds": utterances}, label_map=selection.label_map, columns=used)
@@ -334,7 +339,7 @@ def cross_validate(
             raise ConfigError(
                 f"{arguments.evaluate_only}: has no folder {', '.join(missing)}; it needs one per fold"
             )
-    print(f"{protocol.name}: {protocol.description}\n{audits}\nthe {weights} weights of each fold are judged")
+    tell(f"{protocol.name}: {protocol.description}\n{audits}\nthe {weights} weights of each fold are judged")
     settings = provenance(arguments, rest, selection)
     for name in ("command", "commit", "versions", "processes"):  # may differ
         del settings[name]
@@ -367,7 +372,7 @@ def cross_validate(
             if failed and failure is None:
                 failure = failed[0]
                 if commands.running and not commands.stopped:
-                    print(f"{failure}\n(the folds that run are finished first)", file=sys.stderr, flush=True)
+                    tell(f"{failure}\n(the folds that run are finished first)", to=sys.stderr)
     if failure is not None:
         raise failure
     if commands.stopped:  # after the last command of the last fold
@@ -378,7 +383,7 @@ def cross_validate(
     (out / "report.md").write_text(to_markdown(found), encoding="utf-8")
     write_curves(out / "curves.csv", {"": found["curve"]})
     draw(found, out)
-    print(f"\n{table(found)}\n\n{out / 'report.md'}")
+    tell(f"\n{table(found)}\n\n{out / 'report.md'}")
     if arguments.evaluate_only:
         write_eval_files(out, names)
     return found
@@ -396,7 +401,7 @@ def write_eval_files(out: Path, folds: list[str]) -> None:
         lines = [table(judged), shared_line(judged), f"correct: {correct} , acc: {accuracy:.4f}"]
         (out / f"{fold}.eval").write_text("\n".join(lines) + "\n", encoding="utf-8")
         right, total = right + correct, total + int(labelled.sum())
-    print(f"pooled: correct: {right} of {total} , acc: {right / max(total, 1):.4f}")
+    tell(f"pooled: correct: {right} of {total} , acc: {right / max(total, 1):.4f}")
 
 
 # ---------------------------------------------------------------------------------------------- ablations
@@ -433,7 +438,7 @@ def run_ablation(arguments: argparse.Namespace, rest: list[str], selection: Sele
         arguments.known_turns, selection = turns, replace(selection, known_turns=turns)
     found, predictions = {}, {}
     for value, options in variants(arguments, rest).items():
-        print(f"\n{name} {value}")
+        tell(f"\n{name} {value}")
         out = arguments.out / f"{name}={value}"
         found[value] = cross_validate(arguments, [*rest, *options], selection, out)
         judged = [Outcomes.read(out / fold / "predictions.csv") for fold in found[value]["folds"]]
@@ -446,7 +451,7 @@ def run_ablation(arguments: argparse.Namespace, rest: list[str], selection: Sele
     write_curves(arguments.out / "curves.csv", curves)
     if summary["drawn"]:
         draw_curves({f"{name} {value}": curve for value, curve in curves.items()}, arguments.out / "curves.png")
-    print(f"\n{text}\n{arguments.out / 'ablation.md'}")
+    tell(f"\n{text}\n{arguments.out / 'ablation.md'}")
 
 
 def beside_table_3(summary: dict[str, Any]) -> list[str]:
@@ -492,10 +497,10 @@ if __name__ == "__main__":
     try:
         main()
     except Stopped:
-        print("stopped; the same command continues", file=sys.stderr)
+        tell("stopped; the same command continues", to=sys.stderr)
         sys.exit(PREEMPTED)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted", to=sys.stderr)
         sys.exit(130)
     except ser.SerError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}", lines=True))

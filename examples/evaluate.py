@@ -239,7 +239,7 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     if not world.is_main:
         return True
     print(table(found))
-    for note in [*rewriting.notes(), *not_judged(judged, recognizer)]:
+    for note in not_judged(judged, recognizer):
         print(printable(note))
     show_notes(found, recognizer)
     if arguments.card:
@@ -278,7 +278,7 @@ def show_notes(found: dict[str, Any], recognizer: Recognizer) -> None:
     if found["unread"]:
         print(f"{found['unread']} recordings could not be read and are in no figure")
     known, total = found["judged"]["speaker"], found["utterances"]
-    if recognizer.speakers and known < total:
+    if recognizer.speakers and known < total and (known or not found["speakers"]):  # else `not_judged` says it
         print(f"speakers are judged on {known} of {total} utterances: the others' speakers are not known")
     if "known_turns" in found:
         on = found["known_turns"]
@@ -344,8 +344,23 @@ def moved(selection: Selection, arguments: argparse.Namespace) -> Selection:
     return replace(selection, **{name: value for name, value in places.items() if value})
 
 
+def refuse_renaming(arguments: argparse.Namespace) -> None:
+    """--compare reads labels from two files, and --verify as the card says: nothing gives them other names."""
+    flags = ("map", "literal_labels", "columns")
+    given = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name)]
+    if given and (arguments.compare or arguments.verify):
+        how = "labels stand in the files" if arguments.compare else "labels are read as the card says"
+        mode = "--compare" if arguments.compare else "--verify"
+        raise ConfigError(f"{mode} takes no {', '.join(given)}: {how}")
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    if arguments.resamples < 1 or arguments.seed < 0:
+        raise ConfigError(
+            f"--resamples {arguments.resamples} --seed {arguments.seed}: expected 1 or more, and 0 or more"
+        )
+    refuse_renaming(arguments)
     if arguments.compare:
         first, second = (Outcomes.read(path) for path in arguments.compare)
         print(json.dumps(compare(first, second, resamples=arguments.resamples, seed=arguments.seed), indent=2))
@@ -354,8 +369,6 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(
             "give --model and --manifest (or --data with --protocol and --fold), or --verify, or --compare"
         )
-    if arguments.resamples < 1:
-        raise ConfigError(f"--resamples {arguments.resamples}: expected 1 or more")
     if not 0 < arguments.timeout < float("inf"):
         raise ConfigError(f"--timeout {arguments.timeout}: expected seconds, more than 0")
     torch.set_num_threads(cpu_threads())

@@ -28,11 +28,15 @@ from ser.files import replace_file, write_json
 BY_NAME = {"emodb": parse_emodb, "ravdess": parse_ravdess, "crema-d": parse_crema_d}
 
 
+def print_safely(line: str) -> None:
+    print(printable(line))
+
+
 def read(arguments: argparse.Namespace) -> Corpus:
     if arguments.corpus == "iemocap":
         return read_iemocap(arguments.folder, partial=arguments.partial)
     if arguments.corpus == "iemocap-csv":
-        return read_paper_folds(arguments.folder, root=arguments.root)
+        return read_paper_folds(arguments.folder, root=arguments.root, tell=print_safely)
     return read_named(arguments.folder, BY_NAME[arguments.corpus])
 
 

@@ -46,16 +46,17 @@ from typing import Any
 import torch
 
 import ser
+from ser.data.cells import listed
 from ser.data.labels import check_spellings, label_lines
 from ser.data.manifest import DIMENSIONS, Utterance, check_labels, check_overlap
 from ser.data.protocols import overlap, to_table, usual_known_turns
 from ser.data.selection import Selection, from_arguments
 from ser.data.selection import add_arguments as add_data_arguments
-from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean
+from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean, did_you_mean
 from ser.errors import ConfigError, ModelFolderError
 from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import find_folder, read_encoder_config
-from ser.recognizer import Recognizer, inherited_labels, inherited_vocabulary, is_preset
+from ser.recognizer import Recognizer, inherited_labels, inherited_vocabulary, is_preset, labels_of
 from ser.train.checkpoint import CHANGEABLE, SETTINGS, newest_verified, opened_before
 from ser.train.config import TrainConfig, add_arguments, paper_settings
 from ser.train.config import from_arguments as training_settings
@@ -183,6 +184,18 @@ def review(sets: dict[str, list[Utterance]], selection: Selection, config: Train
     check_spellings(sets, label_map=selection.label_map, columns=["emotion", "speaker"] if used else ["speaker"])
 
 
+def emotions_of_init(known: list[str], train: list[Utterance]) -> list[str]:
+    """What becomes of the emotions that --init recognises, where training has others."""
+    heard = {u.emotion for u in train if u.emotion is not None}
+    new, unheard = sorted(heard.difference(known)), [name for name in known if name not in heard]
+    if new and known:
+        near = "".join(did_you_mean(name, known) for name in new[:1])
+        return [f"train has emotions that --init lacks, so its emotion head is not kept: {listed(new)}{near}"]
+    if unheard:
+        return [f"warning: train lacks emotions that --init has, and teaches nothing of them: {listed(unheard)}"]
+    return []
+
+
 def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World) -> tuple[list, list, dict]:
     """Training and validation utterances, and what settings and model card have to say about them."""
     check_files = config.on_bad_audio == "fail"  # else a file that is not there is skipped like any other
@@ -275,6 +288,8 @@ def main(argv: list[str] | None = None) -> None:
             say(world, f"--init is gone: labels, vocabulary and configuration are those of {arguments.init}")
         train, valid, about = read_parts(arguments, config, world)
         heads = chosen_heads(config, train)
+        for line in emotions_of_init(labels_of(arguments.init, "emotions"), train) if "emotion" in heads else ():
+            say(world, line)
         texts = [clean(u.text or "", orthography=arguments.orthography, tags=arguments.tags) for u in train]
         if arguments.verbose:
             for utterance, text in zip(train, texts, strict=True):

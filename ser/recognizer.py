@@ -938,17 +938,21 @@ def is_preset(init: str | Path) -> bool:
     return True
 
 
+def labels_of(init: str | Path, kind: str) -> list[str]:
+    """The "emotions", "speakers" or "dimensions" of the folder ``init``, in its order; none of a preset."""
+    if is_preset(init):
+        return []
+    folder = find_folder(init)
+    return getattr(read_settings(folder, read_json(folder, "config.json"), TensorFiles(folder)), kind)
+
+
 def inherited_labels(init: str | Path, kind: str, training: Iterable[str]) -> list[str]:
     """The labels to train with: those of the folder ``init`` if all of training's are there, else those sorted.
 
     ``kind`` is "emotions", "speakers" or "dimensions". With the folder's own set its head can be kept
     (`Recognizer.create`). Speakers must be the very same: nobody is scored on a speaker whom this training lacks.
     """
-    wanted = sorted(set(training))
-    if is_preset(init):
-        return wanted
-    folder = find_folder(init)
-    own = getattr(read_settings(folder, read_json(folder, "config.json"), TensorFiles(folder)), kind)
+    wanted, own = sorted(set(training)), labels_of(init, kind)
     kept = set(wanted) == set(own) if kind == "speakers" else set(wanted) <= set(own)
     return own if wanted and kept else wanted
 

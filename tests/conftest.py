@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, tiny models of every architecture that is claimed, weights without defaults."""
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> None:
     """Tiny models are faster so, and sums are in one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def time_limit() -> Iterator[None]:
+    """What waits for ever, as reading a pipe does, fails after 20 seconds."""
+
+    def stop(*_: object) -> None:
+        pytest.fail("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from ser.data.corpora import Corpus
 from ser.data.datasheet import data_sheet, listen, to_markdown
 from ser.data.iemocap import (
     COUNTS,
+    SIDES,
     count_differences,
     four_classes,
     parse_labels,
@@ -390,6 +391,21 @@ def test_all_unusable_recordings_are_in_one_message_and_partial_leaves_them_out(
     assert rest.reasons() == {"unusable recording": 2} and len(rest.warnings) == 2
     with pytest.raises(AudioError):
         listen(replace(odd, utterances=odd.utterances[2:4]), partial=True, progress=False)
+
+
+def test_the_columns_of_the_paper_s_files_are_told_once_where_all_have_the_same(tmp_path):
+    for side in SIDES:
+        rows = {"test": [side], "train": [other for other in SIDES if other != side]}
+        for part, turns in rows.items():
+            header = "file,emotion,Text" if (side, part) == ("01F", "test") else "file,emotion,text"
+            lines = [header, *(f"Ses{turn}_impro01_F000.wav,e0,nan" for turn in turns), ""]
+            (tmp_path / f"iemocap_{side}.{part}.csv").write_text("\n".join(lines))
+    told: list[str] = []
+    corpus = read_paper_folds(tmp_path, check_files=False, tell=told.append)
+    assert len(corpus.utterances) == len(SIDES)
+    assert f"{tmp_path}: columns read: file, emotion, text; not read: none" in told
+    assert f"{tmp_path}: columns read: file, emotion; not read: 'Text'" in told
+    assert "  'Text' is not read; did you mean --columns text=Text?" in told and len(told) == 5
 
 
 # ----------------------------------------------------------------------------------------------- the script

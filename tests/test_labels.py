@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shlex
 
 import evaluate
@@ -70,6 +71,7 @@ def test_what_is_no_map_is_refused_with_its_file(tmp_path, text, message):
     assert message in str(caught.value) and str(path) in str(caught.value)
 
 
+@pytest.mark.usefixtures("time_limit")
 def test_a_map_that_is_no_file_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "latin").write_bytes(b'{"\xff": null}')
@@ -239,9 +241,12 @@ def test_a_class_that_one_set_lacks_is_said_loudly():
     ]
     lines = label_lines({"test": said("a", "x")}, emotions=["a", "b"])
     assert [line for line in lines if line.startswith("warning")] == [
-        "warning: test has emotions that the model lacks, which are not judged: x",
+        "warning: test has emotions that the model lacks, which are in no figure (--map renames labels): x",
         "warning: test lacks emotions that the model has, and says nothing of them: b",
     ]
+    lines = label_lines({"test": said("ang", "happy")}, emotions=["angry", "happy"])
+    assert any(line.endswith("ang (did you mean 'angry'?)") for line in lines)
+    assert any(line.endswith("says nothing of them: angry") for line in lines)
 
 
 def test_speakers_that_differ_in_leading_zeros_are_said():
@@ -291,6 +296,7 @@ def test_a_selection_without_map_is_recorded_as_ever(tmp_path):
     assert "--map" not in chosen.to_options() and "--literal-labels" not in chosen.to_options()
 
 
+@pytest.mark.usefixtures("time_limit")
 def test_a_selection_does_not_wait_for_a_pipe_or_read_a_device(tmp_path):
     os.mkfifo(tmp_path / "m.csv")
     for path, kind in [
@@ -363,6 +369,32 @@ def test_evaluation_shows_the_classes_and_refuses_another_spelling_than_the_mode
     assert report["selection"]["label_map"] == {"Happy": "happy"}
 
 
+def test_labels_of_other_names_than_the_models_are_said_once_with_what_to_do(tmp_path, capsys):
+    toy_recognizer(heads=("emotion", "speaker")).save(tmp_path / "model")
+    path = write_corpus(tmp_path, 4)
+    path.write_text(re.sub(r",s(?=\d)", ",t", path.read_text().replace(",happy,", ",hapy,")))
+    evaluate.main(["--model", str(tmp_path / "model"), "--manifest", str(path), "--resamples", "2"])
+    said = capsys.readouterr()
+    both = said.err + said.out
+    assert both.count("did you mean 'happy'?") == 1 and both.count("--map") == 1
+    assert "in no figure (--map renames labels): hapy (did you mean 'happy'?)" in said.err
+    assert "emotions are judged on 3: 1 have one that is no class of the model ('hapy' x1)" in said.out
+    assert "no speaker is one whom the model knows" in said.out and "speakers are judged on" not in said.out
+
+
+@pytest.mark.parametrize("mode", [["--compare", "a", "b"], ["--verify", "a"]])
+def test_labels_that_stand_already_are_not_renamed_in_vain(mode):
+    for options in (["--map", "{}"], ["--literal-labels"], ["--columns", "emotion=label"]):
+        with pytest.raises(ConfigError, match=rf"{mode[0]} takes no {options[0]}: labels "):
+            evaluate.main([*mode, *options])
+
+
+def test_an_empty_map_of_a_command_line_is_no_map(tmp_path):
+    with pytest.raises(ConfigError, match="not a regular file"):
+        parsed("--map", "", data=column(tmp_path / "m.csv", "emotion", ["a"]))
+
+
+@pytest.mark.usefixtures("time_limit")
 def test_predictions_to_compare_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "p.csv")
     with pytest.raises(ConfigError, match="not a regular file but a pipe, expected a predictions file"):

@@ -1,6 +1,7 @@
 """Manifests: what is read, what is refused (all bad rows at once), what is written, what sets share."""
 
 import csv
+import io
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ser.data.cells import MAX_LINE_BYTES, MISSING_LABELS, MISSING_TEXTS, whole
+from ser.data.cells import MAX_LINE_BYTES, MISSING_LABELS, MISSING_TEXTS, find_quoting, whole
 from ser.data.manifest import (
     COLUMNS,
     PAPER_EMOTIONS,
@@ -338,6 +339,7 @@ def test_a_manifest_without_rows_is_refused(folder, name, content):
         assert "the manifest has no rows" in refusal(path)
 
 
+@pytest.mark.usefixtures("time_limit")
 def test_what_is_no_regular_file_is_refused_without_waiting(folder):
     os.mkfifo(folder / "fifo.csv")
     message = refusal(folder / "fifo.csv")
@@ -375,7 +377,9 @@ def test_an_open_quote_is_found_where_it_opens(folder):
 
 
 def test_an_old_mac_line_end_is_an_error_and_not_one_long_row(folder):
-    assert "line 1: new-line character" in refusal(write(folder / "m.csv", "file\rwav/a.wav\r"))
+    assert "line 1: a carriage return outside quotes ends no line" in refusal(
+        write(folder / "m.csv", "file\rwav/a.wav\r")
+    )
 
 
 def test_utf_16_is_refused(folder):
@@ -676,6 +680,24 @@ def test_a_quoted_cell_of_several_lines_in_a_tsv_is_an_error_that_says_why(folde
     assert "no column 'file'" in refusal(path) and "quotation marks are characters here" in refusal(path)
 
 
+def test_an_open_mark_in_the_header_or_in_a_row_of_another_width_is_a_character_too(folder):
+    for text, line in (
+        ('file\t"text\na.wav\tx\n', 1),
+        ('\n"file\ttext\n', 2),
+        ('file\ttext\na.wav\t"x\ty\n', 2),
+        ('file\ttext\na.wav\t"x" y\tz\n', 2),
+        ('file\ttext\na.wav\t"x"\tz\n', 0),
+    ):
+        found = find_quoting(io.BytesIO(text.encode()))
+        assert (found.seen, found.broken) == (True, line), text
+
+
+def test_a_carriage_return_that_ends_no_line_is_named(folder):
+    for name, sep in (("m.csv", ","), ("m.tsv", "\t")):
+        path = write(folder / name, f"file{sep}text\ra.wav{sep}x\rb.wav{sep}y\r")
+        assert "a carriage return outside quotes ends no line" in refusal(path, check_files=False)
+
+
 def test_a_damaged_or_endless_line_does_not_decide_what_quotation_marks_mean(folder):
     write(folder / "m.tsv", b'file\ttext\na.wav\t"\xff"\nb.wav\t"x"\n')
     assert "line 2: not UTF-8" in refusal(folder / "m.tsv", check_files=False)
@@ -911,7 +933,8 @@ def test_unknown_labels_are_listed_for_all_utterances_with_the_nearest_name():
     with pytest.raises(ManifestError) as caught:
         check_labels(utterances, emotions=["happy", "angry"], speakers={"S1", "S2"})
     assert [line.strip() for line in str(caught.value).splitlines()] == [
-        "the emotions are ['angry', 'happy']; the speakers are ['S1', 'S2']; these are other labels (3):",
+        "the emotions are ['angry', 'happy']; the speakers are ['S1', 'S2']; these are other labels, which "
+        "--map can rename or drop (3):",
         "utterance 'b': unknown emotion 'hapy' (did you mean 'happy'?)",
         "utterance 'c': unknown emotion 'Angry' (did you mean 'angry'?)",
         "utterance 'c': unknown speaker 'S9'",

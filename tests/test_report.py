@@ -21,12 +21,16 @@ from toy import toy_recognizer, write_corpus
 
 from ser.audio import audio_info
 from ser.data.manifest import Utterance, read_manifest
+from ser.data.protocols import PROTOCOLS
 from ser.data.text import Rewriting, Vocabulary
 from ser.errors import ConfigError
+from ser.files import write_json
 from ser.recognizer import Prediction
 from ser.train import evaluation as module
 from ser.train import report as figures_module
 from ser.train.evaluation import judge
+from ser.train.folds import pooled_report
+from ser.train.folds import to_markdown as folds_to_markdown
 from ser.train.pictures import draw, draw_confusion, drawable
 from ser.train.report import (
     Figures,
@@ -208,8 +212,12 @@ def test_utterances_whose_label_is_no_class_of_the_model_are_counted_where_figur
     found = report(Outcomes.of(EMOTIONS, rows), resamples=2)
     judged = sum(r["emotion"] in EMOTIONS for r in rows)
     assert found["judged"]["emotion"] == judged and f"emotions are judged on {judged}:" in table(found)
-    with pytest.raises(ConfigError, match="resamples is 0"):
-        report(Outcomes.of(EMOTIONS, rows), resamples=0)
+    assert "1 have one that is no class of the model ('bored' x1)" in table(found)
+    for wrong in ({"resamples": 0}, {"seed": -1}):
+        with pytest.raises(ConfigError, match="expected 1 or more, and 0 or more"):
+            report(Outcomes.of(EMOTIONS, rows), **wrong)
+        with pytest.raises(ConfigError, match="expected 1 or more, and 0 or more"):
+            compare(*2 * [Outcomes.of(EMOTIONS, rows)], **wrong)
 
 
 def test_labels_of_another_spelling_are_all_named_with_the_nearest_classes():
@@ -217,18 +225,32 @@ def test_labels_of_another_spelling_are_all_named_with_the_nearest_classes():
     shown = table(report(Outcomes.of(EMOTIONS, rows), resamples=2))
     for piece in (
         "no emotion is judged: none of the labels of 10 utterances is a class",
-        "'ang' (did you mean 'angry'?) x5, 'hap' (did you mean 'happy'?) x5",
-        "classes: 'angry', 'happy', 'neutral', 'sad'", "--map labels.json",
+        "labels:  'ang' x5, 'hap' x5", "classes: 'angry', 'happy', 'neutral', 'sad'",
     ):  # fmt: skip
         assert piece in shown, piece
     rows[0]["emotion"], rows[1]["emotion"] = "sad", None
     shown = table(report(Outcomes.of(EMOTIONS, rows), resamples=2))
-    assert "emotions are judged on 1: the others' are no class of the model: 'ang' (did you" in shown
-    assert "x4, 'hap'" in shown and "WARNING" not in shown
+    told = "judged on 1: 8 have one that is no class of the model ('ang' x4, 'hap' x4), and 1 have no label"
+    assert told in shown and "WARNING" not in shown
     shown = table(report(Outcomes.of([], rows), resamples=2))
     assert "recognises no emotions: the labels of 9 utterances are in no figure" in shown
     rows = [row | {"emotion": "sad" if i % 2 else None} for i, row in enumerate(rows)]
     assert "judged on 5: the others have no label" in table(report(Outcomes.of(EMOTIONS, rows), resamples=2))
+
+
+def test_what_the_vocabulary_cannot_write_is_shown_with_a_report_and_summed_over_folds(tmp_path):
+    changes = [{"references_recased": {"lower": 2}, "characters_outside_vocabulary": {"7": 3, "\x1b": 1}}]
+    changes += [{"characters_outside_vocabulary": {"7": 1}, "references_left_empty": 1}, {}]
+    for name, change in zip("abc", changes, strict=True):
+        (tmp_path / name).mkdir()
+        written = write_rows(tmp_path / name / "predictions.csv", [drawn(4)], EMOTIONS)
+        write_json(tmp_path / name / "report.json", report(written, resamples=2) | change)
+    pooled = pooled_report(tmp_path, "abc", PROTOCOLS["paper10"], resamples=2)
+    assert pooled["characters_outside_vocabulary"] == {"7": 4, "\x1b": 1}
+    for shown in (table(pooled), folds_to_markdown(pooled | {"weights": "last", "audit": "", "repeat": []})):
+        assert "the vocabulary has lower-case letters alone: 2 texts are written so" in shown
+        assert "removed: '7' x4, '\\x1b' x1" in shown and "1 texts have no character of the vocabulary" in shown
+    assert "vocabulary" not in table(report(Outcomes.of(EMOTIONS, drawn(4)), resamples=2))
 
 
 def test_many_labels_that_are_no_class_are_cut():
@@ -303,8 +325,10 @@ def test_chunks_of_utterances_give_the_figures_of_all(monkeypatch):
 def test_a_predictions_file_gives_its_figures_back(tmp_path):
     rows = drawn(50)
     written = write_rows(tmp_path / "predictions.csv", [rows[:20], rows[20:]], EMOTIONS)
-    again = Outcomes.read(tmp_path / "predictions.csv")
-    assert report(again, resamples=20) == report(written, resamples=20)
+    for mark in (b"", b"\xef\xbb\xbf"):  # which spreadsheets add
+        (tmp_path / "predictions.csv").write_bytes(mark + (tmp_path / "predictions.csv").read_bytes())
+        again = Outcomes.read(tmp_path / "predictions.csv")
+        assert report(again, resamples=20) == report(written, resamples=20)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ConfigError, match="no predictions file"):
         Outcomes.read(tmp_path / "other.csv")
@@ -326,12 +350,14 @@ def test_a_predictions_file_reads_back_whatever_names_and_texts_hold(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (",0.5,", ",inf,", "line 2: seconds is 'inf'; expected a finite number"),
+        (",0.5,", ",inf,", "line 2: seconds is 'inf'; expected a number from 0"),
         (",0.5,", ",1e999,", "line 2: seconds is '1e999'"),
         (",0.5,", ",x,", "line 2: seconds is 'x'"),
         (",0.5,", ",", "line 2: has more or fewer cells"),
         (",0.5,", ",0.5,7,", "line 2: has more or fewer cells"),
+        (",0.5,", ",-1,", "line 2: seconds is '-1'; expected a number from 0"),
         ("u0,", '"u0,', "no sound predictions file"),
+        ("p_angry,", "p_sad,", "several columns p_sad"),
     ],
 )
 def test_a_damaged_predictions_file_is_refused_with_its_line(tmp_path, old, new, message):

@@ -544,4 +544,5 @@ def test_changes_of_parts_sum_to_those_of_all():
         total += SpeechDataset(part, vocabulary=symbols(LOWER)).rewriting()
     whole = SpeechDataset(rows, vocabulary=symbols(LOWER))
     assert total == whole.rewriting() and total.emptied == 1
+    assert Rewriting.of(json.loads(json.dumps(total.to_dict()))) == total and not Rewriting.of({}).notes()
     assert whole.rewriting(without={0, 1}).removed == Counter()

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from toy import toy_recognizer, write_corpus
 
 import ser
+from ser.data.manifest import read_manifest
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError
+from ser.recognizer import labels_of
 from ser.train.config import TrainConfig
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_iemocap.py"
@@ -203,6 +205,23 @@ def test_the_label_set_is_that_of_init_where_it_has_every_training_label(corpus,
     call(f"--train {manifest} --init {corpus}/init {QUICK} --out run", tmp_path, monkeypatch)
     assert ser.load(tmp_path / "run/best").emotions == ["angry", "happy", "neutral", "sad"]
     assert "newly initialised" not in capsys.readouterr().err, "the head was kept"
+
+
+@pytest.mark.parametrize(
+    ("renamed", "told"),
+    [
+        ({}, ""),
+        ({"sad": "angry"}, "warning: train lacks emotions that --init has, and teaches nothing of them: 'sad'"),
+        ({"sad": "Sadd"}, "that --init lacks, so its emotion head is not kept: 'Sadd' (did you mean 'sad'?)"),
+    ],
+)
+def test_what_becomes_of_the_emotions_of_init_is_said(corpus, renamed, told):
+    rows = [replace(u, emotion=renamed.get(u.emotion, u.emotion)) for u in read_manifest(corpus / "train.csv")]
+    known = labels_of(corpus / "init", "emotions")
+    assert known == ["angry", "happy", "neutral", "sad"] and labels_of("small", "emotions") == []
+    lines = train_iemocap.emotions_of_init(known, rows)
+    assert len(lines) == bool(told) and told in "".join(lines)
+    assert not train_iemocap.emotions_of_init([], rows), "a preset knows none"
 
 
 def test_texts_follow_the_case_of_the_vocabulary_of_init_and_every_change_is_said(

@@ -171,6 +171,18 @@ def test_figures_on_the_validation_part_cannot_be_left_out(run, tmp_path, capsys
     assert "settings.valid: the card has None" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "forged", [{"protocol_description": "No speaker is in two parts."}, {"valid_is_test": True}]
+)
+def test_a_card_of_data_without_a_protocol_claims_none(run, tmp_path, capsys, forged):
+    shutil.copytree(run / "last", tmp_path / "last")
+    record = read_record(tmp_path / "last")
+    record["settings"] |= forged
+    write_card(tmp_path / "last", record)
+    assert not verify(tmp_path / "last")
+    assert f"settings.{next(iter(forged))}: the card has" in capsys.readouterr().err
+
+
 def test_the_same_data_under_another_path_stay_what_the_weights_were_chosen_on(run, tmp_path, capsys):
     shutil.copytree(run / "best", tmp_path / "best")
     shutil.copytree(run.parent / "data", tmp_path / "moved")

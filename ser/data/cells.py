@@ -156,17 +156,17 @@ def find_quoting(file: BinaryIO) -> Quoting:
         number += 1
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         opens = b'"' in line and (line.startswith(b'"') or b'\t"' in line)
-        if len(line) > MAX_LINE_BYTES or (width and not opens):
+        if len(line) > MAX_LINE_BYTES:
+            break  # as reading stops there
+        if width and not opens:
             continue
         text = line.decode(errors="replace")
         try:
-            quoted: list[str] | None = next(csv.reader([text], delimiter="\t", strict=True), [])
+            cells = len(next(csv.reader([text], delimiter="\t", strict=True), []))
         except csv.Error:
-            quoted = None
-        plain = text.count("\t") + 1
-        if not width and quoted != []:
-            width = plain if quoted is None else len(quoted)
-        if opens and (quoted is None or len(quoted) != width == plain):
+            cells = 0  # as of a blank line, but that does not open a quotation
+        width = width or cells
+        if opens and (not cells or cells != width == text.count("\t") + 1):
             found = Quoting(seen=True, broken=number)
             break
         found = Quoting(seen=found.seen or opens)

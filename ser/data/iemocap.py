@@ -17,7 +17,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -377,7 +377,11 @@ def count_differences(utterances: Iterable[Utterance]) -> list[str]:
 
 
 def read_paper_csv(
-    path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None, check_files: bool = True
+    path: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    check_files: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> list[Utterance]:
     """One of the paper's files, ``iemocap_01F.train.csv`` or the like: file, emotion (e0 to e3), text.
 
@@ -386,6 +390,7 @@ def read_paper_csv(
         root: the release. Its recordings are found by their names, whatever folder the CSV names; without
             it, the CSV's own paths hold.
         check_files: every recording must exist.
+        tell: as of `read_manifest`.
 
     Returns:
         Utterances as of `read_iemocap`, as far as a file's name tells: id, speaker and the columns dialogue,
@@ -398,7 +403,7 @@ def read_paper_csv(
     path = Path(path)
     problems: list[str] = []
     utterances = []
-    for u in read_manifest(path, check_files=False):
+    for u in read_manifest(path, check_files=False, tell=tell):
         name = parse_name(u.file.stem)
         emotion = PAPER_EMOTIONS.get(u.emotion or "", u.emotion)  # where another label stands, none was renamed
         file = u.file if root is None or name is None else name.file(Path(root).absolute())
@@ -416,7 +421,11 @@ def read_paper_csv(
 
 
 def read_paper_folds(
-    folder: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None, check_files: bool = True
+    folder: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    check_files: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> Corpus:
     """The paper's twenty files -> the turns in them, once each.
 
@@ -426,27 +435,34 @@ def read_paper_folds(
     Args:
         folder: with iemocap_01F.train.csv to iemocap_05M.test.csv.
         root, check_files: as for `read_paper_csv`.
+        tell: is called with what a user should know of the files that are read, once where it is the same of all.
 
     Raises:
         ManifestError: as `read_paper_csv`; or one message with every fold that is otherwise.
     """
     folder = Path(folder).absolute()
-    tests = {
-        side: read_paper_csv(folder / f"iemocap_{side}.test.csv", root=root, check_files=check_files)
-        for side in SIDES
-    }
+    notes: dict[str, None] = {}
+
+    def read(name: str, *, check_files: bool) -> list[Utterance]:
+        def note(line: str) -> None:
+            notes[line.replace(str(folder / name), str(folder), 1)] = None
+
+        return read_paper_csv(folder / name, root=root, check_files=check_files, tell=note)
+
+    tests = {side: read(f"iemocap_{side}.test.csv", check_files=check_files) for side in SIDES}
     turns = {u.id: u for rows in tests.values() for u in rows}
     problems = []
     for side, rows in tests.items():
         if strange := sorted({u.extra["side"] for u in rows} - {side}):
             problems.append(f"iemocap_{side}.test.csv holds turns of {', '.join(strange)}")
-        path = folder / f"iemocap_{side}.train.csv"
-        train = {(u.id, u.emotion) for u in read_paper_csv(path, root=root, check_files=False)}
+        name = f"iemocap_{side}.train.csv"
+        train = {(u.id, u.emotion) for u in read(name, check_files=False)}
         rest = {(u.id, u.emotion) for u in turns.values() if u.extra["side"] != side}
-        problems += [f"{path.name} has no {id_} ({emotion})" for id_, emotion in sorted(rest - train)]
-        problems += [
-            f"{path.name} has {id_} ({emotion}), but no test file" for id_, emotion in sorted(train - rest)
-        ]
+        problems += [f"{name} has no {id_} ({emotion})" for id_, emotion in sorted(rest - train)]
+        problems += [f"{name} has {id_} ({emotion}), but no test file" for id_, emotion in sorted(train - rest)]
+    if tell is not None:
+        for line in notes:
+            tell(line)
     if problems:
         raise ManifestError(f"{folder}: not the paper's folds ({len(problems)}):{listed(problems)}")
     warnings = [] if root is not None else ["without a root, the recordings are where the CSV files say"]

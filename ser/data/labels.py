@@ -17,7 +17,7 @@ from typing import Any
 
 from ser.data.cells import MAX_SHOWN, brief, cut, whole
 from ser.data.manifest import Utterance, check_regular, map_for
-from ser.data.text import nfc, unique_names
+from ser.data.text import did_you_mean, nfc, unique_names
 from ser.errors import ConfigError, ManifestError
 
 MAX_MAP_BYTES = 16 * 1024 * 1024
@@ -222,7 +222,7 @@ def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection
     (first, learnt), *others = counts.items()
     for title, here in counts.items() if emotions else others:
         if here and emotions:
-            lines += _lacking(title, here, "the model", emotions, "which are not judged")
+            lines += _lacking(title, here, "the model", emotions, "which are in no figure (--map renames labels)")
         elif here and learnt and emotions is None:
             lines += _lacking(title, here, first, learnt, "which nothing learns")
     alone = counts if emotions is None else {"the model": emotions}
@@ -284,11 +284,11 @@ def _near(name: str, counts: Counter[str]) -> str:
 def _lacking(title: str, here: Collection[str], other: str, there: Collection[str], consequence: str) -> list[str]:
     """Which classes one of the two has and the other, the first set or the model, lacks."""
     lines = []
-    for names, what in (
-        (set(here) - set(there), f"has emotions that {other} lacks, {consequence}"),
-        (set(there) - set(here), f"lacks emotions that {other} has, and says nothing of them"),
+    for names, what, meant in (
+        (set(here) - set(there), f"has emotions that {other} lacks, {consequence}", list(there)[:MAX_COMPARED]),
+        (set(there) - set(here), f"lacks emotions that {other} has, and says nothing of them", []),
     ):
-        shown = [_plain(name) for name in sorted(names)[:MAX_SHOWN]]
+        shown = [f"{_plain(name)}{did_you_mean(name, meant)}" for name in sorted(names)[:MAX_SHOWN]]
         more = [f"{len(names) - MAX_SHOWN} more"] if len(names) > MAX_SHOWN else []
         if names:
             lines.append(f"warning: {title} {what}: {', '.join([*shown, *more])}")

@@ -386,7 +386,10 @@ def _csv_rows(
         except (StopIteration, _Unreadable):
             return
         except csv.Error as error:
-            problems.add(f"line {first}", f"{error}; is a quote left open, or one inside a field not doubled?")
+            what = f"{error}; is a quote left open, or one inside a field not doubled?"
+            if "new-line" in str(error):  # the module's advice is for those who open files
+                what = "a carriage return outside quotes ends no line; save the manifest with line feeds"
+            problems.add(f"line {first}", what)
             if "limit" in str(error):
                 problems.add(f"line {reader.line_num}", "the rest of the manifest was not read")
                 return
@@ -765,7 +768,7 @@ def check_labels(
                 near = did_you_mean(label, names) if problems.count < MAX_LISTED else ""
                 problems.add(f"utterance {brief(utterance.id)}", f"unknown {kind} {brief(label)}{near}")
     lists = "; ".join(f"the {kind}s are {brief(sorted(names))}" for kind, names in known.items())
-    problems.raise_if_any(f"{lists}; these are other labels")
+    problems.raise_if_any(f"{lists}; these are other labels, which --map can rename or drop")
 
 
 def find_overlap(train: Iterable[Utterance], other: Iterable[Utterance]) -> Overlap:

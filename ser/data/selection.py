@@ -198,7 +198,7 @@ def from_arguments(arguments: argparse.Namespace, data: str | os.PathLike[str] |
         str(data or arguments.data),
         root=arguments.root,
         columns=parse_columns(arguments.columns),
-        label_map=parse_map(arguments.map) if arguments.map else {},
+        label_map={} if arguments.map is None else parse_map(arguments.map),
         literal_labels=arguments.literal_labels,
     ).stamped()
     if data is not None:

@@ -245,6 +245,18 @@ class Rewriting:
         }
         return {name: value for name, value in found.items() if value}
 
+    @classmethod
+    def of(cls, report: Mapping[str, Any]) -> Rewriting:
+        """The inverse of `to_dict`."""
+        case, recased = next(iter(report.get("references_recased", {}).items()), ("", 0))
+        return cls(
+            case=case,
+            recased=recased,
+            replaced=Counter(report.get("characters_replaced", {})),
+            removed=Counter(report.get("characters_outside_vocabulary", {})),
+            emptied=report.get("references_left_empty", 0),
+        )
+
     def notes(self) -> list[str]:
         """A line for each kind of change."""
         lines = []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ser.data.protocols import Protocol
+from ser.data.text import Rewriting
 from ser.files import csv_line, replace_file
 from ser.train.card import as_block, as_text
 from ser.train.report import Outcomes, compare, report, shared_line, table
@@ -63,16 +64,18 @@ def pooled_report(out: Path, folds: Sequence[str], protocol: Protocol, *, resamp
     """
     outcomes = Outcomes.joined([Outcomes.read(out / fold / "predictions.csv") for fold in folds])
     found = report(outcomes, resamples=resamples)
-    by_fold, known = {}, []
+    by_fold, known, rewriting = {}, [], Rewriting()
     for fold in folds:
         judged = json.loads((out / fold / "report.json").read_text())
         by_fold[fold] = {"utterances": judged["utterances"], "shared": judged.get("shared_with_training")}
         by_fold[fold]["shared_line"] = shared_line(judged)
+        rewriting += Rewriting.of(judged)
         by_fold[fold] |= {name: figure["value"] for name, figure in judged["figures"].items()}
         if turns := judged.get("known_turns"):
             value = turns["figures"]["speaker_accuracy"]["value"]
             by_fold[fold]["speaker_accuracy_on_known_turns"] = value
             known.append((value, turns["judged"]["speaker"]))
+    found |= rewriting.to_dict()
     over = {}
     for name in found["figures"]:
         values = [entry[name] for entry in by_fold.values() if entry.get(name) is not None]

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from ser.data.manifest import DIMENSIONS, Utterance, check_regular
-from ser.data.text import did_you_mean
+from ser.data.text import Rewriting
 from ser.errors import ConfigError, ManifestError, printable
 from ser.files import csv_line, finite, replace_file
 from ser.recognizer import Prediction, Recognizer
@@ -125,12 +125,14 @@ class Outcomes:
     @classmethod
     def _read(cls, path: Path) -> Outcomes:
         check_regular(path, "a predictions file")
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a byte order mark
             reader = csv.DictReader(file)
             found = reader.fieldnames or []
             missing = [name for name in (*TEXT_COLUMNS, *NUMBER_COLUMNS) if name not in found]
             if missing:
                 raise ConfigError(f"{path}: is no predictions file, it lacks the columns {', '.join(missing)}")
+            if twice := [name for name, count in Counter(found).items() if count > 1]:
+                raise ConfigError(f"{path}: is no predictions file, it has several columns {', '.join(twice)}")
             emotions = [name.removeprefix("p_") for name in found if name.startswith("p_")]
             parts, records = [], []
             for record in reader:
@@ -151,9 +153,12 @@ def check_row(record: Mapping[str, Any], emotions: Sequence[str], where: str) ->
             value = float(record[name] or 0)
         except ValueError:
             value = math.inf
-        share = name in ("confidence", "speaker_right") or name not in NUMBER_COLUMNS
-        if math.isinf(value) or (share and not (math.isnan(value) or 0 <= value <= 1)):
-            expected = "a number from 0 to 1" if share else "a finite number"
+        least, most, expected = -math.inf, math.inf, "a finite number"
+        if name in ("confidence", "speaker_right") or name not in NUMBER_COLUMNS:
+            least, most, expected = 0, 1, "a number from 0 to 1"
+        elif not name.startswith(DIMENSIONS):
+            least, expected = 0, "a number from 0"
+        if math.isinf(value) or value < least or value > most:  # NaN is neither
             raise ValueError(f"{where}: {name} is {record[name][:40]!r}; expected {expected}, or nothing")
 
 
@@ -342,6 +347,8 @@ def resampled(
         resamples: how many.
         seed: of the draws.
     """
+    if resamples < 1 or seed < 0:
+        raise ConfigError(f"resamples is {resamples} and seed {seed}; expected 1 or more, and 0 or more")
     generator = np.random.default_rng(seed)
     size = figures[0].size
     if groups is None:
@@ -391,8 +398,6 @@ def percentiles(drawn: Mapping[str, NDArray[np.float64]]) -> dict[str, tuple[flo
 def report(outcomes: Outcomes, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
     """All figures of some outcomes with their intervals, and by parts, as plain data for JSON."""
     figures = Figures(outcomes)
-    if resamples < 1:
-        raise ConfigError(f"resamples is {resamples}; expected 1 or more")
     found: dict[str, Any] = {"utterances": len(outcomes), "emotions": outcomes.emotions}
     found |= {"resamples": resamples, "seed": seed}
     values = figures()
@@ -525,29 +530,28 @@ def table(found: Mapping[str, Any]) -> str:
         for name, part in found["parts"].items():
             cells = (part["figures"].get(key) for key in ("accuracy", "unweighted_accuracy", "wer"))
             lines.append(f"{printable(name):32}{part['utterances']:>7}" + "".join(f"{show(c):>9}" for c in cells))
+    lines += map(printable, Rewriting.of(found).notes())
     return "\n".join(lines)
 
 
 def emotions_judged(found: Mapping[str, Any]) -> list[str]:
     """Lines that say which emotions are in no figure, and why."""
-    judged, others = found["judged"]["emotion"], found.get("other_labels", {})
+    judged, others, known = found["judged"]["emotion"], found.get("other_labels", {}), found["emotions"]
+    count = sum(others.values())
+    without = found["utterances"] - judged - count
     if not others:
-        if 0 < judged < found["utterances"]:
-            return [f"emotions are judged on {judged}: the others have no label"]
-        return []
-    count, known = sum(others.values()), found["emotions"]
+        return [f"emotions are judged on {judged}: the others have no label"] if judged and without else []
     if not known:
         return [f"the model recognises no emotions: the labels of {count} utterances are in no figure"]
-    first = itertools.islice(others.items(), 20)
-    listed = ", ".join(f"{name!r}{did_you_mean(name, known[:1000])} x{n}" for name, n in first)
+    listed = ", ".join(f"{name!r} x{n}" for name, n in itertools.islice(others.items(), 20))
     listed += f" and {len(others) - 20} more" if len(others) > 20 else ""
-    rename = "--map labels.json gives labels other names"
     if judged:
-        text = f"emotions are judged on {judged}: the others' are no class of the model: {listed}; {rename}"
-        return [printable(text)]
+        unlabelled = f", and {without} have no label" if without else ""
+        text = f"emotions are judged on {judged}: {count} have one that is no class of the model ({listed})"
+        return [printable(f"{text}{unlabelled}")]
     classes = ", ".join(map(repr, known[:20])) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
     text = f"WARNING: no emotion is judged: none of the labels of {count} utterances is a class of the model"
-    return [text, printable(f"  labels:  {listed}"), printable(f"  classes: {classes}"), f"  {rename}"]
+    return [text, printable(f"  labels:  {listed}"), printable(f"  classes: {classes}")]
 
 
 # ----------------------------------------------------------------------------------------------- comparison

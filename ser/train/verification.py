@@ -112,7 +112,9 @@ def of_sharing(
     record: Mapping[str, Any], named: Selection, training: list[Utterance], moved: Moved
 ) -> list[Check]:
     """What other parts have that training has too, and whether validation is the test."""
-    settings, facts = record["settings"], dict[str, Any]()
+    settings = record["settings"]
+    # Of data without a protocol, and without validation, a card has nothing to say.
+    facts = dict[str, Any].fromkeys(("protocol_description", "shared_with_training", "valid_is_test"))
     if named.protocol:
         chosen = moved(named)
         protocol, (fold, audit) = chosen.find_protocol(), chosen.find_fold(chosen.read(check_files=False))
