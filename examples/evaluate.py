@@ -48,9 +48,9 @@ from ser.data.protocols import KNOWN, overlap
 from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
-from ser.errors import ConfigError, FileError, SerError, printable
+from ser.errors import ConfigError, FileError, SerError, brief_repr, printable, summary
 from ser.files import write_json
-from ser.models.pretrained import find_folder, shorten, summary
+from ser.models.pretrained import find_folder
 from ser.recognizer import Recognizer
 from ser.train import card
 from ser.train.bad_audio import BadAudio
@@ -306,7 +306,7 @@ def verify(arguments: argparse.Namespace, world: World) -> bool:
     checks, claimed = checks_of(record, recognizer, folder, partial(moved, arguments=arguments))
     for name, told, now, same in checks:
         if not same:
-            say(world, f"{name}: the card has {shorten(repr(told), 100)}, but it is {shorten(repr(now), 100)}")
+            say(world, f"{name}: the card has {brief_repr(told, 100)}, but it is {brief_repr(now, 100)}")
     good = good and all(same for *_, same in checks)
     for entry in record["evaluations"]:
         if entry["selection"] is None:

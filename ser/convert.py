@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ser.data.manifest import PAPER_EMOTIONS
 from ser.data.text import Vocabulary
-from ser.errors import ConfigError, ModelFolderError, brief_repr
+from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
 from ser.files import read_tensors, write_folder_atomically, write_json, write_tensors
 from ser.folder import check_names, class_names, classifier_form, read_do_normalize, read_vocabulary
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
@@ -60,9 +60,7 @@ from ser.models.pretrained import (
     read_json,
     refuse_adapters,
     resolve_inside,
-    shorten,
     stands_in,
-    summary,
     unwrapped,
     without_wrappers,
 )

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ser.errors import ConfigError, ModelFolderError, printable
+from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
 from ser.files import is_lfs_pointer, open_tensors
 from ser.models.config import Wav2Vec2Config
 from ser.models.wav2vec2 import Wav2Vec2
@@ -100,9 +100,7 @@ class LoadReport:
     new: list[str] = field(default_factory=list)  # in the model, not in the folder: initialised at random
     unused: list[str] = field(default_factory=list)  # in the folder, of no use to this model
     ignored_settings: list[str] = field(default_factory=list)  # keys of config.json that are not the encoder's
-    notes: list[str] = field(
-        default_factory=list
-    )  # what the folder does not say or contradicts, and what was taken
+    notes: list[str] = field(default_factory=list)  # what its files lack or contradict, and what was taken
 
     def __str__(self) -> str:
         loaded = f"{len(self.matched)} tensors loaded" if self.matched else "random weights"
@@ -113,18 +111,6 @@ class LoadReport:
             lines.append(f"  {len(self.unused)} not used: {summary(self.unused)}")
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
-
-
-def summary(names: Iterable[str], most: int = 8) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    shown = printable(", ".join(shorten(name, 200) for name in names[:most]))
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def shorten(text: str, most: int = 500) -> str:
-    """``text``, cut where a hostile file made it long."""
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -152,7 +138,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     """
     if Path(name).name != name:
         raise ModelFolderError(
-            f"{folder}: {shorten(repr(name), 200)} is not a plain file name; files outside the folder are not read"
+            f"{folder}: {brief_repr(name, 200)} is not a plain file name; files outside the folder are not read"
         )
     path = folder / name
     try:

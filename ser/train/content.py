@@ -16,7 +16,7 @@ from typing import Any
 from ser.data.dataset import SpeechDataset
 from ser.data.manifest import Utterance
 from ser.data.text import nfc
-from ser.models.pretrained import shorten
+from ser.errors import brief_repr
 
 # Of a `Selection` as a dictionary: what names the same utterances wherever the manifest lies.
 NAMES = ("protocol", "shares", "seed", "fold", "known_turns", "part")
@@ -96,7 +96,7 @@ def changed_settings(
         settled.add("init")
     old, new = (flat(without_paths({k: v for k, v in s.items() if k not in settled})) for s in (before, now))
     return found | {
-        key: f"{key}: {shorten(repr(old.get(key)), 200)} then, {shorten(repr(new.get(key)), 200)} now"
+        key: f"{key}: {brief_repr(old.get(key), 200)} then, {brief_repr(new.get(key), 200)} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     }

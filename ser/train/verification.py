@@ -16,7 +16,7 @@ from ser.audio import SAMPLE_RATE
 from ser.data.manifest import Utterance
 from ser.data.protocols import overlap
 from ser.data.selection import Selection
-from ser.models.pretrained import shorten
+from ser.errors import brief_repr
 from ser.recognizer import Recognizer
 from ser.train.card import counts_of, expected_choice, hours_of, same_data, trained_on
 from ser.train.checkpoint import CHANGEABLE, describe
@@ -167,7 +167,7 @@ def of_run(record: Mapping[str, Any], folder: Path) -> tuple[list[Check], list[s
         if name in ("train", "valid"):
             found = found._replace(same=same_data(found.told, found.now))
         if not found.same and name in OF_A_START:
-            claimed.append(f"settings.{name} (of the run now: {shorten(repr(found.now), 40)})")
+            claimed.append(f"settings.{name} (of the run now: {brief_repr(found.now, 40)})")
         else:
             checks.append(found)
     if beside.get("valid") and not settings.get("valid"):
