@@ -53,11 +53,11 @@ from ser.data.labels import check_spellings, label_lines
 from ser.data.protocols import Protocol, check_fold, to_table, usual_known_turns
 from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.errors import ConfigError, FileError
-from ser.files import write_json
+from ser.files import digest, write_json
 from ser.models.pretrained import find_folder
 from ser.recognizer import is_preset
 from ser.train.checkpoint import MAY_CHANGE
-from ser.train.content import NAMES, contents, digest, weights_sha256
+from ser.train.content import NAMES, contents, weights_sha256
 from ser.train.folds import (
     SHORT,
     ablation_markdown,

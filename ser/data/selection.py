@@ -6,7 +6,6 @@ A `Selection` is a manifest, or one part of one fold of it, with all that is nee
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +28,7 @@ from ser.data.protocols import (
     with_known_turns,
 )
 from ser.errors import ConfigError, ManifestError
+from ser.files import digest
 
 # As JSON has them; the others are strings or null.
 KINDS_OF_FIELDS: dict[str, tuple[type, ...]] = {
@@ -103,8 +103,7 @@ class Selection:
         path = self.manifest
         try:
             check_regular(path, "a CSV or JSON lines manifest")
-            with path.open("rb") as file:
-                return replace(self, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+            return replace(self, sha256=digest(path))
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             cause = error.strerror if isinstance(error, OSError) else error
             raise ManifestError(f"{path}: cannot be read: {cause}") from None

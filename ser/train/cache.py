@@ -40,9 +40,8 @@ from tqdm import tqdm
 from ser.audio import SAMPLE_RATE
 from ser.data.dataset import SpeechDataset
 from ser.errors import ConfigError, FileError
-from ser.files import open_tensors, sync, write_tensors, written
+from ser.files import digest, open_tensors, sync, write_tensors, written
 from ser.models.multitask import MultiTaskModel
-from ser.train.content import digest
 from ser.train.distributed import World
 from ser.train.resources import memory_explained
 

@@ -38,6 +38,7 @@ from ser.data.text import did_you_mean
 from ser.errors import ConfigError, RunFolderError
 from ser.files import (
     clear_remains,
+    digest,
     read_tensors,
     remove_folder,
     replace_file,
@@ -47,7 +48,7 @@ from ser.files import (
     write_tensors,
 )
 from ser.recognizer import Recognizer
-from ser.train.content import changed_settings, digest
+from ser.train.content import changed_settings
 from ser.train.processes import OWNER, attempt, launch
 from ser.train.resources import SMALLER_MODEL, is_out_of_memory, memory_explained
 

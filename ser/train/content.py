@@ -17,15 +17,10 @@ from ser.data.dataset import SpeechDataset
 from ser.data.manifest import Utterance
 from ser.data.text import nfc
 from ser.errors import brief_repr
+from ser.files import digest
 
 # Of a `Selection` as a dictionary: what names the same utterances wherever the manifest lies.
 NAMES = ("protocol", "shares", "seed", "fold", "known_turns", "part")
-
-
-def digest(path: Path) -> str:
-    """The sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_sha256(folder: Path) -> str:
