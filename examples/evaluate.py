@@ -197,7 +197,7 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     if arguments.card and record is None:
         raise ConfigError(f"--card: {arguments.model} has no {card.RECORD}, as training writes it")
     chosen, judged, training, about = read_data(arguments, record, lambda line: say(world, line))
-    sets = {chosen.part or "judged": judged}
+    sets = {chosen.part or "data": judged}
     for line in label_lines(sets, emotions=recognizer.emotions):
         say(world, line)
     speakers = {u.speaker for u in training or () if u.speaker is not None}
@@ -354,6 +354,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(
             "give --model and --manifest (or --data with --protocol and --fold), or --verify, or --compare"
         )
+    if arguments.out is not None and arguments.out.is_file():
+        raise ConfigError(f"--out {arguments.out}: is a file; expected a folder")
     if arguments.resamples < 1:
         raise ConfigError(f"--resamples {arguments.resamples}: expected 1 or more")
     if not 0 < arguments.timeout < float("inf"):

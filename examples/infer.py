@@ -310,7 +310,8 @@ def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
     for record in records:
         if record["error"] is not None:
             name = fit(record["id"] or record["file"], file, keep_end=True)
-            yield f"{name}  {fit('error: ' + record['error'], total - file - 3)}".rstrip() + "\n"
+            cause = record["error"].removeprefix(f"{record['file']}: ")  # its name stands before it
+            yield f"{name}  {fit('error: ' + cause, total - file - 3)}".rstrip() + "\n"
             continue
         cells = {
             "file": record["id"] or record["file"],

@@ -22,6 +22,7 @@ from ser.errors import ConfigError, ManifestError
 
 MAX_MAP_BYTES = 16 * 1024 * 1024
 MAX_EXAMPLE = 1000  # characters
+EXAMPLE = '{"hapy": "happy", "xxx": null}'  # of a map
 MAX_COMPARED = 200  # classes that are compared with each other for slips
 
 # Characters without a picture of their own, beside those of the categories Cc and Cf: joiners, fillers,
@@ -64,7 +65,7 @@ def parse_map(source: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
     except (ManifestError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: no JSON object of names: {error}") from None
+        raise ConfigError(f"{where}: is not a JSON object such as {EXAMPLE}: {error}") from None
 
 
 def check_map(values: object, where: str) -> dict[str, Any]:
@@ -74,8 +75,7 @@ def check_map(values: object, where: str) -> dict[str, Any]:
         ConfigError: it is none.
     """
     if not isinstance(values, dict):
-        example = '{"hapy": "happy", "xxx": null}'
-        raise ConfigError(f"{where}: found {brief(values)}, expected an object such as {example}")
+        raise ConfigError(f"{where}: found {brief(values)}, expected an object such as {EXAMPLE}")
     speakers = values.get("speaker")
     if not isinstance(speakers, dict):
         return dict(_checked(where, values))

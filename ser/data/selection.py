@@ -106,6 +106,8 @@ class Selection:
             return replace(self, sha256=digest(path))
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             cause = error.strerror if isinstance(error, OSError) else error
+            if path != Path(self.data) and isinstance(error, FileNotFoundError):
+                cause = f"{self.data} is a folder, and has no {path.name} as preparing writes it; give a manifest"
             raise ManifestError(f"{path}: cannot be read: {cause}") from None
 
     def read(self, *, check_files: bool = True, tell: Callable[[str], None] | None = None) -> list[Utterance]:
