@@ -134,7 +134,7 @@ def lasting(options: list[str]) -> list[str]:
 
 
 def without_paths(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """A fold's settings as far as they decide what comes out: of what is told by its content no path.
+    """Return the settings that decide a fold's result; where content is recorded, its path is left out.
 
     Earlier releases told the content of the manifest as a file, and none of --vocab.
     """

@@ -256,7 +256,7 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
 
 
 def not_judged(utterances: list[Utterance], recognizer: Recognizer) -> list[str]:
-    """A line for each kind of label that is in no figure, as the model has no head for it or does not know it."""
+    """Say which labels are in no figure, a line a kind: the model has no head for them or does not know them."""
     lines = []
     if recognizer.vocabulary is None and (texts := sum(bool(u.text) for u in utterances)):
         lines.append(f"the model writes no transcripts: the texts of {texts} utterances are in no figure")

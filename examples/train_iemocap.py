@@ -135,7 +135,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def found_init(arguments: argparse.Namespace) -> str | Path:
-    """--init as a preset or a folder; where it is gone, the newest checkpoint of the run, which has all of it."""
+    """Find --init, a preset or a folder. Where it is gone, the run's newest checkpoint stands in for it."""
     try:
         if is_preset(arguments.init):
             return arguments.init
@@ -149,12 +149,12 @@ def found_init(arguments: argparse.Namespace) -> str | Path:
 
 
 def is_checkpoint(init: str | Path, run: Path) -> bool:
-    """Whether ``init`` stands in for one that is gone."""
+    """Tell whether ``init`` stands in for one that is gone."""
     return not is_preset(init) and Path(init).parent == run / "checkpoints"
 
 
 def origin(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Of --init: its path, what tells it from others wherever it lies, and its licence, as far as anybody said."""
+    """Describe --init: its path, a digest of its weights, and its licence, as far as anybody said."""
     init, licence = arguments.init, arguments.weights_licence
     if is_preset(init):
         return {"init": init, "init_content": init, "licence": licence or "none, they were random"}
@@ -228,7 +228,7 @@ def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World)
 
 
 def data_licence(arguments: argparse.Namespace) -> str | None:
-    """Of the corpus, as far as anybody said."""
+    """Return the licence of the corpus, as far as anybody said."""
     prepared = Path(arguments.data or arguments.train)
     report = (prepared if prepared.is_dir() else prepared.parent) / "report.json"
     if arguments.data_licence is None and report.is_file():  # what prepare_iemocap.py wrote beside its manifests

@@ -39,7 +39,7 @@ SEEMS_MISSING = frozenset({"nan", "na", "n/a", "#n/a", "<na>", "null", "none", "
 
 
 def parse_map(source: str) -> dict[str, Any]:
-    """A label map: emotion as written -> its name, None for no label; below "speaker", the same of speakers.
+    """Read a label map: emotion as written -> its name, None for no label; below "speaker", the same of speakers.
 
         {"hapy": "happy", "xxx": null, "speaker": {"s1": "S1"}}
 
@@ -69,7 +69,7 @@ def parse_map(source: str) -> dict[str, Any]:
 
 
 def check_map(values: object, where: str) -> dict[str, Any]:
-    """A label map as JSON has it, with its names as labels are read; ``where`` it is from, for the message.
+    """Check a label map from JSON and write its names as labels are read; ``where`` is for the message.
 
     Raises:
         ConfigError: it is none.
@@ -84,12 +84,12 @@ def check_map(values: object, where: str) -> dict[str, Any]:
 
 
 def is_name(text: str) -> bool:
-    """Whether it can be a label: neither empty nor half a surrogate pair."""
+    """Tell whether it can be a label: neither empty nor half a surrogate pair."""
     return bool(text.strip()) and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _checked(where: str, values: Mapping[str, Any]) -> dict[str, str | None]:
-    """One level of a map, its names as labels are read."""
+    """Check one level of a map, and write its names as labels are read."""
     names: dict[str, str | None] = {}
     for old, new in values.items():
         if not (new is None or (isinstance(new, str) and is_name(new))) or not is_name(old):
@@ -112,7 +112,7 @@ def _checked(where: str, values: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def spelling(name: str) -> str:
-    """What is left of a name without case, spaces, invisible characters and variants of the same character.
+    """Reduce a name to what is left without case, spaces, invisible characters and variants of a character.
 
     Spaces between digits stay, since they hold numbers apart, and 1.0 is 1.
     """
@@ -126,7 +126,7 @@ def spelling(name: str) -> str:
 
 
 def is_invisible(character: str) -> bool:
-    """Whether a character has no picture and takes no room."""
+    """Tell whether a character has no picture and takes no room."""
     return unicodedata.category(character) in ("Cc", "Cf") or INVISIBLE.match(character) is not None
 
 
@@ -138,7 +138,7 @@ def check_spellings(
     label_map: Mapping[str, Any] | None = None,
     columns: Collection[str] = ("emotion", "speaker"),
 ) -> None:
-    """That no class, and no speaker, is spelt in two ways: they would be two.
+    """Refuse a class or a speaker that is spelt in two ways: they would be two.
 
     Args:
         sets: name -> utterances.
@@ -180,7 +180,7 @@ def check_spellings(
 
 
 def _example(maps: Sequence[Mapping[str, Any]]) -> str:
-    """One map of all, as JSON that can be copied; of the first alone where that would be long."""
+    """Write one map of all as JSON that can be copied; where that would be long, the first one alone."""
     speakers = {old: new for one in maps for old, new in map_for(one, "speaker").items()}
     together = {old: new for one in maps for old, new in map_for(one, "emotion").items()}
     text = json.dumps(together | ({"speaker": speakers} if speakers else {}))
@@ -190,7 +190,7 @@ def _example(maps: Sequence[Mapping[str, Any]]) -> str:
 def _twins(
     column: str, names: Sequence[str], where: Mapping[str, Sequence[str]], right: Collection[str]
 ) -> tuple[str, dict[str, Any]]:
-    """The line that shows the spellings of one name, and a map that makes them one."""
+    """Write a line that shows the spellings of one name, and a map that makes them one."""
     shown = [f"{shown_name(n)} ({', '.join(where[n]) or 'of the model'})" for n in names[:MAX_SHOWN]]
     kept = next((n for n in names if n in right), names[0])
     renamed = {n: kept for n in names if n != kept}
@@ -198,7 +198,7 @@ def _twins(
 
 
 def shown_name(name: str) -> str:
-    """A name in quotes; where something in it cannot be seen, or looks like another character, it is escaped."""
+    """Quote a name; escape it where something in it cannot be seen, or looks like another character."""
     plain = unicodedata.normalize("NFKC", name) == name and not any(map(is_invisible, name))
     return brief(name) if plain else cut(ascii(name))
 
@@ -207,7 +207,7 @@ def shown_name(name: str) -> str:
 
 
 def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection[str] | None = None) -> list[str]:
-    """What a user should know of the labels before they are used: classes with counts, and what is odd in them.
+    """Say what a user should know of the labels before they are used: classes, counts, and what is odd.
 
     Args:
         sets: name -> utterances; the first one is what others are compared with.
@@ -235,7 +235,7 @@ def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection
 
 
 def _set_line(title: str, utterances: Sequence[Utterance], counts: Counter[str]) -> str:
-    """One set: its size, its classes from the most frequent on, and how many utterances lack which label."""
+    """Describe a set: its size, its classes from the most frequent on, and how many utterances lack a label."""
     classes = [f"{_plain(name)} {count}" for name, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))]
     more = [f"{len(classes) - MAX_SHOWN} more classes"] if len(classes) > MAX_SHOWN else []
     parts = [f"emotions {', '.join([*classes[:MAX_SHOWN], *more])}"] if classes else []
@@ -251,12 +251,12 @@ def _set_line(title: str, utterances: Sequence[Utterance], counts: Counter[str])
 
 
 def _plain(name: str) -> str:
-    """A name, in quotes where it is more than letters and digits."""
+    """Show a name, in quotes where it is more than letters and digits."""
     return name if name.replace("_", "").replace("-", "").isalnum() and len(name) < 50 else shown_name(name)
 
 
 def _odd_names(counts: Counter[str]) -> list[str]:
-    """Classes that are perhaps none: slips of another, what seems to be missing, what cannot be seen."""
+    """Point at classes that are perhaps none: slips of another, what seems to be missing, what cannot be seen."""
     lines = []
     for name in sorted(counts):
         if name.casefold() in SEEMS_MISSING:
@@ -270,7 +270,7 @@ def _odd_names(counts: Counter[str]) -> list[str]:
 
 
 def _near(name: str, counts: Counter[str]) -> str:
-    """The class, at least twice as frequent, of which ``name`` may be a slip: a letter more, less or another."""
+    """Find the class, at least twice as frequent, of which ``name`` may be a slip of one letter."""
     digits = re.sub(r"[^0-9]", "", name)
     for other in counts:
         if counts[other] < 2 * counts[name] or abs(len(other) - len(name)) > 1:
@@ -282,7 +282,7 @@ def _near(name: str, counts: Counter[str]) -> str:
 
 
 def _lacking(title: str, here: Collection[str], other: str, there: Collection[str], consequence: str) -> list[str]:
-    """Which classes one of the two has and the other, the first set or the model, lacks."""
+    """Say which classes a set has and another one, the first set or the model, lacks; and the reverse."""
     lines = []
     for names, what in (
         (set(here) - set(there), f"has emotions that {other} lacks, {consequence}"),
@@ -296,7 +296,7 @@ def _lacking(title: str, here: Collection[str], other: str, there: Collection[st
 
 
 def _zeros(sets: Mapping[str, Sequence[Utterance]]) -> list[str]:
-    """Speakers who are the same number with and without leading zeros, which a spreadsheet takes away."""
+    """Point at speakers who are one number with and without leading zeros, which a spreadsheet takes away."""
     numbers: dict[str, set[str]] = {}
     for name in {u.speaker for utterances in sets.values() for u in utterances}:
         if name is not None and name.isdecimal():

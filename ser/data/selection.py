@@ -88,7 +88,10 @@ class Selection:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; how labels are read, only where that was said, so that older ones are equal."""
+        """Return it as JSON holds it.
+
+        How labels are read stands there only if it was said, so that selections of earlier releases are equal.
+        """
         usual = {"label_map": {}, "literal_labels": False}
         return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 

@@ -117,7 +117,7 @@ class LoadReport:
 
 
 def exists(path: Path) -> bool:
-    """Whether something is there. Of a name that no file can have, which Path.exists raises for: no."""
+    """Tell whether something is there. A name that no file can have, for which Path.exists raises, is not."""
     return os.path.exists(path)  # noqa: PTH110
 
 
@@ -188,7 +188,7 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether it looks like the OWNER/NAME of a repository on the Hugging Face hub."""
+    """Tell whether it looks like the OWNER/NAME of a repository on the Hugging Face hub."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and len(name) < 200
 
 
@@ -404,12 +404,12 @@ MERGE = "merge it into the model with PEFT first (merge_and_unload(), then save_
 
 
 def without_wrappers(key: str) -> str:
-    """A checkpoint's key without the parts in `WRAPPERS`."""
+    """Take the parts in `WRAPPERS` out of a checkpoint's key."""
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 def unwrapped(key: str) -> str:
-    """A checkpoint's key without all that wrappers put into it."""
+    """Take all that wrappers put into it out of a checkpoint's key."""
     key = without_wrappers(key)
     while key.startswith(OUTER_WRAPPERS):
         for prefix in OUTER_WRAPPERS:

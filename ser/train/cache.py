@@ -169,7 +169,7 @@ class Cache:
 
 
 def verified(paths: Sequence[Path], world: World) -> tuple[set[Path], set[Path]]:
-    """Shards whose bytes are as they were written, and the others. Their names tell."""
+    """Divide shards into those whose bytes are as they were written, which their names tell, and the others."""
     sound: set[Path] = set()
     silent = not (world.is_main and sys.stderr.isatty())
     for path in tqdm(paths, unit="shard", desc="verifying the cache", leave=False, disable=silent):

@@ -477,12 +477,12 @@ def reopened(folder: Path, settings: dict[str, Any], resume_from: str | Path | N
 
 
 def is_over(progress: Progress, settings: Mapping[str, Any]) -> bool:
-    """Whether training has come to its end by these settings: of all epochs, or early."""
+    """Tell whether training has come to its end by these settings: of all epochs, or early."""
     return progress.epoch >= settings["epochs"] or stops_early(progress, settings.get("early_stop", 0))
 
 
 def stops_early(progress: Progress, patience: int) -> bool:
-    """Whether there were ``patience`` evaluations without improvement; 0: never."""
+    """Tell whether there were ``patience`` evaluations without improvement; 0: never."""
     return bool(patience) and progress.evaluations_since_best >= patience
 
 
@@ -512,7 +512,7 @@ def describe(recognizer: Recognizer) -> dict[str, Any]:
 
 
 def opened_before(folder: Path) -> bool:
-    """Whether an earlier attempt of this launch of torchrun has opened the run in a folder.
+    """Tell whether an earlier attempt of this launch of torchrun has opened the run in a folder.
 
     Then what was to be done there once (``overwrite``, ``resume_from``) was done. That processes were started
     again does not tell it: they may have ended before.

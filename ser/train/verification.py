@@ -23,10 +23,10 @@ from ser.train.checkpoint import CHANGEABLE, describe
 
 Moved = Callable[[Selection], Selection]  # the same data, where they are now
 
-# Of a run's settings: may differ between the models of one run, as it goes on elsewhere or with other ones.
 NO_DATA = hashlib.sha256().hexdigest()  # the fingerprint of no utterances, as a run without validation has it
 OF_A_RECORD = {"heads", "emotions", "dimensions", "speakers_known", "parameters", "trained_on", "settings"}
 OF_A_RECORD |= {"evaluations"}
+# Settings that may differ between the models of one run, as it goes on elsewhere or with other ones.
 OF_A_START = CHANGEABLE | {"init", "cache", "versions", "world_size", "device", "workers"}
 
 
@@ -46,7 +46,7 @@ def check(name: str, told: Any, now: Any) -> Check:
 
 
 def alike(told: Any, now: Any, *, common: bool = False) -> bool:
-    """Equal, floats to a billionth. ``common``: in objects, what both have."""
+    """Compare two values, floats to a billionth; with ``common``, of objects only what both have."""
     if isinstance(told, dict) and isinstance(now, dict):
         names = told.keys() & now.keys()
         return (common or names == told.keys() | now.keys()) and all(
@@ -60,7 +60,7 @@ def alike(told: Any, now: Any, *, common: bool = False) -> bool:
 
 
 def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
-    """What the model itself tells: heads, labels, size."""
+    """Check what the model itself tells: heads, labels, size."""
     symbols = recognizer.vocabulary.tokens if recognizer.vocabulary is not None else []
     facts = {
         "heads": list(recognizer.model.heads),
@@ -89,7 +89,7 @@ def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
 
 
 def of_training(record: Mapping[str, Any], recognizer: Recognizer, moved: Moved) -> tuple[list[Check], list[str]]:
-    """What the data of training tell, and what they do not tell, as recordings cannot be read any more."""
+    """Check what the training data tell, and name what they do not, as recordings cannot be read any more."""
     named = trained_on(record)
     if named is None:
         return [], ["trained_on (training was not told the name of its data)"]
@@ -111,7 +111,7 @@ def of_training(record: Mapping[str, Any], recognizer: Recognizer, moved: Moved)
 def of_sharing(
     record: Mapping[str, Any], named: Selection, training: list[Utterance], moved: Moved
 ) -> list[Check]:
-    """What other parts have that training has too, and whether validation is the test."""
+    """Check what other parts share with training, and whether validation is the test."""
     settings, facts = record["settings"], dict[str, Any]()
     if named.protocol:
         chosen = moved(named)
@@ -127,7 +127,7 @@ def of_sharing(
 
 
 def of_choice(record: Mapping[str, Any], folder: Path) -> list[Check]:
-    """Whether each evaluation says rightly that the weights were chosen by it, and that of validation is there."""
+    """Check that each evaluation says rightly whether it chose the weights, and that validation has one."""
     place = folder.resolve().name
     weights = record.get("weights", place)
     checks = [check("weights", weights, place)] if place in ("best", "last") else []
@@ -147,7 +147,7 @@ def of_choice(record: Mapping[str, Any], folder: Path) -> list[Check]:
 
 
 def of_run(record: Mapping[str, Any], folder: Path) -> tuple[list[Check], list[str]]:
-    """What the config.json of the run beside the folder tells, and which settings nothing tells."""
+    """Check what the config.json of the run beside the folder tells, and name the settings that nothing tells."""
     settings = record["settings"]
     path = folder.resolve().parent / "config.json"
     beside: dict[str, Any] = {}
@@ -178,7 +178,7 @@ def of_run(record: Mapping[str, Any], folder: Path) -> tuple[list[Check], list[s
 def checks_of(
     record: Mapping[str, Any], recognizer: Recognizer, folder: Path, moved: Moved
 ) -> tuple[list[Check], list[str]]:
-    """All that a card says but for its figures, compared; and what is claimed: nobody can compute it.
+    """Compare all that a card says but for its figures, and name what is claimed: nobody can compute it.
 
     Args:
         record: of the model folder (see `ser.train.card`).
