@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
-def brief_repr(value: Any, most: int = 500) -> str:
+def brief_repr(value: Any, most: int = 200) -> str:
     """Return the ``repr`` of a foreign value, cut at about ``most`` characters.
 
     It takes no longer than that, whatever the value is: nested deep or in itself, a list that holds itself

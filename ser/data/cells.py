@@ -45,26 +45,6 @@ MAX_LINE_BYTES = 1024 * 1024
 MAX_PATH = 4096  # no longer one can exist
 MAX_SHOWN = 20  # names in one line
 
-
-# ------------------------------------------------------------------------------------------------ foreign names
-
-
-def brief(value: object) -> str:
-    """A value in a message: what does not print is escaped, and the end of a long one is cut."""
-    return cut(repr(value))
-
-
-def cut(text: str) -> str:
-    """At most 200 characters."""
-    return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-def listed(names: Sequence[str], rest: Sequence[str] = ()) -> str:
-    """Foreign names in one line that a terminal can show, the first `MAX_SHOWN` of them."""
-    more = [f"{len(names) - MAX_SHOWN} more"] if len(names) > MAX_SHOWN else []
-    return ", ".join([*map(brief, names[:MAX_SHOWN]), *more, *rest])
-
-
 # ------------------------------------------------------------------------------------------------------ cells
 
 

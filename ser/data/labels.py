@@ -15,10 +15,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ser.data.cells import MAX_SHOWN, brief, cut, whole
+from ser.data.cells import MAX_SHOWN, whole
 from ser.data.manifest import Utterance, check_regular, map_for
 from ser.data.text import nfc, unique_names
-from ser.errors import ConfigError, ManifestError
+from ser.errors import ConfigError, ManifestError, brief_repr, shorten, summary
 
 MAX_MAP_BYTES = 16 * 1024 * 1024
 MAX_EXAMPLE = 1000  # characters
@@ -75,7 +75,7 @@ def check_map(values: object, where: str) -> dict[str, Any]:
         ConfigError: it is none.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: found {brief(values)}, expected an object such as {EXAMPLE}")
+        raise ConfigError(f"{where}: found {brief_repr(values)}, expected an object such as {EXAMPLE}")
     speakers = values.get("speaker")
     if not isinstance(speakers, dict):
         return dict(_checked(where, values))
@@ -93,17 +93,19 @@ def _checked(where: str, values: Mapping[str, Any]) -> dict[str, str | None]:
     names: dict[str, str | None] = {}
     for old, new in values.items():
         if not (new is None or (isinstance(new, str) and is_name(new))) or not is_name(old):
-            raise ConfigError(f"{where}: {brief(old)} is {brief(new)}, expected a name, or null for no label")
+            raise ConfigError(
+                f"{where}: {brief_repr(old)} is {brief_repr(new)}, expected a name, or null for no label"
+            )
         old = nfc(old.strip())
         if old in names:
-            raise ConfigError(f"{where}: {brief(old)} stands twice")
+            raise ConfigError(f"{where}: {brief_repr(old)} stands twice")
         names[old] = None if new is None else nfc(new.strip())
     for old, new in names.items():
         if new is not None and names.get(new, new) != new:
-            end = "no label" if names[new] is None else brief(names[new])
+            end = "no label" if names[new] is None else brief_repr(names[new])
             raise ConfigError(
-                f"{where}: {brief(old)} is to be {brief(new)}, but that is to be {end}; each name is replaced "
-                "once, so write what it is to be in the end"
+                f"{where}: {brief_repr(old)} is to be {brief_repr(new)}, but that is to be {end}; each name is "
+                "replaced once, so write what it is to be in the end"
             )
     return names
 
@@ -200,7 +202,7 @@ def _twins(
 def shown_name(name: str) -> str:
     """Quote a name; escape it where something in it cannot be seen, or looks like another character."""
     plain = unicodedata.normalize("NFKC", name) == name and not any(map(is_invisible, name))
-    return brief(name) if plain else cut(ascii(name))
+    return brief_repr(name) if plain else shorten(ascii(name), 200)
 
 
 # ----------------------------------------------------------------------------------------------------- counts
@@ -237,8 +239,7 @@ def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection
 def _set_line(title: str, utterances: Sequence[Utterance], counts: Counter[str]) -> str:
     """Describe a set: its size, its classes from the most frequent on, and how many utterances lack a label."""
     classes = [f"{_plain(name)} {count}" for name, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))]
-    more = [f"{len(classes) - MAX_SHOWN} more classes"] if len(classes) > MAX_SHOWN else []
-    parts = [f"emotions {', '.join([*classes[:MAX_SHOWN], *more])}"] if classes else []
+    parts = [f"emotions {summary(classes, MAX_SHOWN)}"] if classes else []
     speakers = {u.speaker for u in utterances if u.speaker is not None}
     parts += [f"{len(speakers)} speakers"] if speakers else []
     lacking = {
@@ -261,11 +262,11 @@ def _odd_names(counts: Counter[str]) -> list[str]:
     for name in sorted(counts):
         if name.casefold() in SEEMS_MISSING:
             drop = json.dumps({name: None})
-            lines.append(f"{brief(name)} ({counts[name]}) is taken as a class; if it is none: --map '{drop}'")
+            lines.append(f"{brief_repr(name)} ({counts[name]}) is taken as a class; if it is none: --map '{drop}'")
         elif not name.isprintable() or INVISIBLE.search(name):
             lines.append(f"{name!a} ({counts[name]}) has characters that cannot be seen")
         elif len(counts) <= MAX_COMPARED and (near := _near(name, counts)):
-            lines.append(f"{brief(name)} ({counts[name]}): did you mean {brief(near)} ({counts[near]})?")
+            lines.append(f"{brief_repr(name)} ({counts[name]}): did you mean {brief_repr(near)} ({counts[near]})?")
     return lines[:MAX_SHOWN]
 
 
@@ -288,10 +289,8 @@ def _lacking(title: str, here: Collection[str], other: str, there: Collection[st
         (set(here) - set(there), f"has emotions that {other} lacks, {consequence}"),
         (set(there) - set(here), f"lacks emotions that {other} has, and says nothing of them"),
     ):
-        shown = [_plain(name) for name in sorted(names)[:MAX_SHOWN]]
-        more = [f"{len(names) - MAX_SHOWN} more"] if len(names) > MAX_SHOWN else []
         if names:
-            lines.append(f"warning: {title} {what}: {', '.join([*shown, *more])}")
+            lines.append(f"warning: {title} {what}: {summary(map(_plain, sorted(names)), MAX_SHOWN)}")
     return lines
 
 
@@ -301,7 +300,8 @@ def _zeros(sets: Mapping[str, Sequence[Utterance]]) -> list[str]:
     for name in {u.speaker for utterances in sets.values() for u in utterances}:
         if name is not None and name.isdecimal():
             numbers.setdefault(name.lstrip("0") or "0", set()).add(name)
-    twins = [" and ".join(map(brief, sorted(names))) for _, names in sorted(numbers.items()) if len(names) > 1]
-    more = [f"{len(twins) - MAX_SHOWN} more"] if len(twins) > MAX_SHOWN else []
-    shown = ", ".join([*twins[:MAX_SHOWN], *more])
+    twins = [
+        " and ".join(map(brief_repr, sorted(names))) for _, names in sorted(numbers.items()) if len(names) > 1
+    ]
+    shown = summary(twins, MAX_SHOWN)
     return [f"speakers differ in leading zeros alone, and count as different people: {shown}"] if twins else []

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ser.data.cells import brief
 from ser.data.labels import check_map, parse_map
 from ser.data.manifest import Utterance, check_regular, parse_columns, read_manifest
 from ser.data.protocols import (
@@ -27,7 +26,7 @@ from ser.data.protocols import (
     find_protocol,
     with_known_turns,
 )
-from ser.errors import ConfigError, ManifestError
+from ser.errors import ConfigError, ManifestError, brief_repr
 from ser.files import digest
 
 # As JSON has them; the others are strings or null.
@@ -80,11 +79,11 @@ class Selection:
         kinds = {f.name: KINDS_OF_FIELDS.get(f.name, (str, type(None))) for f in fields(cls)}
         sound = isinstance(values, Mapping) and "data" in values and values.keys() <= kinds.keys()
         if not sound or not all(isinstance(value, kinds[name]) for name, value in values.items()):
-            raise ConfigError(f"{brief(values)} does not name utterances")
+            raise ConfigError(f"{brief_repr(values)} does not name utterances")
         found = cls(**values)
         check_map(found.label_map, "label_map")
         if not all(isinstance(x, str) for x in (*found.shares, *found.columns, *found.columns.values())):
-            raise ConfigError(f"{brief(values)} does not name utterances")
+            raise ConfigError(f"{brief_repr(values)} does not name utterances")
         return found
 
     def to_dict(self) -> dict[str, Any]:
