@@ -53,11 +53,11 @@ from ser.data.labels import check_spellings, label_lines
 from ser.data.protocols import Protocol, check_fold, to_table, usual_known_turns
 from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.errors import ConfigError, FileError, printable
-from ser.files import write_json
+from ser.files import digest, write_json
 from ser.models.pretrained import find_folder
 from ser.recognizer import is_preset
 from ser.train.checkpoint import MAY_CHANGE
-from ser.train.content import NAMES, contents, digest, weights_sha256
+from ser.train.content import NAMES, contents, weights_sha256
 from ser.train.folds import (
     SHORT,
     ablation_markdown,
@@ -139,7 +139,7 @@ def lasting(options: list[str]) -> list[str]:
 
 
 def without_paths(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """A fold's settings as far as they decide what comes out: of what is told by its content no path.
+    """Return the settings that decide a fold's result; where content is recorded, its path is left out.
 
     Earlier releases told the content of the manifest as a file, and none of --vocab.
     """

@@ -48,9 +48,9 @@ from ser.data.protocols import KNOWN, overlap
 from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
-from ser.errors import ConfigError, FileError, SerError, printable
+from ser.errors import ConfigError, FileError, SerError, brief_repr, printable, summary
 from ser.files import write_json
-from ser.models.pretrained import find_folder, shorten, summary
+from ser.models.pretrained import find_folder
 from ser.recognizer import Recognizer
 from ser.train import card
 from ser.train.bad_audio import BadAudio
@@ -197,7 +197,7 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     if arguments.card and record is None:
         raise ConfigError(f"--card: {arguments.model} has no {card.RECORD}, as training writes it")
     chosen, judged, training, about = read_data(arguments, record, lambda line: say(world, line))
-    sets = {chosen.part or "judged": judged}
+    sets = {chosen.part or "data": judged}
     for line in label_lines(sets, emotions=recognizer.emotions):
         say(world, line)
     speakers = {u.speaker for u in training or () if u.speaker is not None}
@@ -256,7 +256,7 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
 
 
 def not_judged(utterances: list[Utterance], recognizer: Recognizer) -> list[str]:
-    """A line for each kind of label that is in no figure, as the model has no head for it or does not know it."""
+    """Say which labels are in no figure, a line a kind: the model has no head for them or does not know them."""
     lines = []
     if recognizer.vocabulary is None and (texts := sum(bool(u.text) for u in utterances)):
         lines.append(f"the model writes no transcripts: the texts of {texts} utterances are in no figure")
@@ -306,7 +306,7 @@ def verify(arguments: argparse.Namespace, world: World) -> bool:
     checks, claimed = checks_of(record, recognizer, folder, partial(moved, arguments=arguments))
     for name, told, now, same in checks:
         if not same:
-            say(world, f"{name}: the card has {shorten(repr(told), 100)}, but it is {shorten(repr(now), 100)}")
+            say(world, f"{name}: the card has {brief_repr(told, 100)}, but it is {brief_repr(now, 100)}")
     good = good and all(same for *_, same in checks)
     for entry in record["evaluations"]:
         if entry["selection"] is None:
@@ -369,6 +369,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(
             "give --model and --manifest (or --data with --protocol and --fold), or --verify, or --compare"
         )
+    if arguments.out is not None and arguments.out.is_file():
+        raise ConfigError(f"--out {arguments.out}: is a file; expected a folder")
     if not 0 < arguments.timeout < float("inf"):
         raise ConfigError(f"--timeout {arguments.timeout}: expected seconds, more than 0")
     torch.set_num_threads(cpu_threads())

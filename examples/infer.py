@@ -138,7 +138,7 @@ def find_inputs(arguments: argparse.Namespace) -> list[str | Utterance]:
 
 
 def recordings_in(folder: Path) -> list[str]:
-    """All that is a recording by its name, and where the name says nothing, by its first bytes."""
+    """List what is a recording by its name, or, where the name says nothing, by its first bytes."""
     try:
         return sorted(filter(is_recording, files_below(folder, hidden=False, say=warn)))
     except OSError as error:
@@ -153,7 +153,7 @@ def is_recording(path: str) -> bool:
 
 
 def begins_as_sound(path: Path) -> bool:
-    """Also of a broken link, so that it is told."""
+    """Tell whether a file begins as sound does. A broken link counts too, so that its error is shown."""
     try:
         if not path.is_file():
             return path.is_symlink() and not path.exists()
@@ -310,7 +310,8 @@ def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
     for record in records:
         if record["error"] is not None:
             name = fit(record["id"] or record["file"], file, keep_end=True)
-            yield f"{name}  {fit('error: ' + record['error'], total - file - 3)}".rstrip() + "\n"
+            cause = record["error"].removeprefix(f"{record['file']}: ")  # its name stands before it
+            yield f"{name}  {fit('error: ' + cause, total - file - 3)}".rstrip() + "\n"
             continue
         cells = {
             "file": record["id"] or record["file"],
@@ -336,7 +337,7 @@ def likeliest(record: Record) -> str:
 
 
 def rounded(score: float | None) -> str:
-    """To two digits; nan for one that is no number, as where scores overflow."""
+    """Write a score with two digits; nan where it overflowed."""
     return "nan" if score is None else f"{score:.2f}"
 
 

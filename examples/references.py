@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ser.convert import Source, encoder_tensors
-from ser.errors import ModelFolderError
+from ser.errors import ModelFolderError, summary
 from ser.models.config import NEUTRAL_VALUES, Wav2Vec2Config
-from ser.models.pretrained import summary
 
 
 @torch.no_grad()

@@ -46,14 +46,13 @@ from typing import Any
 import torch
 
 import ser
-from ser.data.cells import listed
 from ser.data.labels import check_spellings, label_lines
 from ser.data.manifest import DIMENSIONS, Utterance, check_labels, check_overlap
 from ser.data.protocols import overlap, to_table, usual_known_turns
 from ser.data.selection import Selection, from_arguments
 from ser.data.selection import add_arguments as add_data_arguments
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean, did_you_mean
-from ser.errors import ConfigError, ModelFolderError
+from ser.errors import ConfigError, ModelFolderError, brief_repr, summary
 from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import find_folder, read_encoder_config
 from ser.recognizer import Recognizer, inherited_labels, inherited_vocabulary, is_preset, labels_of
@@ -136,7 +135,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def found_init(arguments: argparse.Namespace) -> str | Path:
-    """--init as a preset or a folder; where it is gone, the newest checkpoint of the run, which has all of it."""
+    """Find --init, a preset or a folder. Where it is gone, the run's newest checkpoint stands in for it."""
     try:
         if is_preset(arguments.init):
             return arguments.init
@@ -150,12 +149,12 @@ def found_init(arguments: argparse.Namespace) -> str | Path:
 
 
 def is_checkpoint(init: str | Path, run: Path) -> bool:
-    """Whether ``init`` stands in for one that is gone."""
+    """Tell whether ``init`` stands in for one that is gone."""
     return not is_preset(init) and Path(init).parent == run / "checkpoints"
 
 
 def origin(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Of --init: its path, what tells it from others wherever it lies, and its licence, as far as anybody said."""
+    """Describe --init: its path, a digest of its weights, and its licence, as far as anybody said."""
     init, licence = arguments.init, arguments.weights_licence
     if is_preset(init):
         return {"init": init, "init_content": init, "licence": licence or "none, they were random"}
@@ -190,9 +189,13 @@ def emotions_of_init(known: list[str], train: list[Utterance]) -> list[str]:
     new, unheard = sorted(heard.difference(known)), [name for name in known if name not in heard]
     if new and known:
         near = "".join(did_you_mean(name, known) for name in new[:1])
-        return [f"train has emotions that --init lacks, so its emotion head is not kept: {listed(new)}{near}"]
+        return [
+            f"train has emotions that --init lacks, so its emotion head is not kept: {summary(map(brief_repr, new), 20)}{near}"
+        ]
     if unheard:
-        return [f"warning: train lacks emotions that --init has, and teaches nothing of them: {listed(unheard)}"]
+        return [
+            f"warning: train lacks emotions that --init has, and teaches nothing of them: {summary(map(brief_repr, unheard), 20)}"
+        ]
     return []
 
 
@@ -241,7 +244,7 @@ def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World)
 
 
 def data_licence(arguments: argparse.Namespace) -> str | None:
-    """Of the corpus, as far as anybody said."""
+    """Return the licence of the corpus, as far as anybody said."""
     prepared = Path(arguments.data or arguments.train)
     report = (prepared if prepared.is_dir() else prepared.parent) / "report.json"
     if arguments.data_licence is None and report.is_file():  # what prepare_iemocap.py wrote beside its manifests

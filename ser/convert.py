@@ -14,7 +14,6 @@ Read it from the top: a source, writing, verification, the whole. What is called
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +24,8 @@ from torch import Tensor
 
 from ser.data.manifest import PAPER_EMOTIONS
 from ser.data.text import Vocabulary
-from ser.errors import ConfigError, ModelFolderError, brief_repr
-from ser.files import read_tensors, write_folder_atomically, write_json, write_tensors
+from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
+from ser.files import digest, read_tensors, write_folder_atomically, write_json, write_tensors
 from ser.folder import check_names, class_names, classifier_form, read_do_normalize, read_vocabulary
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
 from ser.models.foreign import (
@@ -60,9 +59,7 @@ from ser.models.pretrained import (
     read_json,
     refuse_adapters,
     resolve_inside,
-    shorten,
     stands_in,
-    summary,
     unwrapped,
     without_wrappers,
 )
@@ -459,12 +456,6 @@ def compare(source: Source, folder: Path, reference: Reference | None) -> dict:
     return {"reference": name, "samples": samples, "layers": differences, "largest": max(differences)}
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------- the whole
 
 
@@ -563,9 +554,9 @@ def convert(
             source={
                 "name": name,
                 "kind": found.kind,
-                "sha256": {f.name: sha256(f) for f in found.files},
+                "sha256": {f.name: digest(f) for f in found.files},
             },
-            model={"type": encoder_config(found).model_type, "sha256": sha256(folder / "model.safetensors")},
+            model={"type": encoder_config(found).model_type, "sha256": digest(folder / "model.safetensors")},
             tensors={"read": found.count, "written": written, "unused": found.unused, "new": report.new},
             assumed=found.assumed | ({"notes": found.notes} if found.notes else {}),
             comparison=comparison,

@@ -5,11 +5,11 @@ to tell bad input from a defect. They carry a single message string, which keeps
 an error in a data-loader worker reaches the user with its text.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
-def brief_repr(value: Any, most: int = 500) -> str:
+def brief_repr(value: Any, most: int = 200) -> str:
     """Return the ``repr`` of a foreign value, cut at about ``most`` characters.
 
     It takes no longer than that, whatever the value is: nested deep or in itself, a list that holds itself
@@ -43,6 +43,28 @@ def _pieces(value: Any, most: int, depth: int = 0) -> Iterator[str]:
         yield closing
     else:
         yield f"<{type(value).__name__}>"
+
+
+def shorten(text: str, most: int = 500) -> str:
+    """Cut a foreign text that is longer than ``most`` characters."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Replace what would command a terminal: names of files, labels and transcripts are foreign.
+
+    Control and format characters, separators other than a space and surrogates (bytes of a file name that are not
+    UTF-8) become U+FFFD. With `lines` the ends of lines stay: for a message of ours that has several.
+    """
+    kept = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def summary(names: Iterable[str], most: int = 8) -> str:
+    """Join the first few foreign names in one line, and say how many more there are."""
+    names = list(names)
+    shown = printable(", ".join(shorten(name, 200) for name in names[:most]))
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class SerError(Exception):
@@ -83,13 +105,3 @@ class FileError(SerError):
 
 class ResourceError(SerError):
     """The machine gave out: memory ran short, or a process that decodes audio was killed."""
-
-
-def printable(text: str, *, lines: bool = False) -> str:
-    """Replace what would command a terminal: names of files, labels and transcripts are foreign.
-
-    Control and format characters, separators other than a space and surrogates (bytes of a file name that are not
-    UTF-8) become U+FFFD. With `lines` the ends of lines stay: for a message of ours that has several.
-    """
-    kept = "\n" if lines else ""
-    return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)

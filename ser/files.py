@@ -19,6 +19,7 @@ import csv
 import ctypes
 import errno
 import glob
+import hashlib
 import io
 import json
 import math
@@ -63,6 +64,12 @@ def is_lfs_pointer(path: Path) -> bool:
     """Tell whether the file is a pointer of git-lfs, which stands where the file itself was not fetched."""
     with path.open("rb") as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def digest(path: Path) -> str:
+    """Return the sha256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

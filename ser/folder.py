@@ -22,9 +22,9 @@ from typing import Any
 from ser.audio import SAMPLE_RATE
 from ser.data.manifest import DIMENSIONS
 from ser.data.text import BLANKS, ORTHOGRAPHIES, Vocabulary
-from ser.errors import ConfigError, ModelFolderError, TextError, brief_repr
+from ser.errors import ConfigError, ModelFolderError, TextError, brief_repr, shorten
 from ser.models.multitask import HeadsConfig
-from ser.models.pretrained import PREPROCESSORS, TensorFiles, read_json, resolve_inside, shorten, stands_in
+from ser.models.pretrained import PREPROCESSORS, TensorFiles, read_json, resolve_inside, stands_in
 
 FORMAT = 1  # of the "ser" part of config.json
 

@@ -42,7 +42,7 @@ from ser.data.manifest import Utterance
 from ser.data.sampler import evaluation_batches
 from ser.data.text import ORTHOGRAPHIES, SPECIALS, Vocabulary
 from ser.data.workers import AGAIN, WORKER_SECONDS, decoded, worker_death_explained
-from ser.errors import AudioError, ConfigError, ModelFolderError, SerError, brief_repr
+from ser.errors import AudioError, ConfigError, ModelFolderError, SerError, brief_repr, shorten
 from ser.files import write_folder_atomically, write_json, write_tensors
 from ser.folder import FORMAT, classifier_form, read_settings, read_vocabulary
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
@@ -60,7 +60,6 @@ from ser.models.pretrained import (
     materialise,
     read_encoder_config,
     read_json,
-    shorten,
     written_names,
 )
 

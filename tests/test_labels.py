@@ -42,9 +42,9 @@ def test_a_map_is_a_file_or_the_object_itself(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no JSON object"),
-        ("hapy=happy", "no JSON object"),
-        ("{", "no JSON object"),
+        ("", "is not a JSON object such as"),
+        ("hapy=happy", "is not a JSON object such as"),
+        ("{", "is not a JSON object such as"),
         ("[1]", "found [1], expected an object such as"),
         ("null", "found None, expected an object"),
         ('{"a": 1}', "'a' is 1, expected a name, or null for no label"),
@@ -60,7 +60,7 @@ def test_a_map_is_a_file_or_the_object_itself(tmp_path):
         ('{"a": "b", "b": null}', "'a' is to be 'b', but that is to be no label"),
         ('{"speaker": {"a": 1}}', "'a' is 1, expected a name"),
         ('{"speaker": {"a": {}}}', "'a' is {}, expected a name"),
-        ("[" * 100_000, "no JSON object"),
+        ("[" * 100_000, "is not a JSON object such as"),
     ],
 )
 def test_what_is_no_map_is_refused_with_its_file(tmp_path, text, message):
@@ -258,7 +258,7 @@ def test_speakers_that_differ_in_leading_zeros_are_said():
 def test_lists_are_cut_and_foreign_names_cannot_write_on_a_terminal():
     names = [f"class{i}" for i in range(5000)]
     lines = label_lines({"train": said(*names, "\x1b]0;x\x07", "x" * 5000), "valid": said("other")})
-    assert "4982 more classes" in lines[0]
+    assert "and 4982 more" in lines[0]
     assert all(len(line) < 1500 and line.isprintable() for line in lines)
     lines = label_lines({"train": said("\x1b[31m", "a, b 3")})
     assert r"'\x1b[31m' 1, 'a, b 3' 1" in lines[0]
@@ -354,16 +354,16 @@ def test_evaluation_shows_the_classes_and_refuses_another_spelling_than_the_mode
     path = write_corpus(tmp_path, 4)
     path.write_text(path.read_text().replace(",happy,", ",Happy,").replace(",sad,", ",NA,"))
     options = ["--manifest", str(path), "--device", "cpu", "--resamples", "2"]
-    with pytest.raises(ManifestError, match=r"'happy' \(of the model\) and 'Happy' \(judged 1\)"):
+    with pytest.raises(ManifestError, match=r"'happy' \(of the model\) and 'Happy' \(data 1\)"):
         evaluate.main(["--model", str(tmp_path / "model"), *options])
     evaluate.main(["--model", str(tmp_path / "ctc"), *options])  # which judges no emotions
     capsys.readouterr()
     out = ["--out", str(tmp_path / "out"), "--no-pictures"]
     evaluate.main(["--model", str(tmp_path / "model"), *options, "--map", '{"Happy": "happy"}', *out])
     said = capsys.readouterr().err
-    assert "judged: 4 utterances; emotions angry 1, happy 1, neutral 1; 3 speakers; 1 without emotion" in said
+    assert "data: 4 utterances; emotions angry 1, happy 1, neutral 1; 3 speakers; 1 without emotion" in said
     assert "emotion 'NA' (1)" in said and "--map, emotion: 'Happy' is 'happy' (1)" in said
-    assert "warning: judged lacks emotions that the model has, and says nothing of them: sad" in said
+    assert "warning: data lacks emotions that the model has, and says nothing of them: sad" in said
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["judged"]["emotion"] == 3
     assert report["selection"]["label_map"] == {"Happy": "happy"}

@@ -460,7 +460,8 @@ def test_the_script_writes_table_json_predictions_and_pictures_and_compares(tmp_
         assert (tmp_path / f"out/{name}.png").read_bytes()[:4] == b"\x89PNG"
     compared = run("--compare", "out/predictions.csv", "out/predictions.csv", "--resamples", 5)
     assert json.loads(compared.stdout)["mcnemar_p"] == 1.0
-    for arguments in ([], ["--compare", "out/report.json", "nowhere.csv"]):
+    whole = ["--model", "model", "--manifest", manifest]
+    for arguments in ([], ["--compare", "out/report.json", "nowhere.csv"], [*whole, "--out", "out/report.json"]):
         failed = run(*arguments)
         assert failed.returncode != 0 and "error: " in failed.stderr and "Traceback" not in failed.stderr
 

@@ -304,6 +304,7 @@ def test_help_explains_every_setting_with_its_default(capsys):
         ("--train {corpus}/train.csv --init {corpus}/init --device tpu", "expected auto, cpu, cuda"),
         ("--train {corpus}/train.csv --valid {corpus}/valid.csv --init {corpus}/init", "--allow-overlap speakers"),
         ("--train {corpus}/train.csv --columns text=words --init {corpus}/init", "words"),
+        ("--train {corpus} --init {corpus}/init", "is a folder, and has no iemocap4.csv as preparing writes it"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_clear_line(corpus, tmp_path, monkeypatch, arguments, message):
@@ -311,6 +312,14 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(corpus, tmp_path, monke
         call(f"{arguments.format(corpus=corpus)} --out run", tmp_path, monkeypatch)
     assert message in str(caught.value)
     assert not (tmp_path / "run/config.json").exists(), "nothing was started"
+
+
+def test_data_without_labels_are_said_to_be_so(corpus, tmp_path, monkeypatch):
+    with (corpus / "train.csv").open() as file:
+        names = [row["file"] for row in csv.DictReader(file)]
+    (tmp_path / "t.csv").write_text("\n".join(["file", *names, ""]))
+    with pytest.raises(ConfigError, match="no training utterance has emotion or text; see --columns"):
+        call(f"--train t.csv --root {corpus} --init {corpus}/init --out run", tmp_path, monkeypatch)
 
 
 def test_the_script_ends_with_one_line_and_no_traceback(tmp_path):

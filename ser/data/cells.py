@@ -45,26 +45,6 @@ MAX_LINE_BYTES = 1024 * 1024
 MAX_PATH = 4096  # no longer one can exist
 MAX_SHOWN = 20  # names in one line
 
-
-# ------------------------------------------------------------------------------------------------ foreign names
-
-
-def brief(value: object) -> str:
-    """A value in a message: what does not print is escaped, and the end of a long one is cut."""
-    return cut(repr(value))
-
-
-def cut(text: str) -> str:
-    """At most 200 characters."""
-    return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-def listed(names: Sequence[str], rest: Sequence[str] = ()) -> str:
-    """Foreign names in one line that a terminal can show, the first `MAX_SHOWN` of them."""
-    more = [f"{len(names) - MAX_SHOWN} more"] if len(names) > MAX_SHOWN else []
-    return ", ".join([*map(brief, names[:MAX_SHOWN]), *more, *rest])
-
-
 # ------------------------------------------------------------------------------------------------------ cells
 
 
@@ -81,7 +61,7 @@ class Missing:
         self.cells: dict[str, Counter[str]] = {}
 
     def __call__(self, column: str, cell: str, *, count: int = 1) -> bool:
-        """Whether this cell (so many of them) stands for nothing."""
+        """Tell whether this cell (so many of them) stands for nothing."""
         cell = cell.strip()
         if self.literal or cell not in (MISSING_TEXTS if column == "text" else MISSING_LABELS):
             return False
@@ -89,7 +69,7 @@ class Missing:
         return True
 
     def lines(self) -> list[str]:
-        """What was taken for nothing, in words."""
+        """Say what was taken for nothing."""
         shown = [
             f"{column} {', '.join(f'{cell!r} ({count})' for cell, count in sorted(cells.items()))}"
             for column, cells in self.cells.items()
@@ -99,7 +79,7 @@ class Missing:
 
 
 def whole(name: str) -> str:
-    """``"1"`` of ``"1.0"``; else the name."""
+    """Turn "1.0" into "1"; other names stay."""
     if not WHOLE_FLOAT.fullmatch(name) or not math.isfinite(float(name)):
         return name
     whole = name.partition(".")[0] if "e" not in name else str(int(float(name)))
@@ -110,7 +90,7 @@ def whole(name: str) -> str:
 
 
 def often_called(name: str, ours: Sequence[str]) -> str:
-    """The one of ``ours`` that the column ``name`` seems to be meant for, or ""."""
+    """Find the one of ``ours`` that the column ``name`` seems to be meant for, or ""."""
     key = "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c.isalnum())
     exact = [column for column in ours if key in OFTEN_CALLED.get(column, "").split()]
     near = difflib.get_close_matches(key, [column for column in ours if len(column) > 3], n=1, cutoff=0.8)
@@ -133,14 +113,14 @@ class Quoting:
     broken: int = 0
 
     def lines(self) -> list[str]:
-        """Which was taken, in words."""
+        """Say which of the two was taken."""
         if self.broken:
             why = f"those in line {self.broken} do not enclose a cell (Common Voice does not quote)"
             return [f"  quotation marks are characters, as {why}"]
         return ["  quotation marks quote, as they enclose cells everywhere (pandas does so)"] if self.seen else []
 
     def remark(self) -> str:
-        """For an error that may follow from it."""
+        """Word the end of an error that may follow from it."""
         why = f"quotation marks are characters here, as those in line {self.broken} do not enclose a cell"
         return f"; {why}" if self.broken else ""
 
@@ -175,7 +155,7 @@ def find_quoting(file: BinaryIO) -> Quoting:
 
 
 def swallowed(lines: Sequence[str], names: Sequence[str], delimiter: str) -> int:
-    """Which of the lines of one row looks like a row of its own, so that a quote seems left open; 0: none does.
+    """Find the line within a row that looks like a row of its own, so that a quote seems left open; 0: none does.
 
     Where the first line and another one have all fields, with files of the same kind, they are rows: a text that
     holds such a line is not known.
@@ -199,7 +179,7 @@ class Files:
         self.listings: dict[str, dict[str, str]] = {}  # folder -> composed name -> name, "" where there are two
 
     def find(self, file: Path) -> Path:
-        """The file that is there; as it is where there is none."""
+        """Return the file under its name on the disk, or unchanged where there is none."""
         if len(str(file)) > MAX_PATH or os.path.lexists(file):
             return file
         found = file.anchor

@@ -15,13 +15,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ser.data.cells import MAX_SHOWN, brief, cut, whole
+from ser.data.cells import MAX_SHOWN, whole
 from ser.data.manifest import Utterance, check_regular, map_for
 from ser.data.text import did_you_mean, nfc, unique_names
-from ser.errors import ConfigError, ManifestError
+from ser.errors import ConfigError, ManifestError, brief_repr, shorten, summary
 
 MAX_MAP_BYTES = 16 * 1024 * 1024
 MAX_EXAMPLE = 1000  # characters
+EXAMPLE = '{"hapy": "happy", "xxx": null}'  # of a map
 MAX_COMPARED = 200  # classes that are compared with each other for slips
 
 # Characters without a picture of their own, beside those of the categories Cc and Cf: joiners, fillers,
@@ -38,7 +39,7 @@ SEEMS_MISSING = frozenset({"nan", "na", "n/a", "#n/a", "<na>", "null", "none", "
 
 
 def parse_map(source: str) -> dict[str, Any]:
-    """A label map: emotion as written -> its name, None for no label; below "speaker", the same of speakers.
+    """Read a label map: emotion as written -> its name, None for no label; below "speaker", the same of speakers.
 
         {"hapy": "happy", "xxx": null, "speaker": {"s1": "S1"}}
 
@@ -64,18 +65,17 @@ def parse_map(source: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
     except (ManifestError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: no JSON object of names: {error}") from None
+        raise ConfigError(f"{where}: is not a JSON object such as {EXAMPLE}: {error}") from None
 
 
 def check_map(values: object, where: str) -> dict[str, Any]:
-    """A label map as JSON has it, with its names as labels are read; ``where`` it is from, for the message.
+    """Check a label map from JSON and write its names as labels are read; ``where`` is for the message.
 
     Raises:
         ConfigError: it is none.
     """
     if not isinstance(values, dict):
-        example = '{"hapy": "happy", "xxx": null}'
-        raise ConfigError(f"{where}: found {brief(values)}, expected an object such as {example}")
+        raise ConfigError(f"{where}: found {brief_repr(values)}, expected an object such as {EXAMPLE}")
     speakers = values.get("speaker")
     if not isinstance(speakers, dict):
         return dict(_checked(where, values))
@@ -84,26 +84,28 @@ def check_map(values: object, where: str) -> dict[str, Any]:
 
 
 def is_name(text: str) -> bool:
-    """Whether it can be a label: neither empty nor half a surrogate pair."""
+    """Tell whether it can be a label: neither empty nor half a surrogate pair."""
     return bool(text.strip()) and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _checked(where: str, values: Mapping[str, Any]) -> dict[str, str | None]:
-    """One level of a map, its names as labels are read."""
+    """Check one level of a map, and write its names as labels are read."""
     names: dict[str, str | None] = {}
     for old, new in values.items():
         if not (new is None or (isinstance(new, str) and is_name(new))) or not is_name(old):
-            raise ConfigError(f"{where}: {brief(old)} is {brief(new)}, expected a name, or null for no label")
+            raise ConfigError(
+                f"{where}: {brief_repr(old)} is {brief_repr(new)}, expected a name, or null for no label"
+            )
         old = nfc(old.strip())
         if old in names:
-            raise ConfigError(f"{where}: {brief(old)} stands twice")
+            raise ConfigError(f"{where}: {brief_repr(old)} stands twice")
         names[old] = None if new is None else nfc(new.strip())
     for old, new in names.items():
         if new is not None and names.get(new, new) != new:
-            end = "no label" if names[new] is None else brief(names[new])
+            end = "no label" if names[new] is None else brief_repr(names[new])
             raise ConfigError(
-                f"{where}: {brief(old)} is to be {brief(new)}, but that is to be {end}; each name is replaced "
-                "once, so write what it is to be in the end"
+                f"{where}: {brief_repr(old)} is to be {brief_repr(new)}, but that is to be {end}; each name is "
+                "replaced once, so write what it is to be in the end"
             )
     return names
 
@@ -112,7 +114,7 @@ def _checked(where: str, values: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def spelling(name: str) -> str:
-    """What is left of a name without case, spaces, invisible characters and variants of the same character.
+    """Reduce a name to what is left without case, spaces, invisible characters and variants of a character.
 
     Spaces between digits stay, since they hold numbers apart, and 1.0 is 1.
     """
@@ -126,7 +128,7 @@ def spelling(name: str) -> str:
 
 
 def is_invisible(character: str) -> bool:
-    """Whether a character has no picture and takes no room."""
+    """Tell whether a character has no picture and takes no room."""
     return unicodedata.category(character) in ("Cc", "Cf") or INVISIBLE.match(character) is not None
 
 
@@ -138,7 +140,7 @@ def check_spellings(
     label_map: Mapping[str, Any] | None = None,
     columns: Collection[str] = ("emotion", "speaker"),
 ) -> None:
-    """That no class, and no speaker, is spelt in two ways: they would be two.
+    """Refuse a class or a speaker that is spelt in two ways: they would be two.
 
     Args:
         sets: name -> utterances.
@@ -180,7 +182,7 @@ def check_spellings(
 
 
 def _example(maps: Sequence[Mapping[str, Any]]) -> str:
-    """One map of all, as JSON that can be copied; of the first alone where that would be long."""
+    """Write one map of all as JSON that can be copied; where that would be long, the first one alone."""
     speakers = {old: new for one in maps for old, new in map_for(one, "speaker").items()}
     together = {old: new for one in maps for old, new in map_for(one, "emotion").items()}
     text = json.dumps(together | ({"speaker": speakers} if speakers else {}))
@@ -190,7 +192,7 @@ def _example(maps: Sequence[Mapping[str, Any]]) -> str:
 def _twins(
     column: str, names: Sequence[str], where: Mapping[str, Sequence[str]], right: Collection[str]
 ) -> tuple[str, dict[str, Any]]:
-    """The line that shows the spellings of one name, and a map that makes them one."""
+    """Write a line that shows the spellings of one name, and a map that makes them one."""
     shown = [f"{shown_name(n)} ({', '.join(where[n]) or 'of the model'})" for n in names[:MAX_SHOWN]]
     kept = next((n for n in names if n in right), names[0])
     renamed = {n: kept for n in names if n != kept}
@@ -198,16 +200,16 @@ def _twins(
 
 
 def shown_name(name: str) -> str:
-    """A name in quotes; where something in it cannot be seen, or looks like another character, it is escaped."""
+    """Quote a name; escape it where something in it cannot be seen, or looks like another character."""
     plain = unicodedata.normalize("NFKC", name) == name and not any(map(is_invisible, name))
-    return brief(name) if plain else cut(ascii(name))
+    return brief_repr(name) if plain else shorten(ascii(name), 200)
 
 
 # ----------------------------------------------------------------------------------------------------- counts
 
 
 def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection[str] | None = None) -> list[str]:
-    """What a user should know of the labels before they are used: classes with counts, and what is odd in them.
+    """Say what a user should know of the labels before they are used: classes, counts, and what is odd.
 
     Args:
         sets: name -> utterances; the first one is what others are compared with.
@@ -235,10 +237,9 @@ def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection
 
 
 def _set_line(title: str, utterances: Sequence[Utterance], counts: Counter[str]) -> str:
-    """One set: its size, its classes from the most frequent on, and how many utterances lack which label."""
+    """Describe a set: its size, its classes from the most frequent on, and how many utterances lack a label."""
     classes = [f"{_plain(name)} {count}" for name, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))]
-    more = [f"{len(classes) - MAX_SHOWN} more classes"] if len(classes) > MAX_SHOWN else []
-    parts = [f"emotions {', '.join([*classes[:MAX_SHOWN], *more])}"] if classes else []
+    parts = [f"emotions {summary(classes, MAX_SHOWN)}"] if classes else []
     speakers = {u.speaker for u in utterances if u.speaker is not None}
     parts += [f"{len(speakers)} speakers"] if speakers else []
     lacking = {
@@ -251,26 +252,26 @@ def _set_line(title: str, utterances: Sequence[Utterance], counts: Counter[str])
 
 
 def _plain(name: str) -> str:
-    """A name, in quotes where it is more than letters and digits."""
+    """Show a name, in quotes where it is more than letters and digits."""
     return name if name.replace("_", "").replace("-", "").isalnum() and len(name) < 50 else shown_name(name)
 
 
 def _odd_names(counts: Counter[str]) -> list[str]:
-    """Classes that are perhaps none: slips of another, what seems to be missing, what cannot be seen."""
+    """Point at classes that are perhaps none: slips of another, what seems to be missing, what cannot be seen."""
     lines = []
     for name in sorted(counts):
         if name.casefold() in SEEMS_MISSING:
             drop = json.dumps({name: None})
-            lines.append(f"{brief(name)} ({counts[name]}) is taken as a class; if it is none: --map '{drop}'")
+            lines.append(f"{brief_repr(name)} ({counts[name]}) is taken as a class; if it is none: --map '{drop}'")
         elif not name.isprintable() or INVISIBLE.search(name):
             lines.append(f"{name!a} ({counts[name]}) has characters that cannot be seen")
         elif len(counts) <= MAX_COMPARED and (near := _near(name, counts)):
-            lines.append(f"{brief(name)} ({counts[name]}): did you mean {brief(near)} ({counts[near]})?")
+            lines.append(f"{brief_repr(name)} ({counts[name]}): did you mean {brief_repr(near)} ({counts[near]})?")
     return lines[:MAX_SHOWN]
 
 
 def _near(name: str, counts: Counter[str]) -> str:
-    """The class, at least twice as frequent, of which ``name`` may be a slip: a letter more, less or another."""
+    """Find the class, at least twice as frequent, of which ``name`` may be a slip of one letter."""
     digits = re.sub(r"[^0-9]", "", name)
     for other in counts:
         if counts[other] < 2 * counts[name] or abs(len(other) - len(name)) > 1:
@@ -282,26 +283,26 @@ def _near(name: str, counts: Counter[str]) -> str:
 
 
 def _lacking(title: str, here: Collection[str], other: str, there: Collection[str], consequence: str) -> list[str]:
-    """Which classes one of the two has and the other, the first set or the model, lacks."""
+    """Say which classes a set has and another one, the first set or the model, lacks; and the reverse."""
     lines = []
     for names, what, meant in (
         (set(here) - set(there), f"has emotions that {other} lacks, {consequence}", list(there)[:MAX_COMPARED]),
         (set(there) - set(here), f"lacks emotions that {other} has, and says nothing of them", []),
     ):
-        shown = [f"{_plain(name)}{did_you_mean(name, meant)}" for name in sorted(names)[:MAX_SHOWN]]
-        more = [f"{len(names) - MAX_SHOWN} more"] if len(names) > MAX_SHOWN else []
+        shown = [f"{_plain(name)}{did_you_mean(name, meant)}" for name in sorted(names)]
         if names:
-            lines.append(f"warning: {title} {what}: {', '.join([*shown, *more])}")
+            lines.append(f"warning: {title} {what}: {summary(shown, MAX_SHOWN)}")
     return lines
 
 
 def _zeros(sets: Mapping[str, Sequence[Utterance]]) -> list[str]:
-    """Speakers who are the same number with and without leading zeros, which a spreadsheet takes away."""
+    """Point at speakers who are one number with and without leading zeros, which a spreadsheet takes away."""
     numbers: dict[str, set[str]] = {}
     for name in {u.speaker for utterances in sets.values() for u in utterances}:
         if name is not None and name.isdecimal():
             numbers.setdefault(name.lstrip("0") or "0", set()).add(name)
-    twins = [" and ".join(map(brief, sorted(names))) for _, names in sorted(numbers.items()) if len(names) > 1]
-    more = [f"{len(twins) - MAX_SHOWN} more"] if len(twins) > MAX_SHOWN else []
-    shown = ", ".join([*twins[:MAX_SHOWN], *more])
+    twins = [
+        " and ".join(map(brief_repr, sorted(names))) for _, names in sorted(numbers.items()) if len(names) > 1
+    ]
+    shown = summary(twins, MAX_SHOWN)
     return [f"speakers differ in leading zeros alone, and count as different people: {shown}"] if twins else []

@@ -32,16 +32,13 @@ from ser.data.cells import (
     Files,
     Missing,
     Quoting,
-    brief,
-    cut,
     find_quoting,
-    listed,
     often_called,
     swallowed,
     whole,
 )
 from ser.data.text import did_you_mean, nfc, unique_names
-from ser.errors import ConfigError, ManifestError
+from ser.errors import ConfigError, ManifestError, brief_repr, shorten, summary
 from ser.files import csv_line, replace_file
 
 DIMENSIONS = ("arousal", "dominance", "valence")
@@ -267,7 +264,7 @@ def _unknown_column(name: str) -> str:
 
 def _quoted(word: str) -> str:
     """A word as a shell takes it, where a terminal can show it."""
-    return shlex.quote(word) if word.isprintable() else brief(word)
+    return shlex.quote(word) if word.isprintable() else brief_repr(word)
 
 
 class _Renaming:
@@ -304,7 +301,7 @@ class _Renaming:
         if missing:
             hint = "" if len(found) > 1 else "; fields are separated by commas, in a .tsv file by tabs"
             raise ManifestError(
-                f"{self.path}: {'; '.join(missing)}; the columns are {brief(list(found))}{hint}; "
+                f"{self.path}: {'; '.join(missing)}; the columns are {brief_repr(list(found))}{hint}; "
                 f"other names can be given as columns, such as file=path{self.remark}"
             )
 
@@ -313,16 +310,17 @@ class _Renaming:
         read = {self(name): name for name in self.found if self(name) in COLUMNS}
         others = [name for name in self.found if name and self(name) not in COLUMNS]
         shown = [
-            ours if ours == read[ours] else f"{ours} (from {brief(read[ours])})"
+            ours if ours == read[ours] else f"{ours} (from {brief_repr(read[ours])})"
             for ours in COLUMNS
             if ours in read
         ]
         nameless = self.found.count("")
         rest = [f"{nameless} without a name"] if nameless else []
-        lines = [f"{self.path}: columns read: {', '.join(shown)}; not read: {listed(others, rest) or 'none'}"]
+        left = summary([*map(brief_repr, others), *rest], MAX_SHOWN) or "none"
+        lines = [f"{self.path}: columns read: {', '.join(shown)}; not read: {left}"]
         aside = {name for name in others if name in self.columns}
         hints = [
-            f"  {brief(name)} is not read; did you mean --columns {_quoted(f'{ours}={name}')}?"
+            f"  {brief_repr(name)} is not read; did you mean --columns {_quoted(f'{ours}={name}')}?"
             for name in others[:MAX_COLUMNS]
             if name not in aside and (ours := often_called(name, [c for c in COLUMNS if c not in read]))
         ]
@@ -420,7 +418,7 @@ def _header(path: Path, line: int, found: list[str], renaming: _Renaming) -> lis
     names = [renaming(name) for name in found]
     for name in filter(None, names):
         if names.count(name) > 1:
-            raise ManifestError(f"{path}: line {line}: the column {brief(name)} stands twice")
+            raise ManifestError(f"{path}: line {line}: the column {brief_repr(name)} stands twice")
     return names
 
 
@@ -440,17 +438,17 @@ def _json_rows(
             try:
                 values = decode(text)
                 if not isinstance(values, dict):
-                    raise ValueError(f"found {brief(values)}, expected one object per line")
+                    raise ValueError(f"found {brief_repr(values)}, expected one object per line")
                 count = len(values)
                 values = {name.strip(): value for name, value in values.items()}
                 every_name.update(dict.fromkeys(values))
                 cells = {renaming(name): _cell(name, value, renaming) for name, value in values.items()}
                 if len(cells) < count:
-                    raise ValueError(f"two of {brief(list(values))} become one column")
+                    raise ValueError(f"two of {brief_repr(list(values))} become one column")
                 if "\\u" in text and not all(_is_text(part) for pair in cells.items() for part in pair):
                     raise ValueError("half a surrogate pair or a NUL, which is no text")
             except (ValueError, RecursionError) as error:
-                problems.add(f"line {lines.number}", f"not a JSON row: {cut(str(error))}")
+                problems.add(f"line {lines.number}", f"not a JSON row: {shorten(str(error), 200)}")
                 continue
             yield lines.number, {name: cell for name, cell in cells.items() if name}
     except _Unreadable:
@@ -471,7 +469,7 @@ def _cell(name: str, value: Any, renaming: _Renaming) -> str | None:
     unfit = isinstance(value, dict | list) or (isinstance(value, float) and not math.isfinite(value))
     ours = renaming(name)
     if unfit and ours in COLUMNS and not (isinstance(value, float) and ours in NUMBERS):
-        raise ValueError(f"{brief(name)} is {brief(value)}, expected a string or number")
+        raise ValueError(f"{brief_repr(name)} is {brief_repr(value)}, expected a string or number")
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -525,7 +523,7 @@ def _number(
         return number
     if missing is not None and missing(name, cell):
         return None
-    found.append(f"{name} is {brief(cell)}, expected {'a number' if least else 'seconds, 0 or more'}")
+    found.append(f"{name} is {brief_repr(cell)}, expected {'a number' if least else 'seconds, 0 or more'}")
     return None
 
 
@@ -565,21 +563,25 @@ def _new_names(
     """
     new = {name: names[name] for name in counts if name in names}
     if new:
-        shown = [f"{brief(n)} is {'no label' if to is None else brief(to)} ({counts[n]})" for n, to in new.items()]
-        lines.append(f"  --map, {column}: {cut(', '.join(shown))}")
+        shown = [
+            f"{brief_repr(n)} is {'no label' if to is None else brief_repr(to)} ({counts[n]})"
+            for n, to in new.items()
+        ]
+        lines.append(f"  --map, {column}: {shorten(', '.join(shown), 200)}")
     new |= {n: None for n in counts if n not in new and missing(column, n, count=counts[n])}
     floats = {}
     if column == "speaker" and not missing.literal:
         floats = {n: whole(n) for n in counts if n not in new and whole(n) != n}
         new |= {n: names.get(to, to) for n, to in floats.items()}
     if floats:
-        shown = [f"{brief(n)} is {brief(to)}" for n, to in floats.items()]
-        lines.append(f"  speakers that are whole numbers written as floats are those: {cut(', '.join(shown))}")
+        shown = [f"{brief_repr(n)} is {brief_repr(to)}" for n, to in floats.items()]
+        lines.append(
+            f"  speakers that are whole numbers written as floats are those: {shorten(', '.join(shown), 200)}"
+        )
     known = dict.fromkeys([*counts, *floats.values()])
     for name in [name for name in names if name not in known][:MAX_SHOWN]:
-        lines.append(
-            f"  --map: no {column} here is called {brief(name)}{did_you_mean(name, list(known)[:MAX_COLUMNS])}"
-        )
+        near = did_you_mean(name, list(known)[:MAX_COLUMNS])
+        lines.append(f"  --map: no {column} here is called {brief_repr(name)}{near}")
     return new
 
 
@@ -621,13 +623,13 @@ class _Checks:
         if first_audio != number:
             yield f"the same recording (file, start, end) is {self.unit} {first_audio} already"
         elif first_id != number:
-            yield f"the id {brief(utterance.id)} is that of {self.unit} {first_id} already"
+            yield f"the id {brief_repr(utterance.id)} is that of {self.unit} {first_id} already"
         if self.check_files:
             name = str(utterance.file)
             if name not in self.unusable:
                 self.unusable[name] = _why_unusable(utterance.file)
             if why := self.unusable[name]:
-                yield f"the file {brief(name)} {why}"
+                yield f"the file {brief_repr(name)} {why}"
 
 
 def _why_unusable(file: Path) -> str:
@@ -685,7 +687,7 @@ def write_manifest(
 
     for name in others:
         if name in COLUMNS or not name or name != name.strip() or not _is_text(name) or breaks(name):
-            problems.add(f"extra column {brief(name)}", "is not a name of its own")
+            problems.add(f"extra column {brief_repr(name)}", "is not a name of its own")
     checks = _Checks(check_files=False, unit="utterance")
     try:
         with replace_file(path) as file:
@@ -708,7 +710,7 @@ def write_manifest(
                 elif max(map(len, texts.values())) > MAX_CELL or len(line.encode()) > MAX_LINE_BYTES:
                     found.append("is too long for a manifest")
                 for what in found:
-                    problems.add(f"utterance {number} {brief(utterance.id)}", what)
+                    problems.add(f"utterance {number} {brief_repr(utterance.id)}", what)
                 if not found:
                     file.write(line)
             problems.raise_if_any(f"{path}: nothing was written, these are the problems")
@@ -724,9 +726,9 @@ def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
         if value is None:
             continue
         if missing(column, value):
-            yield f"{column} {brief(value)} would be read as none; {advice}"
+            yield f"{column} {brief_repr(value)} would be read as none; {advice}"
         elif column == "speaker" and not missing.literal and whole(value) != value:
-            yield f"speaker {brief(value)} would be read as {whole(value)!r}; {advice}"
+            yield f"speaker {brief_repr(value)} would be read as {whole(value)!r}; {advice}"
 
 
 def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
@@ -766,8 +768,8 @@ def check_labels(
             label = getattr(utterance, kind)
             if label is not None and label not in names:
                 near = did_you_mean(label, names) if problems.count < MAX_LISTED else ""
-                problems.add(f"utterance {brief(utterance.id)}", f"unknown {kind} {brief(label)}{near}")
-    lists = "; ".join(f"the {kind}s are {brief(sorted(names))}" for kind, names in known.items())
+                problems.add(f"utterance {brief_repr(utterance.id)}", f"unknown {kind} {brief_repr(label)}{near}")
+    lists = "; ".join(f"the {kind}s are {brief_repr(sorted(names))}" for kind, names in known.items())
     problems.raise_if_any(f"{lists}; these are other labels, which --map can rename or drop")
 
 
@@ -812,7 +814,7 @@ def check_overlap(
     found = {"speakers": overlap.speakers, "utterances": overlap.utterances}
     for kind, shared in found.items():
         if shared and OVERLAPS.index(allow) < OVERLAPS.index(kind):
-            shown = ", ".join(map(brief, shared[:MAX_LISTED]))
+            shown = ", ".join(map(brief_repr, shared[:MAX_LISTED]))
             more = f" and {len(shared) - MAX_LISTED} more" if len(shared) > MAX_LISTED else ""
             need = "utterances" if overlap.utterances else "speakers"
             raise ManifestError(

@@ -105,7 +105,7 @@ LONGEST = 150  # bytes of UTF-8; a path of Windows has 260 characters
 
 
 def can_name_a_folder(name: str) -> bool:
-    """Whether a folder of this name, below any other, is harmless and the same on every system."""
+    """Tell whether a folder of this name, below any other, is harmless and the same on every system."""
     return (
         name.isprintable()  # no control, no invisible or undefined character, no lone surrogate
         and bool(name)
@@ -119,7 +119,7 @@ def can_name_a_folder(name: str) -> bool:
 
 
 def folder_names(names: Iterable[str]) -> dict[str, str]:
-    """Name -> what it is called as a folder: itself where that is harmless, else its letters and a digest.
+    """Name a folder for each name: the name itself where that is harmless, else its letters and a digest.
 
     No two are the same, not even on a disk that takes capitals for small letters, or two spellings of é for one.
     """

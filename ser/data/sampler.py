@@ -140,12 +140,12 @@ def split_evenly(values: Sequence[int], parts: int) -> Iterator[Sequence[int]]:
 
 
 def first_of_each_cost(hand: Sequence[int], costs: Sequence[int]) -> dict[int, int]:
-    """Cost -> the first number of the hand that has it."""
+    """Map each cost to the first number of the hand that has it."""
     return {costs[k]: k for k in reversed(hand)}
 
 
 def best_swap(high: Sequence[int], low: Sequence[int], costs: Sequence[int], gap: int) -> tuple[int, int, int]:
-    """(gap that is left, a, b): which a of ``high`` and b of ``low`` to swap; of equally good ones the first.
+    """Find which a of ``high`` and b of ``low`` to swap: (gap that is left, a, b), the first of equally good ones.
 
     Both hands ascend, and ``gap`` is how much dearer the high one is. For each a the best b is the one whose cost
     is nearest to cost(a) - gap / 2, so no pairs are tried.

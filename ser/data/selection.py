@@ -6,7 +6,6 @@ A `Selection` is a manifest, or one part of one fold of it, with all that is nee
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +13,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ser.data.cells import brief
 from ser.data.labels import check_map, parse_map
 from ser.data.manifest import Utterance, check_regular, parse_columns, read_manifest
 from ser.data.protocols import (
@@ -28,7 +26,8 @@ from ser.data.protocols import (
     find_protocol,
     with_known_turns,
 )
-from ser.errors import ConfigError, ManifestError
+from ser.errors import ConfigError, ManifestError, brief_repr
+from ser.files import digest
 
 # As JSON has them; the others are strings or null.
 KINDS_OF_FIELDS: dict[str, tuple[type, ...]] = {
@@ -80,15 +79,18 @@ class Selection:
         kinds = {f.name: KINDS_OF_FIELDS.get(f.name, (str, type(None))) for f in fields(cls)}
         sound = isinstance(values, Mapping) and "data" in values and values.keys() <= kinds.keys()
         if not sound or not all(isinstance(value, kinds[name]) for name, value in values.items()):
-            raise ConfigError(f"{brief(values)} does not name utterances")
+            raise ConfigError(f"{brief_repr(values)} does not name utterances")
         found = cls(**values)
         check_map(found.label_map, "label_map")
         if not all(isinstance(x, str) for x in (*found.shares, *found.columns, *found.columns.values())):
-            raise ConfigError(f"{brief(values)} does not name utterances")
+            raise ConfigError(f"{brief_repr(values)} does not name utterances")
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; how labels are read, only where that was said, so that older ones are equal."""
+        """Return it as JSON holds it.
+
+        How labels are read stands there only if it was said, so that selections of earlier releases are equal.
+        """
         usual = {"label_map": {}, "literal_labels": False}
         return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
@@ -103,10 +105,11 @@ class Selection:
         path = self.manifest
         try:
             check_regular(path, "a CSV or JSON lines manifest")
-            with path.open("rb") as file:
-                return replace(self, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+            return replace(self, sha256=digest(path))
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             cause = error.strerror if isinstance(error, OSError) else error
+            if path != Path(self.data) and isinstance(error, FileNotFoundError):
+                cause = f"{self.data} is a folder, and has no {path.name} as preparing writes it; give a manifest"
             raise ManifestError(f"{path}: cannot be read: {cause}") from None
 
     def read(self, *, check_files: bool = True, tell: Callable[[str], None] | None = None) -> list[Utterance]:

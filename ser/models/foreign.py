@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ser.errors import ConfigError, ModelFolderError, brief_repr
+from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
 from ser.models.pickles import Namespace
-from ser.models.pretrained import shorten, summary
 
 # ---------------------------------------------------------------------------------------------- renaming
 

@@ -103,7 +103,7 @@ def new_linear(inputs: int, outputs: int, initializer_range: float) -> nn.Linear
 
 
 def new_head(form: str, inputs: int, outputs: int, *, dropout: float, initializer_range: float) -> nn.Module:
-    """A head of a form in `HEAD_FORMS`, initialised at random."""
+    """Make a head of a form in `HEAD_FORMS`, initialised at random."""
     if form == "dense":
         return DenseHead(inputs, outputs, dropout=dropout, initializer_range=initializer_range)
     return new_linear(inputs, outputs, initializer_range)

@@ -15,7 +15,7 @@ _inside = 0  # contexts that are open, in any thread: the setting is one of the 
 
 
 def glibc() -> ctypes.CDLL | None:
-    """The C library of this process, where it is glibc."""
+    """Find the C library of this process, where it is glibc."""
     if platform.libc_ver()[0] != "glibc":
         return None
     try:

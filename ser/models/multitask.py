@@ -72,7 +72,7 @@ class HeadsConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, but without those that earlier versions lacked where they are as they were then."""
+        """Return the fields; those that earlier versions lacked, only where they differ from what those did."""
         default = HeadsConfig()
         later = ("emotion_head", "dimension_head")
         return {k: v for k, v in asdict(self).items() if k not in later or v != getattr(default, k)}

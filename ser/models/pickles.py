@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ser.errors import ModelFolderError
-from ser.files import is_lfs_pointer
+from ser.models.pretrained import refuse_lfs_pointer
 
 MAX_FILE_BYTES = 20 * 2**30  # the largest public checkpoints of this family, of 2 billion parameters, have 8 GB
 MAX_PICKLE_BYTES = 64 * 2**20  # of the instructions alone; the tensors stand beside them
@@ -67,11 +67,7 @@ def read_pickle(path: Path) -> Any:
         raise ModelFolderError(f"{path}: pickles are read with torch 2.6 or newer; this is {torch.__version__}")
     if not path.is_file():
         raise ModelFolderError(f"{path}: there is no such file")
-    if is_lfs_pointer(path):
-        raise ModelFolderError(
-            f"{path}: is a pointer of git-lfs, which stands in place of the file itself; fetch it: run "
-            f"`git lfs pull` in {path.parent}"
-        )
+    refuse_lfs_pointer(path, path)
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise ModelFolderError(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")

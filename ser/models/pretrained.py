@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ser.errors import ConfigError, ModelFolderError, printable
+from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
 from ser.files import is_lfs_pointer, open_tensors
 from ser.models.config import Wav2Vec2Config
 from ser.models.wav2vec2 import Wav2Vec2
@@ -100,9 +100,7 @@ class LoadReport:
     new: list[str] = field(default_factory=list)  # in the model, not in the folder: initialised at random
     unused: list[str] = field(default_factory=list)  # in the folder, of no use to this model
     ignored_settings: list[str] = field(default_factory=list)  # keys of config.json that are not the encoder's
-    notes: list[str] = field(
-        default_factory=list
-    )  # what the folder does not say or contradicts, and what was taken
+    notes: list[str] = field(default_factory=list)  # what its files lack or contradict, and what was taken
 
     def __str__(self) -> str:
         loaded = f"{len(self.matched)} tensors loaded" if self.matched else "random weights"
@@ -115,23 +113,11 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def summary(names: Iterable[str], most: int = 8) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    shown = printable(", ".join(shorten(name, 200) for name in names[:most]))
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def shorten(text: str, most: int = 500) -> str:
-    """``text``, cut where a hostile file made it long."""
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
 # ---------------------------------------------------------------------------------------------- reading
 
 
 def exists(path: Path) -> bool:
-    """Whether something is there. Of a name that no file can have, which Path.exists raises for: no."""
+    """Tell whether something is there. A name that no file can have, for which Path.exists raises, is not."""
     return os.path.exists(path)  # noqa: PTH110
 
 
@@ -152,7 +138,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     """
     if Path(name).name != name:
         raise ModelFolderError(
-            f"{folder}: {shorten(repr(name), 200)} is not a plain file name; files outside the folder are not read"
+            f"{folder}: {brief_repr(name, 200)} is not a plain file name; files outside the folder are not read"
         )
     path = folder / name
     try:
@@ -202,7 +188,7 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether it looks like the OWNER/NAME of a repository on the Hugging Face hub."""
+    """Tell whether it looks like the OWNER/NAME of a repository on the Hugging Face hub."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and len(name) < 200
 
 
@@ -418,12 +404,12 @@ MERGE = "merge it into the model with PEFT first (merge_and_unload(), then save_
 
 
 def without_wrappers(key: str) -> str:
-    """A checkpoint's key without the parts in `WRAPPERS`."""
+    """Take the parts in `WRAPPERS` out of a checkpoint's key."""
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 def unwrapped(key: str) -> str:
-    """A checkpoint's key without all that wrappers put into it."""
+    """Take all that wrappers put into it out of a checkpoint's key."""
     key = without_wrappers(key)
     while key.startswith(OUTER_WRAPPERS):
         for prefix in OUTER_WRAPPERS:

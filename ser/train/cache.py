@@ -40,9 +40,8 @@ from tqdm import tqdm
 from ser.audio import SAMPLE_RATE
 from ser.data.dataset import SpeechDataset
 from ser.errors import ConfigError, FileError
-from ser.files import open_tensors, sync, write_tensors, written
+from ser.files import digest, open_tensors, sync, write_tensors, written
 from ser.models.multitask import MultiTaskModel
-from ser.train.content import digest
 from ser.train.distributed import World
 from ser.train.resources import memory_explained
 
@@ -170,7 +169,7 @@ class Cache:
 
 
 def verified(paths: Sequence[Path], world: World) -> tuple[set[Path], set[Path]]:
-    """Shards whose bytes are as they were written, and the others. Their names tell."""
+    """Divide shards into those whose bytes are as they were written, which their names tell, and the others."""
     sound: set[Path] = set()
     silent = not (world.is_main and sys.stderr.isatty())
     for path in tqdm(paths, unit="shard", desc="verifying the cache", leave=False, disable=silent):

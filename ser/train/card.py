@@ -66,7 +66,7 @@ def counts_of(utterances: Sequence[Utterance]) -> dict[str, Any]:
 
 
 def hours_of(lengths: Iterable[int]) -> float:
-    """Of recordings with so many samples each."""
+    """Return the hours of recordings with so many samples each."""
     return round(sum(lengths) / SAMPLE_RATE / 3600, 4)
 
 
@@ -172,21 +172,21 @@ def trained_on(record: Mapping[str, Any]) -> Selection | None:
 
 
 def as_text(foreign: object) -> str:
-    """What Markdown shows as these characters, on one line: a name cannot become a heading, HTML or a table."""
+    """Escape a text so that Markdown shows it as it is, on one line: no name is a heading, HTML or a table."""
     text = html.escape(printable(str(foreign)), quote=False)
     text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)  # my_corpus is no emphasis
     return re.sub(r"^(\s*\d*)([-+=#.)])(?=[-=#\s]|$)", r"\1\\\2", text)  # no heading, list or rule
 
 
 def as_code(foreign: object) -> str:
-    """A code span of these very characters."""
+    """Make a code span of these very characters."""
     text = printable(str(foreign))
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def as_block(text: str) -> list[str]:
-    """The lines of a code block of some lines, whatever stands in them."""
+    """Make the lines of a code block, whatever stands in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return [fence, printable(text, lines=True), fence]
 

@@ -38,6 +38,7 @@ from ser.data.text import did_you_mean
 from ser.errors import ConfigError, RunFolderError
 from ser.files import (
     clear_remains,
+    digest,
     read_tensors,
     remove_folder,
     replace_file,
@@ -47,7 +48,7 @@ from ser.files import (
     write_tensors,
 )
 from ser.recognizer import Recognizer
-from ser.train.content import changed_settings, digest
+from ser.train.content import changed_settings
 from ser.train.processes import OWNER, attempt, launch
 from ser.train.resources import SMALLER_MODEL, is_out_of_memory, memory_explained
 
@@ -476,12 +477,12 @@ def reopened(folder: Path, settings: dict[str, Any], resume_from: str | Path | N
 
 
 def is_over(progress: Progress, settings: Mapping[str, Any]) -> bool:
-    """Whether training has come to its end by these settings: of all epochs, or early."""
+    """Tell whether training has come to its end by these settings: of all epochs, or early."""
     return progress.epoch >= settings["epochs"] or stops_early(progress, settings.get("early_stop", 0))
 
 
 def stops_early(progress: Progress, patience: int) -> bool:
-    """Whether there were ``patience`` evaluations without improvement; 0: never."""
+    """Tell whether there were ``patience`` evaluations without improvement; 0: never."""
     return bool(patience) and progress.evaluations_since_best >= patience
 
 
@@ -511,7 +512,7 @@ def describe(recognizer: Recognizer) -> dict[str, Any]:
 
 
 def opened_before(folder: Path) -> bool:
-    """Whether an earlier attempt of this launch of torchrun has opened the run in a folder.
+    """Tell whether an earlier attempt of this launch of torchrun has opened the run in a folder.
 
     Then what was to be done there once (``overwrite``, ``resume_from``) was done. That processes were started
     again does not tell it: they may have ended before.

@@ -16,16 +16,11 @@ from typing import Any
 from ser.data.dataset import SpeechDataset
 from ser.data.manifest import Utterance
 from ser.data.text import nfc
-from ser.models.pretrained import shorten
+from ser.errors import brief_repr
+from ser.files import digest
 
 # Of a `Selection` as a dictionary: what names the same utterances wherever the manifest lies.
 NAMES = ("protocol", "shares", "seed", "fold", "known_turns", "part")
-
-
-def digest(path: Path) -> str:
-    """The sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_sha256(folder: Path) -> str:
@@ -96,7 +91,7 @@ def changed_settings(
         settled.add("init")
     old, new = (flat(without_paths({k: v for k, v in s.items() if k not in settled})) for s in (before, now))
     return found | {
-        key: f"{key}: {shorten(repr(old.get(key)), 200)} then, {shorten(repr(new.get(key)), 200)} now"
+        key: f"{key}: {brief_repr(old.get(key), 200)} then, {brief_repr(new.get(key), 200)} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     }

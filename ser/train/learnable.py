@@ -70,9 +70,9 @@ def check_learnable(
 def usable_labels(
     recognizer: Recognizer, dataset: SpeechDataset, heads: Sequence[str], read: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(N,) of each head and dimension that can learn: whether an utterance has a label, or it, NaN where not.
+    """Find what the heads and dimensions can learn from, and which of them can learn nothing, with the reason.
 
-    And of the others why they cannot, whatever the updates are.
+    The first is (N,) for each: of a head whether an utterance has a label, of a dimension the label, NaN for none.
     """
     found: dict[str, tuple[Tensor, str]] = {}
     none = "no training utterance has a label"
@@ -105,7 +105,7 @@ def usable_labels(
 
 
 def teaches(labels: Tensor, updates: Sequence[Sequence[int]]) -> Tensor:
-    """(N,) `usable_labels` of a head or dimension -> (updates,) bool: whether an update has a gradient of it."""
+    """Tell which updates (updates,) have a gradient of a head or dimension with these `usable_labels` (N,)."""
     members = torch.tensor([i for update in updates for i in update])
     sizes = torch.tensor([len(update) for update in updates])
     places = torch.arange(len(updates)).repeat_interleave(sizes)

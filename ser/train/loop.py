@@ -530,10 +530,12 @@ def trained_heads(recognizer: Recognizer, config: TrainConfig) -> dict[str, floa
     if len(heads) == 1:  # nothing to weigh it against
         weights[heads[0]] = 1.0
     found = {name: weights[name] for name in heads}
+    if not heads:
+        raise ConfigError("nothing would be trained: no training utterance has emotion or text; see --columns")
     if not any(found.values()):
         raise ConfigError(
-            f"nothing would be trained: the heads are {', '.join(heads) or 'none'}, alpha is {config.alpha:g}, "
-            f"beta is {config.beta:g} and gamma is {config.gamma:g}"
+            f"nothing would be trained: the weights of all heads ({', '.join(heads)}) are 0; see --alpha, --beta, "
+            "--gamma"
         )
     return found
 

@@ -168,7 +168,7 @@ def ccc_summands(predictions: Tensor, labels: Tensor, utterance_weights: Tensor 
 
 
 def labels_vary(n: Tensor, y: Tensor, yy: Tensor) -> Tensor:
-    """Whether there are two labels or more and they differ, by their number and the sums of y and of y^2."""
+    """Tell whether there are two labels or more and they differ, by their number and the sums of y and of y^2."""
     # A variance is the difference of two sums: what is left of equal labels is rounding.
     return (n >= 2) & (yy / n - (y / n).square() > 1e-12 * yy / n)
 

@@ -73,12 +73,12 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def needs_shaping(character: str) -> bool:
-    """Whether a line with it is no row of letters from left to right, one after another."""
+    """Tell whether a line with it is no row of letters from left to right, one after another."""
     return unicodedata.bidirectional(character) in ("R", "AL") or unicodedata.category(character) in ("Mn", "Mc")
 
 
 def drawable(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Labels as a picture can show them, and the font families to draw them with.
+    """Return labels as a picture can show them, and the font families to draw them with.
 
     Families are matplotlib's own and those of the system that have what it lacks (Chinese, say). A label that none
     has, or whose script has to be shaped or runs from right to left, which matplotlib does not do, is a number:
@@ -114,7 +114,7 @@ def drawable(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def draw_confusion(names: Sequence[str], counts: NDArray[np.int64], path: Path) -> dict[str, str]:
-    """The matrix (K, K), rows the reference. Returns number -> label of those that could not be drawn."""
+    """Draw the matrix (K, K), rows the reference. Returns number -> label of those that could not be drawn."""
     from matplotlib import rc_context
 
     _, figure_of = _matplotlib()
@@ -139,7 +139,7 @@ def draw_confusion(names: Sequence[str], counts: NDArray[np.int64], path: Path) 
 
 
 def tell(text: str) -> None:
-    """A line on standard error."""
+    """Print a line on standard error."""
     print(text, file=sys.stderr)
 
 

@@ -49,7 +49,7 @@ ORPHAN_GRACE = 3.5  # seconds in which a process without a launcher may finish i
 
 
 def lost_here() -> list[str]:
-    """A line for everything that a run on this system has to do without. Linux has it all."""
+    """Say, a line each, what a run on this system has to do without. Linux has it all."""
     missing = [name for name in ASKS if not hasattr(signal, name)]
     reasons = {
         "no lock of the run's folder (no fcntl): nothing but you keeps a second run out of it": fcntl is None,
@@ -160,7 +160,7 @@ FOLLOW = (
 
 
 def following(command: list[str]) -> list[str]:
-    """A command that is asked to stop, by SIGTERM, when this process ends in any way, SIGKILL included.
+    """Wrap a command so that it gets SIGTERM when this process ends in any way, SIGKILL included.
 
     Linux alone does that; elsewhere the command is left as it is. The thread that starts it has to outlive it.
     """
@@ -172,7 +172,7 @@ def following(command: list[str]) -> list[str]:
 
 
 def run_command(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command that ends with this process: its exit status.
+    """Run a command that ends with this process, and return its exit status.
 
     Asked to stop, this process asks the command to, and ends after it with the status of that signal.
     """
@@ -328,7 +328,7 @@ def attempt() -> str:
 
 
 def launch() -> str:
-    """What tells this launch of torchrun from every other, the same in all its attempts; empty without torchrun.
+    """Name this launch of torchrun, by the same words in all its attempts; empty without torchrun.
 
     Over several nodes it is the launchers' common --rdzv-id alone.
     """

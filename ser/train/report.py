@@ -437,7 +437,7 @@ def report(outcomes: Outcomes, *, resamples: int = RESAMPLES, seed: int = 0) -> 
 
 
 def confusion(pairs: NDArray[np.int64], emotions: Sequence[str]) -> dict[str, Any]:
-    """How often which class (row) was recognised as which (column), as a report has it.
+    """Count how often which class (row) was recognised as which (column), as a report has it.
 
     ``pairs`` is (N, 2). "confusion" is the matrix; of more than `MANY_CLASSES` there is "confused" in its place, a
     list of [reference, recognised, count] of what occurred, the most frequent first.
@@ -535,7 +535,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def emotions_judged(found: Mapping[str, Any]) -> list[str]:
-    """Lines that say which emotions are in no figure, and why."""
+    """Say which emotions are in no figure, and why."""
     judged, others, known = found["judged"]["emotion"], found.get("other_labels", {}), found["emotions"]
     count = sum(others.values())
     without = found["utterances"] - judged - count

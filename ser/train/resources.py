@@ -27,7 +27,7 @@ SIGNS_OF_NO_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")  # of 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, the GPU's or the machine's."""
+    """Tell whether an error says that memory ran out, the GPU's or the machine's."""
     if isinstance(error, OSError):  # a further process, say
         return error.errno == ENOMEM
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -38,7 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_explained(
     advice: str, batch: Batch | None = None, names: Sequence[str] = (), *, doing: str = ""
 ) -> Iterator[None]:
-    """Out of memory in here is a ResourceError that says what was done, on which utterances, and what helps."""
+    """Turn out of memory in here into a ResourceError: what was done, on which utterances, and what helps."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -51,7 +51,7 @@ def memory_explained(
 
 
 def utterances_at_work(batch: Batch, names: Sequence[str]) -> str:
-    """How many utterances a batch has, how long they are, and which."""
+    """Say how many utterances a batch has, how long they are, and which."""
     seconds = [n / SAMPLE_RATE for n in batch.num_samples.tolist()]
     held = ", ".join(
         f"{names[i] if names else f'utterance {i}'} ({s:.1f} s)"

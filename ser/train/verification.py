@@ -16,17 +16,17 @@ from ser.audio import SAMPLE_RATE
 from ser.data.manifest import Utterance
 from ser.data.protocols import overlap
 from ser.data.selection import Selection
-from ser.models.pretrained import shorten
+from ser.errors import brief_repr
 from ser.recognizer import Recognizer
 from ser.train.card import counts_of, expected_choice, hours_of, same_data, trained_on
 from ser.train.checkpoint import CHANGEABLE, describe
 
 Moved = Callable[[Selection], Selection]  # the same data, where they are now
 
-# Of a run's settings: may differ between the models of one run, as it goes on elsewhere or with other ones.
 NO_DATA = hashlib.sha256().hexdigest()  # the fingerprint of no utterances, as a run without validation has it
 OF_A_RECORD = {"heads", "emotions", "dimensions", "speakers_known", "parameters", "trained_on", "settings"}
 OF_A_RECORD |= {"evaluations"}
+# Settings that may differ between the models of one run, as it goes on elsewhere or with other ones.
 OF_A_START = CHANGEABLE | {"init", "cache", "versions", "world_size", "device", "workers"}
 
 
@@ -46,7 +46,7 @@ def check(name: str, told: Any, now: Any) -> Check:
 
 
 def alike(told: Any, now: Any, *, common: bool = False) -> bool:
-    """Equal, floats to a billionth. ``common``: in objects, what both have."""
+    """Compare two values, floats to a billionth; with ``common``, of objects only what both have."""
     if isinstance(told, dict) and isinstance(now, dict):
         names = told.keys() & now.keys()
         return (common or names == told.keys() | now.keys()) and all(
@@ -60,7 +60,7 @@ def alike(told: Any, now: Any, *, common: bool = False) -> bool:
 
 
 def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
-    """What the model itself tells: heads, labels, size."""
+    """Check what the model itself tells: heads, labels, size."""
     symbols = recognizer.vocabulary.tokens if recognizer.vocabulary is not None else []
     facts = {
         "heads": list(recognizer.model.heads),
@@ -89,7 +89,7 @@ def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
 
 
 def of_training(record: Mapping[str, Any], recognizer: Recognizer, moved: Moved) -> tuple[list[Check], list[str]]:
-    """What the data of training tell, and what they do not tell, as recordings cannot be read any more."""
+    """Check what the training data tell, and name what they do not, as recordings cannot be read any more."""
     named = trained_on(record)
     if named is None:
         return [], ["trained_on (training was not told the name of its data)"]
@@ -111,7 +111,7 @@ def of_training(record: Mapping[str, Any], recognizer: Recognizer, moved: Moved)
 def of_sharing(
     record: Mapping[str, Any], named: Selection, training: list[Utterance], moved: Moved
 ) -> list[Check]:
-    """What other parts have that training has too, and whether validation is the test."""
+    """Check what other parts share with training, and whether validation is the test."""
     settings = record["settings"]
     # Of data without a protocol, and without validation, a card has nothing to say.
     facts = dict[str, Any].fromkeys(("protocol_description", "shared_with_training", "valid_is_test"))
@@ -129,7 +129,7 @@ def of_sharing(
 
 
 def of_choice(record: Mapping[str, Any], folder: Path) -> list[Check]:
-    """Whether each evaluation says rightly that the weights were chosen by it, and that of validation is there."""
+    """Check that each evaluation says rightly whether it chose the weights, and that validation has one."""
     place = folder.resolve().name
     weights = record.get("weights", place)
     checks = [check("weights", weights, place)] if place in ("best", "last") else []
@@ -149,7 +149,7 @@ def of_choice(record: Mapping[str, Any], folder: Path) -> list[Check]:
 
 
 def of_run(record: Mapping[str, Any], folder: Path) -> tuple[list[Check], list[str]]:
-    """What the config.json of the run beside the folder tells, and which settings nothing tells."""
+    """Check what the config.json of the run beside the folder tells, and name the settings that nothing tells."""
     settings = record["settings"]
     path = folder.resolve().parent / "config.json"
     beside: dict[str, Any] = {}
@@ -169,7 +169,7 @@ def of_run(record: Mapping[str, Any], folder: Path) -> tuple[list[Check], list[s
         if name in ("train", "valid"):
             found = found._replace(same=same_data(found.told, found.now))
         if not found.same and name in OF_A_START:
-            claimed.append(f"settings.{name} (of the run now: {shorten(repr(found.now), 40)})")
+            claimed.append(f"settings.{name} (of the run now: {brief_repr(found.now, 40)})")
         else:
             checks.append(found)
     if beside.get("valid") and not settings.get("valid"):
@@ -180,7 +180,7 @@ def of_run(record: Mapping[str, Any], folder: Path) -> tuple[list[Check], list[s
 def checks_of(
     record: Mapping[str, Any], recognizer: Recognizer, folder: Path, moved: Moved
 ) -> tuple[list[Check], list[str]]:
-    """All that a card says but for its figures, compared; and what is claimed: nobody can compute it.
+    """Compare all that a card says but for its figures, and name what is claimed: nobody can compute it.
 
     Args:
         record: of the model folder (see `ser.train.card`).
