@@ -285,6 +285,11 @@ class Recognizer:
             rows = head_rows(files)
             vocabulary = read_vocabulary(folder, own.orthography, rows=rows, values=values, notes=own.notes)
             own.vocabulary = vocabulary
+            if vocabulary is not None and rows is not None and len(vocabulary) != rows:
+                raise ModelFolderError(
+                    f"{folder}: vocab.json and what completes it have {len(vocabulary)} symbols, the CTC head "
+                    f"(lm_head.weight) has {rows} rows: they do not belong together"
+                )
             if "ser" not in values and vocabulary is not None and not vocabulary.case:
                 own.orthography = "none"  # of others, with letters of both cases or none: texts keep theirs
         labels: dict[str, Any] = {"emotions": [], "speakers": [], "dimensions": [], "vocabulary": None}
