@@ -339,6 +339,8 @@ def complete(
         if token is not None and token not in ids and len(ids) in free:
             free.remove(len(ids))
             ids[token] = len(ids)
+    if len(ids) + len(free) != rows:  # ids that stand twice or beyond the rows: the vocabulary is wrong
+        return []
     nameless = {f"<row {i}>": i for i in sorted(free)}
     ids |= nameless
     return [*nameless]
