@@ -189,13 +189,11 @@ def emotions_of_init(known: list[str], train: list[Utterance]) -> list[str]:
     new, unheard = sorted(heard.difference(known)), [name for name in known if name not in heard]
     if new and known:
         near = "".join(did_you_mean(name, known) for name in new[:1])
-        return [
-            f"train has emotions that --init lacks, so its emotion head is not kept: {summary(map(brief_repr, new), 20)}{near}"
-        ]
+        shown = summary(map(brief_repr, new), 20)
+        return [f"train has emotions that --init lacks, so its emotion head is not kept: {shown}{near}"]
     if unheard:
-        return [
-            f"warning: train lacks emotions that --init has, and teaches nothing of them: {summary(map(brief_repr, unheard), 20)}"
-        ]
+        shown = summary(map(brief_repr, unheard), 20)
+        return [f"warning: train lacks emotions that --init has, and teaches nothing of them: {shown}"]
     return []
 
 

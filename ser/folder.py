@@ -21,7 +21,7 @@ from typing import Any
 
 from ser.audio import SAMPLE_RATE
 from ser.data.manifest import DIMENSIONS
-from ser.data.text import BLANKS, ORTHOGRAPHIES, Vocabulary
+from ser.data.text import BLANKS, MAX_SYMBOLS, ORTHOGRAPHIES, Vocabulary
 from ser.errors import ConfigError, ModelFolderError, TextError, brief_repr, shorten
 from ser.models.multitask import HeadsConfig
 from ser.models.pretrained import PREPROCESSORS, TensorFiles, read_json, resolve_inside, stands_in
@@ -319,21 +319,31 @@ def base_ids(folder: Path, settings: Mapping) -> dict[str, Any] | None:
 
 def complete(
     ids: dict[str, Any], added: Iterable[tuple[Any, Any, bool]], special: Iterable[str | None], rows: int | None
-) -> None:
-    """Give ``ids`` the added tokens that the CTC head has one of its ``rows`` for.
+) -> list[str]:
+    """Give ``ids`` the added tokens that the CTC head has one of its ``rows`` for; return names for the others.
 
     A token that vocab.json has keeps its id, as in `transformers`, which also gives special tokens that no file
-    has the next ids.
+    has the next ids. A head may have more rows than there are symbols, as one of 32 for an alphabet of 20 letters
+    (the default of ForCTC): `transformers` reads these rows as the unknown token.
     """
     taken = set(map(str, ids.values()))
     for token, id_, _ in added:
         fits = rows is None or (type(id_) is int and id_ < rows)
         if token not in ids and str(id_) not in taken and fits:
             ids[token] = id_
-    if rows is not None:
-        for token in special:
-            if token is not None and token not in ids and len(ids) < rows:
-                ids[token] = len(ids)
+    if rows is None or rows > MAX_SYMBOLS:
+        return []
+    taken = set(map(str, ids.values()))
+    free = {i for i in range(rows) if str(i) not in taken}
+    for token in special:
+        if token is not None and token not in ids and len(ids) in free:
+            free.remove(len(ids))
+            ids[token] = len(ids)
+    if len(ids) + len(free) != rows:  # ids that stand twice or beyond the rows: the vocabulary is wrong
+        return []
+    nameless = {f"<row {i}>": i for i in sorted(free)}
+    ids |= nameless
+    return [*nameless]
 
 
 def choose_blank(path: Path, ids: Mapping, stated: str | None, values: Mapping, notes: list[str]) -> str | None:
@@ -383,7 +393,12 @@ def read_vocabulary(
     if ORTHOGRAPHIES[orthography].word_delimiter != "|":
         delimiter = ORTHOGRAPHIES[orthography].word_delimiter
     added = added_tokens(folder, settings)
-    complete(ids, added, special.values(), rows)
+    nameless = complete(ids, added, [*special.values(), delimiter], rows)
+    if nameless:
+        notes.append(
+            f"the CTC head has {rows} rows, {len(nameless)} of them without a symbol in any file: they are read "
+            "as nothing"
+        )
     stated = special["pad_token"] if "pad_token" in settings else None
     blank = choose_blank(path, ids, stated, values or {}, notes)
     if not settings:
@@ -401,7 +416,7 @@ def read_vocabulary(
             word_delimiter=delimiter,
             blank=blank,
             unknown=special["unk_token"],
-            specials=[token for token in (*special.values(), *tokens) if isinstance(token, str)],
+            specials=[token for token in (*special.values(), *tokens, *nameless) if isinstance(token, str)],
             lower_case=lower_case,
             separator=separator,
         )

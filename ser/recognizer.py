@@ -75,7 +75,7 @@ MOST_FIRST = 64  # recordings that a generator gives before the first result, ho
 LABELS = {"emotion": "emotions", "ctc": "vocabulary", "speaker": "speakers", "dimensions": "dimensions"}
 WHERE_LABELS_STAND = {
     "emotion": "id2label in config.json",
-    "ctc": "vocab.json",
+    "ctc": "vocab.json, with tokenizer_config.json beside it",
     "speaker": "ser.speakers in config.json",
     "dimensions": "id2label in config.json, with problem_type regression or of arousal, dominance and valence",
 }
@@ -284,6 +284,11 @@ class Recognizer:
             rows = head_rows(files)
             vocabulary = read_vocabulary(folder, own.orthography, rows=rows, values=values, notes=own.notes)
             own.vocabulary = vocabulary
+            if vocabulary is not None and rows is not None and len(vocabulary) != rows:
+                raise ModelFolderError(
+                    f"{folder}: vocab.json and what completes it have {len(vocabulary)} symbols, the CTC head "
+                    f"(lm_head.weight) has {rows} rows: they do not belong together"
+                )
             if "ser" not in values and vocabulary is not None and not vocabulary.case:
                 own.orthography = "none"  # of others, with letters of both cases or none: texts keep theirs
         labels: dict[str, Any] = {"emotions": [], "speakers": [], "dimensions": [], "vocabulary": None}
@@ -291,9 +296,12 @@ class Recognizer:
             kind = LABELS[name]
             labels[kind] = getattr(own, kind)
             if not labels[kind]:
+                advice = "examples/convert.py makes a folder with them"
+                if name == "ctc":
+                    advice = "put the files of its tokenizer there"
+                where = WHERE_LABELS_STAND[name]
                 raise ModelFolderError(
-                    f"{folder}: has {HEADS[name]} but no names for its classes ({WHERE_LABELS_STAND[name]}); "
-                    "examples/convert.py makes a folder with them"
+                    f"{folder}: has {HEADS[name]} but no names for its classes ({where}); {advice}"
                 )
         try:
             sizes = head_sizes(labels, own.reads | {"projection": projection_size(files)})

@@ -986,6 +986,18 @@ def test_settings_of_any_content_are_taken_or_refused_at_once(encoder, tmp_path,
     assert time.perf_counter() - began < 5
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tuples_in_tuples_are_refused_before_one_is_hashed(encoder, tmp_path, legacy):
+    """As the key of a dict, one that holds itself twice, 60 times over, is hashed for ever: here 16 times."""
+    value: tuple = ("ha",)
+    for _ in range(16):
+        value = (value, value)
+    saved = {"model": encoder.state_dict(), "args": {value: 1}}
+    torch.save(saved, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ModelFolderError, match=r"a\.pt: .*tuples in tuples, of more than 1,000 items"):
+        convert(tmp_path / "a.pt", tmp_path / "new")
+
+
 @pytest.mark.parametrize("settings", [{1: 2}, {(1, 2): 3, "model": {None: 1}}, [1], "x", 7])
 def test_settings_whose_names_are_no_strings_are_not_taken(encoder, tmp_path, settings):
     for name in ("args", "cfg"):

@@ -315,6 +315,13 @@ def test_hostile_labels_are_refused_with_their_file(recognizer, tmp_path, file, 
     assert str(tmp_path / "model") in str(caught.value) and len(str(caught.value)) < 1000
 
 
+def test_a_ctc_head_without_a_vocabulary_is_an_error_that_says_what_to_put_there(recognizer, tmp_path):
+    recognizer.save(tmp_path / "model")
+    (tmp_path / "model" / "vocab.json").unlink()
+    with pytest.raises(SerError, match=r"has lm_head but no names.*vocab\.json.*put the files of its tokenizer"):
+        ser.load(tmp_path / "model")
+
+
 @pytest.mark.parametrize("name", ["vocab.json", "preprocessor_config.json", "tokenizer_config.json"])
 def test_a_pointer_of_git_lfs_is_named_as_such(recognizer, tmp_path, name):
     recognizer.save(tmp_path / "model")

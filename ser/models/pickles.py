@@ -26,6 +26,7 @@ from ser.models.pretrained import refuse_lfs_pointer
 
 MAX_FILE_BYTES = 20 * 2**30  # the largest public checkpoints of this family, of 2 billion parameters, have 8 GB
 MAX_PICKLE_BYTES = 64 * 2**20  # of the instructions alone; the tensors stand beside them
+MAX_TUPLE_ITEMS = 1_000  # of one with all in it: as the key of a dict it is hashed, perhaps a million times
 
 # Stand in for classes of fairseq's checkpoints. They hold what was saved, and have no methods that could run.
 Namespace = type("Namespace", (), {"__module__": "argparse", "__doc__": "Settings, as attributes."})
@@ -131,10 +132,12 @@ def globals_of_legacy(path: Path) -> set[str]:
 def globals_of_pickle(file: IO[bytes]) -> set[str]:
     """Names of all globals in one pickle, as "module name", without running it; ValueError if it is malformed."""
     found, strings = set(), ["", ""]
+    tuples = TupleSizes()
     try:
         for opcode, argument, position in pickletools.genops(file):
             if (position or 0) > MAX_PICKLE_BYTES:
                 raise ValueError(f"more than {MAX_PICKLE_BYTES:,} bytes of instructions")
+            tuples.run(opcode, argument)
             if opcode.name in ("GLOBAL", "INST"):
                 found.add(str(argument))
             elif opcode.name == "STACK_GLOBAL":  # of a protocol that torch.load does not read either
@@ -149,6 +152,43 @@ def globals_of_pickle(file: IO[bytes]) -> set[str]:
             return found
         raise ValueError(f"malformed pickle: {brief(error)}") from None
     return found
+
+
+class TupleSizes:
+    """How many items the tuples of a pickle have, by following its stack; nothing is built.
+
+    A tuple that holds another one twice, which does the same, and so on 60 times, is a few hundred bytes, and as a
+    key of a dict it is hashed for ever.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[int | None] = []  # items of each value, 1 of what is no tuple; None: a mark
+        self.memo: dict[int, int | None] = {}
+
+    def run(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Follow one instruction. ValueError: too large a tuple; IndexError, KeyError: no sound pickle."""
+        name = opcode.name
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
+            return
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[argument])
+            return
+        if name == "DUP":
+            self.stack.append(self.stack[-1])
+            return
+        taken: list[int | None] = []
+        before = list(opcode.stack_before)
+        if pickletools.markobject in before:  # all that stands above the mark
+            while (value := self.stack.pop()) is not None:
+                taken.append(value)
+            before = before[: before.index(pickletools.markobject)]
+        for _ in before:
+            taken.append(self.stack.pop())
+        size = 1 + sum(value or 0 for value in taken) if "TUPLE" in name else 1
+        if size > MAX_TUPLE_ITEMS:
+            raise ValueError(f"tuples in tuples, of more than {MAX_TUPLE_ITEMS:,} items together")
+        self.stack += [None if kind is pickletools.markobject else size for kind in opcode.stack_after]
 
 
 def copied_tensors(path: Path, state: Any) -> dict[str, Tensor]:

@@ -184,7 +184,6 @@ def stands_in(folder: Path, name: str) -> bool:
 
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def is_hub_name(name: str) -> bool:
@@ -225,13 +224,15 @@ def find_folder(name: str | Path, *, revision: str | None = None, pickles: bool 
     def holds(folder: Path, *files: str) -> bool:
         return any(stands_in(folder, file) for file in files)
 
+    def has_weights(folder: Path) -> bool:  # the index of pickles comes with the config files, before they do
+        return holds(folder, *SAFETENSORS) or (pickles and any(folder.glob("pytorch_model*.bin")))
+
     try:
         cached = fetch(from_cache=True)
     except (OSError, ValueError):  # not in the cache
         cached = None
     # Other programs leave a part of a folder in the cache, without what says how sound is prepared.
-    weights = SAFETENSORS + PICKLES if pickles else SAFETENSORS
-    if cached is not None and holds(cached, *PREPROCESSORS) and holds(cached, *weights):
+    if cached is not None and holds(cached, *PREPROCESSORS) and has_weights(cached):
         return check_folder(cached)
     try:
         folder = fetch(from_cache=False)
@@ -243,7 +244,7 @@ def find_folder(name: str | Path, *, revision: str | None = None, pickles: bool 
         raise ModelFolderError(
             f"{name}: there is no such folder, and the Hugging Face hub could not give it{at}: {reason}"
         ) from None
-    if not holds(folder, *weights):
+    if not has_weights(folder):
         refuse_adapter(folder)
     if not pickles and not holds(folder, *SAFETENSORS):
         raise ModelFolderError(

@@ -162,7 +162,14 @@ def hub(tmp_path):
 
 
 def as_pickle(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    """In place of the safetensors two shards of pickles, as the library splits a large model."""
+    tensors, weight_map = load_file(folder / "model.safetensors"), {}
+    for number in range(2):
+        part = {key: tensor for i, (key, tensor) in enumerate(tensors.items()) if i % 2 == number}
+        shard = f"pytorch_model-{number + 1:05}-of-00002.bin"
+        torch.save(part, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "model.safetensors").unlink()
 
 

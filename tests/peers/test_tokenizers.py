@@ -99,6 +99,46 @@ def test_special_tokens_that_no_file_has_take_the_rows_that_the_tokenizer_gives_
     assert len(read_vocabulary(tmp_path, "librispeech", rows=13, values={})) == 13
 
 
+def test_a_delimiter_that_no_file_has_takes_the_row_that_the_tokenizer_gives_it(tmp_path):
+    phonemes = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "aa", "ae", "ah"])}
+    write(tmp_path, "vocab.json", phonemes)
+    theirs = Wav2Vec2CTCTokenizer.from_pretrained(tmp_path)
+    ours = read_vocabulary(tmp_path, "librispeech", rows=len(theirs), values={})
+    assert {token: i for i, token in enumerate(ours.tokens)} == theirs.get_vocab()
+    assert ours.decode([4, 7, 5]) == expected_text(theirs, [4, 7, 5])
+
+
+@pytest.mark.parametrize("gap", [False, True])
+def test_rows_of_the_head_that_no_file_names_are_read_as_nothing(styles, randomise, tmp_path, caplog, gap):
+    """As of the first tutorial, whose head has the default 32 rows for an alphabet of any size."""
+    folder = tmp_path / "m"
+    xlsr_folder(folder, randomise, styles["large-style"], rows=21)
+    if gap:
+        write(folder, "vocab.json", {t: i for t, i in XLSR.items() if t not in "bc"})
+        write(folder, "tokenizer_config.json", XLSR_NAMES)  # the row that is next for <s> is [UNK]'s
+        (folder / "added_tokens.json").unlink()
+    tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(folder)
+    recognizer = ser.load(folder)
+    assert "21 rows" in caplog.text and "without a symbol in any file" in caplog.text
+    assert len(recognizer.vocabulary) == 21 and recognizer.vocabulary.blank == 12
+    draw = random.Random(0)
+    for _ in range(20):
+        ids = [draw.randrange(21) for _ in range(60)]
+        assert recognizer.vocabulary.decode(ids) == expected_text(tokenizer, ids)
+    caplog.clear()
+    recognizer.save(tmp_path / "ours")
+    again = ser.load(tmp_path / "ours")
+    assert again.vocabulary == recognizer.vocabulary
+    assert again.vocabulary.decode(ids) == expected_text(tokenizer, ids)
+    assert len(Wav2Vec2CTCTokenizer.from_pretrained(tmp_path / "ours")) == 21 and not caplog.text
+
+
+def test_more_symbols_than_rows_are_refused_by_name(styles, randomise, tmp_path):
+    xlsr_folder(tmp_path / "m", randomise, styles["large-style"], rows=12)
+    with pytest.raises(SerError, match=r"vocab\.json .* have 13 symbols, the CTC head .* has 12 rows"):
+        ser.load(tmp_path / "m")
+
+
 def test_tokens_beyond_the_head_s_rows_are_left(tmp_path):
     write(tmp_path, "vocab.json", XLSR)
     Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), **XLSR_NAMES).save_pretrained(tmp_path)
@@ -156,8 +196,8 @@ def test_a_tokenizer_in_one_file_completes_or_is_the_vocabulary(tmp_path):
         write(tmp_path, "vocab.json", XLSR)
 
 
-def xlsr_folder(folder, randomise, config, release=4):
-    """A ForCTC with 13 symbols in vocab.json and a head of 15, as the XLSR tutorial leaves it."""
+def xlsr_folder(folder, randomise, config, release=4, rows=None):
+    """A ForCTC with 13 symbols in vocab.json and a head of 15 (or ``rows``), as the XLSR tutorial leaves it."""
     folder.mkdir()
     write(folder, "vocab.json", XLSR)
     tokenizer = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), **XLSR_NAMES)
@@ -166,7 +206,9 @@ def xlsr_folder(folder, randomise, config, release=4):
         as_release_4(folder)
     Wav2Vec2FeatureExtractor().save_pretrained(folder)
     peer = transformers.Wav2Vec2ForCTC
-    model = randomise(peer(peer.config_class(**config.to_dict(), vocab_size=len(tokenizer), pad_token_id=12)))
+    model = randomise(
+        peer(peer.config_class(**config.to_dict(), vocab_size=rows or len(tokenizer), pad_token_id=12))
+    )
     model.eval().save_pretrained(folder)
     return model, tokenizer
 
