@@ -192,7 +192,7 @@ def check_can_write(path: Path) -> None:
     """Raise OSError for what `replace_file` cannot write, such as a folder, a socket or a read-only file."""
     number = descriptor(path)
     if number is not None:
-        os.fstat(number)
+        os.write(number, b"")  # fails where it is closed, or for reading alone
         return
     folder = Path(os.path.realpath(path)).parent
     try:
@@ -253,7 +253,7 @@ def open_as_it_is(path: Path) -> int:
             handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
             break
         except OSError as error:
-            if error.errno != errno.ENXIO:
+            if error.errno != errno.ENXIO or not path.is_fifo():  # a terminal may not be there either
                 raise
             if time.monotonic() > until:
                 cause = f"no process reads from this pipe (waited {READER_SECONDS:g} s)"

@@ -719,7 +719,7 @@ def unpacked(item: Any, sampling_rate: int | None, name: str) -> tuple[Any, Any,
         raise AudioError(f'{name} is a dict of {shorten(keys)}; expected "array" and "sampling_rate"{hint}')
     if array is None:
         return path, sampling_rate, None
-    if rate is not None and sampling_rate is not None and np.any(rate != sampling_rate):
+    if rate is not None and sampling_rate is not None and np.any(np.asarray(rate) != sampling_rate):
         raise AudioError(f"{name} has a sampling_rate of {rate}, and {sampling_rate} was passed; leave one out")
     return array, sampling_rate if rate is None else rate, None if path is None else str(path)
 

@@ -83,6 +83,7 @@ def same_sound(path, plain) -> None:
 
 FRONT = {
     "one tag": ID3,
+    "a tag with a footer": ID3_WITH_FOOTER,
     "two tags": ID3 + ID3,
     "three kinds": ID3 + ID3_WITH_FOOTER + ape(header=True),
     "a tag and padding": ID3 + bytes(100),
@@ -260,6 +261,14 @@ def test_the_second_of_joined_flacs_is_found_wherever_it_begins(tmp_path, monkey
         path = tmp_path / f"{more}.flac"
         assert audio_info(written(path, first)).frames == 3_200
         refused(written(path, first + two), f"another FLAC begins at byte {more}")
+
+
+def test_the_start_of_a_flac_in_the_metadata_of_a_flac_is_no_second_one(tmp_path):
+    flac = encoded("FLAC", 0.2)
+    block = b"\x02" + struct.pack(">I", 100)[1:] + flac[:100]  # of an application
+    path = written(tmp_path / "a.flac", flac[:42].replace(b"fLaC\x80", b"fLaC\0") + block + flac[42:])
+    assert load_audio(path).equal(load_audio(written(tmp_path / "plain.flac", flac)))
+    refused(written(path, path.read_bytes() + flac), "another FLAC begins at byte")
 
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE", "AVERAGE"])

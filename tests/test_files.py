@@ -1,6 +1,7 @@
 """Files and folders are written whole or not at all (N7; FAULTS A2, B1)."""
 
 import csv
+import errno
 import io
 import json
 import math
@@ -313,6 +314,21 @@ def test_a_pipe_that_nobody_reads_from_is_an_error_after_a_while(tmp_path, monke
     with pytest.raises(OSError, match=r"no process reads from this pipe.*pipe'"):
         write_file(tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="needs /dev/fd")
+def test_what_is_no_pipe_is_not_waited_for_and_what_is_open_for_reading_is_refused(tmp_path, monkeypatch):
+    def without_terminal(path, *_):
+        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), str(path))
+
+    with pytest.raises(OSError, match="No such device"), monkeypatch.context() as patched:
+        patched.setattr(files.os, "open", without_terminal)
+        files.open_as_it_is(Path("/dev/tty"))
+    with (tmp_path / "a").open("wb+") as file, Path(os.devnull).open() as null:
+        files.check_can_write(Path(f"/dev/fd/{file.fileno()}"))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            files.check_can_write(Path(f"/dev/fd/{null.fileno()}"))
+    assert (tmp_path / "a").read_bytes() == b""
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make a device")

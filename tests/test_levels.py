@@ -110,6 +110,11 @@ def test_channels_that_do_not_cancel_are_fine():
     assert warning_of(noise.astype(np.float32)) is None, "independent channels"
 
 
+def test_two_channels_are_mixed_to_their_mean_to_the_last_digit():
+    stereo = torch.from_numpy(np.stack([voice(), voice(seed=1)[::-1]], 1))
+    assert read_samples(stereo, SAMPLE_RATE)[0].equal(stereo.mean(dim=1))
+
+
 def test_a_part_of_the_channels_that_cancels_is_found_in_that_part(tmp_path):
     one = voice(4.0)
     two = one.copy()

@@ -633,6 +633,8 @@ def test_a_dict_of_a_data_set_carries_its_own_rate_and_the_name_of_its_file(reco
     (unnamed,) = recognizer.predict({**sound, "path": None}, 8000)
     assert unnamed.file is None
     assert_alike(unnamed, expected)
+    tensors = {"array": torch.from_numpy(samples), "sampling_rate": torch.tensor(8000)}  # with_format("torch")
+    assert_alike(recognizer.predict(tensors, 8000)[0], expected)
     named = {"path": str(tmp_path / "a.wav"), "bytes": None}  # not decoded: the file is read
     first, second = recognizer.predict([named, sound])
     assert_alike(first, second)
