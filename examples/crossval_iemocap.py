@@ -332,8 +332,8 @@ def cross_validate(
     used = ["emotion", "speaker"] if settled else ["speaker"]  # else each training knows whether emotions are used
     check_spellings({"all folds": utterances}, label_map=selection.label_map, columns=used)
     folds = {fold.name: fold for fold in protocol.folds(utterances, seed=selection.seed)}
-    asked = (find_fold(protocol, utterances, name, seed=selection.seed).name for name in arguments.folds or folds)
-    names = list(dict.fromkeys(asked))
+    chosen = (find_fold(protocol, utterances, name, seed=selection.seed).name for name in arguments.folds or folds)
+    names = list(dict.fromkeys(chosen))
     audits = to_table([check_fold(folds[name], utterances, protocol) for name in names])
     weights = judged_weights(protocol, folds[names[0]].parts, arguments.weights)
     if arguments.evaluate_only:
