@@ -39,6 +39,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
@@ -50,7 +51,7 @@ import torch
 
 import ser
 from ser.data.labels import check_spellings, label_lines
-from ser.data.protocols import Protocol, check_fold, to_table, usual_known_turns
+from ser.data.protocols import Protocol, check_fold, find_fold, to_table, usual_known_turns
 from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.errors import ConfigError, FileError, printable
 from ser.files import digest, write_json
@@ -155,8 +156,11 @@ def without_paths(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, 
     return kept
 
 
-def check_same(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on with a fold that was trained or judged with other settings."""
+def check_same(folder: Path, settings: dict[str, Any], as_written: Callable[[], dict[str, Any]]) -> None:
+    """Refuse to go on with a fold that was trained or judged with other settings.
+
+    ``as_written`` gives the `contents` with all labels taken as they are written: so earlier releases read them.
+    """
     path = folder / "settings.json"
     begun = path.is_file() and ((folder / "run/config.json").exists() or (folder / "report.json").exists())
     try:
@@ -168,6 +172,11 @@ def check_same(folder: Path, settings: dict[str, Any]) -> None:
         differing = [f"{k}: {old.get(k)!r} then, {v!r} now" for k, v in new.items() if old.get(k) != v]
         listed = "\n  ".join(differing)
         raise ConfigError(f"{folder}: was begun with other settings; choose another --out:\n  {listed}")
+    if "content" not in before and settings["content"] != as_written():
+        raise ConfigError(
+            f"{folder}: was begun by an earlier release, which took every label as it is written; give "
+            "--literal-labels, without --map, or choose another --out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
@@ -328,9 +337,8 @@ def cross_validate(
     used = ["emotion", "speaker"] if settled else ["speaker"]  # else each training knows whether emotions are used
     check_spellings({"all folds": utterances}, label_map=selection.label_map, columns=used)
     folds = {fold.name: fold for fold in protocol.folds(utterances, seed=selection.seed)}
-    names = list(dict.fromkeys(arguments.folds or folds))
-    if unknown := sorted(set(names) - set(folds)):
-        raise ConfigError(f"no fold is called {', '.join(unknown)}; {protocol.name} has {', '.join(folds)}")
+    chosen = (find_fold(protocol, utterances, name, seed=selection.seed).name for name in arguments.folds or folds)
+    names = list(dict.fromkeys(chosen))
     audits = to_table([check_fold(folds[name], utterances, protocol) for name in names])
     weights = judged_weights(protocol, folds[names[0]].parts, arguments.weights)
     if arguments.evaluate_only:
@@ -347,9 +355,13 @@ def cross_validate(
     settings["content"] = contents(utterances)
     if "--vocab" in options[:-1]:
         settings["vocab_sha256"] = digest(Path(options[options.index("--vocab") + 1]))
+
+    def as_written() -> dict[str, Any]:
+        return contents(replace(selection, label_map={}, literal_labels=True).read(check_files=False))
+
     for name in names:
         model = {"model_sha256": weights_sha256(arguments.evaluate_only / name)} if arguments.evaluate_only else {}
-        check_same(out / name, settings | {"weights": weights} | model)
+        check_same(out / name, settings | {"weights": weights} | model, as_written)
     devices: Queue[list[str]] = Queue()
     count = torch.cuda.device_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",") if count else []

@@ -452,6 +452,8 @@ def test_names_of_the_data_that_are_paths_become_harmless_folders_where_a_run_co
         tmp_path.glob("a/escaped*")
     )
     assert len(json.loads((out / "report.json").read_text())["folds"]) == 3
+    call(crossval_iemocap, *options, "--folds", "../../escaped")  # as the manifest spells it
+    assert capsys.readouterr().out.count("done already") == 1
 
 
 def test_of_folds_at_once_one_that_fails_is_told_at_once_and_a_signal_still_reaches_the_other(corpus, tmp_path):

@@ -249,6 +249,9 @@ def test_what_a_process_has_started_ends_with_it_whatever_ends_it(tmp_path, scri
     started = int(file.read_text())
     try:
         os.kill(starter, getattr(signal, name))
+        seconds_until(lambda: not alive(starter), LIMIT)
+        if alive(starter):
+            os.kill(starter, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(starter, 0)[1])
         number = getattr(signal, name)
         assert status == (-number if name == "SIGKILL" else 128 + number)

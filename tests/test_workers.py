@@ -1,5 +1,6 @@
 """Processes that decode audio: stopped, killed, left behind; in training, evaluation and inference (A9, N7)."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -63,6 +64,8 @@ def limit():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+    for process in multiprocessing.active_children():  # Python's end would wait for a stopped one
+        process.kill()
 
 
 @pytest.mark.parametrize("after", [1, 3, 8])
@@ -109,6 +112,25 @@ def test_a_killed_worker_is_told_at_once_and_the_others_end():
     assert time.monotonic() - started < 15 and not children()
 
 
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EAGAIN, errno.EMFILE])
+def test_where_one_worker_cannot_be_started_none_is_left_to_be_waited_for(monkeypatch, number):
+    fork, started = os.fork, []
+
+    def second_fails():
+        if len(started) == 1:
+            raise OSError(number, os.strerror(number))
+        started.append(fork())
+        return started[-1]
+
+    monkeypatch.setattr(os, "fork", second_fails)
+    with pytest.raises(ResourceError, match=f"cannot be started: {os.strerror(number)}. Lower --workers") as held:
+        list(batches_of(4, workers=2))
+    deadline = time.monotonic() + 5
+    while children() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert started and not children(), held  # which holds the loader, as a script's last error does
+
+
 def test_slow_batches_and_slow_planning_are_no_silence():
     """Each batch takes longer than half of the limit, all together many times the limit."""
 
@@ -142,11 +164,17 @@ def test_a_process_that_was_itself_stopped_does_not_blame_its_workers():
             os._exit(0 if numbers == list(range(30)) else 1)
         except BaseException:
             os._exit(2)
-    time.sleep(1)
-    os.kill(child, signal.SIGSTOP)
-    time.sleep(2.5)
-    os.kill(child, signal.SIGCONT)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    try:
+        time.sleep(1)
+        os.kill(child, signal.SIGSTOP)
+        time.sleep(2.5)
+        os.kill(child, signal.SIGCONT)
+        status = os.waitpid(child, 0)[1]
+    except TimeoutError:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 @pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan")])

@@ -8,6 +8,7 @@ stopped or stuck. So here a thread counts the seconds of every wait, and kills.
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -100,6 +101,22 @@ def kill(workers: Iterable[BaseProcess]) -> None:
         worker.kill()
 
 
+@contextmanager
+def all_or_none(patience: Patience, then: str) -> Iterator[None]:
+    """Around the start of workers: where one fails, the others are killed, for Python's end waits for them."""
+    there = set(multiprocessing.active_children())
+    try:
+        yield
+    except Exception as error:
+        kill(set(multiprocessing.active_children()) - there)
+        if not isinstance(error, OSError) or error is patience.fault:
+            raise
+        raise ResourceError(
+            f"the processes that decode audio cannot be started: {error.strerror or error}. Lower --workers (0: "
+            f"this process decodes); then {then}"
+        ) from error
+
+
 def decoded(
     dataset: Dataset[Any],
     batches: Iterable[Any],
@@ -122,20 +139,20 @@ def decoded(
         options: further ones of DataLoader.
 
     Raises:
-        ResourceError: a worker gave nothing within ``timeout``, or died while it was waited for. For its death at
-            another time see `worker_death_explained`.
+        ResourceError: a worker cannot be started, gave nothing within ``timeout``, or died while it was waited
+            for. For its death at another time see `worker_death_explained`.
         ConfigError: ``timeout`` is not above 0.
     """
     if not timeout > 0:
         raise ConfigError(f"timeout is {timeout!r}; expected seconds, more than 0")
     patience = Patience(timeout)
     planned: Any = patience.planned(batches)
-    loader: Any = iter(
-        DataLoader(dataset, batch_sampler=planned, collate_fn=collate, num_workers=workers, **options)
-    )
+    given: Any = DataLoader(dataset, batch_sampler=planned, collate_fn=collate, num_workers=workers, **options)
     if not workers:
-        yield from loader
+        yield from given
         return
+    with all_or_none(patience, then):
+        loader: Any = iter(given)
     patience.workers, owner = loader._workers, os.getpid()
 
     def end_all() -> None:
@@ -144,8 +161,8 @@ def decoded(
 
     # An error may keep this generator until Python ends, and there multiprocessing waits for its processes.
     atexit.register(end_all)
-    patience.start()
     try:
+        patience.start()
         while True:
             patience.begin()
             batch = next(loader, None)

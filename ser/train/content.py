@@ -86,6 +86,9 @@ def changed_settings(
     if "content" in before and "content" in now:
         found |= changed_data(before["content"], now["content"])
         settled.add("data")
+    elif "data" in before and "data" in now:
+        found |= changed_fingerprints(before["data"], now["data"])
+        settled.add("data")
     if before.get("init_content") and now.get("init_content"):
         found |= changed_init(before, now)
         settled.add("init")
@@ -115,6 +118,16 @@ def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
         elif differing:
             found[f"data.{part}"] = f"data.{part}: other {', '.join(differing)} now, or another order"
     return found
+
+
+def changed_fingerprints(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """Of the `fingerprint` of each set."""
+    return {
+        f"data.{part}": f"data.{part}: other ids, labels, texts, excerpts or lengths now, or another order (an "
+        "earlier release recorded no more; it took labels as they are written, as --literal-labels does)"
+        for part in sorted({*before, *now})
+        if before.get(part) != now.get(part)
+    }
 
 
 def changed_init(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
