@@ -540,7 +540,9 @@ def test_help_shows_the_commands_and_every_option():
 def test_scores_that_overflow_are_null_in_json_and_empty_in_csv():
     nan, inf = float("nan"), float("inf")
     found = Prediction("a.wav", 1.0, emotion="sad", probabilities={"sad": nan}, dimensions={"arousal": -inf})
-    labels = SimpleNamespace(emotions=["sad"], dimensions=["arousal"], vocabulary=None, speakers=[])
+    labels = SimpleNamespace(
+        emotions=["sad"], dimensions=["arousal"], vocabulary=None, speakers=[], kind="single-label"
+    )
 
     def shown(form: str) -> str:
         return "".join(infer.FORMATS[form](iter([infer.as_record("a.wav", found)]), labels))
