@@ -6,12 +6,34 @@ from dataclasses import replace
 import pytest
 import torch
 from compare import assert_close, sound
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ser.models.attention import attention
 from ser.models.config import Wav2Vec2Config
 from ser.models.dropout import PERIOD, Dropout, dropout, gelu_dropout_linear
-from ser.models.wav2vec2 import TransformerLayer
+from ser.models.wav2vec2 import TransformerLayer, Wav2Vec2
+
+
+class Results(TorchDispatchMode):
+    """Notes what every operation returns, so that a test can ask which of it is still in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.seen.append((StorageWeakRef(leaf.untyped_storage()), tuple(leaf.shape), leaf.dtype))
+        return result
+
+    def alive(self):
+        """(shape, type) of each storage that something holds, also where Python cannot see it."""
+        return list({ref.cdata: (shape, dtype) for ref, shape, dtype in self.seen if not ref.expired()}.values())
 
 
 def assert_same_gradients(found, expected, inputs, tolerance):
@@ -164,3 +186,47 @@ def test_the_wide_input_of_the_feed_forward_layer_s_product_is_not_kept(p):
     x.data.zero_()
     (grad,) = torch.autograd.grad(y.sum(), linear.weight)
     assert not grad.any()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activation_checkpointing_frees_the_widest_activation_of_every_layer(checkpointing):
+    small = Wav2Vec2Config.named("small")
+    config = replace(small, num_hidden_layers=3, layerdrop=0.0, activation_dropout=0.1, intermediate_size=500)
+    model = Wav2Vec2(config).train()
+    model.activation_checkpointing(checkpointing)
+    with Results() as results:
+        hidden, num_frames = model(sound(1, 16_000), torch.tensor([16_000]))
+    wide = [kind for shape, kind in results.alive() if shape[-2:] == (int(num_frames), 500)]
+    assert sorted(wide, key=str) == ([] if checkpointing else 3 * [torch.float32] + 3 * [torch.int8])
+    hidden.square().sum().backward()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_feed_forward_gradient_holds_for_any_linear_module_and_type(autocast):
+    """Of a module that computes its product in another way too, such as one with a low-rank update."""
+
+    class Transposed(torch.nn.Linear):
+        def forward(self, x):
+            return (self.weight @ x.mT).mT + self.bias
+
+    x = sound(5, 12).requires_grad_()
+    for kind in (torch.nn.Linear, Transposed):
+        linear = kind(12, 4)
+        inputs = (x, *linear.parameters())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            wide = x.to(torch.bfloat16) if autocast else x
+            torch.manual_seed(0)
+            found = gelu_dropout_linear(wide, 0.3, linear)
+            torch.manual_seed(0)
+            kept = dropout(torch.ones(5, 12, dtype=wide.dtype), 0.3)
+            expected = linear(F.gelu(wide) * kept)
+        assert found.dtype == expected.dtype
+        assert_close(found.float(), expected.float(), 1e-2 if autocast else 1e-6)
+        assert_same_gradients(found.float(), expected.float(), inputs, 3e-2 if autocast else 1e-5)
+
+
+def test_a_frozen_product_gets_no_gradient_and_passes_one_on():
+    x, linear = sound(5, 12).requires_grad_(), torch.nn.Linear(12, 4)
+    linear.requires_grad_(False)
+    gelu_dropout_linear(x, 0.3, linear).sum().backward()
+    assert linear.weight.grad is None and linear.bias.grad is None and x.grad.any()

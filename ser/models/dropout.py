@@ -24,31 +24,6 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     return CheapDropout.apply(x, draw_mask(x.shape, p), 1 / (1 - p))
 
 
-def gelu_dropout_linear(x: Tensor, p: float, linear: nn.Linear) -> Tensor:
-    """``linear(dropout(gelu(x), p))``, which on a CPU keeps x and the mask, and not the product's input.
-
-    The backward pass computes that again: in a feed-forward layer it is four times as wide as the rest.
-    """
-    if not x.requires_grad or not (is_cheap(x, p) or (x.device.type == "cpu" and p <= 0)):
-        return linear(dropout(F.gelu(x), p))
-    mask, kept = draw_mask(x.shape, p) if p > 0 else None, x.detach()
-
-    def multiplied(x: Tensor) -> Tensor:
-        return F.gelu(x) if mask is None else CheapDropout.apply(F.gelu(x), mask, 1 / (1 - p))
-
-    y = multiplied(x)
-    place = y.untyped_storage().data_ptr()
-
-    def pack(saved: Tensor) -> Tensor | torch.Size:  # a view of y, of which the shape is enough, or the weight
-        return saved.shape if saved.untyped_storage().data_ptr() == place else saved
-
-    def unpack(packed: Tensor | torch.Size) -> Tensor:
-        return packed if isinstance(packed, Tensor) else multiplied(kept).view(packed)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return linear(y)
-
-
 def is_cheap(x: Tensor, p: float) -> bool:
     """Whether masks are drawn here: on a CPU, and for probabilities that a byte can hold."""
     return x.device.type == "cpu" and 0 < p < 0.99
@@ -90,6 +65,56 @@ class CheapDropout(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
         (mask,) = ctx.saved_tensors
         return masked(grad, mask).mul_(ctx.scale), None, None
+
+
+def _gelu_dropout(x: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    y = F.gelu(x)
+    return y if mask is None else masked(y, mask).mul_(scale)
+
+
+class GeluDropoutLinear(torch.autograd.Function):
+    """Compute `gelu_dropout_linear` without saving the product's input, which follows from x and the mask."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, x: Tensor, mask: Tensor | None, scale: float, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, mask, weight)  # so that activation checkpointing can free all of it
+        ctx.scale = scale
+        return F.linear(_gelu_dropout(x, mask, scale), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # noqa: D102
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None]:
+        x, mask, weight = ctx.saved_tensors
+        for_x, _, _, for_weight, for_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)  # (..., D) -> (N, D)
+        grad_x = grad_weight = None
+        if for_weight:
+            grad_weight = rows.t().mm(_gelu_dropout(x, mask, ctx.scale).flatten(0, -2))
+        if for_x:
+            grad_x = rows.mm(weight).view(x.shape)
+            if mask is not None:
+                grad_x = masked(grad_x, mask).mul_(ctx.scale)
+            grad_x = torch.ops.aten.gelu_backward(grad_x, x)
+        return grad_x, None, None, grad_weight, rows.sum(0) if for_bias else None
+
+
+def gelu_dropout_linear(x: Tensor, p: float, linear: nn.Linear) -> Tensor:
+    """Compute ``linear(dropout(gelu(x), p))``; on a CPU, keep x and the mask, and not the product's input.
+
+    The backward pass computes that input again: in a feed-forward layer it is four times as wide as the rest.
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else linear.weight.dtype
+    on_cpu = is_cheap(x, p) or (x.device.type == "cpu" and p <= 0)
+    if not (on_cpu and x.requires_grad and x.dtype == dtype and type(linear) is nn.Linear):
+        return linear(dropout(F.gelu(x), p))
+    mask = draw_mask(x.shape, p) if p > 0 else None
+    bias = None if linear.bias is None else linear.bias.to(dtype)
+    return GeluDropoutLinear.apply(x, mask, 1 / (1 - p), linear.weight.to(dtype), bias)
 
 
 class Dropout(nn.Module):
