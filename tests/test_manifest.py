@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import pickle
 import stat
@@ -1036,3 +1037,42 @@ def test_the_labels_of_the_iemocap_list_become_names(tmp_path):
 
 def test_our_columns_are_the_fields_of_an_utterance():
     assert {*COLUMNS, "extra"} == set(Utterance.__slots__)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["m.json", "m.jsonl"])
+def test_a_json_array_of_rows_reads_as_the_same_rows_line_by_line(folder, name, indent):
+    """As `frame.to_json(orient="records")` writes it, and editors that indent."""
+    rows = [
+        {"file": "wav/a.wav", "emotion": "sad", "text": "\u00e9", "speaker": 1.0},
+        {"file": "wav/b.wav", "emotion": math.nan, "text": None, "speaker": 2.0},
+    ]
+    lines = read_manifest(write(folder / "lines.jsonl", "\n".join(map(json.dumps, rows))))
+    assert read_manifest(write(folder / name, "\ufeff\n " + json.dumps(rows, indent=indent) + "\n")) == lines
+    assert [u.emotion for u in lines] == ["sad", None] and [u.speaker for u in lines] == ["1", "2"]
+
+
+def test_problems_of_a_json_array_name_the_item(folder):
+    rows = [
+        {"file": "wav/a.wav"},
+        7,
+        {"file": "wav/y.wav"},
+        {"file": "wav/a.wav"},
+        {"file": "wav/b.wav", "text": "\0"},
+    ]
+    told = refusal(write(folder / "m.json", json.dumps(rows)))
+    for part in (
+        "item 2: not a JSON row: found 7, expected one object per item",
+        "item 3: the file",
+        "item 4: the same recording (file, start, end) is item 1 already",
+        "item 5: not a JSON row: half a surrogate pair or a NUL",
+    ):
+        assert part in told
+    assert "the array: cannot be read" in refusal(write(folder / "m.json", '[{"file": "wav/a.wav"}'))
+    assert "the array: cannot be read" in refusal(write(folder / "m.json", "[" * 100_000))
+    assert "no rows" in refusal(write(folder / "m.json", "[]"))
+
+
+def test_a_json_array_beyond_its_limit_is_refused(folder, monkeypatch):
+    monkeypatch.setattr("ser.data.manifest.MAX_ARRAY_BYTES", 20)
+    assert "larger than 20 bytes" in refusal(write(folder / "m.json", '[{"file": "wav/a.wav"}]'))

@@ -1,8 +1,8 @@
 """The list of utterances: read and checked before any training, so that every bad row is known at once.
 
-A manifest is CSV with a header (tab-separated where it ends in .tsv) or JSON lines (.jsonl, .json). Only `file` is
-required; `emotion`, `text`, `speaker`, `id`, `start` and `end` (seconds), `arousal`, `dominance` and `valence`
-(numbers on any scale) are ours, other columns are kept:
+A manifest is CSV with a header (tab-separated where it ends in .tsv) or JSON (.jsonl, .json: an object per line,
+or one array of objects). Only `file` is required; `emotion`, `text`, `speaker`, `id`, `start` and `end` (seconds),
+`arousal`, `dominance` and `valence` (numbers on any scale) are ours, other columns are kept:
 
     file,emotion,text,speaker
     wav/03a01Fa.wav,happiness,Der Lappen liegt auf dem Eisschrank.,03
@@ -12,11 +12,13 @@ Cells that stand for nothing (`ser.data.cells.MISSING_LABELS`, `MISSING_TEXTS`) 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import functools
 import json
 import math
 import os
+import re
 import shlex
 import stat
 import sys
@@ -52,7 +54,9 @@ PAPER_EMOTIONS = {"e0": "neutral", "e1": "happy", "e2": "angry", "e3": "sad"}
 ONE_FILE_IN_ANY_FORM = sys.platform == "darwin"
 
 # A manifest may have millions of rows, so only its lines are bounded. The csv module bounds fields itself.
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # a NUL, or half a surrogate pair
 MAX_CELL = 128 * 1024
+MAX_ARRAY_BYTES = 256 * 1024 * 1024  # a JSON array is in memory as a whole
 MAX_COLUMNS = 1000
 
 MAX_LISTED = 50
@@ -164,7 +168,8 @@ def read_manifest(
     manifest are among e0, e1, e2, e3 they become neutral, happy, angry, sad.
 
     Args:
-        path: .tsv is tab-separated, .jsonl and .json hold one object per line, all else is CSV.
+        path: .tsv is tab-separated, .jsonl and .json hold one object per line, or one array of objects, all else
+            is CSV.
         root: the folder that relative files start from; by default the manifest's own.
         columns: our name -> the manifest's, e.g. ``{"text": "transcript"}``. A column of ours that this sets aside
             is kept among the others as ``<name>_original``.
@@ -189,7 +194,6 @@ def read_manifest(
     renaming = _Renaming(path, columns or {})
     problems = _Problems()
     utterances: list[Utterance] = []
-    checks = _Checks(check_files=check_files, unit="line")
     missing = Missing(literal=literal_labels)
     files = Files()
     quoting = Quoting()
@@ -201,6 +205,8 @@ def read_manifest(
             if _delimiter(path) == "\t":
                 quoting = find_quoting(file)
                 renaming.remark = quoting.remark()
+            unit = "item" if _is_json(path) and _is_array(file) else "line"
+            checks = _Checks(check_files=check_files, unit=unit)
             rows = (
                 _json_rows(file, renaming, problems)
                 if _is_json(path)
@@ -215,7 +221,7 @@ def read_manifest(
                         utterance = replace(utterance, file=files.find(utterance.file))
                     found += checks.of(utterance, line)
                 for what in found:
-                    problems.add(f"line {line}", what)
+                    problems.add(f"{unit} {line}", what)
                 utterances.append(utterance)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         cause = error.strerror if isinstance(error, OSError) else error
@@ -422,44 +428,78 @@ def _header(path: Path, line: int, found: list[str], renaming: _Renaming) -> lis
     return names
 
 
+def _constant(name: str) -> float | None:
+    """What NaN, Infinity and -Infinity mean in JSON."""
+    return None if name == "NaN" else float(name)
+
+
+# NaN, which is not JSON, is how pandas frames that became dicts write what is missing.
+DECODER = json.JSONDecoder(object_pairs_hook=unique_names, parse_constant=_constant)
+
+
 def _json_rows(
     file: BinaryIO, renaming: _Renaming, problems: _Problems
 ) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """(line, name -> cell) of each line that is a JSON object."""
-    lines = _Lines(file, problems)
+    """Yield (line, name -> cell) of each line that is a JSON object; of an array, (position, name -> cell)."""
     every_name: dict[str, None] = {}
-    # NaN, which is not JSON, is how pandas frames that became dicts write what is missing.
-    decode = json.JSONDecoder(object_pairs_hook=unique_names, parse_constant=_constant).decode
+    unit, rows_of = ("item", _array_items) if _is_array(file) else ("line", _json_lines)
     try:
-        for text in lines:
-            lines.recent.clear()
-            if not text.strip() or lines.number in lines.damaged:
-                continue
+        for number, values in rows_of(file, problems):
             try:
-                values = decode(text)
                 if not isinstance(values, dict):
-                    raise ValueError(f"found {brief_repr(values)}, expected one object per line")
+                    raise ValueError(f"found {brief_repr(values)}, expected one object per {unit}")
                 count = len(values)
                 values = {name.strip(): value for name, value in values.items()}
                 every_name.update(dict.fromkeys(values))
                 cells = {renaming(name): _cell(name, value, renaming) for name, value in values.items()}
                 if len(cells) < count:
                     raise ValueError(f"two of {brief_repr(list(values))} become one column")
-                if "\\u" in text and not all(_is_text(part) for pair in cells.items() for part in pair):
+                if not all(_is_text(part) for pair in cells.items() for part in pair):
                     raise ValueError("half a surrogate pair or a NUL, which is no text")
             except (ValueError, RecursionError) as error:
-                problems.add(f"line {lines.number}", f"not a JSON row: {shorten(str(error), 200)}")
+                problems.add(f"{unit} {number}", f"not a JSON row: {shorten(str(error), 200)}")
                 continue
-            yield lines.number, {name: cell for name, cell in cells.items() if name}
+            yield number, {name: cell for name, cell in cells.items() if name}
     except _Unreadable:
         return
     if every_name:
         renaming.check(list(every_name))
 
 
-def _constant(name: str) -> float | None:
-    """What NaN, Infinity and -Infinity mean in JSON."""
-    return None if name == "NaN" else float(name)
+def _json_lines(file: BinaryIO, problems: _Problems) -> Iterator[tuple[int, Any]]:
+    """Yield (line, value) of each line that is JSON."""
+    lines = _Lines(file, problems)
+    for text in lines:
+        lines.recent.clear()
+        if not text.strip() or lines.number in lines.damaged:
+            continue
+        try:
+            value = DECODER.decode(text)
+        except (ValueError, RecursionError) as error:
+            problems.add(f"line {lines.number}", f"not a JSON row: {shorten(str(error), 200)}")
+            continue
+        yield lines.number, value
+
+
+def _is_array(file: BinaryIO) -> bool:
+    """Tell whether a JSON file is one array; the file is at its beginning again afterwards."""
+    head = file.read(64)
+    file.seek(0)
+    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _array_items(file: BinaryIO, problems: _Problems) -> Iterator[tuple[int, Any]]:
+    """Yield (position from 1, value) of each item of a JSON array, as pandas writes it with orient="records"."""
+    content = file.read(MAX_ARRAY_BYTES + 1)
+    if len(content) > MAX_ARRAY_BYTES:
+        problems.add(
+            "the JSON array", f"is larger than {MAX_ARRAY_BYTES} bytes; write one object per line (.jsonl)"
+        )
+        return
+    try:
+        yield from enumerate(DECODER.decode(content.decode("utf-8-sig").strip()), 1)
+    except (ValueError, RecursionError) as error:
+        problems.add("the array", f"cannot be read: {shorten(str(error), 200)}")
 
 
 def _cell(name: str, value: Any, renaming: _Renaming) -> str | None:
@@ -474,7 +514,7 @@ def _cell(name: str, value: Any, renaming: _Renaming) -> str | None:
 
 
 def _is_text(value: str | None) -> bool:
-    return value is None or not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
+    return value is None or NO_TEXT.search(value) is None
 
 
 def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], missing: Missing) -> Utterance:
