@@ -315,6 +315,9 @@ def _checked_rate(name: str, sample_rate: int) -> int:
     return rate
 
 
+_PIECE = 1 << 14  # frames that are copied to float64 at a time: more do not stay in a processor's cache
+
+
 class _Channels:
     """Sums over the frames of a recording which tell how far its channels cancel each other in their mean.
 
@@ -327,9 +330,11 @@ class _Channels:
     def add(self, block: Tensor, mono: Tensor) -> None:
         """Count a block (frames, C) and its mean over channels (frames,)."""
         self.frames += len(block)
-        self.sums = self.sums + block.sum(0, dtype=torch.float64)
-        self.squares += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
-        self.mixed += float(torch.linalg.vector_norm(mono, dtype=torch.float64)) ** 2
+        for columns, mean in zip(block.split(_PIECE), mono.split(_PIECE), strict=True):
+            wide, narrow = columns.double(), mean.double()
+            self.sums = self.sums + wide.sum(0)
+            self.squares += float(torch.dot(wide.reshape(-1), wide.reshape(-1)))
+            self.mixed += float(torch.dot(narrow, narrow))
 
     def __add__(self, other: "_Channels") -> "_Channels":
         both = _Channels()

@@ -476,7 +476,7 @@ def test_memory_that_runs_out_while_a_checkpoint_is_loaded_is_no_bad_checkpoint(
     def short(*_):
         raise CPU
 
-    monkeypatch.setattr("ser.train.checkpoint.load_file", short)
+    monkeypatch.setattr("ser.train.checkpoint.read_tensors", short)
     with pytest.raises(ResourceError, match="out of memory when a checkpoint was loaded"):
         fit(toy_recognizer(), rows, [], quick(epochs=1), tmp_path / "run")
 
