@@ -74,14 +74,14 @@ _ALLOWED = {  # libsndfile's names of containers and codings
     "MP3": ("MPEG_LAYER_III",),
 }
 # By their names: what is read, and what else is sound or has some, to be told and not passed over.
-SUFFIXES = (".wav", ".wave", ".rf64", ".flac", ".ogg", ".oga", ".mp3")
+SUFFIXES = (".wav", ".wave", ".bwf", ".rf64", ".flac", ".ogg", ".oga", ".mp3")
 # fmt: off
 OTHER_SUFFIXES = (
-    ".3g2", ".3gp", ".3gpp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".asf", ".au",
-    ".avi", ".awb", ".caf", ".ds2", ".dsf", ".dss", ".eac3", ".flv", ".gsm", ".m2ts", ".m4a", ".m4b",
-    ".m4r", ".m4v", ".mka", ".mkv", ".mov", ".mp1", ".mp2", ".mp4", ".mpeg", ".mpg", ".mpga", ".mts",
+    ".3g2", ".3gp", ".3gpp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".alac", ".amr", ".ape", ".asf", ".au",
+    ".avi", ".awb", ".caf", ".ds2", ".dsf", ".dss", ".eac3", ".f4v", ".flv", ".gsm", ".m2ts", ".m4a", ".m4b",
+    ".m4r", ".m4v", ".mka", ".mkv", ".mov", ".mp1", ".mp2", ".mp4", ".mpc", ".mpeg", ".mpg", ".mpga", ".mts",
     ".nist", ".ogv", ".ogx", ".opus", ".pcm", ".qcp", ".ra", ".rm", ".snd", ".sph", ".spx", ".tak", ".tta",
-    ".voc", ".w64", ".weba", ".webm", ".wma", ".wmv", ".wv",
+    ".vob", ".voc", ".vox", ".w64", ".weba", ".webm", ".wma", ".wmv", ".wv",
 )
 # fmt: on
 _ADVICE = (

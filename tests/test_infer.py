@@ -223,11 +223,12 @@ def test_what_is_sound_by_its_name_and_not_read_stands_in_its_place_with_what_to
     for name, (content, _) in foreign.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "i.aac").write_bytes(sound)  # it is the content that decides
+    (tmp_path / "y.bwf").write_bytes(sound)
     (tmp_path / "z.wave").write_bytes(sound)
     for name in ("notes.txt", "a.m4a.bak", "cover.jpg", "wav", "m4a"):
         (tmp_path / name).write_text("no sound")
     found = records_of(run(tmp_path, "--model", work / "model", "--format", "jsonl", check=1), tmp_path)
-    assert list(found) == [*foreign, "i.aac", "voice.OGA", "z.wave"]
+    assert list(found) == [*foreign, "i.aac", "voice.OGA", "y.bwf", "z.wave"]
     for name, error in found.items():
         expected = foreign.get(name, (b"", ""))[1]
         assert expected in error and bool(error) == bool(expected)
