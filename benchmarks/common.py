@@ -284,7 +284,7 @@ def fast_dtype(device: str) -> str:
     """That of `--precision auto`."""
     import torch
 
-    from ser.models.precision import choose_precision
+    from ser.device import choose_precision
 
     return str(choose_precision("auto", torch.device(device))).removeprefix("torch.")
 

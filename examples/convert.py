@@ -38,10 +38,14 @@ from pathlib import Path
 from references import reference_layers
 
 import ser
-from ser.convert import convert
+from ser.convert.convert import convert
 from ser.data.text import Vocabulary
 from ser.errors import printable
 from ser.models.pretrained import read_json
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,10 +69,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder at the target")
     return parser.parse_args()
-
-
-def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
 
 
 def main() -> None:

@@ -50,16 +50,14 @@ from typing import Any, TextIO
 import torch
 
 import ser
-from ser.data.labels import check_spellings, label_lines
 from ser.data.protocols import Protocol, check_fold, find_fold, to_table, usual_known_turns
 from ser.data.selection import Selection, add_arguments, from_arguments
+from ser.data.spellings import check_spellings, label_lines
 from ser.errors import ConfigError, FileError, printable
 from ser.files import digest, write_json
 from ser.models.pretrained import find_folder
 from ser.recognizer import is_preset
-from ser.train.checkpoint import MAY_CHANGE
-from ser.train.content import NAMES, contents, weights_sha256
-from ser.train.folds import (
+from ser.scores.folds import (
     SHORT,
     ablation_markdown,
     ablation_summary,
@@ -68,9 +66,11 @@ from ser.train.folds import (
     to_markdown,
     write_curves,
 )
-from ser.train.pictures import draw, draw_curves, needs_matplotlib
+from ser.scores.pictures import draw, draw_curves, needs_matplotlib
+from ser.scores.report import Outcomes, shared_line, table, trained_on_some
+from ser.train.checkpoint import MAY_CHANGE
+from ser.train.content import NAMES, contents, weights_sha256
 from ser.train.processes import PREEMPTED, following, stop_on_signals
-from ser.train.report import Outcomes, shared_line, table, trained_on_some
 
 HERE = Path(__file__).parent
 # What each fold is given; it must not come a second time.
@@ -199,33 +199,35 @@ def is_judged(folder: Path) -> bool:
         return False
 
 
-def run_fold(
-    arguments: argparse.Namespace,
-    rest: list[str],
-    selection: Selection,
-    weights: str,
-    folder: Path,
-    devices: Queue[list[str]],
-    commands: Commands,
-) -> None:
-    """Train and judge one fold in its folder, unless that is done."""
-    fold = str(selection.fold)
-    if commands.closed:
-        return
-    if is_judged(folder):
-        tell(f"{fold}: done already")
-        return
-    environment = dict(os.environ)
-    own = devices.get()  # GPUs of its own, if there are any
-    if own:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-    try:
-        train_and_judge(arguments, rest, selection, weights, folder, environment, commands)
-    except BaseException:
-        commands.closed = True  # at once: this thread takes the next fold before anybody hears of this one
-        raise
-    finally:
-        devices.put(own)
+class Stopped(Exception):
+    """This process was asked to stop, and its commands have ended."""
+
+
+class Commands:
+    """The commands that run, which are asked to stop when this process is."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.closed = False  # no further fold begins
+        self.stopped = ""
+
+    def run(self, command: list[str], environment: dict[str, str], log: TextIO) -> int:
+        """The exit status."""
+        process = subprocess.Popen(following(command), env=environment, stdout=log, stderr=log)
+        self.running.add(process)
+        if self.stopped:  # meanwhile
+            process.terminate()
+        try:
+            return process.wait()
+        finally:
+            self.running.discard(process)
+
+    def stop(self, signal: str) -> None:
+        """Training saves and ends, and what judges is done again."""
+        self.stopped = signal
+        tell(f"{signal}: what trains saves and ends", to=sys.stderr)
+        for process in list(self.running):
+            process.terminate()
 
 
 def train_and_judge(
@@ -272,35 +274,33 @@ def train_and_judge(
         tell(f"    {shared_line(judged)}")
 
 
-class Stopped(Exception):
-    """This process was asked to stop, and its commands have ended."""
-
-
-class Commands:
-    """The commands that run, which are asked to stop when this process is."""
-
-    def __init__(self) -> None:
-        self.running: set[subprocess.Popen[bytes]] = set()
-        self.closed = False  # no further fold begins
-        self.stopped = ""
-
-    def run(self, command: list[str], environment: dict[str, str], log: TextIO) -> int:
-        """The exit status."""
-        process = subprocess.Popen(following(command), env=environment, stdout=log, stderr=log)
-        self.running.add(process)
-        if self.stopped:  # meanwhile
-            process.terminate()
-        try:
-            return process.wait()
-        finally:
-            self.running.discard(process)
-
-    def stop(self, signal: str) -> None:
-        """Training saves and ends, and what judges is done again."""
-        self.stopped = signal
-        tell(f"{signal}: what trains saves and ends", to=sys.stderr)
-        for process in list(self.running):
-            process.terminate()
+def run_fold(
+    arguments: argparse.Namespace,
+    rest: list[str],
+    selection: Selection,
+    weights: str,
+    folder: Path,
+    devices: Queue[list[str]],
+    commands: Commands,
+) -> None:
+    """Train and judge one fold in its folder, unless that is done."""
+    fold = str(selection.fold)
+    if commands.closed:
+        return
+    if is_judged(folder):
+        tell(f"{fold}: done already")
+        return
+    environment = dict(os.environ)
+    own = devices.get()  # GPUs of its own, if there are any
+    if own:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    try:
+        train_and_judge(arguments, rest, selection, weights, folder, environment, commands)
+    except BaseException:
+        commands.closed = True  # at once: this thread takes the next fold before anybody hears of this one
+        raise
+    finally:
+        devices.put(own)
 
 
 # ---------------------------------------------------------------------------------------------- all folds
@@ -324,6 +324,21 @@ def provenance(arguments: argparse.Namespace, rest: list[str], selection: Select
         "processes": arguments.processes,
         "known_turns": arguments.known_turns,
     }
+
+
+def write_eval_files(out: Path, folds: list[str]) -> None:
+    """FOLD.eval, as the paper's reproduce script leaves them, and the pooled line."""
+    right = total = 0
+    for fold in folds:
+        outcomes = Outcomes.read(out / fold / "predictions.csv")
+        labelled = outcomes.text["emotion"] != ""
+        correct = int((outcomes.text["emotion"] == outcomes.text["predicted"])[labelled].sum())
+        judged = json.loads((out / fold / "report.json").read_text())
+        accuracy = correct / max(int(labelled.sum()), 1)
+        lines = [table(judged), shared_line(judged), f"correct: {correct} , acc: {accuracy:.4f}"]
+        (out / f"{fold}.eval").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        right, total = right + correct, total + int(labelled.sum())
+    tell(f"pooled: correct: {right} of {total} , acc: {right / max(total, 1):.4f}")
 
 
 def cross_validate(
@@ -401,21 +416,6 @@ def cross_validate(
     return found
 
 
-def write_eval_files(out: Path, folds: list[str]) -> None:
-    """FOLD.eval, as the paper's reproduce script leaves them, and the pooled line."""
-    right = total = 0
-    for fold in folds:
-        outcomes = Outcomes.read(out / fold / "predictions.csv")
-        labelled = outcomes.text["emotion"] != ""
-        correct = int((outcomes.text["emotion"] == outcomes.text["predicted"])[labelled].sum())
-        judged = json.loads((out / fold / "report.json").read_text())
-        accuracy = correct / max(int(labelled.sum()), 1)
-        lines = [table(judged), shared_line(judged), f"correct: {correct} , acc: {accuracy:.4f}"]
-        (out / f"{fold}.eval").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        right, total = right + correct, total + int(labelled.sum())
-    tell(f"pooled: correct: {right} of {total} , acc: {right / max(total, 1):.4f}")
-
-
 # ---------------------------------------------------------------------------------------------- ablations
 
 
@@ -433,6 +433,24 @@ def variants(arguments: argparse.Namespace, rest: list[str]) -> dict[str, list[s
     if name == "heads" and any("speaker" in value for value in listed) and not any("--beta" in o for o in rest):
         raise ConfigError("a speaker head needs a weight: add --beta, such as --beta 0.1")
     return {value: [f"--{name}", value.replace("+", ",")] for value in listed}
+
+
+def beside_table_3(summary: dict[str, Any]) -> list[str]:
+    """The paper's own row of its Table 3 beside ours, and whether they may be compared."""
+    count = len(summary["folds"])
+    same = summary["protocol"] == "paper10" and count == 10 and summary["utterances"] == PAPER_UTTERANCES
+    same = same and summary["weights"] == "last"
+    lines = ["", "Beside Table 3 of Cai et al. (2021):", "", "| | folds | utterances | WA |", "|---|---|---|---|"]
+    lines += [f"| Cai et al., alpha 0.1 | 10, by recording side | {PAPER_UTTERANCES} | {PAPER_TABLE_3:.4f} |"]
+    for value, row in summary["values"].items():
+        cells = [f"alpha {value}", f"{count} of {summary['protocol']}", str(summary["utterances"])]
+        lines += [f"| {' | '.join(cells)} | {show((row['accuracy'] or {}).get('value'))} |"]
+    note = "The same folds and utterances: on IEMOCAP's own recordings the two may be compared."
+    return [
+        *lines,
+        "",
+        note if same else "**Other folds, utterances or weights than the paper's: not comparable.**",
+    ]
 
 
 def run_ablation(arguments: argparse.Namespace, rest: list[str], selection: Selection) -> None:
@@ -464,24 +482,6 @@ def run_ablation(arguments: argparse.Namespace, rest: list[str], selection: Sele
     if summary["drawn"]:
         draw_curves({f"{name} {value}": curve for value, curve in curves.items()}, arguments.out / "curves.png")
     tell(f"\n{text}\n{arguments.out / 'ablation.md'}")
-
-
-def beside_table_3(summary: dict[str, Any]) -> list[str]:
-    """The paper's own row of its Table 3 beside ours, and whether they may be compared."""
-    count = len(summary["folds"])
-    same = summary["protocol"] == "paper10" and count == 10 and summary["utterances"] == PAPER_UTTERANCES
-    same = same and summary["weights"] == "last"
-    lines = ["", "Beside Table 3 of Cai et al. (2021):", "", "| | folds | utterances | WA |", "|---|---|---|---|"]
-    lines += [f"| Cai et al., alpha 0.1 | 10, by recording side | {PAPER_UTTERANCES} | {PAPER_TABLE_3:.4f} |"]
-    for value, row in summary["values"].items():
-        cells = [f"alpha {value}", f"{count} of {summary['protocol']}", str(summary["utterances"])]
-        lines += [f"| {' | '.join(cells)} | {show((row['accuracy'] or {}).get('value'))} |"]
-    note = "The same folds and utterances: on IEMOCAP's own recordings the two may be compared."
-    return [
-        *lines,
-        "",
-        note if same else "**Other folds, utterances or weights than the paper's: not comparable.**",
-    ]
 
 
 def main(argv: list[str] | None = None) -> None:

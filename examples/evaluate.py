@@ -42,24 +42,25 @@ from typing import Any
 import torch
 
 import ser
-from ser.data.labels import check_spellings, label_lines
 from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.protocols import KNOWN, overlap
 from ser.data.selection import Selection, add_arguments, from_arguments
+from ser.data.spellings import check_spellings, label_lines
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
+from ser.device import cpu_threads
 from ser.errors import ConfigError, FileError, SerError, brief_repr, printable, summary
 from ser.files import write_json
 from ser.models.pretrained import find_folder
 from ser.recognizer import Recognizer
-from ser.train import card
+from ser.scores import card
+from ser.scores.pictures import draw
+from ser.scores.report import Outcomes, compare, report, shared_line, table, write_rows
 from ser.train.bad_audio import BadAudio
-from ser.train.distributed import World, cpu_threads, joined_world
+from ser.train.distributed import World, joined_world
 from ser.train.evaluation import judge
 from ser.train.loop import say
-from ser.train.pictures import draw
 from ser.train.processes import one_voice
-from ser.train.report import Outcomes, compare, report, shared_line, table, write_rows
 from ser.train.verification import checks_of
 
 
@@ -121,6 +122,12 @@ def training_utterances(
         return None
 
 
+def same_fold(first: Selection, second: Selection) -> bool:
+    """Whether they are parts of the same fold of the same manifest."""
+    names = ("sha256", "protocol", "fold", "seed")
+    return all(getattr(first, name) == getattr(second, name) for name in names)
+
+
 def read_data(
     arguments: argparse.Namespace, record: dict | None, tell: Callable[[str], None]
 ) -> tuple[Selection, list, list | None, dict]:
@@ -154,12 +161,6 @@ def read_data(
     return chosen, judged, training, about
 
 
-def same_fold(first: Selection, second: Selection) -> bool:
-    """Whether they are parts of the same fold of the same manifest."""
-    names = ("sha256", "protocol", "fold", "seed")
-    return all(getattr(first, name) == getattr(second, name) for name in names)
-
-
 def outcomes_of(
     recognizer: Recognizer,
     utterances: list[Utterance],
@@ -188,6 +189,40 @@ def outcomes_of(
         out.mkdir(parents=True, exist_ok=True)
         return write_rows(out / "predictions.csv", rows, recognizer.emotions)
     return Outcomes.joined([Outcomes.of(recognizer.emotions, chunk) for chunk in rows])
+
+
+def not_judged(utterances: list[Utterance], recognizer: Recognizer) -> list[str]:
+    """Say which labels are in no figure, a line a kind: the model has no head for them or does not know them."""
+    lines = []
+    if recognizer.vocabulary is None and (texts := sum(bool(u.text) for u in utterances)):
+        lines.append(f"the model writes no transcripts: the texts of {texts} utterances are in no figure")
+    known = {name.lower() for name in recognizer.dimensions}
+    for name in DIMENSIONS:
+        if name not in known and (labels := sum(getattr(u, name) is not None for u in utterances)):
+            lines.append(f"the model gives no {name}: the labels of {labels} utterances are in no figure")
+    speakers = Counter(u.speaker for u in utterances if u.speaker)
+    if recognizer.speakers and speakers and speakers.keys().isdisjoint(recognizer.speakers):
+        here, there = (summary(map(repr, names), 5) for names in (speakers, recognizer.speakers))
+        lines.append(f"no speaker is one whom the model knows: here are {here}; it knows {there}")
+    return lines
+
+
+def show_notes(found: dict[str, Any], recognizer: Recognizer) -> None:
+    """What has to be known about the figures."""
+    if not found["figures"]:
+        print("no figure: no utterance has a label or text for a head of this model")
+    if found["unread"]:
+        print(f"{found['unread']} recordings could not be read and are in no figure")
+    known, total = found["judged"]["speaker"], found["utterances"]
+    if recognizer.speakers and known < total and (known or not found["speakers"]):  # else `not_judged` says it
+        print(f"speakers are judged on {known} of {total} utterances: the others' speakers are not known")
+    if "known_turns" in found:
+        on = found["known_turns"]
+        figure = on["figures"]["speaker_accuracy"]
+        low, high = figure["interval_utterances"]
+        turns = f"{on['utterances']} turns that were held out of the {on['speakers']} speakers in training"
+        print(f"speaker accuracy on {turns}: {figure['value']:.4f} ({low:.4f} to {high:.4f})")
+    print(printable(shared_line(found)))
 
 
 def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
@@ -255,38 +290,10 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
     return True
 
 
-def not_judged(utterances: list[Utterance], recognizer: Recognizer) -> list[str]:
-    """Say which labels are in no figure, a line a kind: the model has no head for them or does not know them."""
-    lines = []
-    if recognizer.vocabulary is None and (texts := sum(bool(u.text) for u in utterances)):
-        lines.append(f"the model writes no transcripts: the texts of {texts} utterances are in no figure")
-    known = {name.lower() for name in recognizer.dimensions}
-    for name in DIMENSIONS:
-        if name not in known and (labels := sum(getattr(u, name) is not None for u in utterances)):
-            lines.append(f"the model gives no {name}: the labels of {labels} utterances are in no figure")
-    speakers = Counter(u.speaker for u in utterances if u.speaker)
-    if recognizer.speakers and speakers and speakers.keys().isdisjoint(recognizer.speakers):
-        here, there = (summary(map(repr, names), 5) for names in (speakers, recognizer.speakers))
-        lines.append(f"no speaker is one whom the model knows: here are {here}; it knows {there}")
-    return lines
-
-
-def show_notes(found: dict[str, Any], recognizer: Recognizer) -> None:
-    """What has to be known about the figures."""
-    if not found["figures"]:
-        print("no figure: no utterance has a label or text for a head of this model")
-    if found["unread"]:
-        print(f"{found['unread']} recordings could not be read and are in no figure")
-    known, total = found["judged"]["speaker"], found["utterances"]
-    if recognizer.speakers and known < total and (known or not found["speakers"]):  # else `not_judged` says it
-        print(f"speakers are judged on {known} of {total} utterances: the others' speakers are not known")
-    if "known_turns" in found:
-        on = found["known_turns"]
-        figure = on["figures"]["speaker_accuracy"]
-        low, high = figure["interval_utterances"]
-        turns = f"{on['utterances']} turns that were held out of the {on['speakers']} speakers in training"
-        print(f"speaker accuracy on {turns}: {figure['value']:.4f} ({low:.4f} to {high:.4f})")
-    print(printable(shared_line(found)))
+def moved(selection: Selection, arguments: argparse.Namespace) -> Selection:
+    """The same utterances, where --data and --root say that they are now."""
+    places = {"data": str(arguments.data) if arguments.data else None, "root": arguments.root}
+    return replace(selection, **{name: value for name, value in places.items() if value})
 
 
 def verify(arguments: argparse.Namespace, world: World) -> bool:
@@ -336,12 +343,6 @@ def verify(arguments: argparse.Namespace, world: World) -> bool:
         print(printable(f"claimed, and not computed here: {', '.join(rest) or 'nothing'}"))
         print("the card holds" if good else "the card does not hold")
     return good
-
-
-def moved(selection: Selection, arguments: argparse.Namespace) -> Selection:
-    """The same utterances, where --data and --root say that they are now."""
-    places = {"data": str(arguments.data) if arguments.data else None, "root": arguments.root}
-    return replace(selection, **{name: value for name, value in places.items() if value})
 
 
 def refuse_renaming(arguments: argparse.Namespace) -> None:

@@ -54,14 +54,20 @@ from ser.errors import AudioError, ConfigError, SerError, printable
 from ser.files import check_can_write, csv_line, files_below, finite, replace_file, written
 from ser.recognizer import MAX_SECONDS, Prediction, Recognizer
 
-gc.freeze()  # nor at the end
-gc.enable()
-
 RECORDINGS = SUFFIXES + OTHER_SUFFIXES
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
 LISTS = (".txt", ".lst", ".list", ".scp", ".xls", ".xlsx", ".ods", ".parquet")  # that are taken for manifests
 # What loading a model reads, beside *.safetensors
 MODEL_FILES = ("config.json", "vocab.json", "tokens.json", "tokens_map.json", "tokenizer.json", "index.json")
+
+
+def usable_device(name: str) -> torch.device:
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {reason}") from None
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -103,13 +109,37 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def usable_device(name: str) -> torch.device:
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+def begins_as_sound(path: Path) -> bool:
+    """Tell whether a file begins as sound does. A broken link counts too, so that its error is shown."""
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {reason}") from None
+        if not path.is_file():
+            return path.is_symlink() and not path.exists()
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    if head.startswith(b"\xff") and len(head) > 1:
+        return head[1] & 0xE6 == 0xE2  # of MPEG audio, layer III
+    return head.startswith((b"fLaC", b"OggS", b"ID3")) or head[8:] in (b"WAVE", b"M4A ")
+
+
+def is_recording(path: str) -> bool:
+    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122
+    if any(letter.isalpha() for letter in suffix):
+        return suffix in RECORDINGS
+    return begins_as_sound(Path(path))
+
+
+def warn(text: str) -> None:
+    print(f"warning: {printable(text)}", file=sys.stderr)
+
+
+def recordings_in(folder: Path) -> list[str]:
+    """List what is a recording by its name, or, where the name says nothing, by its first bytes."""
+    try:
+        return sorted(filter(is_recording, files_below(folder, hidden=False, say=warn)))
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be listed: {error.strerror}") from None
 
 
 # ----------------------------------------------------------------------------------------------------- inputs
@@ -135,39 +165,6 @@ def find_inputs(arguments: argparse.Namespace) -> list[str | Utterance]:
         folders = ", ".join(map(str, arguments.inputs))
         raise ConfigError(f"{folders}: no recordings found; a folder's are those in {', '.join(SUFFIXES)}")
     return found
-
-
-def recordings_in(folder: Path) -> list[str]:
-    """List what is a recording by its name, or, where the name says nothing, by its first bytes."""
-    try:
-        return sorted(filter(is_recording, files_below(folder, hidden=False, say=warn)))
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: cannot be listed: {error.strerror}") from None
-
-
-def is_recording(path: str) -> bool:
-    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122
-    if any(letter.isalpha() for letter in suffix):
-        return suffix in RECORDINGS
-    return begins_as_sound(Path(path))
-
-
-def begins_as_sound(path: Path) -> bool:
-    """Tell whether a file begins as sound does. A broken link counts too, so that its error is shown."""
-    try:
-        if not path.is_file():
-            return path.is_symlink() and not path.exists()
-        with path.open("rb") as file:
-            head = file.read(12)
-    except OSError:
-        return False
-    if head.startswith(b"\xff") and len(head) > 1:
-        return head[1] & 0xE6 == 0xE2  # of MPEG audio, layer III
-    return head.startswith((b"fLaC", b"OggS", b"ID3")) or head[8:] in (b"WAVE", b"M4A ")
-
-
-def warn(text: str) -> None:
-    print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def check_output(output: Path, model: Path, inputs: list[str | Utterance]) -> None:
@@ -217,6 +214,11 @@ def seconds_of(source: str | Utterance) -> float:
 Record = dict[str, Any]
 
 
+def decimal(seconds: float) -> str:
+    """To the millisecond, however long the recording is, without zeros at the end: 2, 7200.25."""
+    return f"{seconds:.3f}".rstrip("0").rstrip(".")
+
+
 def as_record(source: str | Utterance, result: Prediction | SerError) -> Record:
     """The same keys for every recording, None where there is nothing to say."""
     row = source if isinstance(source, Utterance) else None
@@ -234,11 +236,6 @@ def as_record(source: str | Utterance, result: Prediction | SerError) -> Record:
         nothing = Prediction(file=None, seconds=0.0).to_dict()
         return {**dict.fromkeys(nothing), **record, "error": str(result)}
     return finite({**result.to_dict(), **record, "error": None})  # scores may overflow: no NaN in JSON
-
-
-def decimal(seconds: float) -> str:
-    """To the millisecond, however long the recording is, without zeros at the end: 2, 7200.25."""
-    return f"{seconds:.3f}".rstrip("0").rstrip(".")
 
 
 def json_list(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
@@ -284,6 +281,30 @@ def paper_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[s
             yield f"{printable(os.path.basename(record['file']))} {record['seconds']} {number}  {shares}\n"  # noqa: PTH119
 
 
+def rounded(score: float | None) -> str:
+    """Write a score with two digits; nan where it overflowed."""
+    return "nan" if score is None else f"{score:.2f}"
+
+
+def likeliest(record: Record) -> str:
+    """The likeliest emotion with its probability; where several can be right, all above one half."""
+    shares = record["probabilities"] or {}
+    names = [record["emotion"]]
+    if record["kind"] == "multi-label":
+        names = (
+            sorted((n for n, share in shares.items() if (share or 0) >= 0.5), key=lambda n: -shares[n]) or names
+        )
+    return ", ".join(f"{name} {rounded(shares.get(name, 0.0))}" for name in names)
+
+
+def fit(text: str, width: int, *, keep_end: bool = False, right: bool = False) -> str:
+    """``text`` in exactly ``width`` characters, with an ellipsis where it is cut."""
+    text = printable(text)
+    if len(text) > width:
+        text = "…" + text[len(text) - width + 1 :] if keep_end else text[: width - 1] + "…"
+    return text.rjust(width) if right else text.ljust(width)
+
+
 def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
     total = shutil.get_terminal_size((120, 24)).columns
     emotion = max([len("emotion"), *(len(name) + 5 for name in recognizer.emotions)])
@@ -325,30 +346,6 @@ def table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
         yield line(cells)
 
 
-def likeliest(record: Record) -> str:
-    """The likeliest emotion with its probability; where several can be right, all above one half."""
-    shares = record["probabilities"] or {}
-    names = [record["emotion"]]
-    if record["kind"] == "multi-label":
-        names = (
-            sorted((n for n, share in shares.items() if (share or 0) >= 0.5), key=lambda n: -shares[n]) or names
-        )
-    return ", ".join(f"{name} {rounded(shares.get(name, 0.0))}" for name in names)
-
-
-def rounded(score: float | None) -> str:
-    """Write a score with two digits; nan where it overflowed."""
-    return "nan" if score is None else f"{score:.2f}"
-
-
-def fit(text: str, width: int, *, keep_end: bool = False, right: bool = False) -> str:
-    """``text`` in exactly ``width`` characters, with an ellipsis where it is cut."""
-    text = printable(text)
-    if len(text) > width:
-        text = "…" + text[len(text) - width + 1 :] if keep_end else text[: width - 1] + "…"
-    return text.rjust(width) if right else text.ljust(width)
-
-
 Format = Callable[[Iterator[Record], Recognizer], Iterator[str]]
 FORMATS: dict[str, Format] = {
     "table": table,
@@ -357,6 +354,18 @@ FORMATS: dict[str, Format] = {
     "csv": comma_separated,
     "paper": paper_lines,
 }
+
+
+@contextmanager
+def opened(path: Path | None, *, as_table: bool) -> Iterator[TextIO]:
+    """The file to write, or standard output: in UTF-8, but a table as the terminal has it."""
+    if path is not None:
+        with written(path), replace_file(path) as file:
+            yield file
+        return
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(encoding=None if as_table else "utf-8", errors="backslashreplace")
+    yield sys.stdout
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -419,17 +428,8 @@ def main() -> int:
     return 1 if failed else 0
 
 
-@contextmanager
-def opened(path: Path | None, *, as_table: bool) -> Iterator[TextIO]:
-    """The file to write, or standard output: in UTF-8, but a table as the terminal has it."""
-    if path is not None:
-        with written(path), replace_file(path) as file:
-            yield file
-        return
-    assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(encoding=None if as_table else "utf-8", errors="backslashreplace")
-    yield sys.stdout
-
+gc.freeze()  # nor at the end
+gc.enable()
 
 if __name__ == "__main__":
     try:

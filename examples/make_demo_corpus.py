@@ -143,6 +143,11 @@ def deal_sentences(count: int, taken: set[str], rng: random.Random) -> list[str]
     return sentences()
 
 
+def draw(name: str, spread: tuple[float, float], rng: random.Random) -> int:
+    low, high = LIMITS[name]
+    return round(min(max(rng.gauss(*spread), low), high))
+
+
 def plan(seed: int, size: int) -> dict[str, list[Turn]]:
     """The turns of each manifest. Every sentence occurs in all four emotions, so words tell nothing of them."""
     rng = random.Random(f"ser demo corpus {seed}")
@@ -161,11 +166,6 @@ def plan(seed: int, size: int) -> dict[str, list[Turn]]:
                 turns.append(Turn(file, emotion, text, speaker, voice, **settings))
         corpus[part] = turns
     return corpus
-
-
-def draw(name: str, spread: tuple[float, float], rng: random.Random) -> int:
-    low, high = LIMITS[name]
-    return round(min(max(rng.gauss(*spread), low), high))
 
 
 # --- who says it -----------------------------------------------------------------------------------------------
@@ -280,51 +280,6 @@ def parameters(seed: int, size: int) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def build(out: Path, seed: int = 0, size: int = 192, *, progress: bool = True) -> dict[str, list[Turn]]:
-    """Make the corpus in `out`, or keep the one that is there. `size` is the number of training sentences.
-
-    Returns:
-        The turns of each manifest: train, valid, known, test.
-
-    Raises:
-        ConfigError: a seed or size out of range.
-        SerError: `out` holds something else or a corpus of other parameters; espeak-ng is missing or fails.
-    """
-    if not 24 <= size <= 480:
-        raise ConfigError(f"size {size}: expected 24 to 480 training sentences")
-    if not 0 <= seed < 2**31:
-        raise ConfigError(f"seed {seed}: expected 0 to {2**31 - 1}")
-    corpus = plan(seed, size)
-    wanted = parameters(seed, size)
-    state: dict[str, Any] = {"synthetic": True, "notice": NOTICE, "parameters": wanted}
-    whole, unfinished = out / "corpus.json", out / "corpus.unfinished.json"
-    claim(out, wanted)
-    files = [out / turn.file for turns in corpus.values() for turn in turns]
-    files += [out / "README.md", *(out / f"{part}.csv" for part in corpus)]
-    if whole.exists() and all(file.is_file() for file in files):
-        return corpus
-
-    # From here to the last line the folder says that it is ours and not whole.
-    write_json(unfinished, state)
-    whole.unlink(missing_ok=True)
-    (out / "wav").mkdir(exist_ok=True)
-    seconds = dict.fromkeys(corpus, 0.0)
-    with open_espeak(seed) as espeak:
-        state |= {"espeak_ng": espeak.version, "sample_rate": espeak.sample_rate}
-        for part, turns in corpus.items():
-            for turn in tqdm(turns, desc=f"speaking {part}", unit="turn", disable=not progress):
-                samples = espeak.say(turn)
-                write_wav(out / turn.file, samples, espeak.sample_rate)
-                seconds[part] += len(samples) / espeak.sample_rate
-            write_manifest(out / f"{part}.csv", (turn.utterance(out) for turn in turns))
-    state["utterances"] = {part: len(turns) for part, turns in corpus.items()}
-    state["seconds"] = {part: round(value, 1) for part, value in seconds.items()}
-    (out / "README.md").write_text(readme(corpus, state), encoding="utf-8")
-    write_json(unfinished, state)
-    unfinished.replace(whole)
-    return corpus
-
-
 def claim(out: Path, wanted: dict[str, Any]) -> None:
     """Make the folder, or make sure that the one that is there is empty or a corpus of these parameters."""
     if out.exists() and not out.is_dir():
@@ -379,6 +334,51 @@ every sentence is said in every emotion. The parameters are in `corpus.json`.
 | manifest | utterances | sentences | voices | minutes |
 |---|---|---|---|---|
 {rows}"""
+
+
+def build(out: Path, seed: int = 0, size: int = 192, *, progress: bool = True) -> dict[str, list[Turn]]:
+    """Make the corpus in `out`, or keep the one that is there. `size` is the number of training sentences.
+
+    Returns:
+        The turns of each manifest: train, valid, known, test.
+
+    Raises:
+        ConfigError: a seed or size out of range.
+        SerError: `out` holds something else or a corpus of other parameters; espeak-ng is missing or fails.
+    """
+    if not 24 <= size <= 480:
+        raise ConfigError(f"size {size}: expected 24 to 480 training sentences")
+    if not 0 <= seed < 2**31:
+        raise ConfigError(f"seed {seed}: expected 0 to {2**31 - 1}")
+    corpus = plan(seed, size)
+    wanted = parameters(seed, size)
+    state: dict[str, Any] = {"synthetic": True, "notice": NOTICE, "parameters": wanted}
+    whole, unfinished = out / "corpus.json", out / "corpus.unfinished.json"
+    claim(out, wanted)
+    files = [out / turn.file for turns in corpus.values() for turn in turns]
+    files += [out / "README.md", *(out / f"{part}.csv" for part in corpus)]
+    if whole.exists() and all(file.is_file() for file in files):
+        return corpus
+
+    # From here to the last line the folder says that it is ours and not whole.
+    write_json(unfinished, state)
+    whole.unlink(missing_ok=True)
+    (out / "wav").mkdir(exist_ok=True)
+    seconds = dict.fromkeys(corpus, 0.0)
+    with open_espeak(seed) as espeak:
+        state |= {"espeak_ng": espeak.version, "sample_rate": espeak.sample_rate}
+        for part, turns in corpus.items():
+            for turn in tqdm(turns, desc=f"speaking {part}", unit="turn", disable=not progress):
+                samples = espeak.say(turn)
+                write_wav(out / turn.file, samples, espeak.sample_rate)
+                seconds[part] += len(samples) / espeak.sample_rate
+            write_manifest(out / f"{part}.csv", (turn.utterance(out) for turn in turns))
+    state["utterances"] = {part: len(turns) for part, turns in corpus.items()}
+    state["seconds"] = {part: round(value, 1) for part, value in seconds.items()}
+    (out / "README.md").write_text(readme(corpus, state), encoding="utf-8")
+    write_json(unfinished, state)
+    unfinished.replace(whole)
+    return corpus
 
 
 def main() -> None:

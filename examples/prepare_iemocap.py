@@ -19,9 +19,9 @@ import ser
 from ser.data.corpora import LICENCES, Corpus, parse_crema_d, parse_emodb, parse_ravdess, read_named
 from ser.data.datasheet import data_sheet, listen, to_markdown
 from ser.data.iemocap import four_classes, read_iemocap, read_paper_folds
-from ser.data.labels import label_lines
 from ser.data.manifest import Utterance, write_manifest
 from ser.data.protocols import PROTOCOLS, Protocol, kfold, to_table, write_folds
+from ser.data.spellings import label_lines
 from ser.errors import printable
 from ser.files import replace_file, write_json
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ser.convert import Source, encoder_tensors
+from ser.convert.convert import Source, encoder_tensors
 from ser.errors import ModelFolderError, summary
 from ser.models.config import NEUTRAL_VALUES, Wav2Vec2Config
 

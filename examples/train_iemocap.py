@@ -46,12 +46,13 @@ from typing import Any
 import torch
 
 import ser
-from ser.data.labels import check_spellings, label_lines
 from ser.data.manifest import DIMENSIONS, Utterance, check_labels, check_overlap
 from ser.data.protocols import overlap, to_table, usual_known_turns
 from ser.data.selection import Selection, from_arguments
 from ser.data.selection import add_arguments as add_data_arguments
+from ser.data.spellings import check_spellings, label_lines
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean, did_you_mean
+from ser.device import cpu_threads
 from ser.errors import ConfigError, ModelFolderError, brief_repr, summary
 from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import find_folder, read_encoder_config
@@ -60,10 +61,30 @@ from ser.train.checkpoint import CHANGEABLE, SETTINGS, newest_verified, opened_b
 from ser.train.config import TrainConfig, add_arguments, paper_settings
 from ser.train.config import from_arguments as training_settings
 from ser.train.content import weights_sha256
-from ser.train.distributed import World, cpu_threads, joined_world
+from ser.train.distributed import World, joined_world
 from ser.train.loop import FitResult, fit, say
 from ser.train.processes import PREEMPTED, launch, one_voice
 from ser.train.resources import SMALLER_MODEL, memory_explained
+
+
+def found_init(arguments: argparse.Namespace) -> str | Path:
+    """Find --init, a preset or a folder. Where it is gone, the run's newest checkpoint stands in for it."""
+    try:
+        if is_preset(arguments.init):
+            return arguments.init
+        return find_folder(arguments.init, revision=arguments.revision)
+    except (ConfigError, ModelFolderError):
+        gone = not arguments.overwrite and not Path(arguments.init).exists()
+        newest = newest_verified(arguments.out)[0] if gone else None
+        if newest is None:
+            raise
+        return newest
+
+
+def is_large_960h(init: str | Path) -> bool:
+    """The paper's second model is large and yet group-norm and post-norm."""
+    config = Wav2Vec2Config.named(init) if isinstance(init, str) else read_encoder_config(init)[0]
+    return config.hidden_size == 1024 and config.feat_extract_norm == "group"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -134,20 +155,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def found_init(arguments: argparse.Namespace) -> str | Path:
-    """Find --init, a preset or a folder. Where it is gone, the run's newest checkpoint stands in for it."""
-    try:
-        if is_preset(arguments.init):
-            return arguments.init
-        return find_folder(arguments.init, revision=arguments.revision)
-    except (ConfigError, ModelFolderError):
-        gone = not arguments.overwrite and not Path(arguments.init).exists()
-        newest = newest_verified(arguments.out)[0] if gone else None
-        if newest is None:
-            raise
-        return newest
-
-
 def is_checkpoint(init: str | Path, run: Path) -> bool:
     """Tell whether ``init`` stands in for one that is gone."""
     return not is_preset(init) and Path(init).parent == run / "checkpoints"
@@ -166,12 +173,6 @@ def origin(arguments: argparse.Namespace) -> dict[str, Any]:
         named = re.search(r"^license: *(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
         licence = named and named[1]
     return {"init": str(init), "init_content": weights_sha256(init), "licence": licence}
-
-
-def is_large_960h(init: str | Path) -> bool:
-    """The paper's second model is large and yet group-norm and post-norm."""
-    config = Wav2Vec2Config.named(init) if isinstance(init, str) else read_encoder_config(init)[0]
-    return config.hidden_size == 1024 and config.feat_extract_norm == "group"
 
 
 def review(sets: dict[str, list[Utterance]], selection: Selection, config: TrainConfig, world: World) -> None:
@@ -251,6 +252,11 @@ def data_licence(arguments: argparse.Namespace) -> str | None:
     return arguments.data_licence
 
 
+def dimensions_of(train: list) -> list[str]:
+    """Those of arousal, dominance and valence that a training utterance has a number for."""
+    return [name for name in DIMENSIONS if any(getattr(u, name) is not None for u in train)]
+
+
 def chosen_heads(config: TrainConfig, train: list) -> list[str]:
     """The tasks to train; an error where the data lacks one that was asked for."""
     has = {
@@ -269,9 +275,31 @@ def chosen_heads(config: TrainConfig, train: list) -> list[str]:
     return heads
 
 
-def dimensions_of(train: list) -> list[str]:
-    """Those of arousal, dominance and valence that a training utterance has a number for."""
-    return [name for name in DIMENSIONS if any(getattr(u, name) is not None for u in train)]
+def closing_line(result: FitResult, out: Path, *, chosen_on_test: bool) -> str:
+    """Which weights to use, and how good they were on validation data."""
+    step, best = result.progress.step, result.progress.best
+    if best is None:
+        return f"done: {out / 'best'} (update {step})"
+    chosen = f"update {result.progress.best_step}, {result.metric} {best:.4f}"
+    if not chosen_on_test:
+        return f"done: {out / 'best'} ({chosen})"
+    last = (
+        "" if result.evaluation is None else f", {result.metric} {result.evaluation.metrics()[result.metric]:.4f}"
+    )
+    return (
+        f"done: {out / 'last'} (update {step}{last}); {out / 'best'} was chosen on the test part, so its figure "
+        f"is optimistic and no result ({chosen})"
+    )
+
+
+def chosen_vocabulary(arguments: argparse.Namespace, texts: list[str]) -> Vocabulary:
+    """--vocab, --build-vocab, that of --init, or librispeech's 32 symbols."""
+    delimiter = ORTHOGRAPHIES[arguments.orthography].word_delimiter
+    if arguments.vocab:
+        return Vocabulary.read(arguments.vocab, word_delimiter=delimiter)
+    if arguments.build_vocab:
+        return Vocabulary.build(texts, word_delimiter=delimiter)
+    return inherited_vocabulary(arguments.init, arguments.orthography) or Vocabulary.librispeech()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -350,33 +378,6 @@ def main(argv: list[str] | None = None) -> None:
             say(world, closing_line(result, arguments.out, chosen_on_test=about.get("valid_is_test", False)))
     if result.stopped:
         sys.exit(PREEMPTED)
-
-
-def closing_line(result: FitResult, out: Path, *, chosen_on_test: bool) -> str:
-    """Which weights to use, and how good they were on validation data."""
-    step, best = result.progress.step, result.progress.best
-    if best is None:
-        return f"done: {out / 'best'} (update {step})"
-    chosen = f"update {result.progress.best_step}, {result.metric} {best:.4f}"
-    if not chosen_on_test:
-        return f"done: {out / 'best'} ({chosen})"
-    last = (
-        "" if result.evaluation is None else f", {result.metric} {result.evaluation.metrics()[result.metric]:.4f}"
-    )
-    return (
-        f"done: {out / 'last'} (update {step}{last}); {out / 'best'} was chosen on the test part, so its figure "
-        f"is optimistic and no result ({chosen})"
-    )
-
-
-def chosen_vocabulary(arguments: argparse.Namespace, texts: list[str]) -> Vocabulary:
-    """--vocab, --build-vocab, that of --init, or librispeech's 32 symbols."""
-    delimiter = ORTHOGRAPHIES[arguments.orthography].word_delimiter
-    if arguments.vocab:
-        return Vocabulary.read(arguments.vocab, word_delimiter=delimiter)
-    if arguments.build_vocab:
-        return Vocabulary.build(texts, word_delimiter=delimiter)
-    return inherited_vocabulary(arguments.init, arguments.orthography) or Vocabulary.librispeech()
 
 
 if __name__ == "__main__":

@@ -253,6 +253,22 @@ def _at_16_khz(blocks: Iterable[Tensor], frames: int, sample_rate: int) -> Tenso
     return out
 
 
+# Checks shared by files and arrays ----------------------------------------------------------------
+
+
+def _checked_rate(name: str, sample_rate: int) -> int:
+    try:
+        rate = operator.index(sample_rate)
+    except TypeError:
+        rate = 0
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise AudioError(
+            f"{name}: found a sample rate of {sample_rate!r} Hz, expected a whole number from {MIN_RATE} "
+            f"to {MAX_RATE}; if the header is wrong, rewrite it with the rate of the recording"
+        )
+    return rate
+
+
 def resample(waveform: Tensor, sample_rate: int) -> Tensor:
     """Change a waveform's rate to 16 kHz with a long Kaiser-windowed sinc filter.
 
@@ -297,22 +313,6 @@ def normalise(waveform: Tensor) -> Tensor:
     wide = waveform.double()
     variance, mean = torch.var_mean(wide, correction=0)
     return ((wide - mean) / torch.sqrt(variance + 1e-7)).float()
-
-
-# Checks shared by files and arrays ----------------------------------------------------------------
-
-
-def _checked_rate(name: str, sample_rate: int) -> int:
-    try:
-        rate = operator.index(sample_rate)
-    except TypeError:
-        rate = 0
-    if not MIN_RATE <= rate <= MAX_RATE:
-        raise AudioError(
-            f"{name}: found a sample rate of {sample_rate!r} Hz, expected a whole number from {MIN_RATE} "
-            f"to {MAX_RATE}; if the header is wrong, rewrite it with the rate of the recording"
-        )
-    return rate
 
 
 _PIECE = 1 << 14  # frames that are copied to float64 at a time: more do not stay in a processor's cache
@@ -876,6 +876,21 @@ def _mp3_runs(file: _Bytes, size: int) -> Iterator[tuple[int, int, int]]:
             position = _next_mp3_frame(file, position, size)
 
 
+def _mp3_length(file: _Bytes, size: int, name: str) -> int:
+    """Sample frames of an MP3 that declares no length, all of whose frames follow one another."""
+    runs = _mp3_runs(file, size)
+    _, end, samples = next(runs)
+    if end > size:
+        raise AudioError(f"{name}: truncated: its last MPEG frame is cut; copy it again")
+    rest = _after_tags(file, end, size)
+    following = next(runs, None)
+    if following is not None and following[0] == rest:
+        raise _joined(name, f"behind a tag, or at another rate, another recording begins at byte {rest}")
+    if following is not None or size - rest > _MP3_JUNK:
+        raise AudioError(f"{name}: damaged MP3: no MPEG frame at byte {end}; copy it again")
+    return samples
+
+
 def _mp3_source(file: _Bytes, size: int, name: str) -> _Source:
     """Sample frames of an MP3 that declares none, by its MPEG frames; it must not hold more than it declares.
 
@@ -908,21 +923,6 @@ def _mp3_source(file: _Bytes, size: int, name: str) -> _Source:
         if held > frames + 1:  # some encoders count that one too
             raise _joined(name, f"{frames} MPEG frames of {held} or more")
     return _Source()
-
-
-def _mp3_length(file: _Bytes, size: int, name: str) -> int:
-    """Sample frames of an MP3 that declares no length, all of whose frames follow one another."""
-    runs = _mp3_runs(file, size)
-    _, end, samples = next(runs)
-    if end > size:
-        raise AudioError(f"{name}: truncated: its last MPEG frame is cut; copy it again")
-    rest = _after_tags(file, end, size)
-    following = next(runs, None)
-    if following is not None and following[0] == rest:
-        raise _joined(name, f"behind a tag, or at another rate, another recording begins at byte {rest}")
-    if following is not None or size - rest > _MP3_JUNK:
-        raise AudioError(f"{name}: damaged MP3: no MPEG frame at byte {end}; copy it again")
-    return samples
 
 
 # All of them

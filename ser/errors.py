@@ -9,20 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
-def brief_repr(value: Any, most: int = 200) -> str:
-    """Return the ``repr`` of a foreign value, cut at about ``most`` characters.
-
-    It takes no longer than that, whatever the value is: nested deep or in itself, a list that holds itself
-    twice 60 times over, a number of a million digits. Of what is no plain data stands the type alone.
-    """
-    text = ""
-    for piece in _pieces(value, most):
-        text += piece
-        if len(text) > most:
-            return f"{text[:most]}..."
-    return text
-
-
 def _pieces(value: Any, most: int, depth: int = 0) -> Iterator[str]:
     if isinstance(value, str | bytes):
         yield repr(value[: most + 1])
@@ -43,6 +29,20 @@ def _pieces(value: Any, most: int, depth: int = 0) -> Iterator[str]:
         yield closing
     else:
         yield f"<{type(value).__name__}>"
+
+
+def brief_repr(value: Any, most: int = 200) -> str:
+    """Return the ``repr`` of a foreign value, cut at about ``most`` characters.
+
+    It takes no longer than that, whatever the value is: nested deep or in itself, a list that holds itself
+    twice 60 times over, a number of a million digits. Of what is no plain data stands the type alone.
+    """
+    text = ""
+    for piece in _pieces(value, most):
+        text += piece
+        if len(text) > most:
+            return f"{text[:most]}..."
+    return text
 
 
 def shorten(text: str, most: int = 500) -> str:

@@ -123,6 +123,23 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def clear_ended(target: Path) -> None:
+    """Remove what writers of ``target`` that have ended left beside it. What cannot be locked may be in use."""
+    name = re.compile(re.escape(f".{target.name}.") + r"\d+-[0-9a-f]{8}\.(new|old|tmp|gone)")
+    try:
+        found = [each for each in os.listdir(target.parent) if name.fullmatch(each)]  # noqa: PTH208
+    except OSError:  # a folder may be written into and yet not be listed
+        return
+    for remains in map(target.with_name, found):
+        handle = lock(remains, wait=False)
+        if handle is not None and (remains.suffix != ".old" or target.exists()):
+            gone = remains.with_suffix(".gone")  # no part of a folder has a name that is put back
+            with suppress(OSError):
+                remains.rename(gone)
+            remove(gone)
+        unlock(handle)
+
+
 @contextmanager
 def new_beside(target: Path, kind: str, make: Callable[[Path], object]) -> Iterator[Path]:
     """A hidden file or folder of our own beside ``target``, made by ``make``; at the end what is there goes."""
@@ -138,23 +155,6 @@ def new_beside(target: Path, kind: str, make: Callable[[Path], object]) -> Itera
         yield path
     finally:
         remove(path)
-        unlock(handle)
-
-
-def clear_ended(target: Path) -> None:
-    """Remove what writers of ``target`` that have ended left beside it. What cannot be locked may be in use."""
-    name = re.compile(re.escape(f".{target.name}.") + r"\d+-[0-9a-f]{8}\.(new|old|tmp|gone)")
-    try:
-        found = [each for each in os.listdir(target.parent) if name.fullmatch(each)]  # noqa: PTH208
-    except OSError:  # a folder may be written into and yet not be listed
-        return
-    for remains in map(target.with_name, found):
-        handle = lock(remains, wait=False)
-        if handle is not None and (remains.suffix != ".old" or target.exists()):
-            gone = remains.with_suffix(".gone")  # no part of a folder has a name that is put back
-            with suppress(OSError):
-                remains.rename(gone)
-            remove(gone)
         unlock(handle)
 
 
@@ -213,6 +213,28 @@ def check_can_write(path: Path) -> None:
         raise PermissionError(errno.EACCES, f"the folder {folder} is read-only; give another one", str(path))
 
 
+def open_as_it_is(path: Path) -> int:
+    """A handle to write to a descriptor, a character device or a named pipe; waits a while for its reader."""
+    number = descriptor(path)
+    if number is not None:
+        return os.dup(number)  # at the place it is at: what it leads to may be a file that others write to
+    until = time.monotonic() + READER_SECONDS
+    while True:
+        try:
+            handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO or not path.is_fifo():  # a terminal may not be there either
+                raise
+            if time.monotonic() > until:
+                cause = f"no process reads from this pipe (waited {READER_SECONDS:g} s)"
+                raise OSError(errno.ENXIO, cause, str(path)) from None
+        time.sleep(0.05)
+    if hasattr(os, "O_NONBLOCK"):
+        os.set_blocking(handle, True)
+    return handle
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[TextIO]:
     """A UTF-8 file to write into, which takes the place of `path` when the block ends, whole or not at all.
@@ -240,28 +262,6 @@ def replace_file(path: Path) -> Iterator[TextIO]:
             os.fsync(file.fileno())
         keep_mode(target, temporary)
         temporary.replace(target)
-
-
-def open_as_it_is(path: Path) -> int:
-    """A handle to write to a descriptor, a character device or a named pipe; waits a while for its reader."""
-    number = descriptor(path)
-    if number is not None:
-        return os.dup(number)  # at the place it is at: what it leads to may be a file that others write to
-    until = time.monotonic() + READER_SECONDS
-    while True:
-        try:
-            handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
-            break
-        except OSError as error:
-            if error.errno != errno.ENXIO or not path.is_fifo():  # a terminal may not be there either
-                raise
-            if time.monotonic() > until:
-                cause = f"no process reads from this pipe (waited {READER_SECONDS:g} s)"
-                raise OSError(errno.ENXIO, cause, str(path)) from None
-        time.sleep(0.05)
-    if hasattr(os, "O_NONBLOCK"):
-        os.set_blocking(handle, True)
-    return handle
 
 
 def csv_line(cells: Iterable[object], delimiter: str = ",") -> str:
@@ -380,6 +380,51 @@ def files_below(folder: Path, *, hidden: bool, say: Callable[[str], object]) -> 
                 tops.append(link)
 
 
+def exchange(a: Path, b: Path) -> bool:
+    """Let two names change places in one step, so that nobody ever finds nothing there; False where that fails."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2  # of Linux
+    except (OSError, AttributeError, TypeError):
+        return False
+    sys.audit("os.rename", str(a), str(b), -1, -1)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Give the folder ``temporary`` the name ``target``, and what stood there the name ``temporary``.
+
+    Others may do the same meanwhile.
+    """
+    old = temporary.with_suffix(".old")
+    while True:
+        try:
+            temporary.rename(target)  # onto nothing, or an empty folder
+            break
+        except OSError as error:
+            if error.errno not in OCCUPIED:
+                raise
+        if exchange(temporary, target):
+            return
+        remove(old)  # of a round in which another was faster: its folder stands there
+        with suppress(FileNotFoundError):
+            target.rename(old)
+    with suppress(FileNotFoundError):
+        old.rename(temporary)
+
+
+def recover_folder(target: Path) -> None:
+    """Undo a replacement that was interrupted between its two renames."""
+    if target.exists():
+        return
+    found = target.parent.glob(f".{glob.escape(target.name)}.*old")
+    olds = [old for old in found if re.fullmatch(r"(\d+-[0-9a-f]{8}\.)?old", old.name[len(target.name) + 2 :])]
+    for old in sorted(olds, key=lambda old: old.stat().st_mtime, reverse=True):
+        with suppress(OSError):  # another has put one there
+            old.rename(target)
+            return
+
+
 def write_folder_atomically(
     target: Path,
     write: Callable[[Path], None],
@@ -422,51 +467,6 @@ def write_folder_atomically(
                 raise
     except OSError as error:
         raise cannot_write(given, error, size) from error
-
-
-def put_in_place(temporary: Path, target: Path) -> None:
-    """Give the folder ``temporary`` the name ``target``, and what stood there the name ``temporary``.
-
-    Others may do the same meanwhile.
-    """
-    old = temporary.with_suffix(".old")
-    while True:
-        try:
-            temporary.rename(target)  # onto nothing, or an empty folder
-            break
-        except OSError as error:
-            if error.errno not in OCCUPIED:
-                raise
-        if exchange(temporary, target):
-            return
-        remove(old)  # of a round in which another was faster: its folder stands there
-        with suppress(FileNotFoundError):
-            target.rename(old)
-    with suppress(FileNotFoundError):
-        old.rename(temporary)
-
-
-def exchange(a: Path, b: Path) -> bool:
-    """Let two names change places in one step, so that nobody ever finds nothing there; False where that fails."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2  # of Linux
-    except (OSError, AttributeError, TypeError):
-        return False
-    sys.audit("os.rename", str(a), str(b), -1, -1)
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return renameat2(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
-
-
-def recover_folder(target: Path) -> None:
-    """Undo a replacement that was interrupted between its two renames."""
-    if target.exists():
-        return
-    found = target.parent.glob(f".{glob.escape(target.name)}.*old")
-    olds = [old for old in found if re.fullmatch(r"(\d+-[0-9a-f]{8}\.)?old", old.name[len(target.name) + 2 :])]
-    for old in sorted(olds, key=lambda old: old.stat().st_mtime, reverse=True):
-        with suppress(OSError):  # another has put one there
-            old.rename(target)
-            return
 
 
 def remove_folder(target: Path) -> None:

@@ -173,28 +173,6 @@ def what_heads_read(path: Path, values: Mapping, own: Mapping, form: str | None,
     return reads
 
 
-def read_settings(folder: Path, values: dict, files: TensorFiles) -> FolderSettings:
-    """Read labels, what the heads compute, and how sound is prepared; ``values`` is config.json.
-
-    The tensors of a classifier are moved in ``files`` to the head that its labels make it.
-    """
-    path = folder / "config.json"
-    own, found = own_entries(path, values), FolderSettings()
-    found.speakers = check_names(path, "ser.speakers", own.get("speakers", []))
-    found.dimensions = check_names(path, "ser.dimensions", own.get("dimensions", []))
-    found.reads = what_heads_read(path, values, own, classifier_form(files), found.notes)
-    for name, known in (("orthography", [*ORTHOGRAPHIES]), ("tags", ["remove", "keep-letters"])):
-        choice = own.get(name, getattr(found, name))
-        if choice not in known:  # lists, for what stands there may be unhashable
-            raise ModelFolderError(
-                f"{path}: ser.{name} is {brief_repr(choice)}; expected one of {', '.join(known)}"
-            )
-        setattr(found, name, choice)
-    label_classifier(path, values, files, found)
-    found.do_normalize = read_do_normalize(folder, found.notes)
-    return found
-
-
 # ----------------------------------------------------------------------------------------------- sound
 
 
@@ -250,6 +228,28 @@ def read_do_normalize(folder: Path, notes: list[str]) -> bool:
                 f"in {place}"
             )
     return normalize
+
+
+def read_settings(folder: Path, values: dict, files: TensorFiles) -> FolderSettings:
+    """Read labels, what the heads compute, and how sound is prepared; ``values`` is config.json.
+
+    The tensors of a classifier are moved in ``files`` to the head that its labels make it.
+    """
+    path = folder / "config.json"
+    own, found = own_entries(path, values), FolderSettings()
+    found.speakers = check_names(path, "ser.speakers", own.get("speakers", []))
+    found.dimensions = check_names(path, "ser.dimensions", own.get("dimensions", []))
+    found.reads = what_heads_read(path, values, own, classifier_form(files), found.notes)
+    for name, known in (("orthography", [*ORTHOGRAPHIES]), ("tags", ["remove", "keep-letters"])):
+        choice = own.get(name, getattr(found, name))
+        if choice not in known:  # lists, for what stands there may be unhashable
+            raise ModelFolderError(
+                f"{path}: ser.{name} is {brief_repr(choice)}; expected one of {', '.join(known)}"
+            )
+        setattr(found, name, choice)
+    label_classifier(path, values, files, found)
+    found.do_normalize = read_do_normalize(folder, found.notes)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -361,6 +361,12 @@ def choose_blank(path: Path, ids: Mapping, stated: str | None, values: Mapping, 
     return blank
 
 
+def listed(settings: Mapping, name: str) -> list:
+    """The entry called ``name`` where it is a list."""
+    found = settings.get(name)
+    return found if isinstance(found, list) else []
+
+
 def read_vocabulary(
     folder: Path,
     orthography: str,
@@ -422,9 +428,3 @@ def read_vocabulary(
         )
     except TextError as error:
         raise TextError(f"{folder / 'vocab.json'}: not a vocabulary: {error}") from error
-
-
-def listed(settings: Mapping, name: str) -> list:
-    """The entry called ``name`` where it is a list."""
-    found = settings.get(name)
-    return found if isinstance(found, list) else []

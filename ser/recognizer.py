@@ -11,44 +11,33 @@ folder that training wrote is all that inference needs, and nothing else decides
 from __future__ import annotations
 
 import logging
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from ser.audio import (
     SAMPLE_RATE,
-    array_windows,
-    audio_info,
     joined_warnings,
     normalise,
-    read_audio,
-    read_samples,
-    read_windows,
 )
 from ser.data.dataset import SpeechDataset, pad
 from ser.data.manifest import Utterance
-from ser.data.sampler import evaluation_batches
 from ser.data.text import ORTHOGRAPHIES, SPECIALS, Vocabulary
 from ser.data.workers import AGAIN, WORKER_SECONDS, decoded, worker_death_explained
+from ser.device import choose_precision, freed_memory_kept
 from ser.errors import AudioError, ConfigError, ModelFolderError, SerError, brief_repr, shorten
 from ser.files import write_folder_atomically, write_json, write_tensors
 from ser.folder import FORMAT, classifier_form, read_settings, read_vocabulary
+from ser.inputs import Decoder, Input, each_of, find_recording, gather, open_windows, pack, plan_batches
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
-from ser.models.memory import freed_memory_kept
 from ser.models.multitask import HEADS, HeadsConfig, MultiTaskModel, Outputs
-from ser.models.precision import choose_precision
 from ser.models.pretrained import (
     LoadReport,
     TensorFiles,
@@ -67,9 +56,6 @@ LOG = logging.getLogger("ser")  # where loading says what a folder lacks; on sta
 MAX_SECONDS = 120.0  # attention's memory grows with the square of the length
 # Padded seconds per forward pass in inference. On a CPU more do not stay in its caches: 64 took a quarter longer.
 BATCH_SECONDS = {"cpu": 16.0, "cuda": 64.0}
-WINDOW = 512  # recordings that are sorted by length together; results come at least so often
-PATIENCE = 1.0  # seconds that recordings wait for more of a source that is slow, once they fill a batch
-MOST_FIRST = 64  # recordings that a generator gives before the first result, however short they are
 
 # head -> the attribute of a Recognizer that names its classes, and where a folder has those names
 LABELS = {"emotion": "emotions", "ctc": "vocabulary", "speaker": "speakers", "dimensions": "dimensions"}
@@ -83,9 +69,6 @@ WHERE_LABELS_STAND = {
 READS = ("layers", "weighted_final_norm", "pooling", "emotion_head", "dimension_head")
 # model_type -> how its classes in `transformers` begin
 ARCHITECTURES = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM", "data2vec-audio": "Data2VecAudio"}
-
-# A path, a manifest row, samples, or a dict of `datasets` (array, sampling_rate, path)
-Input = str | os.PathLike[str] | Utterance | np.ndarray | Tensor | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -110,6 +93,50 @@ class Prediction:
     def to_dict(self) -> dict:
         """As plain data, for JSON."""
         return asdict(self)
+
+
+def build(config: Wav2Vec2Config, sizes: HeadsConfig) -> MultiTaskModel:
+    """A model on the meta device, to be filled."""
+    model = materialise(lambda: MultiTaskModel(config, sizes))
+    assert isinstance(model, MultiTaskModel)
+    return model
+
+
+def head_sizes(labels: dict[str, Any], reads: dict[str, Any]) -> HeadsConfig:
+    """The `HeadsConfig` for these labels; ``reads`` are its settings of what heads read."""
+    return HeadsConfig(
+        num_emotions=len(labels["emotions"]),
+        vocab_size=len(labels["vocabulary"]) if labels["vocabulary"] is not None else 0,
+        num_speakers=len(labels["speakers"]),
+        num_dimensions=len(labels["dimensions"]),
+        **reads,
+    )
+
+
+def head_rows(files: TensorFiles) -> int | None:
+    """Outputs of the CTC head in a folder, None without one."""
+    shape = files.shapes.get("lm_head.weight", ())
+    return shape[0] if len(shape) == 2 else None
+
+
+def projection_size(files: TensorFiles) -> int:
+    """Of the projector in a folder, 0 without one."""
+    shape = files.shapes.get("projector.weight", ())
+    return shape[0] if len(shape) == 2 else 0
+
+
+def is_preset(init: str | Path) -> bool:
+    """Whether ``init`` names random weights, such as "small". A folder of that name comes first.
+
+    Raises ConfigError for what is neither that, nor a path, nor a name on the hub.
+    """
+    if exists(Path(init)) or "/" in str(init):
+        return False
+    try:
+        Wav2Vec2Config.named(str(init))
+    except ConfigError as error:
+        raise ConfigError(f"{init}: there is no such model folder, and {error}") from None
+    return True
 
 
 class Recognizer:
@@ -658,221 +685,6 @@ class Recognizer:
         return predictions
 
 
-def each_of(inputs: Input | Iterable[Input]) -> Iterable[Input]:
-    """What was passed to `predict`, one by one: a recording alone is a list of one."""
-    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OUST":  # of paths, or of samples
-        if inputs.ndim > 1 and inputs.shape[1:] != (1,):
-            raise AudioError(f"inputs are an array of shape {inputs.shape}; expected samples, or (N,) of paths")
-        return inputs.reshape(-1).tolist()
-    if hasattr(inputs, "iterrows"):
-        raise AudioError('inputs are a whole table; pass its column of paths, such as frame["file"]')
-    if isinstance(inputs, tuple) and is_pair(inputs):
-        raise AudioError(f"inputs are {no_recording(inputs)}")
-    alone = str | bytes | os.PathLike | Utterance | np.ndarray | Tensor | Mapping
-    if isinstance(inputs, alone) or hasattr(inputs, "get_all_samples") or hasattr(inputs, "read"):
-        return [inputs]  # type: ignore[list-item]
-    try:
-        iter(inputs)
-    except TypeError:  # what it is stands in its error
-        return [inputs]  # type: ignore[list-item]
-    return inputs
-
-
-def is_pair(item: Sequence[Any]) -> bool:
-    """Whether an input is samples with their rate, as `librosa.load`, `torchaudio.load` and scipy return them."""
-    kinds = [isinstance(part, np.ndarray | Tensor) - isinstance(part, Real) for part in item[:3]]
-    return sorted(kinds) == [-1, 1]
-
-
-def no_recording(item: Any) -> str:
-    """What an input is that cannot be taken, what was expected, and what to do."""
-    found = f"of type {type(item).__name__}"
-    expected = f"{found}; expected a path, a manifest row, or samples as a numpy array or torch tensor"
-    if isinstance(item, tuple | list) and is_pair(item):
-        return (
-            "a pair of samples and their rate, as librosa and torchaudio load them; pass predict(samples, rate), "
-            'or {"array": samples, "sampling_rate": rate} for each, and samples.T where channels come first'
-        )
-    if hasattr(item, "get_all_samples"):
-        return (
-            f"{expected}; a decoder gives them: found = decoder.get_all_samples(), then "
-            '{"array": found.data.T, "sampling_rate": found.sample_rate}'
-        )
-    if isinstance(item, bytes):
-        return f"{expected}; os.fsdecode makes text of a path, and a file's bytes are to be written to a file"
-    return expected
-
-
-def unpacked(item: Any, sampling_rate: int | None, name: str) -> tuple[Any, Any, str | None]:
-    """An input, its rate and the name of its file: of a dict of `datasets` its parts, else as they are."""
-    if not isinstance(item, Mapping):
-        return item, sampling_rate, None
-    array, rate, path = item.get("array"), item.get("sampling_rate"), item.get("path")
-    if array is None and item.get("bytes") is not None:
-        raise AudioError(
-            f"{name} is a dict of a file's bytes; expected samples: let `datasets` decode them "
-            '(dataset.cast_column("audio", datasets.Audio())), or write them to a file'
-        )
-    if array is None and path is None:
-        hint = '; of a row of a data set, pass row["audio"]' if "audio" in item else ""
-        keys = ", ".join(map(str, item)) or "nothing"
-        raise AudioError(f'{name} is a dict of {shorten(keys)}; expected "array" and "sampling_rate"{hint}')
-    if array is None:
-        return path, sampling_rate, None
-    if rate is not None and sampling_rate is not None and np.any(np.asarray(rate) != sampling_rate):
-        raise AudioError(f"{name} has a sampling_rate of {rate}, and {sampling_rate} was passed; leave one out")
-    return array, sampling_rate if rate is None else rate, None if path is None else str(path)
-
-
-@dataclass(frozen=True)
-class Recording:
-    """One input: its place, where its sound is, and its length from the header, or why it cannot be read."""
-
-    index: int
-    file: str | None = None  # None for samples that were passed in memory
-    start: float | None = None  # of an excerpt, in seconds
-    end: float | None = None
-    samples: np.ndarray | None = None  # (S,) float32 at 16 kHz; numpy, for tensors cost a worker a descriptor each
-    num_samples: int = 0  # S
-    warning: str | None = None  # what is wrong with its sound, once that was read
-    error: SerError | None = None
-
-
-def find_recording(index: int, item: Input, sampling_rate: int | None, max_seconds: float) -> Recording:
-    """Look at an input without decoding it: its header, or the samples that were passed."""
-    recording = Recording(index)
-    name = f"input {index}"
-    try:
-        sound, rate, file = unpacked(item, sampling_rate, name)
-        if isinstance(sound, Utterance):
-            recording, sound = replace(recording, start=sound.start, end=sound.end), sound.file
-        if isinstance(sound, str | os.PathLike):
-            name = os.fsdecode(sound)
-            recording = replace(recording, file=name)
-            info = audio_info(name, start=recording.start, end=recording.end, max_seconds=float("inf"))
-            recording = replace(recording, num_samples=info.num_samples)
-            seconds = info.seconds
-        else:
-            waveform, warning = checked_samples(sound, rate, name)
-            samples = waveform.numpy()
-            recording = replace(recording, file=file, samples=samples, num_samples=len(samples), warning=warning)
-            seconds = len(samples) / SAMPLE_RATE
-        if seconds > max_seconds:
-            raise AudioError(
-                f"{name}: lasts {seconds:.1f} s; at most {max_seconds:g} s are recognised at once. "
-                "Cut it into utterances (one emotion is given for the whole), recognise it window by window "
-                "(--window, predict_windows), or raise max_seconds"
-            )
-    except SerError as error:
-        return replace(recording, samples=None, error=error)
-    return recording
-
-
-def checked_samples(samples: Any, rate: Any, name: str) -> tuple[Tensor, str | None]:
-    """Samples that were passed, as (S,) at 16 kHz, and a warning. Raises AudioError with the input's name."""
-    check_is_array(samples, rate, name)
-    try:
-        return read_samples(samples, rate)
-    except (AudioError, TypeError, ValueError, RuntimeError) as error:  # such as tensors without values
-        raise AudioError(f"{name}: {error}") from None
-
-
-def check_is_array(samples: Any, rate: Any, name: str) -> None:
-    """Raise AudioError for what is neither array nor tensor, or has no rate."""
-    if not isinstance(samples, np.ndarray | Tensor):
-        raise AudioError(f"{name} is {no_recording(samples)}")
-    if rate is None:
-        raise AudioError(f"{name} is an array: pass sampling_rate, in Hz, with it")
-
-
-def open_windows(
-    source: Input, sampling_rate: int | None, *, window: float, hop: float
-) -> tuple[str | None, Iterator[tuple[float, float, Tensor, str | None]]]:
-    """The name of a recording's file, and its windows, as `read_windows` gives them."""
-    name = "the recording"
-    sound, rate, file = unpacked(source, sampling_rate, name)
-    if isinstance(sound, Utterance):
-        file, start, end = str(sound.file), sound.start, sound.end
-        return file, read_windows(file, window=window, hop=hop, start=start, end=end)
-    if isinstance(sound, str | os.PathLike):
-        return os.fsdecode(sound), read_windows(os.fsdecode(sound), window=window, hop=hop)
-    check_is_array(sound, rate, name)
-    return file, array_windows(sound, rate, window=window, hop=hop)
-
-
-def gather(recordings: Iterator[Recording], seconds: float | None) -> Iterator[list[Recording]]:
-    """Runs of at most `WINDOW` recordings that are sorted by length together; None: of so many each.
-
-    Else the first one ends with ``seconds`` of sound, so that there are results soon, and each other one with
-    twice as much as the one before, so that little is padded; with ``seconds`` again where the source is slow.
-    """
-    limit = seconds
-    while True:
-        run: list[Recording] = []
-        sound, began = 0.0, time.monotonic()
-        for recording in recordings:
-            run.append(recording)
-            if seconds is not None and limit is not None:
-                sound += max(recording.num_samples / SAMPLE_RATE, seconds / MOST_FIRST)
-                slow = time.monotonic() - began > PATIENCE
-                if sound >= (seconds if slow else limit):
-                    limit *= 2
-                    break
-            if len(run) == WINDOW:
-                break
-        if not run:
-            return
-        yield run
-
-
-def plan_batches(runs: Iterable[list[Recording]], seconds: float) -> Iterator[list[Recording]]:
-    """Batches of like length, so that little is padded; recordings with errors in batches of their own."""
-    for run in runs:
-        good = [r for r in run if r.error is None]
-        if len(good) < len(run):
-            yield [r for r in run if r.error is not None]
-        lengths = [r.num_samples for r in good]
-        for batch in evaluation_batches(lengths, batch_samples=int(seconds * SAMPLE_RATE)):
-            yield [good[i] for i, _ in batch]
-
-
-class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):
-    """Reads the sound of recordings, in a worker process perhaps; the batch sampler brings the recordings."""
-
-    def __getitem__(self, recording: Recording) -> tuple[Recording, Tensor | SerError]:
-        if recording.error is not None:
-            return recording, recording.error
-        if recording.samples is not None:
-            return recording, torch.from_numpy(recording.samples)
-        assert recording.file is not None
-        start, end = recording.start, recording.end
-        try:  # the limit was checked when the recording was found
-            waveform, warning = read_audio(recording.file, start=start, end=end, max_seconds=float("inf"))
-            return replace(recording, warning=warning), waveform
-        except SerError as error:
-            return recording, error
-
-
-class Packed(NamedTuple):
-    """A decoded batch. One tensor for all, since each costs a worker a file descriptor."""
-
-    recordings: list[tuple[int, str | None, str | None]]  # (index, file, warning) of those that could be read
-    lengths: list[int]
-    samples: Tensor  # (sum of lengths,)
-    errors: dict[int, SerError]  # by index
-
-
-def pack(items: list[tuple[Recording, Tensor | SerError]]) -> Packed:
-    """One after the other, without padding."""
-    good = [(r, found) for r, found in items if isinstance(found, Tensor)]
-    return Packed(
-        [(r.index, r.file, r.warning) for r, _ in good],
-        [len(waveform) for _, waveform in good],
-        torch.cat([waveform for _, waveform in good]) if good else torch.empty(0),
-        {r.index: found for r, found in items if isinstance(found, SerError)},
-    )
-
-
 def load(
     folder: str | Path,
     *,
@@ -899,50 +711,6 @@ def load(
         ModelFolderError: the folder is incomplete or not what it claims to be.
     """
     return Recognizer.load(folder, device=device, revision=revision, precision=precision)
-
-
-def build(config: Wav2Vec2Config, sizes: HeadsConfig) -> MultiTaskModel:
-    """A model on the meta device, to be filled."""
-    model = materialise(lambda: MultiTaskModel(config, sizes))
-    assert isinstance(model, MultiTaskModel)
-    return model
-
-
-def head_sizes(labels: dict[str, Any], reads: dict[str, Any]) -> HeadsConfig:
-    """The `HeadsConfig` for these labels; ``reads`` are its settings of what heads read."""
-    return HeadsConfig(
-        num_emotions=len(labels["emotions"]),
-        vocab_size=len(labels["vocabulary"]) if labels["vocabulary"] is not None else 0,
-        num_speakers=len(labels["speakers"]),
-        num_dimensions=len(labels["dimensions"]),
-        **reads,
-    )
-
-
-def head_rows(files: TensorFiles) -> int | None:
-    """Outputs of the CTC head in a folder, None without one."""
-    shape = files.shapes.get("lm_head.weight", ())
-    return shape[0] if len(shape) == 2 else None
-
-
-def projection_size(files: TensorFiles) -> int:
-    """Of the projector in a folder, 0 without one."""
-    shape = files.shapes.get("projector.weight", ())
-    return shape[0] if len(shape) == 2 else 0
-
-
-def is_preset(init: str | Path) -> bool:
-    """Whether ``init`` names random weights, such as "small". A folder of that name comes first.
-
-    Raises ConfigError for what is neither that, nor a path, nor a name on the hub.
-    """
-    if exists(Path(init)) or "/" in str(init):
-        return False
-    try:
-        Wav2Vec2Config.named(str(init))
-    except ConfigError as error:
-        raise ConfigError(f"{init}: there is no such model folder, and {error}") from None
-    return True
 
 
 def labels_of(init: str | Path, kind: str) -> list[str]:

@@ -27,11 +27,11 @@ from torch import Tensor
 
 import ser
 from ser import convert as converting
+from ser.convert import pickles
+from ser.convert.foreign import conv_layers, derived_values
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError, ModelFolderError
-from ser.models import pickles
 from ser.models.config import PRESETS
-from ser.models.foreign import conv_layers, derived_values
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.models.pretrained import materialise
 from ser.models.wav2vec2 import Wav2Vec2
@@ -864,7 +864,7 @@ def test_a_tensor_larger_than_its_file_is_refused_before_memory_is_taken(encoder
     code = (
         "import re, resource, sys, torch\n"
         "from pathlib import Path\n"
-        "from ser.convert import read_source\n"
+        "from ser.convert.convert import read_source\n"
         "from ser.errors import ModelFolderError\n"
         "used = int(Path('/proc/self/statm').read_text().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 8 * 2**30,) * 2)\n"
@@ -1063,7 +1063,7 @@ def test_the_script_converts_and_reports_errors_in_one_line(styles, randomise, t
 
 
 def test_importing_ser_does_not_import_the_converter():
-    code = "import sys, ser; print([m for m in ('ser.convert', 'ser.models.pickles') if m in sys.modules])"
+    code = "import sys, ser; print([m for m in ('ser.convert', 'ser.convert.pickles') if m in sys.modules])"
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == "[]\n"

@@ -27,11 +27,11 @@ from toy import toy_recognizer, write_corpus
 from ser.data.manifest import read_manifest
 from ser.data.protocols import PROTOCOLS
 from ser.errors import ConfigError, ManifestError, SerError
-from ser.train.card import read_record, write_card
+from ser.scores.card import read_record, write_card
+from ser.scores.folds import best_on_test, pooled_curve
+from ser.scores.report import Outcomes
 from ser.train.config import TrainConfig, paper_settings
-from ser.train.folds import best_on_test, pooled_curve
 from ser.train.processes import own_run
-from ser.train.report import Outcomes
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -13,9 +13,9 @@ from test_manifest import column
 from toy import toy_recognizer, write_corpus
 
 from ser.data import selection
-from ser.data.labels import check_spellings, label_lines, parse_map, spelling
 from ser.data.manifest import Utterance
 from ser.data.selection import Selection
+from ser.data.spellings import check_spellings, label_lines, parse_map, spelling
 from ser.errors import ConfigError, ManifestError
 
 

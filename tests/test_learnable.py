@@ -10,9 +10,9 @@ from toy import toy_recognizer, toy_rows
 
 from ser.data.manifest import read_manifest
 from ser.errors import ConfigError
+from ser.scores.counts import concordance, labels_vary
 from ser.train.learnable import check_learnable
 from ser.train.loop import fit
-from ser.train.losses import concordance, labels_vary
 
 DIMENSIONS = {"heads": ("dimensions",)}
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from ser.data.dataset import NO_LABEL
 from ser.errors import TextError
-from ser.train.losses import ccc_loss, ccc_moments, classification_loss, concordance, ctc_feasible, ctc_loss
+from ser.scores.counts import ccc_moments, concordance
+from ser.train.losses import ccc_loss, classification_loss, ctc_feasible, ctc_loss
 
 quick = settings(max_examples=50, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from ser.errors import ConfigError
-from ser.train.metrics import (
+from ser.scores.counts import (
     ClassificationCounts,
     ErrorRateCounts,
     character_errors,

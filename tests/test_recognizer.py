@@ -16,23 +16,14 @@ from toy import toy_rows
 from tqdm import tqdm
 
 import ser
+from ser import device as memory
 from ser.data.manifest import Utterance
 from ser.data.text import Vocabulary
+from ser.device import has_fast_bf16
 from ser.errors import AudioError, ConfigError, FileError, ModelFolderError, SerError
-from ser.models import memory
+from ser.inputs import MOST_FIRST, WINDOW, Recording, gather, plan_batches
 from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.models.precision import has_fast_bf16
-from ser.recognizer import (
-    BATCH_SECONDS,
-    MAX_SECONDS,
-    MOST_FIRST,
-    WINDOW,
-    Prediction,
-    Recognizer,
-    Recording,
-    gather,
-    plan_batches,
-)
+from ser.recognizer import BATCH_SECONDS, MAX_SECONDS, Prediction, Recognizer
 from ser.train.config import TrainConfig
 from ser.train.evaluation import evaluate
 from ser.train.loop import fit
@@ -697,7 +688,7 @@ def test_a_recording_shorter_than_a_frame_is_padded_with_a_warning(recognizer, t
 def test_a_recording_over_the_limit_is_refused_with_advice_before_it_is_decoded(recognizer, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "long.wav", noise(16000 * 3), 16000)
     assert len(recognizer.predict(tmp_path / "long.wav", max_seconds=3)) == 1
-    monkeypatch.setattr("ser.recognizer.read_audio", lambda *_, **__: pytest.fail("was decoded"))
+    monkeypatch.setattr("ser.inputs.read_audio", lambda *_, **__: pytest.fail("was decoded"))
     with pytest.raises(AudioError, match=r"long\.wav: lasts 3\.0 s; at most 2\.9 s .*Cut it.*raise max_seconds"):
         recognizer.predict(tmp_path / "long.wav", max_seconds=2.9)
     with pytest.raises(AudioError, match=r"input 0: lasts 3\.0 s"):
@@ -914,7 +905,7 @@ def test_runs_of_a_generator_grow_those_of_a_slow_one_do_not_and_a_lists_are_who
     assert sizes(300, 16.0, error=AudioError("cannot be read")) == [64, 128, 108]
     assert sizes(5, 16.0, num_samples=16_000 * 100) == [1, 1, 1, 2]
     assert sizes(0, 16.0) == sizes(0, None) == []
-    monkeypatch.setattr("ser.recognizer.PATIENCE", -1.0)
+    monkeypatch.setattr("ser.inputs.PATIENCE", -1.0)
     assert sizes(70, 16.0, num_samples=16_000) == [16, 16, 16, 16, 6]
     assert sizes(1500, None, num_samples=16_000) == [512, 512, 476]
 

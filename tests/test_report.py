@@ -26,13 +26,10 @@ from ser.data.text import Rewriting, Vocabulary
 from ser.errors import ConfigError
 from ser.files import write_json
 from ser.recognizer import Prediction
-from ser.train import evaluation as module
-from ser.train import report as figures_module
-from ser.train.evaluation import judge
-from ser.train.folds import pooled_report
-from ser.train.folds import to_markdown as folds_to_markdown
-from ser.train.pictures import draw, draw_confusion, drawable
-from ser.train.report import (
+from ser.scores.folds import pooled_report
+from ser.scores.folds import to_markdown as folds_to_markdown
+from ser.scores.pictures import draw, draw_confusion, drawable
+from ser.scores.report import (
     Figures,
     Outcomes,
     as_row,
@@ -44,6 +41,9 @@ from ser.train.report import (
     table,
     write_rows,
 )
+from ser.scores.report import report as figures_module
+from ser.train import evaluation as module
+from ser.train.evaluation import judge
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "evaluate.py"
 EMOTIONS = ["angry", "happy", "neutral", "sad"]

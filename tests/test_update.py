@@ -465,7 +465,7 @@ def test_training_has_the_memory_that_tensors_gave_back_without_new_page_faults(
     """In a process of its own, as the setting is one of the whole process; at the end it is given back."""
     program = """
 import resource, torch
-from ser.models.memory import freed_memory_kept
+from ser.device import freed_memory_kept
 torch.set_num_threads(1)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 size = 64 << 20

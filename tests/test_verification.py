@@ -16,7 +16,7 @@ import ser
 from ser.data.manifest import read_manifest
 from ser.data.selection import Selection
 from ser.errors import ModelFolderError
-from ser.train.card import (
+from ser.scores.card import (
     as_block,
     as_code,
     as_text,
@@ -27,7 +27,7 @@ from ser.train.card import (
     to_markdown,
     write_card,
 )
-from ser.train.report import Outcomes, report
+from ser.scores.report import Outcomes, report
 from ser.train.verification import checks_of
 
 QUICK = ["--epochs", "2", "--effective-batch", "4", "--heads", "emotion", "--data-licence", "CC0"]

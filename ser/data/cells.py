@@ -45,6 +45,7 @@ MAX_LINE_BYTES = 1024 * 1024
 MAX_PATH = 4096  # no longer one can exist
 MAX_SHOWN = 20  # names in one line
 
+
 # ------------------------------------------------------------------------------------------------------ cells
 
 

@@ -94,6 +94,12 @@ class StoredInputs(Protocol):
         """What is kept for an utterance, or zeros of its shape and why there is nothing."""
 
 
+def listed(messages: Iterable[str], most: int = 50) -> str:
+    """One message per line, whatever a file's name holds, and how many more there are."""
+    lines = [printable(message) for message in messages]
+    return "\n  ".join(lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else []))
+
+
 class SpeechDataset(Dataset[Example]):
     """Utterances with their labels as numbers and their audio read on demand.
 
@@ -225,10 +231,12 @@ class SpeechDataset(Dataset[Example]):
         return list(found.values())
 
 
-def listed(messages: Iterable[str], most: int = 50) -> str:
-    """One message per line, whatever a file's name holds, and how many more there are."""
-    lines = [printable(message) for message in messages]
-    return "\n  ".join(lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else []))
+def pad(rows: Sequence[Tensor], *, at_least: int = 0) -> Tensor:
+    """(S_i, ...) each -> (B, max S_i, ...), zeros on the right."""
+    out = rows[0].new_zeros(len(rows), max(at_least, *(len(row) for row in rows)), *rows[0].shape[1:])
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -247,11 +255,3 @@ def collate(examples: Sequence[Example]) -> Batch:
         indices=[e.index for e in examples],
         errors={e.index: e.error for e in examples if e.error},
     )
-
-
-def pad(rows: Sequence[Tensor], *, at_least: int = 0) -> Tensor:
-    """(S_i, ...) each -> (B, max S_i, ...), zeros on the right."""
-    out = rows[0].new_zeros(len(rows), max(at_least, *(len(row) for row in rows)), *rows[0].shape[1:])
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out

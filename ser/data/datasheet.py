@@ -45,6 +45,22 @@ class Sound:
     sha256: str
 
 
+def _sound(u: Utterance) -> Sound:
+    info = audio_info(u.file, start=u.start, end=u.end)
+    samples = load_audio(u.file, start=u.start, end=u.end).numpy()
+    level = np.abs(samples)
+    full = np.flatnonzero(level >= FULL_SCALE)
+    return Sound(
+        seconds=info.seconds,
+        sample_rate=info.sample_rate,
+        channels=info.channels,
+        peak=float(level.max()),
+        # Four indices of which the last is three after the first are neighbours.
+        clipped=bool((full[CLIPPED - 1 :] - full[: len(full) - CLIPPED + 1] == CLIPPED - 1).any()),
+        sha256=hashlib.sha256(samples.astype("<f4").tobytes()).hexdigest(),
+    )
+
+
 def listen(corpus: Corpus, *, partial: bool = False, progress: bool = True) -> tuple[Corpus, dict[str, Sound]]:
     """Decode every recording of a corpus, once.
 
@@ -75,22 +91,6 @@ def listen(corpus: Corpus, *, partial: bool = False, progress: bool = True) -> t
     dropped = [*corpus.dropped, *(Dropped(id_, "unusable recording") for id_ in bad)]
     warnings = [*corpus.warnings, *bad.values()]
     return replace(corpus, utterances=utterances, dropped=dropped, warnings=warnings), sounds
-
-
-def _sound(u: Utterance) -> Sound:
-    info = audio_info(u.file, start=u.start, end=u.end)
-    samples = load_audio(u.file, start=u.start, end=u.end).numpy()
-    level = np.abs(samples)
-    full = np.flatnonzero(level >= FULL_SCALE)
-    return Sound(
-        seconds=info.seconds,
-        sample_rate=info.sample_rate,
-        channels=info.channels,
-        peak=float(level.max()),
-        # Four indices of which the last is three after the first are neighbours.
-        clipped=bool((full[CLIPPED - 1 :] - full[: len(full) - CLIPPED + 1] == CLIPPED - 1).any()),
-        sha256=hashlib.sha256(samples.astype("<f4").tobytes()).hexdigest(),
-    )
 
 
 def data_sheet(utterances: Iterable[Utterance], sounds: Mapping[str, Sound]) -> dict[str, Any]:
@@ -140,6 +140,12 @@ def data_sheet(utterances: Iterable[Utterance], sounds: Mapping[str, Sound]) -> 
     }
 
 
+def _some(items: Iterable[str]) -> str:
+    items = list(items)
+    more = f" and {len(items) - MAX_SHOWN} more" if len(items) > MAX_SHOWN else ""
+    return f": {', '.join(items[:MAX_SHOWN])}{more}" if items else ""
+
+
 def to_markdown(sheet: Mapping[str, Any], title: str) -> str:
     """The sheet of `data_sheet` for people."""
     seconds, text = sheet["seconds"], sheet["transcripts"]
@@ -172,9 +178,3 @@ def to_markdown(sheet: Mapping[str, Any], title: str) -> str:
         f"| all | {total} | {sheet['utterances']} |",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _some(items: Iterable[str]) -> str:
-    items = list(items)
-    more = f" and {len(items) - MAX_SHOWN} more" if len(items) > MAX_SHOWN else ""
-    return f": {', '.join(items[:MAX_SHOWN])}{more}" if items else ""

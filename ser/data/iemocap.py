@@ -141,6 +141,47 @@ class Label:
 _TURN = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\s+(\S+)\s+(\S+)\s+\[([^\]]*)\]\s*")
 
 
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _label(line: str, dialogue: str, where: str, problems: list[str], warnings: list[str]) -> Label | None:
+    match = _TURN.fullmatch(line)
+    if not match:
+        problems.append(f"{where}: found {line[:100]!r}, expected [start - end] turn label [V, A, D]")
+        return None
+    name, code = parse_name(match[3]), match[4]
+    if name is None or name.dialogue != dialogue:
+        problems.append(f"{where}: {match[3]!r} is no turn of this dialogue")
+        return None
+    if code not in EMOTIONS:
+        problems.append(f"{where}: unknown label {code!r}, expected {', '.join(EMOTIONS)}")
+        return None
+    start, end = (_number(match[i]) for i in (1, 2))
+    values = [_number(value) for value in match[5].split(",")]
+    if start is None or end is None or len(values) != 3:
+        problems.append(f"{where}: found {line[:100]!r}, expected two times and three values")
+        return None
+    valence, arousal, dominance = (v if v is not None and 1 <= v <= 5 else None for v in values)
+    if None in (valence, arousal, dominance):
+        warnings.append(f"{where}: [V, A, D] is [{match[5]}]; what is not within 1 to 5 is taken as unlabelled")
+    return Label(name, start, end, code, valence, arousal, dominance, votes={})
+
+
+def _shares(ballots: Iterable[list[str]]) -> dict[str, float]:
+    """code -> share, the largest first. An annotator without a known label has no vote."""
+    shares: dict[str, float] = defaultdict(float)
+    ballots = [ballot for ballot in ballots if ballot]
+    for ballot in ballots:
+        for code in ballot:
+            shares[code] += 1 / (len(ballot) * len(ballots))
+    return {code: round(share, 4) for code, share in sorted(shares.items(), key=lambda item: (-item[1], item[0]))}
+
+
 def parse_labels(text: str, dialogue: str, problems: list[str], warnings: list[str]) -> list[Label]:
     """The turns of an EmoEvaluation file.
 
@@ -172,47 +213,6 @@ def parse_labels(text: str, dialogue: str, problems: list[str], warnings: list[s
             ballots.append([VOTES[name] for name in names if name in VOTES])
             labels[-1] = replace(label, votes=_shares(ballots))
     return labels
-
-
-def _label(line: str, dialogue: str, where: str, problems: list[str], warnings: list[str]) -> Label | None:
-    match = _TURN.fullmatch(line)
-    if not match:
-        problems.append(f"{where}: found {line[:100]!r}, expected [start - end] turn label [V, A, D]")
-        return None
-    name, code = parse_name(match[3]), match[4]
-    if name is None or name.dialogue != dialogue:
-        problems.append(f"{where}: {match[3]!r} is no turn of this dialogue")
-        return None
-    if code not in EMOTIONS:
-        problems.append(f"{where}: unknown label {code!r}, expected {', '.join(EMOTIONS)}")
-        return None
-    start, end = (_number(match[i]) for i in (1, 2))
-    values = [_number(value) for value in match[5].split(",")]
-    if start is None or end is None or len(values) != 3:
-        problems.append(f"{where}: found {line[:100]!r}, expected two times and three values")
-        return None
-    valence, arousal, dominance = (v if v is not None and 1 <= v <= 5 else None for v in values)
-    if None in (valence, arousal, dominance):
-        warnings.append(f"{where}: [V, A, D] is [{match[5]}]; what is not within 1 to 5 is taken as unlabelled")
-    return Label(name, start, end, code, valence, arousal, dominance, votes={})
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _shares(ballots: Iterable[list[str]]) -> dict[str, float]:
-    """code -> share, the largest first. An annotator without a known label has no vote."""
-    shares: dict[str, float] = defaultdict(float)
-    ballots = [ballot for ballot in ballots if ballot]
-    for ballot in ballots:
-        for code in ballot:
-            shares[code] += 1 / (len(ballot) * len(ballots))
-    return {code: round(share, 4) for code, share in sorted(shares.items(), key=lambda item: (-item[1], item[0]))}
 
 
 _LINE = re.compile(r"(Ses\S+)\s*\[[\d.\s-]*\]\s*:(.*)")
@@ -255,6 +255,62 @@ def _text(path: Path, warnings: list[str]) -> str:
         line = content[: error.start].count(b"\n") + 1
         warnings.append(f"{path.name} line {line}: byte 0x{content[error.start]:02x} is not UTF-8; read as cp1252")
         return content.decode("cp1252", errors="replace")
+
+
+def _files(root: Path, kind: str, dropped: list[Dropped]) -> Iterator[Path]:
+    """The dialogues' files directly in Session*/dialog/<kind>. Below it are single annotators' files."""
+    for session in range(1, 6):
+        folder = root / f"Session{session}" / "dialog" / kind
+        for path in sorted(folder.glob("*.txt")):
+            if re.fullmatch(_DIALOGUE, path.stem) and path.stem[4] == str(session) and path.is_file():
+                yield path
+            else:  # "._Ses01F_impro01.txt" on copies made with a Mac
+                dropped.append(
+                    Dropped(path.relative_to(root).as_posix(), "file with another name than a dialogue")
+                )
+
+
+def _utterance(label: Label, text: str, root: Path) -> Utterance:
+    votes = {"votes": json.dumps(label.votes)} if label.votes else {}
+    times = {"time_start": str(label.start), "time_end": str(label.end)}
+    return Utterance(
+        id=label.name.id,
+        file=label.name.file(root),
+        emotion=EMOTIONS[label.code],
+        text=text or None,
+        speaker=label.name.speaker,
+        arousal=label.arousal,
+        dominance=label.dominance,
+        valence=label.valence,
+        extra={"code": label.code, **label.name.columns(), **times, **votes},
+    )
+
+
+def four_classes(utterances: Iterable[Utterance]) -> list[Utterance]:
+    """Those of the four-class protocol, in which excited is happy: neutral, happy, angry, sad."""
+    return [
+        replace(u, emotion=FOUR_CLASSES[u.extra["code"]]) for u in utterances if u.extra["code"] in FOUR_CLASSES
+    ]
+
+
+def count_differences(utterances: Iterable[Utterance]) -> list[str]:
+    """Where the counts are not those of the whole release (`COUNTS`), one line each."""
+    utterances = list(utterances)
+    four = four_classes(utterances)
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    found["all"] = Counter({LABELLED: len(utterances), FOUR: len(four)})
+    for u in four:
+        for column in ("code", "session", "side"):
+            found[column][u.extra[column]] += 1
+        found["emotion"][str(u.emotion)] += 1
+        found["speaker"][str(u.speaker)] += 1
+    return [
+        f"{value if column == 'all' else f'four-class turns of {column} {value}'}: "
+        f"found {found[column][value]}, expected {expected}"
+        for column, counts in COUNTS.items()
+        for value, expected in counts.items()
+        if found[column][value] != expected
+    ]
 
 
 # ----------------------------------------------------------------------------------------------- the release
@@ -315,62 +371,6 @@ def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_f
             "Copy what is missing, or pass --partial to go on with what is there"
         )
     return replace(corpus, warnings=wrong + warnings)
-
-
-def _files(root: Path, kind: str, dropped: list[Dropped]) -> Iterator[Path]:
-    """The dialogues' files directly in Session*/dialog/<kind>. Below it are single annotators' files."""
-    for session in range(1, 6):
-        folder = root / f"Session{session}" / "dialog" / kind
-        for path in sorted(folder.glob("*.txt")):
-            if re.fullmatch(_DIALOGUE, path.stem) and path.stem[4] == str(session) and path.is_file():
-                yield path
-            else:  # "._Ses01F_impro01.txt" on copies made with a Mac
-                dropped.append(
-                    Dropped(path.relative_to(root).as_posix(), "file with another name than a dialogue")
-                )
-
-
-def _utterance(label: Label, text: str, root: Path) -> Utterance:
-    votes = {"votes": json.dumps(label.votes)} if label.votes else {}
-    times = {"time_start": str(label.start), "time_end": str(label.end)}
-    return Utterance(
-        id=label.name.id,
-        file=label.name.file(root),
-        emotion=EMOTIONS[label.code],
-        text=text or None,
-        speaker=label.name.speaker,
-        arousal=label.arousal,
-        dominance=label.dominance,
-        valence=label.valence,
-        extra={"code": label.code, **label.name.columns(), **times, **votes},
-    )
-
-
-def four_classes(utterances: Iterable[Utterance]) -> list[Utterance]:
-    """Those of the four-class protocol, in which excited is happy: neutral, happy, angry, sad."""
-    return [
-        replace(u, emotion=FOUR_CLASSES[u.extra["code"]]) for u in utterances if u.extra["code"] in FOUR_CLASSES
-    ]
-
-
-def count_differences(utterances: Iterable[Utterance]) -> list[str]:
-    """Where the counts are not those of the whole release (`COUNTS`), one line each."""
-    utterances = list(utterances)
-    four = four_classes(utterances)
-    found: dict[str, Counter[str]] = defaultdict(Counter)
-    found["all"] = Counter({LABELLED: len(utterances), FOUR: len(four)})
-    for u in four:
-        for column in ("code", "session", "side"):
-            found[column][u.extra[column]] += 1
-        found["emotion"][str(u.emotion)] += 1
-        found["speaker"][str(u.speaker)] += 1
-    return [
-        f"{value if column == 'all' else f'four-class turns of {column} {value}'}: "
-        f"found {found[column][value]}, expected {expected}"
-        for column, counts in COUNTS.items()
-        for value, expected in counts.items()
-        if found[column][value] != expected
-    ]
 
 
 # ------------------------------------------------------------------------------------------- the paper's CSVs

@@ -145,117 +145,6 @@ def check_regular(path: Path, expected: str) -> None:
     raise ManifestError(f"{path}: not a regular file but {kind}, expected {expected}{advice}")
 
 
-def read_manifest(
-    path: str | os.PathLike[str],
-    *,
-    root: str | os.PathLike[str] | None = None,
-    columns: Mapping[str, str] | None = None,
-    check_files: bool = True,
-    literal_labels: bool = False,
-    label_map: Mapping[str, Any] | None = None,
-    tell: Callable[[str], None] | None = None,
-) -> list[Utterance]:
-    """The utterances of a manifest, in its order.
-
-    UTF-8, with or without a byte order mark, any line ends, blank lines allowed. A CSV quotes fields as usual; a
-    TSV does so where all its fields that begin with a quotation mark end with one on the same line, else the mark
-    is a character. An empty cell (or JSON null, or NaN) means None; spaces around labels and numbers do not count,
-    and labels are NFC. A speaker that is a whole number written as a float (1.0) is the whole number. The default
-    id is the file as it is written, with ``#start-end`` for an excerpt. Columns without a name are ignored. A file
-    that is not there is found under the same name in another Unicode form (NFC, NFD).
-
-    The paper's three-column CSV (``file,emotion,text`` with labels e0..e3) reads as it is: where all labels of a
-    manifest are among e0, e1, e2, e3 they become neutral, happy, angry, sad.
-
-    Args:
-        path: .tsv is tab-separated, .jsonl and .json hold one object per line, or one array of objects, all else
-            is CSV.
-        root: the folder that relative files start from; by default the manifest's own.
-        columns: our name -> the manifest's, e.g. ``{"text": "transcript"}``. A column of ours that this sets aside
-            is kept among the others as ``<name>_original``.
-        check_files: every file must exist. (It is not opened; that is the work of `ser.audio`.)
-        literal_labels: take labels and texts as they are written, those of `ser.data.cells.MISSING_LABELS` and
-            `MISSING_TEXTS` and speakers such as 1.0 too.
-        label_map: emotion as written -> its name, None for no label; below "speaker", the same of speakers. See
-            `ser.data.labels.parse_map`.
-        tell: is called with each line that a user should know: which columns were read, which cells are no label.
-
-    Returns:
-        At least one utterance; the paths are absolute.
-
-    Raises:
-        ManifestError: one message that lists every bad row with its line (the first 50 of them): a missing column,
-            a duplicate id or (file, start, end), a missing file, a start or end that is no number, negative or
-            reversed, a wrong number of fields, bytes that are not UTF-8, JSON that does not parse; or a manifest
-            without rows or that is not a regular file.
-    """
-    path = Path(path)
-    folder = Path(path.parent if root is None else root).absolute()
-    renaming = _Renaming(path, columns or {})
-    problems = _Problems()
-    utterances: list[Utterance] = []
-    missing = Missing(literal=literal_labels)
-    files = Files()
-    quoting = Quoting()
-    try:
-        check_regular(path, "a CSV or JSON lines manifest")
-        if not folder.is_dir():
-            raise ManifestError(f"{path}: its recordings should be in {folder}, which is not a folder")
-        with path.open("rb") as file:
-            if _delimiter(path) == "\t":
-                quoting = find_quoting(file)
-                renaming.remark = quoting.remark()
-            unit = "item" if _is_json(path) and _is_array(file) else "line"
-            checks = _Checks(check_files=check_files, unit=unit)
-            rows = (
-                _json_rows(file, renaming, problems)
-                if _is_json(path)
-                else _csv_rows(path, file, renaming, problems, quoting)
-            )
-            for line, cells in rows:
-                found: list[str] = []
-                utterance = _utterance(cells, folder, found, missing)
-                if not found:
-                    name = cells["file"]
-                    if name is not None and not name.isascii():
-                        utterance = replace(utterance, file=files.find(utterance.file))
-                    found += checks.of(utterance, line)
-                for what in found:
-                    problems.add(f"{unit} {line}", what)
-                utterances.append(utterance)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        cause = error.strerror if isinstance(error, OSError) else error
-        raise ManifestError(f"{path}: cannot read the manifest: {cause}") from error
-    problems.raise_if_any(f"{path}: the manifest cannot be used, these are its problems{quoting.remark()}")
-    if not utterances:
-        raise ManifestError(f"{path}: the manifest has no rows")
-    notes = [*renaming.lines(), *quoting.lines()]
-    utterances = _with_names(utterances, label_map or {}, missing, notes)
-    if tell is not None:
-        for note in [*notes, *missing.lines()]:
-            tell(note)
-    return utterances
-
-
-def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
-    """``["text=transcript", ...]``, as given on a command line -> ``{"text": "transcript", ...}``.
-
-    Raises:
-        ConfigError: no "=", or a name before it that is not one of ours or stands twice.
-    """
-    columns: dict[str, str] = {}
-    for pair in pairs:
-        ours, equals, theirs = (part.strip() for part in pair.partition("="))
-        if not equals or not ours or not theirs:
-            raise ConfigError(f"expected OURS=THEIRS, such as text=transcript, found {pair!r}")
-        if ours not in COLUMNS:
-            raise ConfigError(_unknown_column(ours))
-        if ours in columns:
-            raise ConfigError(f"the column {ours!r} is given twice: {columns[ours]!r} and {theirs!r}")
-        columns[ours] = theirs
-    return columns
-
-
 def _is_json(path: Path) -> bool:
     return path.suffix.lower() in (".jsonl", ".json")
 
@@ -369,6 +258,18 @@ class _Lines:
             yield text
 
 
+def _header(path: Path, line: int, found: list[str], renaming: _Renaming) -> list[str]:
+    """Our names, and the manifest's own for the other columns; empty for a column without a name."""
+    if len(found) > MAX_COLUMNS:
+        raise ManifestError(f"{path}: line {line}: {len(found)} columns, at most {MAX_COLUMNS} are possible")
+    renaming.check(found)
+    names = [renaming(name) for name in found]
+    for name in filter(None, names):
+        if names.count(name) > 1:
+            raise ManifestError(f"{path}: line {line}: the column {brief_repr(name)} stands twice")
+    return names
+
+
 def _csv_rows(
     path: Path, file: BinaryIO, renaming: _Renaming, problems: _Problems, quoting: Quoting
 ) -> Iterator[tuple[int, dict[str, str | None]]]:
@@ -414,56 +315,6 @@ def _csv_rows(
             problems.add(f"line {first}", f"{what}; is a quote left open?")
         else:
             yield first, {name: cell for name, cell in zip(names, cells, strict=True) if name}
-
-
-def _header(path: Path, line: int, found: list[str], renaming: _Renaming) -> list[str]:
-    """Our names, and the manifest's own for the other columns; empty for a column without a name."""
-    if len(found) > MAX_COLUMNS:
-        raise ManifestError(f"{path}: line {line}: {len(found)} columns, at most {MAX_COLUMNS} are possible")
-    renaming.check(found)
-    names = [renaming(name) for name in found]
-    for name in filter(None, names):
-        if names.count(name) > 1:
-            raise ManifestError(f"{path}: line {line}: the column {brief_repr(name)} stands twice")
-    return names
-
-
-def _constant(name: str) -> float | None:
-    """What NaN, Infinity and -Infinity mean in JSON."""
-    return None if name == "NaN" else float(name)
-
-
-# NaN, which is not JSON, is how pandas frames that became dicts write what is missing.
-DECODER = json.JSONDecoder(object_pairs_hook=unique_names, parse_constant=_constant)
-
-
-def _json_rows(
-    file: BinaryIO, renaming: _Renaming, problems: _Problems
-) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """Yield (line, name -> cell) of each line that is a JSON object; of an array, (position, name -> cell)."""
-    every_name: dict[str, None] = {}
-    unit, rows_of = ("item", _array_items) if _is_array(file) else ("line", _json_lines)
-    try:
-        for number, values in rows_of(file, problems):
-            try:
-                if not isinstance(values, dict):
-                    raise ValueError(f"found {brief_repr(values)}, expected one object per {unit}")
-                count = len(values)
-                values = {name.strip(): value for name, value in values.items()}
-                every_name.update(dict.fromkeys(values))
-                cells = {renaming(name): _cell(name, value, renaming) for name, value in values.items()}
-                if len(cells) < count:
-                    raise ValueError(f"two of {brief_repr(list(values))} become one column")
-                if not all(_is_text(part) for pair in cells.items() for part in pair):
-                    raise ValueError("half a surrogate pair or a NUL, which is no text")
-            except (ValueError, RecursionError) as error:
-                problems.add(f"{unit} {number}", f"not a JSON row: {shorten(str(error), 200)}")
-                continue
-            yield number, {name: cell for name, cell in cells.items() if name}
-    except _Unreadable:
-        return
-    if every_name:
-        renaming.check(list(every_name))
 
 
 def _json_lines(file: BinaryIO, problems: _Problems) -> Iterator[tuple[int, Any]]:
@@ -517,31 +368,33 @@ def _is_text(value: str | None) -> bool:
     return value is None or NO_TEXT.search(value) is None
 
 
-def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], missing: Missing) -> Utterance:
-    """The row as an utterance; what is wrong with it goes to `found`."""
-    full: dict[str, Any] = {name: cell for name, cell in cells.items() if cell and not cell.isspace()}
-    name = full.pop("file", "")
-    if not name:
-        found.append("has no file")
-    start, end = (_number(part, full.pop(part, None), found, least=0) for part in ("start", "end"))
-    dimensions = {name: _number(name, full.pop(name, None), found, missing) for name in DIMENSIONS}
-    if end is not None and end <= (start or 0.0):
-        found.append(f"end {end} is not after start {start or 0.0}")
-    emotion, speaker = (_label(full.pop(kind, None)) for kind in ("emotion", "speaker"))
-    text = full.pop("text", None)
-    if text is not None and len(text) < 8 and missing("text", text):  # the cells that can be
-        text = None
-    return Utterance(
-        id=full.pop("id", None) or name + _excerpt(start, end),
-        file=folder / name,
-        emotion=emotion,
-        text=text,
-        speaker=speaker,
-        start=start,
-        end=end,
-        **dimensions,
-        extra=dict(full),  # a copy is as small as what is left
-    )
+def _json_rows(
+    file: BinaryIO, renaming: _Renaming, problems: _Problems
+) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Yield (line, name -> cell) of each line that is a JSON object; of an array, (position, name -> cell)."""
+    every_name: dict[str, None] = {}
+    unit, rows_of = ("item", _array_items) if _is_array(file) else ("line", _json_lines)
+    try:
+        for number, values in rows_of(file, problems):
+            try:
+                if not isinstance(values, dict):
+                    raise ValueError(f"found {brief_repr(values)}, expected one object per {unit}")
+                count = len(values)
+                values = {name.strip(): value for name, value in values.items()}
+                every_name.update(dict.fromkeys(values))
+                cells = {renaming(name): _cell(name, value, renaming) for name, value in values.items()}
+                if len(cells) < count:
+                    raise ValueError(f"two of {brief_repr(list(values))} become one column")
+                if not all(_is_text(part) for pair in cells.items() for part in pair):
+                    raise ValueError("half a surrogate pair or a NUL, which is no text")
+            except (ValueError, RecursionError) as error:
+                problems.add(f"{unit} {number}", f"not a JSON row: {shorten(str(error), 200)}")
+                continue
+            yield number, {name: cell for name, cell in cells.items() if name}
+    except _Unreadable:
+        return
+    if every_name:
+        renaming.check(list(every_name))
 
 
 @functools.lru_cache
@@ -573,12 +426,31 @@ def _excerpt(start: float | None, end: float | None) -> str:
     return f"#{'' if start is None else start}-{'' if end is None else end}"
 
 
-def _audio(utterance: Utterance) -> tuple[str, float, float | None]:
-    """What tells one recording from another."""
-    name = os.path.normpath(utterance.file.absolute())
-    if ONE_FILE_IN_ANY_FORM and not name.isascii():
-        name = nfc(name)
-    return name, utterance.start or 0.0, utterance.end
+def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], missing: Missing) -> Utterance:
+    """The row as an utterance; what is wrong with it goes to `found`."""
+    full: dict[str, Any] = {name: cell for name, cell in cells.items() if cell and not cell.isspace()}
+    name = full.pop("file", "")
+    if not name:
+        found.append("has no file")
+    start, end = (_number(part, full.pop(part, None), found, least=0) for part in ("start", "end"))
+    dimensions = {name: _number(name, full.pop(name, None), found, missing) for name in DIMENSIONS}
+    if end is not None and end <= (start or 0.0):
+        found.append(f"end {end} is not after start {start or 0.0}")
+    emotion, speaker = (_label(full.pop(kind, None)) for kind in ("emotion", "speaker"))
+    text = full.pop("text", None)
+    if text is not None and len(text) < 8 and missing("text", text):  # the cells that can be
+        text = None
+    return Utterance(
+        id=full.pop("id", None) or name + _excerpt(start, end),
+        file=folder / name,
+        emotion=emotion,
+        text=text,
+        speaker=speaker,
+        start=start,
+        end=end,
+        **dimensions,
+        extra=dict(full),  # a copy is as small as what is left
+    )
 
 
 def map_for(label_map: Mapping[str, Any], column: str) -> dict[str, str | None]:
@@ -646,6 +518,23 @@ def _with_names(
     return utterances
 
 
+def _audio(utterance: Utterance) -> tuple[str, float, float | None]:
+    """What tells one recording from another."""
+    name = os.path.normpath(utterance.file.absolute())
+    if ONE_FILE_IN_ANY_FORM and not name.isascii():
+        name = nfc(name)
+    return name, utterance.start or 0.0, utterance.end
+
+
+def _why_unusable(file: Path) -> str:
+    try:
+        return "" if stat.S_ISREG(file.stat().st_mode) else "is not a regular file"
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be found: {error.strerror}"
+
+
 class _Checks:
     """What can only be known by looking at other rows or at the disk."""
 
@@ -672,13 +561,145 @@ class _Checks:
                 yield f"the file {brief_repr(name)} {why}"
 
 
-def _why_unusable(file: Path) -> str:
+def read_manifest(
+    path: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    check_files: bool = True,
+    literal_labels: bool = False,
+    label_map: Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> list[Utterance]:
+    """The utterances of a manifest, in its order.
+
+    UTF-8, with or without a byte order mark, any line ends, blank lines allowed. A CSV quotes fields as usual; a
+    TSV does so where all its fields that begin with a quotation mark end with one on the same line, else the mark
+    is a character. An empty cell (or JSON null, or NaN) means None; spaces around labels and numbers do not count,
+    and labels are NFC. A speaker that is a whole number written as a float (1.0) is the whole number. The default
+    id is the file as it is written, with ``#start-end`` for an excerpt. Columns without a name are ignored. A file
+    that is not there is found under the same name in another Unicode form (NFC, NFD).
+
+    The paper's three-column CSV (``file,emotion,text`` with labels e0..e3) reads as it is: where all labels of a
+    manifest are among e0, e1, e2, e3 they become neutral, happy, angry, sad.
+
+    Args:
+        path: .tsv is tab-separated, .jsonl and .json hold one object per line, or one array of objects, all else
+            is CSV.
+        root: the folder that relative files start from; by default the manifest's own.
+        columns: our name -> the manifest's, e.g. ``{"text": "transcript"}``. A column of ours that this sets aside
+            is kept among the others as ``<name>_original``.
+        check_files: every file must exist. (It is not opened; that is the work of `ser.audio`.)
+        literal_labels: take labels and texts as they are written, those of `ser.data.cells.MISSING_LABELS` and
+            `MISSING_TEXTS` and speakers such as 1.0 too.
+        label_map: emotion as written -> its name, None for no label; below "speaker", the same of speakers. See
+            `ser.data.spellings.parse_map`.
+        tell: is called with each line that a user should know: which columns were read, which cells are no label.
+
+    Returns:
+        At least one utterance; the paths are absolute.
+
+    Raises:
+        ManifestError: one message that lists every bad row with its line (the first 50 of them): a missing column,
+            a duplicate id or (file, start, end), a missing file, a start or end that is no number, negative or
+            reversed, a wrong number of fields, bytes that are not UTF-8, JSON that does not parse; or a manifest
+            without rows or that is not a regular file.
+    """
+    path = Path(path)
+    folder = Path(path.parent if root is None else root).absolute()
+    renaming = _Renaming(path, columns or {})
+    problems = _Problems()
+    utterances: list[Utterance] = []
+    missing = Missing(literal=literal_labels)
+    files = Files()
+    quoting = Quoting()
     try:
-        return "" if stat.S_ISREG(file.stat().st_mode) else "is not a regular file"
-    except FileNotFoundError:
-        return "does not exist"
-    except OSError as error:
-        return f"cannot be found: {error.strerror}"
+        check_regular(path, "a CSV or JSON lines manifest")
+        if not folder.is_dir():
+            raise ManifestError(f"{path}: its recordings should be in {folder}, which is not a folder")
+        with path.open("rb") as file:
+            if _delimiter(path) == "\t":
+                quoting = find_quoting(file)
+                renaming.remark = quoting.remark()
+            unit = "item" if _is_json(path) and _is_array(file) else "line"
+            checks = _Checks(check_files=check_files, unit=unit)
+            rows = (
+                _json_rows(file, renaming, problems)
+                if _is_json(path)
+                else _csv_rows(path, file, renaming, problems, quoting)
+            )
+            for line, cells in rows:
+                found: list[str] = []
+                utterance = _utterance(cells, folder, found, missing)
+                if not found:
+                    name = cells["file"]
+                    if name is not None and not name.isascii():
+                        utterance = replace(utterance, file=files.find(utterance.file))
+                    found += checks.of(utterance, line)
+                for what in found:
+                    problems.add(f"{unit} {line}", what)
+                utterances.append(utterance)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ManifestError(f"{path}: cannot read the manifest: {cause}") from error
+    problems.raise_if_any(f"{path}: the manifest cannot be used, these are its problems{quoting.remark()}")
+    if not utterances:
+        raise ManifestError(f"{path}: the manifest has no rows")
+    notes = [*renaming.lines(), *quoting.lines()]
+    utterances = _with_names(utterances, label_map or {}, missing, notes)
+    if tell is not None:
+        for note in [*notes, *missing.lines()]:
+            tell(note)
+    return utterances
+
+
+def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
+    """``["text=transcript", ...]``, as given on a command line -> ``{"text": "transcript", ...}``.
+
+    Raises:
+        ConfigError: no "=", or a name before it that is not one of ours or stands twice.
+    """
+    columns: dict[str, str] = {}
+    for pair in pairs:
+        ours, equals, theirs = (part.strip() for part in pair.partition("="))
+        if not equals or not ours or not theirs:
+            raise ConfigError(f"expected OURS=THEIRS, such as text=transcript, found {pair!r}")
+        if ours not in COLUMNS:
+            raise ConfigError(_unknown_column(ours))
+        if ours in columns:
+            raise ConfigError(f"the column {ours!r} is given twice: {columns[ours]!r} and {theirs!r}")
+        columns[ours] = theirs
+    return columns
+
+
+def _constant(name: str) -> float | None:
+    """What NaN, Infinity and -Infinity mean in JSON."""
+    return None if name == "NaN" else float(name)
+
+
+# NaN, which is not JSON, is how pandas frames that became dicts write what is missing.
+DECODER = json.JSONDecoder(object_pairs_hook=unique_names, parse_constant=_constant)
+
+
+def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
+    """Which labels a reader would take for something else."""
+    advice = "write and read it with literal_labels"
+    for column in ("emotion", "speaker", "text"):
+        value = getattr(utterance, column)
+        if value is None:
+            continue
+        if missing(column, value):
+            yield f"{column} {brief_repr(value)} would be read as none; {advice}"
+        elif column == "speaker" and not missing.literal and whole(value) != value:
+            yield f"speaker {brief_repr(value)} would be read as {whole(value)!r}; {advice}"
+
+
+def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
+    """name -> value of what is known."""
+    file = utterance.file.absolute()
+    cells: dict[str, str | float | None] = {name: getattr(utterance, name) for name in COLUMNS}
+    cells["file"] = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
+    return {name: value for name, value in {**utterance.extra, **cells}.items() if value is not None}
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -756,27 +777,6 @@ def write_manifest(
             problems.raise_if_any(f"{path}: nothing was written, these are the problems")
     except OSError as error:
         raise ManifestError(f"{path}: cannot write the manifest: {error.strerror or error}") from error
-
-
-def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
-    """Which labels a reader would take for something else."""
-    advice = "write and read it with literal_labels"
-    for column in ("emotion", "speaker", "text"):
-        value = getattr(utterance, column)
-        if value is None:
-            continue
-        if missing(column, value):
-            yield f"{column} {brief_repr(value)} would be read as none; {advice}"
-        elif column == "speaker" and not missing.literal and whole(value) != value:
-            yield f"speaker {brief_repr(value)} would be read as {whole(value)!r}; {advice}"
-
-
-def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
-    """name -> value of what is known."""
-    file = utterance.file.absolute()
-    cells: dict[str, str | float | None] = {name: getattr(utterance, name) for name in COLUMNS}
-    cells["file"] = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
-    return {name: value for name, value in {**utterance.extra, **cells}.items() if value is not None}
 
 
 # --------------------------------------------------------------------------------------------------- checking

@@ -67,6 +67,38 @@ class Fold:
         return {part: [by_id[i] for i in ids] for part, ids in self.parts.items()}
 
 
+def can_name_a_folder(name: str) -> bool:
+    """Tell whether a folder of this name, below any other, is harmless and the same on every system."""
+    return (
+        name.isprintable()  # no control, no invisible or undefined character, no lone surrogate
+        and bool(name)
+        and name[0] not in " .-~"
+        and name[-1] not in " ."
+        and FORBIDDEN.isdisjoint(name)
+        and len(name.encode()) <= LONGEST
+        and not RESERVED.fullmatch(name)
+        and not TAKEN.fullmatch(name)
+    )
+
+
+def folder_names(names: Iterable[str]) -> dict[str, str]:
+    """Name a folder for each name: the name itself where that is harmless, else its letters and a digest.
+
+    No two are the same, not even on a disk that takes capitals for small letters, or two spellings of é for one.
+    """
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        called, plain = name, unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+        if not can_name_a_folder(name) or plain in taken:
+            letters = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:40]
+            digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+            called = f"{letters or 'fold'}~{digest}"
+        taken.add(plain)
+        found[name] = called
+    return found
+
+
 @dataclass(frozen=True)
 class Protocol:
     """How a corpus is divided, and what the figures then mean.
@@ -102,38 +134,6 @@ RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|clock\$|(com|lpt)[0-9�
 TAKEN = re.compile(r".*(\.(json|jsonl|md|csv|png|eval|log|tmp|lock)|~[0-9a-f]{12})", re.IGNORECASE | re.DOTALL)
 FORBIDDEN = set('/\\:*?"<>|')  # in names of files on Windows, the first of them everywhere
 LONGEST = 150  # bytes of UTF-8; a path of Windows has 260 characters
-
-
-def can_name_a_folder(name: str) -> bool:
-    """Tell whether a folder of this name, below any other, is harmless and the same on every system."""
-    return (
-        name.isprintable()  # no control, no invisible or undefined character, no lone surrogate
-        and bool(name)
-        and name[0] not in " .-~"
-        and name[-1] not in " ."
-        and FORBIDDEN.isdisjoint(name)
-        and len(name.encode()) <= LONGEST
-        and not RESERVED.fullmatch(name)
-        and not TAKEN.fullmatch(name)
-    )
-
-
-def folder_names(names: Iterable[str]) -> dict[str, str]:
-    """Name a folder for each name: the name itself where that is harmless, else its letters and a digest.
-
-    No two are the same, not even on a disk that takes capitals for small letters, or two spellings of é for one.
-    """
-    found: dict[str, str] = {}
-    taken: set[str] = set()
-    for name in names:
-        called, plain = name, unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
-        if not can_name_a_folder(name) or plain in taken:
-            letters = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:40]
-            digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-            called = f"{letters or 'fold'}~{digest}"
-        taken.add(plain)
-        found[name] = called
-    return found
 
 
 # ------------------------------------------------------------------------------------------------- protocols
@@ -233,6 +233,10 @@ def _speaker_known(utterances: Sequence[Utterance], seed: int, count: int = KNOW
     return [Fold("all", {"train": [u.id for u in utterances if u.id not in test], "test": sorted(test)})]
 
 
+def _transcript(u: Utterance) -> str:
+    return _cleaned(u.text or "")
+
+
 def _speaker_known_text(
     utterances: Sequence[Utterance], seed: int, count: int = KNOWN_SPEAKER_TURNS
 ) -> list[Fold]:
@@ -313,6 +317,13 @@ PROTOCOLS: dict[str, Protocol] = {
         _known_speakers(KNOWN_SPEAKER_TURNS, disjoint_text=True),
     )
 }
+
+
+def _shares(kinds: Iterable[str]) -> Leaks:
+    kinds = frozenset(kinds)
+    for kind in sorted(kinds - set(KINDS)):
+        raise ConfigError(f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; parts can share {', '.join(KINDS)}")
+    return dict.fromkeys(PAIRS, kinds)
 
 
 def by_column(*, shares: Iterable[str] = ()) -> Protocol:
@@ -430,13 +441,6 @@ def with_known_turns(fold: Fold, utterances: Iterable[Utterance], count: int, *,
     return Fold(fold.name, parts)
 
 
-def _shares(kinds: Iterable[str]) -> Leaks:
-    kinds = frozenset(kinds)
-    for kind in sorted(kinds - set(KINDS)):
-        raise ConfigError(f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; parts can share {', '.join(KINDS)}")
-    return dict.fromkeys(PAIRS, kinds)
-
-
 # ----------------------------------------------------------------------------------------------------- audit
 
 
@@ -480,10 +484,6 @@ class Audit:
         return {kind: None if shared is None else shared.fraction for kind, shared in found.items()}
 
 
-def _transcript(u: Utterance) -> str:
-    return _cleaned(u.text or "")
-
-
 _cleaned = lru_cache(maxsize=100_000)(clean)  # each is asked for in every fold
 
 
@@ -496,6 +496,27 @@ def _value(u: Utterance, kind: str) -> str:
     if kind == "recordings":
         return f"{os.path.normpath(u.file.absolute())} {u.start or 0.0} {u.end}"
     return u.extra.get({"dialogues": "dialogue", "sessions": "session", "copies": "sha256"}[kind], "")
+
+
+def _having(rows: Iterable[Utterance]) -> dict[str, dict[str, str]]:
+    """Kind -> id -> what stands for the utterance."""
+    rows = list(rows)
+    return {kind: {u.id: value for u in rows if (value := _value(u, kind))} for kind in KINDS}
+
+
+def _shared(first: Mapping[str, str], second: Mapping[str, str], *, ids: bool) -> Shared | None:
+    """Of two parts' id -> value."""
+    if not first or not second:
+        return None
+    there = set(first.values())
+    hits = {id_: value for id_, value in second.items() if value in there}
+    return Shared(sorted(hits if ids else set(hits.values())), len(hits), len(second))
+
+
+def _overlap(
+    first: Mapping[str, Mapping[str, str]], second: Mapping[str, Mapping[str, str]]
+) -> dict[str, Shared | None]:
+    return {kind: _shared(first[kind], second[kind], ids=kind in ("recordings", "copies")) for kind in KINDS}
 
 
 def audit(fold: Fold, utterances: Iterable[Utterance]) -> Audit:
@@ -525,27 +546,6 @@ def audit(fold: Fold, utterances: Iterable[Utterance]) -> Audit:
 def overlap(first: Iterable[Utterance], second: Iterable[Utterance]) -> dict[str, Shared | None]:
     """Kind -> what the second has that the first has too; None where the manifest cannot tell."""
     return _overlap(_having(first), _having(second))
-
-
-def _having(rows: Iterable[Utterance]) -> dict[str, dict[str, str]]:
-    """Kind -> id -> what stands for the utterance."""
-    rows = list(rows)
-    return {kind: {u.id: value for u in rows if (value := _value(u, kind))} for kind in KINDS}
-
-
-def _overlap(
-    first: Mapping[str, Mapping[str, str]], second: Mapping[str, Mapping[str, str]]
-) -> dict[str, Shared | None]:
-    return {kind: _shared(first[kind], second[kind], ids=kind in ("recordings", "copies")) for kind in KINDS}
-
-
-def _shared(first: Mapping[str, str], second: Mapping[str, str], *, ids: bool) -> Shared | None:
-    """Of two parts' id -> value."""
-    if not first or not second:
-        return None
-    there = set(first.values())
-    hits = {id_: value for id_, value in second.items() if value in there}
-    return Shared(sorted(hits if ids else set(hits.values())), len(hits), len(second))
 
 
 def check_fold(fold: Fold, utterances: Iterable[Utterance], protocol: Protocol) -> Audit:
@@ -587,6 +587,10 @@ def check_fold(fold: Fold, utterances: Iterable[Utterance], protocol: Protocol) 
     return found
 
 
+def _percent(shared: Shared | None) -> str:
+    return "unknown" if shared is None else f"{100 * shared.fraction:.1f} %"
+
+
 def to_table(audits: Iterable[Audit]) -> str:
     """Sizes of the parts, and what share of the test part's utterances is known to training, for people.
 
@@ -606,8 +610,14 @@ def to_table(audits: Iterable[Audit]) -> str:
     )
 
 
-def _percent(shared: Shared | None) -> str:
-    return "unknown" if shared is None else f"{100 * shared.fraction:.1f} %"
+def _to_json(found: Audit) -> dict[str, Any]:
+    return {
+        "/".join(pair): {
+            kind: None if s is None else {"values": len(s.values), "utterances": s.utterances, "known": s.known}
+            for kind, s in kinds.items()
+        }
+        for pair, kinds in found.shared.items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- files
@@ -646,16 +656,6 @@ def write_folds(
     except OSError as error:
         raise ManifestError(f"{path}: cannot write the folds: {error.strerror or error}") from error
     return audits
-
-
-def _to_json(found: Audit) -> dict[str, Any]:
-    return {
-        "/".join(pair): {
-            kind: None if s is None else {"values": len(s.values), "utterances": s.utterances, "known": s.known}
-            for kind, s in kinds.items()
-        }
-        for pair, kinds in found.shared.items()
-    }
 
 
 def read_folds(path: str | os.PathLike[str]) -> list[Fold]:

@@ -91,44 +91,6 @@ def plan_epoch(
     return updates + ([rest] if rest else [])
 
 
-def cut_update(
-    update: Sequence[int],
-    lengths: Sequence[int],
-    *,
-    world_size: int,
-    micro_batch: int | None = None,
-    micro_samples: int | None = None,
-) -> list[list[list[Item]]]:
-    """Cut an update into micro-batches: ``[step][rank]`` -> items, as few steps as the limits allow.
-
-    Args:
-        update: utterance numbers, in the order of `plan_epoch`.
-        lengths: samples of each utterance.
-        world_size: number of ranks; all get equally many micro-batches, and nearly as many samples.
-        micro_batch: most utterances in one; or None.
-        micro_samples: most padded samples in one (a single utterance may exceed it); or None.
-    """
-
-    def fits(group: Sequence[int]) -> bool:
-        if len(group) <= 1:
-            return True
-        small = micro_batch is None or len(group) <= micro_batch
-        return small and (micro_samples is None or padded_samples(group, lengths) <= micro_samples)
-
-    # Utterances are dealt, and then each rank's are cut: the finest way to share. A CPU's layers see no padding.
-    missing = -len(update) % world_size  # what is dealt where there is no utterance
-    hands = deal_evenly([lengths[i] for i in update] + [0] * missing, world_size)
-    ranks = [[update[k] for k in hand if k < len(update)] for hand in hands]
-    steps = 1
-    while not all(fits(group) for rank in ranks for group in split_evenly(rank, steps)):
-        steps += 1
-    # The shortest utterance stands last: the cheapest one to keep a rank busy with.
-    items: list[list[list[Item]]] = [
-        [[(i, 1.0) for i in group] or [(update[-1], 0.0)] for group in split_evenly(rank, steps)] for rank in ranks
-    ]
-    return [list(step) for step in zip(*items, strict=True)]
-
-
 def padded_samples(group: Sequence[int], lengths: Sequence[int]) -> int:
     """What utterances cost to compute in one batch: their number times the longest."""
     return len(group) * max(lengths[i] for i in group)
@@ -183,6 +145,44 @@ def deal_evenly(costs: Sequence[int], ranks: int) -> list[list[int]]:
         totals[high] += costs[b] - costs[a]
         totals[low] += costs[a] - costs[b]
     return sorted(hands, key=min)
+
+
+def cut_update(
+    update: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    world_size: int,
+    micro_batch: int | None = None,
+    micro_samples: int | None = None,
+) -> list[list[list[Item]]]:
+    """Cut an update into micro-batches: ``[step][rank]`` -> items, as few steps as the limits allow.
+
+    Args:
+        update: utterance numbers, in the order of `plan_epoch`.
+        lengths: samples of each utterance.
+        world_size: number of ranks; all get equally many micro-batches, and nearly as many samples.
+        micro_batch: most utterances in one; or None.
+        micro_samples: most padded samples in one (a single utterance may exceed it); or None.
+    """
+
+    def fits(group: Sequence[int]) -> bool:
+        if len(group) <= 1:
+            return True
+        small = micro_batch is None or len(group) <= micro_batch
+        return small and (micro_samples is None or padded_samples(group, lengths) <= micro_samples)
+
+    # Utterances are dealt, and then each rank's are cut: the finest way to share. A CPU's layers see no padding.
+    missing = -len(update) % world_size  # what is dealt where there is no utterance
+    hands = deal_evenly([lengths[i] for i in update] + [0] * missing, world_size)
+    ranks = [[update[k] for k in hand if k < len(update)] for hand in hands]
+    steps = 1
+    while not all(fits(group) for rank in ranks for group in split_evenly(rank, steps)):
+        steps += 1
+    # The shortest utterance stands last: the cheapest one to keep a rank busy with.
+    items: list[list[list[Item]]] = [
+        [[(i, 1.0) for i in group] or [(update[-1], 0.0)] for group in split_evenly(rank, steps)] for rank in ranks
+    ]
+    return [list(step) for step in zip(*items, strict=True)]
 
 
 class LengthBucketBatchSampler(Sampler[list[Item]]):

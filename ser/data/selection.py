@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ser.data.labels import check_map, parse_map
 from ser.data.manifest import Utterance, check_regular, parse_columns, read_manifest
 from ser.data.protocols import (
     KINDS,
@@ -26,6 +25,7 @@ from ser.data.protocols import (
     find_protocol,
     with_known_turns,
 )
+from ser.data.spellings import check_map, parse_map
 from ser.errors import ConfigError, ManifestError, brief_repr
 from ser.files import digest
 

@@ -58,7 +58,6 @@ def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 # ---------------------------------------------------------------------------------------------- orthographies
 
-
 # Buckwalter's one-to-one spelling of Arabic in ASCII (qamus.org/transliteration.htm), in code point order.
 BUCKWALTER = {
     **dict(zip("'|>&<}AbptvjHxd*rzs$SDTZEg", map(chr, range(0x0621, 0x063B)), strict=True)),
@@ -68,222 +67,8 @@ BUCKWALTER = {
 }
 
 
-@dataclass(frozen=True)
-class Orthography:
-    """How transcripts are spelt for the model, and how its output is shown.
-
-    The settings are those of the class of the same name in Hugging Face's wav2vec 2.0 research project
-    (transformers, examples/research_projects/wav2vec2/run_asr.py, 2021).
-
-    Attributes:
-        name: "librispeech", "timit", "buckwalter" or "none".
-        case: "upper", "lower" or "keep".
-        replacements: character -> what stands for it.
-        dropped_words: words that are no speech.
-        word_delimiter: the symbol between words; the vocabulary must have it.
-        tag_brackets: pairs that may enclose a tag. Only those that are not letters of the orthography.
-        script: character -> character of the script that people read.
-    """
-
-    name: str
-    case: str = "keep"
-    replacements: Mapping[str, str] = field(default_factory=dict)
-    dropped_words: frozenset[str] = frozenset()
-    word_delimiter: str = "|"
-    tag_brackets: tuple[str, ...] = ("[]", "{}", "<>")
-    script: Mapping[str, str] = field(default_factory=dict)
-
-    def clean(self, text: str, vocabulary: Vocabulary | None = None) -> str:
-        """`text` in this spelling, NFC, with single spaces. Tags are left as they are: see `clean`.
-
-        Where the letters of the `vocabulary` are all capitals, or none of them is, its case counts and not ours.
-        """
-        text = nfc(text).translate({ord(c): instead for c, instead in self.replacements.items()})
-        if vocabulary is not None and self.follows(vocabulary):
-            text = vocabulary.in_its_case(text)
-        else:
-            text = {"upper": text.upper(), "lower": text.lower(), "keep": text}[self.case]
-        return nfc(" ".join(word for word in text.split() if word not in self.dropped_words))
-
-    def follows(self, vocabulary: Vocabulary) -> bool:
-        """Whether text is in the vocabulary's case in place of this one's. Buckwalter's letters differ by case."""
-        return vocabulary.case not in ("", self.case) and not self.script
-
-    def present(self, text: str) -> str:
-        """Decoded `text` as a person reads it: in Arabic script for "buckwalter", else as it is."""
-        return nfc(text.translate({ord(c): letter for c, letter in self.script.items()}))
-
-
-ORTHOGRAPHIES: dict[str, Orthography] = {
-    o.name: o
-    for o in (
-        # As in the transcripts of LibriSpeech, on which facebook/wav2vec2-base-960h was trained.
-        Orthography(
-            "librispeech", case="upper", replacements=dict.fromkeys("\u2019\u2018\u201b\u02bc\uff07", "'")
-        ),
-        # Compounds such as "quarter-century-old" are broken, and the pause "--" is no word. The vocabulary must
-        # have lower-case letters: build one, since `Vocabulary.librispeech` would drop every character.
-        Orthography("timit", case="lower", replacements={"-": " "}),
-        # For the Arabic Speech Corpus, which writes pauses as "-" and "sil" and the letter theh as "^". The
-        # delimiter is "/", for "|" is the letter alef with madda; and < > { } are letters, so never brackets.
-        Orthography(
-            "buckwalter",
-            replacements={"-": " ", "^": "v"},
-            dropped_words=frozenset({"sil"}),
-            word_delimiter="/",
-            tag_brackets=("[]",),
-            script=BUCKWALTER,
-        ),
-        Orthography("none"),
-    )
-}
-
-
-def remove_tags(text: str, brackets: Iterable[str]) -> str:
-    """`text` with a space in place of each balanced pair of `brackets` ("[]", "{}", ...) and what it holds.
-
-    A bracket without its partner is left, and so is all that follows it. Linear in the length of the text.
-    """
-    # +1 where a tag begins and -1 behind its end; the running sum is 0 outside tags.
-    steps = [0] * (len(text) + 1)
-    for pair in brackets:
-        opening, closing = pair[0], pair[1]
-        unclosed: list[int] = []
-        for i, character in enumerate(text):
-            if character == opening:
-                unclosed.append(i)
-            elif character == closing and unclosed:
-                steps[unclosed.pop()] += 1
-                steps[i + 1] -= 1
-    depth, kept = 0, []
-    for character, step in zip(text, steps, strict=False):
-        depth += step
-        kept.append(" " if depth else character)
-    return "".join(kept)
-
-
-def clean(
-    text: str,
-    *,
-    orthography: str = "librispeech",
-    tags: str = "remove",
-    vocabulary: Vocabulary | None = None,
-) -> str:
-    """A transcript as it is to be learnt: tags removed, in the given spelling, NFC, with single spaces.
-
-    Args:
-        text: as the corpus has it.
-        orthography: a name in `ORTHOGRAPHIES`.
-        tags: what becomes of ``[LAUGHTER]``, ``{LG}`` and ``<LG>``. "remove": gone, letters included.
-            "keep-letters": only the brackets go, which is what the cleaner of Cai et al. (2021) comes to: it
-            deletes the characters outside the vocabulary, and the letters LG are inside.
-        vocabulary: in whose case the text is, where it has only one.
-
-    Returns:
-        The text; empty if nothing is left, which is no error (an utterance without a transcript).
-
-    Raises:
-        ConfigError: `orthography` or `tags` is unknown.
-    """
-    if orthography not in ORTHOGRAPHIES:
-        raise ConfigError(
-            f"unknown orthography {orthography!r}{did_you_mean(orthography, ORTHOGRAPHIES)}; "
-            f"known are {', '.join(ORTHOGRAPHIES)}"
-        )
-    spelling = ORTHOGRAPHIES[orthography]
-    if tags == "remove":
-        text = remove_tags(text, spelling.tag_brackets)
-    elif tags == "keep-letters":
-        text = text.translate(dict.fromkeys(map(ord, "".join(spelling.tag_brackets))))
-    else:
-        raise ConfigError(f"tags must be 'remove' or 'keep-letters', not {tags!r}")
-    return spelling.clean(text, vocabulary)
-
-
-# ------------------------------------------------------------------------------------------------- vocabulary
-
-# Characters that mean the same in a transcript: where a vocabulary lacks one, the first that it has is written.
-SAME = ("'\u2019\u02bc\u2018\u201b`\u00b4\uff07", "-\u2010\u2011")
-SHARP_S = {"\u00df": ("\u1e9e", "ss", "SS"), "\u1e9e": ("\u00df", "SS", "ss")}
-DOT_ABOVE = "\u0307"
-
-
-@dataclass
-class Rewriting:
-    """What was changed in references so that a vocabulary can write them. Sums with ``+=``.
-
-    Attributes:
-        case: "upper" or "lower", where the vocabulary has letters of one case, and not that of the orthography.
-        recased: references that were changed so.
-        replaced: characters that stand there as others of the same meaning, such as an apostrophe; by character.
-        removed: characters that the vocabulary has not; by character. A space, where it has no word delimiter.
-        emptied: references of which nothing is left, so that no error rate counts them.
-    """
-
-    case: str = ""
-    recased: int = 0
-    replaced: Counter[str] = field(default_factory=Counter)
-    removed: Counter[str] = field(default_factory=Counter)
-    emptied: int = 0
-
-    def __iadd__(self, other: Rewriting) -> Rewriting:
-        """The changes of both parts, of references for the same vocabulary."""
-        self.case = self.case or other.case
-        self.recased += other.recased
-        self.replaced += other.replaced
-        self.removed += other.removed
-        self.emptied += other.emptied
-        return self
-
-    def to_dict(self) -> dict[str, object]:
-        """As a report has it: only what was changed."""
-        found = {
-            "references_recased": {self.case: self.recased} if self.recased else {},
-            "characters_replaced": dict(self.replaced.most_common()),
-            "characters_outside_vocabulary": dict(self.removed.most_common()),
-            "references_left_empty": self.emptied,
-        }
-        return {name: value for name, value in found.items() if value}
-
-    @classmethod
-    def of(cls, report: Mapping[str, Any]) -> Rewriting:
-        """The inverse of `to_dict`."""
-        case, recased = next(iter(report.get("references_recased", {}).items()), ("", 0))
-        return cls(
-            case=case,
-            recased=recased,
-            replaced=Counter(report.get("characters_replaced", {})),
-            removed=Counter(report.get("characters_outside_vocabulary", {})),
-            emptied=report.get("references_left_empty", 0),
-        )
-
-    def notes(self) -> list[str]:
-        """A line for each kind of change."""
-        lines = []
-        if self.recased:
-            lines.append(f"the vocabulary has {self.case}-case letters alone: {self.recased} texts are written so")
-        if self.replaced:
-            lines.append(f"characters that the vocabulary writes otherwise, replaced: {counted(self.replaced)}")
-        if self.removed:
-            lines.append(f"characters outside the vocabulary, removed: {counted(self.removed)}")
-        if self.emptied:
-            lines.append(f"{self.emptied} texts have no character of the vocabulary: no error rate counts them")
-        return lines
-
-
-def counted(characters: Counter[str], most: int = 20) -> str:
-    """The most frequent characters with their counts, and how many more there are."""
-    shown = ", ".join(f"{c!r} x{n}" for c, n in characters.most_common(most))
-    return shown + (f" and {len(characters) - most} more" if len(characters) > most else "")
-
-
-def minimum_frames(targets: Iterable[int]) -> int:
-    """The fewest frames that can carry `targets`: CTC needs a blank between equal neighbours.
-
-    L symbols with r equal neighbours need L + r frames (Graves et al., 2006).
-    """
-    symbols = [int(t) for t in targets]
-    return len(symbols) + sum(a == b for a, b in pairwise(symbols))
+def _cause(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 @dataclass(frozen=True, init=False)
@@ -555,5 +340,219 @@ class Vocabulary:
         return nfc(text).replace(self.word_delimiter, " ").split()
 
 
-def _cause(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+@dataclass(frozen=True)
+class Orthography:
+    """How transcripts are spelt for the model, and how its output is shown.
+
+    The settings are those of the class of the same name in Hugging Face's wav2vec 2.0 research project
+    (transformers, examples/research_projects/wav2vec2/run_asr.py, 2021).
+
+    Attributes:
+        name: "librispeech", "timit", "buckwalter" or "none".
+        case: "upper", "lower" or "keep".
+        replacements: character -> what stands for it.
+        dropped_words: words that are no speech.
+        word_delimiter: the symbol between words; the vocabulary must have it.
+        tag_brackets: pairs that may enclose a tag. Only those that are not letters of the orthography.
+        script: character -> character of the script that people read.
+    """
+
+    name: str
+    case: str = "keep"
+    replacements: Mapping[str, str] = field(default_factory=dict)
+    dropped_words: frozenset[str] = frozenset()
+    word_delimiter: str = "|"
+    tag_brackets: tuple[str, ...] = ("[]", "{}", "<>")
+    script: Mapping[str, str] = field(default_factory=dict)
+
+    def clean(self, text: str, vocabulary: Vocabulary | None = None) -> str:
+        """`text` in this spelling, NFC, with single spaces. Tags are left as they are: see `clean`.
+
+        Where the letters of the `vocabulary` are all capitals, or none of them is, its case counts and not ours.
+        """
+        text = nfc(text).translate({ord(c): instead for c, instead in self.replacements.items()})
+        if vocabulary is not None and self.follows(vocabulary):
+            text = vocabulary.in_its_case(text)
+        else:
+            text = {"upper": text.upper(), "lower": text.lower(), "keep": text}[self.case]
+        return nfc(" ".join(word for word in text.split() if word not in self.dropped_words))
+
+    def follows(self, vocabulary: Vocabulary) -> bool:
+        """Whether text is in the vocabulary's case in place of this one's. Buckwalter's letters differ by case."""
+        return vocabulary.case not in ("", self.case) and not self.script
+
+    def present(self, text: str) -> str:
+        """Decoded `text` as a person reads it: in Arabic script for "buckwalter", else as it is."""
+        return nfc(text.translate({ord(c): letter for c, letter in self.script.items()}))
+
+
+ORTHOGRAPHIES: dict[str, Orthography] = {
+    o.name: o
+    for o in (
+        # As in the transcripts of LibriSpeech, on which facebook/wav2vec2-base-960h was trained.
+        Orthography(
+            "librispeech", case="upper", replacements=dict.fromkeys("\u2019\u2018\u201b\u02bc\uff07", "'")
+        ),
+        # Compounds such as "quarter-century-old" are broken, and the pause "--" is no word. The vocabulary must
+        # have lower-case letters: build one, since `Vocabulary.librispeech` would drop every character.
+        Orthography("timit", case="lower", replacements={"-": " "}),
+        # For the Arabic Speech Corpus, which writes pauses as "-" and "sil" and the letter theh as "^". The
+        # delimiter is "/", for "|" is the letter alef with madda; and < > { } are letters, so never brackets.
+        Orthography(
+            "buckwalter",
+            replacements={"-": " ", "^": "v"},
+            dropped_words=frozenset({"sil"}),
+            word_delimiter="/",
+            tag_brackets=("[]",),
+            script=BUCKWALTER,
+        ),
+        Orthography("none"),
+    )
+}
+
+
+def remove_tags(text: str, brackets: Iterable[str]) -> str:
+    """`text` with a space in place of each balanced pair of `brackets` ("[]", "{}", ...) and what it holds.
+
+    A bracket without its partner is left, and so is all that follows it. Linear in the length of the text.
+    """
+    # +1 where a tag begins and -1 behind its end; the running sum is 0 outside tags.
+    steps = [0] * (len(text) + 1)
+    for pair in brackets:
+        opening, closing = pair[0], pair[1]
+        unclosed: list[int] = []
+        for i, character in enumerate(text):
+            if character == opening:
+                unclosed.append(i)
+            elif character == closing and unclosed:
+                steps[unclosed.pop()] += 1
+                steps[i + 1] -= 1
+    depth, kept = 0, []
+    for character, step in zip(text, steps, strict=False):
+        depth += step
+        kept.append(" " if depth else character)
+    return "".join(kept)
+
+
+def clean(
+    text: str,
+    *,
+    orthography: str = "librispeech",
+    tags: str = "remove",
+    vocabulary: Vocabulary | None = None,
+) -> str:
+    """A transcript as it is to be learnt: tags removed, in the given spelling, NFC, with single spaces.
+
+    Args:
+        text: as the corpus has it.
+        orthography: a name in `ORTHOGRAPHIES`.
+        tags: what becomes of ``[LAUGHTER]``, ``{LG}`` and ``<LG>``. "remove": gone, letters included.
+            "keep-letters": only the brackets go, which is what the cleaner of Cai et al. (2021) comes to: it
+            deletes the characters outside the vocabulary, and the letters LG are inside.
+        vocabulary: in whose case the text is, where it has only one.
+
+    Returns:
+        The text; empty if nothing is left, which is no error (an utterance without a transcript).
+
+    Raises:
+        ConfigError: `orthography` or `tags` is unknown.
+    """
+    if orthography not in ORTHOGRAPHIES:
+        raise ConfigError(
+            f"unknown orthography {orthography!r}{did_you_mean(orthography, ORTHOGRAPHIES)}; "
+            f"known are {', '.join(ORTHOGRAPHIES)}"
+        )
+    spelling = ORTHOGRAPHIES[orthography]
+    if tags == "remove":
+        text = remove_tags(text, spelling.tag_brackets)
+    elif tags == "keep-letters":
+        text = text.translate(dict.fromkeys(map(ord, "".join(spelling.tag_brackets))))
+    else:
+        raise ConfigError(f"tags must be 'remove' or 'keep-letters', not {tags!r}")
+    return spelling.clean(text, vocabulary)
+
+
+# ------------------------------------------------------------------------------------------------- vocabulary
+
+# Characters that mean the same in a transcript: where a vocabulary lacks one, the first that it has is written.
+SAME = ("'\u2019\u02bc\u2018\u201b`\u00b4\uff07", "-\u2010\u2011")
+SHARP_S = {"\u00df": ("\u1e9e", "ss", "SS"), "\u1e9e": ("\u00df", "SS", "ss")}
+DOT_ABOVE = "\u0307"
+
+
+def counted(characters: Counter[str], most: int = 20) -> str:
+    """The most frequent characters with their counts, and how many more there are."""
+    shown = ", ".join(f"{c!r} x{n}" for c, n in characters.most_common(most))
+    return shown + (f" and {len(characters) - most} more" if len(characters) > most else "")
+
+
+@dataclass
+class Rewriting:
+    """What was changed in references so that a vocabulary can write them. Sums with ``+=``.
+
+    Attributes:
+        case: "upper" or "lower", where the vocabulary has letters of one case, and not that of the orthography.
+        recased: references that were changed so.
+        replaced: characters that stand there as others of the same meaning, such as an apostrophe; by character.
+        removed: characters that the vocabulary has not; by character. A space, where it has no word delimiter.
+        emptied: references of which nothing is left, so that no error rate counts them.
+    """
+
+    case: str = ""
+    recased: int = 0
+    replaced: Counter[str] = field(default_factory=Counter)
+    removed: Counter[str] = field(default_factory=Counter)
+    emptied: int = 0
+
+    def __iadd__(self, other: Rewriting) -> Rewriting:
+        """The changes of both parts, of references for the same vocabulary."""
+        self.case = self.case or other.case
+        self.recased += other.recased
+        self.replaced += other.replaced
+        self.removed += other.removed
+        self.emptied += other.emptied
+        return self
+
+    def to_dict(self) -> dict[str, object]:
+        """As a report has it: only what was changed."""
+        found = {
+            "references_recased": {self.case: self.recased} if self.recased else {},
+            "characters_replaced": dict(self.replaced.most_common()),
+            "characters_outside_vocabulary": dict(self.removed.most_common()),
+            "references_left_empty": self.emptied,
+        }
+        return {name: value for name, value in found.items() if value}
+
+    @classmethod
+    def of(cls, report: Mapping[str, Any]) -> Rewriting:
+        """The inverse of `to_dict`."""
+        case, recased = next(iter(report.get("references_recased", {}).items()), ("", 0))
+        return cls(
+            case=case,
+            recased=recased,
+            replaced=Counter(report.get("characters_replaced", {})),
+            removed=Counter(report.get("characters_outside_vocabulary", {})),
+            emptied=report.get("references_left_empty", 0),
+        )
+
+    def notes(self) -> list[str]:
+        """A line for each kind of change."""
+        lines = []
+        if self.recased:
+            lines.append(f"the vocabulary has {self.case}-case letters alone: {self.recased} texts are written so")
+        if self.replaced:
+            lines.append(f"characters that the vocabulary writes otherwise, replaced: {counted(self.replaced)}")
+        if self.removed:
+            lines.append(f"characters outside the vocabulary, removed: {counted(self.removed)}")
+        if self.emptied:
+            lines.append(f"{self.emptied} texts have no character of the vocabulary: no error rate counts them")
+        return lines
+
+
+def minimum_frames(targets: Iterable[int]) -> int:
+    """The fewest frames that can carry `targets`: CTC needs a blank between equal neighbours.
+
+    L symbols with r equal neighbours need L + r frames (Graves et al., 2006).
+    """
+    symbols = [int(t) for t in targets]
+    return len(symbols) + sum(a == b for a, b in pairwise(symbols))

@@ -45,6 +45,12 @@ def worker_death_explained(then: str = CONTINUE) -> Iterator[None]:
         raise worker_died(error, then) from error
 
 
+def kill(workers: Iterable[BaseProcess]) -> None:
+    """SIGKILL, which ends a stopped process too. Those that have ended are left alone."""
+    for worker in workers:
+        worker.kill()
+
+
 class Patience(threading.Thread):
     """Kills workers when they give nothing for some seconds while they are waited for.
 
@@ -93,12 +99,6 @@ class Patience(threading.Thread):
                 self.given_up = True
                 kill(self.workers)
                 return
-
-
-def kill(workers: Iterable[BaseProcess]) -> None:
-    """SIGKILL, which ends a stopped process too. Those that have ended are left alone."""
-    for worker in workers:
-        worker.kill()
 
 
 @contextmanager

@@ -22,20 +22,6 @@ from ser.models.dropout import draw_mask, is_cheap, masked
 LONG = 250
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """`F.scaled_dot_product_attention` with dropout ``p`` on the weights; all (B, H, T, D/H).
-
-    It is written out on a CPU where torch is slow: with dropout, for which there is no fused kernel, and in bf16,
-    which the fused one multiplies at the rate of float32.
-    """
-    if q.device.type != "cpu" or (p <= 0 and q.dtype != torch.bfloat16):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    if is_cheap(q, p):
-        return AttentionWithDropout.apply(q, k, v, mask, p)
-    weights = attention_weights(q * q.shape[-1] ** -0.5, k, mask)
-    return F.dropout(weights, p) @ v if p > 0 else weights @ v
-
-
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """q, already scaled, and k (B, H, T, D/H), what each query takes of each key: (B, H, T, T)."""
     scores = q @ k.transpose(-2, -1)
@@ -76,6 +62,20 @@ class AttentionWithDropout(torch.autograd.Function):
         grad_q = (of_scores @ k).mul_(q.shape[-1] ** -0.5)
         grad_mask = of_scores.sum_to_size(mask.shape) if mask is not None and ctx.needs_input_grad[3] else None
         return grad_q, of_scores.transpose(-2, -1) @ q, grad_v, grad_mask, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """`F.scaled_dot_product_attention` with dropout ``p`` on the weights; all (B, H, T, D/H).
+
+    It is written out on a CPU where torch is slow: with dropout, for which there is no fused kernel, and in bf16,
+    which the fused one multiplies at the rate of float32.
+    """
+    if q.device.type != "cpu" or (p <= 0 and q.dtype != torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    if is_cheap(q, p):
+        return AttentionWithDropout.apply(q, k, v, mask, p)
+    weights = attention_weights(q * q.shape[-1] ** -0.5, k, mask)
+    return F.dropout(weights, p) @ v if p > 0 else weights @ v
 
 
 class Attention(nn.Module):

@@ -41,7 +41,6 @@ NEUTRAL_VALUES: dict[str, tuple] = {
     "add_cross_attention": (False, None),
 }
 
-
 # Fields that are sizes, and so at least 1.
 SIZES = (
     "hidden_size",
@@ -56,6 +55,11 @@ SIZES = (
     "mask_time_length",
     "mask_feature_length",
 )
+
+
+def conv_length(length: Tensor, kernel: int, stride: int) -> Tensor:
+    """Positions at which a window of ``kernel`` fits into ``length``, every ``stride``; 0 if none does."""
+    return (torch.div(length - kernel, stride, rounding_mode="floor") + 1).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -361,8 +365,3 @@ PRESETS: dict[str, Wav2Vec2Config] = {
         initializer_range=0.02,
     ),
 }
-
-
-def conv_length(length: Tensor, kernel: int, stride: int) -> Tensor:
-    """Positions at which a window of ``kernel`` fits into ``length``, every ``stride``; 0 if none does."""
-    return (torch.div(length - kernel, stride, rounding_mode="floor") + 1).clamp(min=0)

@@ -17,6 +17,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv1d_weight, conv2d_input
 
 
+def windows_of(x: Tensor, size: int, stride: int) -> Tensor:
+    """x (B, S, 1) -> (B, N, K), a view of its windows."""
+    return x[..., 0].unfold(1, size, stride)
+
+
 class Kernel(NamedTuple):
     """A convolution's weights, laid out for its products."""
 
@@ -64,25 +69,6 @@ class Kernel(NamedTuple):
         return self._replace(matrix=self.matrix[index, None], mean=self.mean[index, None])
 
 
-def windows_of(x: Tensor, size: int, stride: int) -> Tensor:
-    """x (B, S, 1) -> (B, N, K), a view of its windows."""
-    return x[..., 0].unfold(1, size, stride)
-
-
-def strided_conv(x: Tensor, kernel: Kernel) -> Tensor:
-    """`F.conv1d` without padding, x (B, T, C) -> (B, N, O) with N = (T - K) // s + 1."""
-    matrix, bias, size, stride, mean = kernel
-    if mean is not None and bias is not None:
-        return torch.baddbmm(bias, windows_of(x, size, stride) - mean, matrix)
-    if x.shape[-1] == 1:  # samples: their windows are so small that they may as well be copied
-        return nn.functional.linear(windows_of(x, size, stride), matrix.T, bias)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, matrix = x.to(dtype), matrix.to(dtype)
-    x = StridedConv.apply(x.contiguous(), matrix, size, stride)
-    return x if bias is None else x + bias.to(x.dtype)
-
-
 class StridedConv(torch.autograd.Function):
     """The convolution as ceil(K / s) products, one for each s taps of the kernel.
 
@@ -125,16 +111,28 @@ class StridedConv(torch.autograd.Function):
         return grad_x, grad_matrix, None, None
 
 
-def grouped_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """A convolution of stride 1 in groups, such as that of positions: x (B, T, C) -> (B, N, O)."""
-    if x.device.type != "cpu":
-        return conv(x.transpose(1, 2)).transpose(1, 2)
-    weight, bias = conv.weight, conv.bias
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        x, weight = x.to(dtype), weight.to(dtype)
-    x = GroupedConv.apply(x, weight, int(conv.padding[0]), conv.groups)
+def strided_conv(x: Tensor, kernel: Kernel) -> Tensor:
+    """`F.conv1d` without padding, x (B, T, C) -> (B, N, O) with N = (T - K) // s + 1."""
+    matrix, bias, size, stride, mean = kernel
+    if mean is not None and bias is not None:
+        return torch.baddbmm(bias, windows_of(x, size, stride) - mean, matrix)
+    if x.shape[-1] == 1:  # samples: their windows are so small that they may as well be copied
+        return nn.functional.linear(windows_of(x, size, stride), matrix.T, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, matrix = x.to(dtype), matrix.to(dtype)
+    x = StridedConv.apply(x.contiguous(), matrix, size, stride)
     return x if bias is None else x + bias.to(x.dtype)
+
+
+def row_image(x: Tensor) -> Tensor:
+    """(B, T, C) -> (B, C, 1, T), a view with strides that oneDNN takes for channels last."""
+    return x.contiguous()[:, None].permute(0, 3, 1, 2)
+
+
+def row_kernel(weight: Tensor) -> Tensor:
+    """(O, C / groups, K) -> (O, C / groups, 1, K), laid out so."""
+    return weight[:, :, None].contiguous(memory_format=torch.channels_last)
 
 
 class GroupedConv(torch.autograd.Function):
@@ -166,11 +164,13 @@ class GroupedConv(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
-def row_image(x: Tensor) -> Tensor:
-    """(B, T, C) -> (B, C, 1, T), a view with strides that oneDNN takes for channels last."""
-    return x.contiguous()[:, None].permute(0, 3, 1, 2)
-
-
-def row_kernel(weight: Tensor) -> Tensor:
-    """(O, C / groups, K) -> (O, C / groups, 1, K), laid out so."""
-    return weight[:, :, None].contiguous(memory_format=torch.channels_last)
+def grouped_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """A convolution of stride 1 in groups, such as that of positions: x (B, T, C) -> (B, N, O)."""
+    if x.device.type != "cpu":
+        return conv(x.transpose(1, 2)).transpose(1, 2)
+    weight, bias = conv.weight, conv.bias
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        x, weight = x.to(dtype), weight.to(dtype)
+    x = GroupedConv.apply(x, weight, int(conv.padding[0]), conv.groups)
+    return x if bias is None else x + bias.to(x.dtype)

@@ -15,15 +15,6 @@ PERIOD = 8 * 127
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
 
 
-def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """x with each element zeroed with probability ``p``, the others divided by 1 - p; x itself in evaluation."""
-    if not training or p <= 0:
-        return x
-    if not is_cheap(x, p):
-        return F.dropout(x, p)
-    return CheapDropout.apply(x, draw_mask(x.shape, p), 1 / (1 - p))
-
-
 def is_cheap(x: Tensor, p: float) -> bool:
     """Whether masks are drawn here: on a CPU, and for probabilities that a byte can hold."""
     return x.device.type == "cpu" and 0 < p < 0.99
@@ -65,6 +56,15 @@ class CheapDropout(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
         (mask,) = ctx.saved_tensors
         return masked(grad, mask).mul_(ctx.scale), None, None
+
+
+def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """x with each element zeroed with probability ``p``, the others divided by 1 - p; x itself in evaluation."""
+    if not training or p <= 0:
+        return x
+    if not is_cheap(x, p):
+        return F.dropout(x, p)
+    return CheapDropout.apply(x, draw_mask(x.shape, p), 1 / (1 - p))
 
 
 def _gelu_dropout(x: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -17,6 +17,15 @@ HEAD_FORMS = ("linear", "dense")  # of an emotion or dimension head: one linear 
 ATTENTION_SIZE = 128  # of attentive pooling's hidden layer, as in the paper
 
 
+def renew(module: nn.Module, initializer_range: float) -> None:
+    """Draw the linear layers of ``module`` anew."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=initializer_range)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 class Pooling(nn.Module):
     """One vector per utterance from its valid frames: a mean, weighted or not, and perhaps a standard deviation.
 
@@ -64,6 +73,13 @@ class Pooling(nn.Module):
         return torch.cat([mean, variance.clamp(min=1e-7).sqrt()], dim=-1)
 
 
+def new_linear(inputs: int, outputs: int, initializer_range: float) -> nn.Linear:
+    """A head: normal(0, initializer_range) weights and zero bias."""
+    layer = nn.Linear(inputs, outputs)
+    renew(layer, initializer_range)
+    return layer
+
+
 class DenseHead(nn.Module):
     """Scores from a pooled vector: dropout, linear, tanh, dropout, linear, and no squashing after it.
 
@@ -95,24 +111,8 @@ def mix_layers(layers: list[Tensor], layer_weights: Tensor) -> Tensor:
     return mixed
 
 
-def new_linear(inputs: int, outputs: int, initializer_range: float) -> nn.Linear:
-    """A head: normal(0, initializer_range) weights and zero bias."""
-    layer = nn.Linear(inputs, outputs)
-    renew(layer, initializer_range)
-    return layer
-
-
 def new_head(form: str, inputs: int, outputs: int, *, dropout: float, initializer_range: float) -> nn.Module:
     """Make a head of a form in `HEAD_FORMS`, initialised at random."""
     if form == "dense":
         return DenseHead(inputs, outputs, dropout=dropout, initializer_range=initializer_range)
     return new_linear(inputs, outputs, initializer_range)
-
-
-def renew(module: nn.Module, initializer_range: float) -> None:
-    """Draw the linear layers of ``module`` anew."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=initializer_range)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)

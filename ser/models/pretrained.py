@@ -191,6 +191,28 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and len(name) < 200
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raise ModelFolderError where PEFT saved adapters alone, without the model that they belong to."""
+    if stands_in(folder, "adapter_config.json"):
+        raise ModelFolderError(
+            f"{folder}: holds an adapter of PEFT (adapter_config.json) and not the model that it changes; {MERGE}"
+        )
+
+
+def check_folder(folder: str | Path) -> Path:
+    """``folder`` as a Path, or an error that says what is there instead of a model folder."""
+    folder = Path(folder)
+    if not exists(folder):
+        raise ModelFolderError(f"{shorten(str(folder))}: there is no such folder")
+    if not folder.is_dir():
+        raise ModelFolderError(f"{folder}: is a file; expected a folder with config.json and model.safetensors")
+    if not stands_in(folder, "config.json"):
+        refuse_adapter(folder)
+        found = summary(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise ModelFolderError(f"{folder}: has no config.json, so it is not a model folder; it holds {found}")
+    return folder
+
+
 def find_folder(name: str | Path, *, revision: str | None = None, pickles: bool = False) -> Path:
     """The model folder called ``name``: a path, or else OWNER/NAME on the Hugging Face hub.
 
@@ -255,20 +277,6 @@ def find_folder(name: str | Path, *, revision: str | None = None, pickles: bool 
     return check_folder(folder)
 
 
-def check_folder(folder: str | Path) -> Path:
-    """``folder`` as a Path, or an error that says what is there instead of a model folder."""
-    folder = Path(folder)
-    if not exists(folder):
-        raise ModelFolderError(f"{shorten(str(folder))}: there is no such folder")
-    if not folder.is_dir():
-        raise ModelFolderError(f"{folder}: is a file; expected a folder with config.json and model.safetensors")
-    if not stands_in(folder, "config.json"):
-        refuse_adapter(folder)
-        found = summary(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise ModelFolderError(f"{folder}: has no config.json, so it is not a model folder; it holds {found}")
-    return folder
-
-
 def read_encoder_config(folder: Path) -> tuple[Wav2Vec2Config, dict]:
     """The encoder's configuration, and the whole of config.json."""
     values = read_json(folder, "config.json")
@@ -283,6 +291,57 @@ def read_encoder_config(folder: Path) -> tuple[Wav2Vec2Config, dict]:
         return config, values
     except (ConfigError, OverflowError) as error:  # OverflowError: a whole number beyond any float
         raise ModelFolderError(f"{folder / 'config.json'}: {shorten(str(error))}") from None
+
+
+def opened(path: Path):
+    """`open_tensors`, whose own errors do not name the file, and which parses a header of 100 MB."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        refuse_lfs_pointer(path, path)
+    except OSError as error:
+        raise ModelFolderError(f"{path}: cannot be read: {error.strerror}") from None
+    if MAX_HEADER_BYTES < size < path.stat().st_size:
+        raise ModelFolderError(f"{path}: its header has {size:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
+    try:
+        return open_tensors(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        head = path.open("rb").read(2)
+        kind = (
+            " (it is a zip or a pickle under another name, which is never read)"
+            if head == b"PK" or (head[:1] == b"\x80" and head[1:] in b"\2\3\4\5")
+            else ""
+        )
+        raise ModelFolderError(f"{path}: is not a sound safetensors file{kind}: {error}") from None
+
+
+def refuse_adapters(path: Path, keys: Iterable[str]) -> None:
+    """Raise ModelFolderError where adapters stand beside the weights that they change, as in PEFT."""
+    found = [key for key in keys if not ADAPTERS.isdisjoint(key.split("."))]
+    if found:
+        raise ModelFolderError(f"{path}: {len(found)} tensors are adapters of PEFT: {summary(found, 3)}; {MERGE}")
+
+
+def without_wrappers(key: str) -> str:
+    """Take the parts in `WRAPPERS` out of a checkpoint's key."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
+def unwrapped(key: str) -> str:
+    """Take all that wrappers put into it out of a checkpoint's key."""
+    key = without_wrappers(key)
+    while key.startswith(OUTER_WRAPPERS):
+        for prefix in OUTER_WRAPPERS:
+            key = key.removeprefix(prefix)
+    return key
+
+
+def canonical_name(key: str) -> str:
+    """Our name for a checkpoint's key: without the prefix of the base model, in the spelling that we write."""
+    key = unwrapped(key)
+    for prefix in PREFIXES.values():
+        key = key.removeprefix(prefix)
+    return SPELLINGS.get(key, key)
 
 
 class TensorFiles:
@@ -364,66 +423,7 @@ class TensorFiles:
             return dict(zip(names, pool.map(read, names), strict=True))
 
 
-def opened(path: Path):
-    """`open_tensors`, whose own errors do not name the file, and which parses a header of 100 MB."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-        refuse_lfs_pointer(path, path)
-    except OSError as error:
-        raise ModelFolderError(f"{path}: cannot be read: {error.strerror}") from None
-    if MAX_HEADER_BYTES < size < path.stat().st_size:
-        raise ModelFolderError(f"{path}: its header has {size:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
-    try:
-        return open_tensors(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        head = path.open("rb").read(2)
-        kind = (
-            " (it is a zip or a pickle under another name, which is never read)"
-            if head == b"PK" or (head[:1] == b"\x80" and head[1:] in b"\2\3\4\5")
-            else ""
-        )
-        raise ModelFolderError(f"{path}: is not a sound safetensors file{kind}: {error}") from None
-
-
-def refuse_adapter(folder: Path) -> None:
-    """Raise ModelFolderError where PEFT saved adapters alone, without the model that they belong to."""
-    if stands_in(folder, "adapter_config.json"):
-        raise ModelFolderError(
-            f"{folder}: holds an adapter of PEFT (adapter_config.json) and not the model that it changes; {MERGE}"
-        )
-
-
-def refuse_adapters(path: Path, keys: Iterable[str]) -> None:
-    """Raise ModelFolderError where adapters stand beside the weights that they change, as in PEFT."""
-    found = [key for key in keys if not ADAPTERS.isdisjoint(key.split("."))]
-    if found:
-        raise ModelFolderError(f"{path}: {len(found)} tensors are adapters of PEFT: {summary(found, 3)}; {MERGE}")
-
-
 MERGE = "merge it into the model with PEFT first (merge_and_unload(), then save_pretrained)"
-
-
-def without_wrappers(key: str) -> str:
-    """Take the parts in `WRAPPERS` out of a checkpoint's key."""
-    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
-
-
-def unwrapped(key: str) -> str:
-    """Take all that wrappers put into it out of a checkpoint's key."""
-    key = without_wrappers(key)
-    while key.startswith(OUTER_WRAPPERS):
-        for prefix in OUTER_WRAPPERS:
-            key = key.removeprefix(prefix)
-    return key
-
-
-def canonical_name(key: str) -> str:
-    """Our name for a checkpoint's key: without the prefix of the base model, in the spelling that we write."""
-    key = unwrapped(key)
-    for prefix in PREFIXES.values():
-        key = key.removeprefix(prefix)
-    return SPELLINGS.get(key, key)
 
 
 def written_names(names: Iterable[str], config: Wav2Vec2Config, *, classifier: str | None) -> dict[str, str]:
@@ -436,6 +436,11 @@ def written_names(names: Iterable[str], config: Wav2Vec2Config, *, classifier: s
         head = f"{classifier}."
         keys |= {name: name.replace(head, "classifier.", 1) for name in keys if name.startswith(head)}
     return keys
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite. Their sum tells it in one pass, unless it overflows by itself."""
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def fill(module: nn.Module, files: TensorFiles, report: LoadReport, names: Iterable[str] | None = None) -> None:
@@ -470,11 +475,6 @@ def fill(module: nn.Module, files: TensorFiles, report: LoadReport, names: Itera
     report.new += new
     tensors |= {name: torch.empty(expected[name]).uniform_() for name in new}
     module.load_state_dict(tensors, assign=True, strict=names is None)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite. Their sum tells it in one pass, unless it overflows by itself."""
-    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def fill_encoder(encoder: Wav2Vec2, files: TensorFiles, report: LoadReport) -> None:

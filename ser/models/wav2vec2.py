@@ -103,72 +103,6 @@ class ConvLayer(nn.Module):
         return F.gelu(self.layer_norm(x) if isinstance(self.layer_norm, nn.LayerNorm) else x)
 
 
-class FeatureEncoder(nn.Module):
-    """Seven convolutions: 16,000 samples a second become 50 feature vectors (paper section 2)."""
-
-    def __init__(self, config: Wav2Vec2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.conv_layers = nn.ModuleList(ConvLayer(config, i) for i in range(len(config.conv_dim)))
-        self.activation_checkpointing = False
-
-    def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        """waveforms (B, S), num_samples (B,) -> features (B, T, C), num_frames (B,).
-
-        Every valid frame is made of valid samples alone: a window that reaches into the padding starts
-        past the last frame that `conv_length` counts.
-        """
-        x, num_frames = waveforms[..., None], self.config.num_frames(num_samples)  # (B, S, 1)
-        counts = conv_length(num_samples, self.config.conv_kernel[0], self.config.conv_stride[0])
-        layers: list[Any] = [*self.conv_layers]
-        kernels = [layer.kernel(x, counts) for layer in layers]
-        trained = torch.is_grad_enabled() and any(k.matrix.requires_grad for k in kernels)
-        if x.device.type == "cpu" and not trained:
-            return self.in_pieces(x, num_frames, kernels), num_frames
-        for layer, kernel in zip(self.conv_layers, kernels, strict=True):
-            x = maybe_checkpoint(self, layer, x, kernel)
-        return x, num_frames
-
-    def in_pieces(self, x: Tensor, num_frames: Tensor, kernels: list[Kernel]) -> Tensor:
-        """As the layers one after the other, x (B, S, 1), but a piece of time of one utterance after the other.
-
-        A piece stays in the processor's cache from the first layer to the last, whose frames see nothing of each
-        other, and padding costs nothing. Memory does not grow with the length but for the result.
-        """
-        hop, field = math.prod(self.config.conv_stride), self.config.min_samples
-        frames = max(1, PIECE // (self.config.conv_dim[0] * hop // self.config.conv_stride[0]))
-        features: Tensor | None = None
-        for row, count in enumerate(num_frames.tolist()):
-            own = [kernel.row(row) for kernel in kernels]
-            for start in range(0, count, frames):
-                end = min(start + frames, count)
-                piece = x[row, None, start * hop : (end - 1) * hop + field]
-                for layer, kernel in zip(self.conv_layers, own, strict=True):
-                    piece = layer(piece, kernel)
-                if features is None:
-                    features = piece.new_zeros(len(x), int(num_frames.max()), piece.shape[-1])
-                features[row, start:end] = piece[0]
-        assert features is not None
-        return features
-
-
-class FeatureProjection(nn.Module):
-    """From conv channels to the hidden size: norm, linear, dropout."""
-
-    def __init__(self, config: Wav2Vec2Config) -> None:
-        super().__init__()
-        if config.feat_proj_layer_norm:
-            self.layer_norm: nn.Module = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
-        else:
-            self.layer_norm = nn.Identity()
-        self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
-        self.dropout = Dropout(config.feat_proj_dropout)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, D)."""
-        return self.dropout(self.projection(self.layer_norm(features)))
-
-
 def zero_padding(hidden: Tensor, padding: Tensor | None) -> Tensor:
     """hidden (B, T, D), padding (B, T) or None -> the same with zeros where there is padding."""
     return hidden if padding is None else hidden.masked_fill(padding[..., None], 0.0)
@@ -326,6 +260,79 @@ class Transformer(nn.Module):
                 hidden = maybe_checkpoint(self, layer, hidden, attend, bias, lengths)
             outputs.append(hidden)
         return outputs if lengths is None else [unpack(output, lengths, size) for output in outputs]
+
+
+def maybe_checkpoint(owner: FeatureEncoder | Transformer, layer: nn.Module, *inputs: Any):
+    """``layer(*inputs)``, recomputed in the backward pass where the owner says so and a gradient is needed."""
+    if owner.activation_checkpointing and owner.training and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
+
+
+class FeatureEncoder(nn.Module):
+    """Seven convolutions: 16,000 samples a second become 50 feature vectors (paper section 2)."""
+
+    def __init__(self, config: Wav2Vec2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.conv_layers = nn.ModuleList(ConvLayer(config, i) for i in range(len(config.conv_dim)))
+        self.activation_checkpointing = False
+
+    def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
+        """waveforms (B, S), num_samples (B,) -> features (B, T, C), num_frames (B,).
+
+        Every valid frame is made of valid samples alone: a window that reaches into the padding starts
+        past the last frame that `conv_length` counts.
+        """
+        x, num_frames = waveforms[..., None], self.config.num_frames(num_samples)  # (B, S, 1)
+        counts = conv_length(num_samples, self.config.conv_kernel[0], self.config.conv_stride[0])
+        layers: list[Any] = [*self.conv_layers]
+        kernels = [layer.kernel(x, counts) for layer in layers]
+        trained = torch.is_grad_enabled() and any(k.matrix.requires_grad for k in kernels)
+        if x.device.type == "cpu" and not trained:
+            return self.in_pieces(x, num_frames, kernels), num_frames
+        for layer, kernel in zip(self.conv_layers, kernels, strict=True):
+            x = maybe_checkpoint(self, layer, x, kernel)
+        return x, num_frames
+
+    def in_pieces(self, x: Tensor, num_frames: Tensor, kernels: list[Kernel]) -> Tensor:
+        """As the layers one after the other, x (B, S, 1), but a piece of time of one utterance after the other.
+
+        A piece stays in the processor's cache from the first layer to the last, whose frames see nothing of each
+        other, and padding costs nothing. Memory does not grow with the length but for the result.
+        """
+        hop, field = math.prod(self.config.conv_stride), self.config.min_samples
+        frames = max(1, PIECE // (self.config.conv_dim[0] * hop // self.config.conv_stride[0]))
+        features: Tensor | None = None
+        for row, count in enumerate(num_frames.tolist()):
+            own = [kernel.row(row) for kernel in kernels]
+            for start in range(0, count, frames):
+                end = min(start + frames, count)
+                piece = x[row, None, start * hop : (end - 1) * hop + field]
+                for layer, kernel in zip(self.conv_layers, own, strict=True):
+                    piece = layer(piece, kernel)
+                if features is None:
+                    features = piece.new_zeros(len(x), int(num_frames.max()), piece.shape[-1])
+                features[row, start:end] = piece[0]
+        assert features is not None
+        return features
+
+
+class FeatureProjection(nn.Module):
+    """From conv channels to the hidden size: norm, linear, dropout."""
+
+    def __init__(self, config: Wav2Vec2Config) -> None:
+        super().__init__()
+        if config.feat_proj_layer_norm:
+            self.layer_norm: nn.Module = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
+        else:
+            self.layer_norm = nn.Identity()
+        self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
+        self.dropout = Dropout(config.feat_proj_dropout)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, D)."""
+        return self.dropout(self.projection(self.layer_norm(features)))
 
 
 class Wav2Vec2(nn.Module):
@@ -507,10 +514,3 @@ class Wav2Vec2(nn.Module):
         if mask_feature is not None:
             hidden = hidden.masked_fill(mask_feature[:, None, :], 0.0)
         return hidden
-
-
-def maybe_checkpoint(owner: FeatureEncoder | Transformer, layer: nn.Module, *inputs: Any):
-    """``layer(*inputs)``, recomputed in the backward pass where the owner says so and a gradient is needed."""
-    if owner.activation_checkpointing and owner.training and torch.is_grad_enabled():
-        return checkpoint(layer, *inputs, use_reentrant=False)
-    return layer(*inputs)

@@ -32,6 +32,29 @@ from ser.files import replace_file, written
 from ser.train.distributed import World
 
 
+def to_line(row: dict[str, Any]) -> str:
+    """As a JSON lines file holds it."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Further lines of a JSON lines file."""
+    with written(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(map(to_line, rows))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file; none where it is not there, without lines that a kill cut short."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    rows.append(row)
+    return rows
+
+
 class BadAudio:
     """The recordings of each set ("train", "valid") that could not be read, the same on all ranks.
 
@@ -149,26 +172,3 @@ class BadAudio:
 def errors_of(batches: Iterable[Batch]) -> dict[int, str]:
     """Position in the dataset -> why its recording could not be read."""
     return {i: why for batch in batches for i, why in batch.errors.items()}
-
-
-def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Further lines of a JSON lines file."""
-    with written(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(map(to_line, rows))
-
-
-def to_line(row: dict[str, Any]) -> str:
-    """As a JSON lines file holds it."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file; none where it is not there, without lines that a kill cut short."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    rows.append(row)
-    return rows

@@ -70,6 +70,57 @@ def choose_kind(model: MultiTaskModel, freeze: str) -> tuple[str, str]:
     return ("features", why[0]) if why else ("pooled", "")
 
 
+def verified(paths: Sequence[Path], world: World) -> tuple[set[Path], set[Path]]:
+    """Divide shards into those whose bytes are as they were written, which their names tell, and the others."""
+    sound: set[Path] = set()
+    silent = not (world.is_main and sys.stderr.isatty())
+    for path in tqdm(paths, unit="shard", desc="verifying the cache", leave=False, disable=silent):
+        with suppress(OSError):
+            if digest(path) == path.stem:
+                sound.add(path)
+    return sound, set(paths) - sound
+
+
+def compute(
+    cache: Cache,
+    dataset: SpeechDataset,
+    share: list[int],
+    keys: list[str],
+    wanted: dict[str, list[int]],
+    world: World,
+    bar: tqdm[Any],
+) -> dict[int, str]:
+    """Compute and write one rank's share. Returns the errors of what cannot be read. Raises FileError."""
+    broken: dict[int, str] = {}
+    waiting: dict[str, Tensor] = {}
+    held = 0  # bytes
+    for i in share:
+        example = dataset[i]
+        at_work = f"with {dataset.utterances[i].id} ({dataset.lengths[i] / SAMPLE_RATE:.1f} s)"
+        with memory_explained(SHORTER, doing=at_work):
+            found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
+        if found is None or tuple(found.shape) != cache.shape(dataset.lengths[i]):
+            for j in wanted[keys[i]]:  # each under its own name
+                late = f"{dataset.utterances[j].file}: is not as long as its header says"
+                broken[j] = dataset[j].error or late
+            continue
+        kept = found.to(cache.dtype)
+        if not bool(kept.isfinite().all()) and bool(found.isfinite().all()):
+            raise FileError(
+                f"{dataset.utterances[i].id}: values up to {found.abs().max():.3g} do not fit into float16; "
+                "use --cache-dtype fp32"
+            )
+        waiting[keys[i]] = kept
+        held += kept.nbytes
+        if held >= SHARD_BYTES:
+            cache.write(waiting)
+            waiting, held = {}, 0
+        bar.update(round(dataset.lengths[i] / SAMPLE_RATE * world.size))
+    if waiting:
+        cache.write(waiting)
+    return broken
+
+
 @dataclass
 class Cache:
     """The folder of one kind, weights and preprocessing."""
@@ -168,17 +219,6 @@ class Cache:
                 temporary.unlink(missing_ok=True)
 
 
-def verified(paths: Sequence[Path], world: World) -> tuple[set[Path], set[Path]]:
-    """Divide shards into those whose bytes are as they were written, which their names tell, and the others."""
-    sound: set[Path] = set()
-    silent = not (world.is_main and sys.stderr.isatty())
-    for path in tqdm(paths, unit="shard", desc="verifying the cache", leave=False, disable=silent):
-        with suppress(OSError):
-            if digest(path) == path.stem:
-                sound.add(path)
-    return sound, set(paths) - sound
-
-
 class Stored:
     """What a `SpeechDataset` reads in place of recordings."""
 
@@ -206,44 +246,27 @@ class Stored:
         return self.files[path].get_tensor(self.keys[index]), ""
 
 
-def compute(
-    cache: Cache,
-    dataset: SpeechDataset,
-    share: list[int],
-    keys: list[str],
-    wanted: dict[str, list[int]],
-    world: World,
-    bar: tqdm[Any],
-) -> dict[int, str]:
-    """Compute and write one rank's share. Returns the errors of what cannot be read. Raises FileError."""
-    broken: dict[int, str] = {}
-    waiting: dict[str, Tensor] = {}
-    held = 0  # bytes
-    for i in share:
-        example = dataset[i]
-        at_work = f"with {dataset.utterances[i].id} ({dataset.lengths[i] / SAMPLE_RATE:.1f} s)"
-        with memory_explained(SHORTER, doing=at_work):
-            found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
-        if found is None or tuple(found.shape) != cache.shape(dataset.lengths[i]):
-            for j in wanted[keys[i]]:  # each under its own name
-                late = f"{dataset.utterances[j].file}: is not as long as its header says"
-                broken[j] = dataset[j].error or late
-            continue
-        kept = found.to(cache.dtype)
-        if not bool(kept.isfinite().all()) and bool(found.isfinite().all()):
-            raise FileError(
-                f"{dataset.utterances[i].id}: values up to {found.abs().max():.3g} do not fit into float16; "
-                "use --cache-dtype fp32"
-            )
-        waiting[keys[i]] = kept
-        held += kept.nbytes
-        if held >= SHARD_BYTES:
-            cache.write(waiting)
-            waiting, held = {}, 0
-        bar.update(round(dataset.lengths[i] / SAMPLE_RATE * world.size))
-    if waiting:
-        cache.write(waiting)
-    return broken
+def content_keys(dataset: SpeechDataset, world: World) -> tuple[list[str], dict[int, str]]:
+    """The sha256 of each utterance's file and excerpt, and the errors of files that cannot be opened.
+
+    Each rank reads a share, and each file once, though many utterances may be cut from it.
+    """
+    digests: dict[Path, str] = {}
+    keys: dict[int, str] = {}
+    errors: dict[int, str] = {}
+    for i in range(world.rank, len(dataset), world.size):
+        u = dataset.utterances[i]
+        try:
+            if u.file not in digests:
+                with u.file.open("rb") as file:
+                    digests[u.file] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            errors[i] = f"{u.file}: {error.strerror or error}"
+        else:
+            keys[i] = hashlib.sha256(f"{digests[u.file]} {u.start} {u.end}".encode()).hexdigest()
+    keys = {i: key for part in world.gather(keys) for i, key in part.items()}
+    errors = {i: why for part in world.gather(errors) for i, why in part.items()}
+    return [keys.get(i, "") for i in range(len(dataset))], errors
 
 
 def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str], None], name: str) -> Stored:
@@ -313,26 +336,3 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
             "utterances that should be there; choose a --cache on a disk that all processes share"
         )
     return Stored(cache, keys, dataset.lengths, errors)
-
-
-def content_keys(dataset: SpeechDataset, world: World) -> tuple[list[str], dict[int, str]]:
-    """The sha256 of each utterance's file and excerpt, and the errors of files that cannot be opened.
-
-    Each rank reads a share, and each file once, though many utterances may be cut from it.
-    """
-    digests: dict[Path, str] = {}
-    keys: dict[int, str] = {}
-    errors: dict[int, str] = {}
-    for i in range(world.rank, len(dataset), world.size):
-        u = dataset.utterances[i]
-        try:
-            if u.file not in digests:
-                with u.file.open("rb") as file:
-                    digests[u.file] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            errors[i] = f"{u.file}: {error.strerror or error}"
-        else:
-            keys[i] = hashlib.sha256(f"{digests[u.file]} {u.start} {u.end}".encode()).hexdigest()
-    keys = {i: key for part in world.gather(keys) for i, key in part.items()}
-    errors = {i: why for part in world.gather(errors) for i, why in part.items()}
-    return [keys.get(i, "") for i in range(len(dataset))], errors

@@ -163,6 +163,76 @@ class Run:
         return self.folder / "checkpoints" / f"step-{step:08d}"
 
 
+def sealed(content: Mapping[str, Any]) -> str:
+    """The text of a manifest. There is one for each content, so that no bit of it can change unseen."""
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": own}, indent=1, sort_keys=True) + "\n"
+
+
+def write_manifest(folder: Path, run: str) -> None:
+    """Seal a checkpoint: the size and sha256 of every file, and the sha256 of that list itself."""
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(folder.iterdir())}
+    with replace_file(folder / MANIFEST) as file:
+        file.write(sealed({"run": run, "files": files}))
+
+
+def own_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, after a look at the manifest alone. Raises RunFolderError."""
+    path = folder / MANIFEST
+    try:
+        if not path.is_file():
+            raise RunFolderError(f"{path}: is missing, so this is no whole checkpoint")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        content.pop("sha256")
+        if sealed(content) != text:
+            raise RunFolderError(f"{path}: was changed after it was written: its own sha256 differs")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "it is not as it was written"
+        raise RunFolderError(f"{path}: cannot be read: {cause}") from None
+    return content
+
+
+# ------------------------------------------------------------------------------------ those of a run
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints in a run's folder, oldest first; `verify` tells whether one is sound."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def rotate(run: Run, *, newest: Path, best: Path, keep: int) -> None:
+    """Remove all checkpoints of this run but the ``keep`` newest, the one just written and the best evaluation's.
+
+    What is not known to be this run's (another's, or one whose manifest is damaged) is left alone. One that cannot
+    be removed is said once: no run ends for it.
+    """
+
+    def ours(folder: Path) -> bool:
+        try:
+            return own_manifest(folder)["run"] == run.id
+        except (RunFolderError, KeyError):
+            return False
+
+    own = [folder for folder in checkpoints(run.folder) if ours(folder)]
+    for folder in own:
+        if folder in (*own[-keep:], newest, best):
+            continue
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            if folder not in run.stuck:
+                what = f"{folder}: an old checkpoint that cannot be removed: {error.strerror or error}"
+                tqdm.write(f"{what}; training goes on, and it stays", file=sys.stderr)
+            run.stuck.add(folder)
+
+
 def save_checkpoint(
     run: Run,
     recognizer: Recognizer,
@@ -197,36 +267,6 @@ def save_checkpoint(
     write_folder_atomically(target, write, seal=lambda folder: write_manifest(folder, run.id), size=size)
     rotate(run, newest=target, best=run.path(progress.best_step), keep=keep)
     return target
-
-
-def write_manifest(folder: Path, run: str) -> None:
-    """Seal a checkpoint: the size and sha256 of every file, and the sha256 of that list itself."""
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(folder.iterdir())}
-    with replace_file(folder / MANIFEST) as file:
-        file.write(sealed({"run": run, "files": files}))
-
-
-def sealed(content: Mapping[str, Any]) -> str:
-    """The text of a manifest. There is one for each content, so that no bit of it can change unseen."""
-    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**content, "sha256": own}, indent=1, sort_keys=True) + "\n"
-
-
-def own_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after a look at the manifest alone. Raises RunFolderError."""
-    path = folder / MANIFEST
-    try:
-        if not path.is_file():
-            raise RunFolderError(f"{path}: is missing, so this is no whole checkpoint")
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-        content.pop("sha256")
-        if sealed(content) != text:
-            raise RunFolderError(f"{path}: was changed after it was written: its own sha256 differs")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "it is not as it was written"
-        raise RunFolderError(f"{path}: cannot be read: {cause}") from None
-    return content
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -274,20 +314,6 @@ def load_checkpoint(folder: Path, recognizer: Recognizer, optimizer: torch.optim
         raise RunFolderError(f"{folder}: cannot be resumed from: {error.__class__.__name__}: {error}") from error
 
 
-# ------------------------------------------------------------------------------------ those of a run
-
-
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints in a run's folder, oldest first; `verify` tells whether one is sound."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=step_of)
-
-
 def newest_verified(run: Path) -> tuple[Path | None, list[str]]:
     """The newest sound checkpoint, and why each newer one is none."""
     reasons: list[str] = []
@@ -298,41 +324,6 @@ def newest_verified(run: Path) -> tuple[Path | None, list[str]]:
         except RunFolderError as error:
             reasons.append(str(error))
     return None, reasons
-
-
-def rotate(run: Run, *, newest: Path, best: Path, keep: int) -> None:
-    """Remove all checkpoints of this run but the ``keep`` newest, the one just written and the best evaluation's.
-
-    What is not known to be this run's (another's, or one whose manifest is damaged) is left alone. One that cannot
-    be removed is said once: no run ends for it.
-    """
-
-    def ours(folder: Path) -> bool:
-        try:
-            return own_manifest(folder)["run"] == run.id
-        except (RunFolderError, KeyError):
-            return False
-
-    own = [folder for folder in checkpoints(run.folder) if ours(folder)]
-    for folder in own:
-        if folder in (*own[-keep:], newest, best):
-            continue
-        try:
-            remove_folder(folder)
-        except OSError as error:
-            if folder not in run.stuck:
-                what = f"{folder}: an old checkpoint that cannot be removed: {error.strerror or error}"
-                tqdm.write(f"{what}; training goes on, and it stays", file=sys.stderr)
-            run.stuck.add(folder)
-
-
-def set_aside_after(run: Path, step: int) -> list[str]:
-    """Rename the checkpoints after a step, so that those to come have no rivals; returns a line for each."""
-    return [
-        f"{folder} is set aside as {set_aside(folder).name}"
-        for folder in checkpoints(run)
-        if step_of(folder) > step
-    ]
 
 
 def set_aside(folder: Path) -> Path:
@@ -346,6 +337,15 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
+def set_aside_after(run: Path, step: int) -> list[str]:
+    """Rename the checkpoints after a step, so that those to come have no rivals; returns a line for each."""
+    return [
+        f"{folder} is set aside as {set_aside(folder).name}"
+        for folder in checkpoints(run)
+        if step_of(folder) > step
+    ]
+
+
 # ------------------------------------------------------------------------------------ the run's folder
 
 
@@ -357,6 +357,97 @@ class Opened:
     checkpoint: Path | None = None  # verified; None: a new run
     notes: tuple[str, ...] = ()  # what a person should know
     changed: bool = False  # settings were changed on purpose
+
+
+def remove_run(folder: Path) -> None:
+    """Remove all of a run but who owns it. Killed at any moment, it can be called again, and last/ is gone first.
+
+    Raises RunFolderError for what is no run.
+    """
+    if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
+        raise RunFolderError(f"{folder}: is not a training run, so --overwrite does not remove it")
+
+    def remove(path: Path) -> None:
+        remove_folder(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    kept = {OWNER, "config.json", "checkpoints"}  # it is locked; it is replaced; by these two it is known as a run
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != "last"):
+        if path.name not in kept:
+            remove(path)
+    for path in (folder / "checkpoints").iterdir():
+        remove(path)
+
+
+def stops_early(progress: Progress, patience: int) -> bool:
+    """Tell whether there were ``patience`` evaluations without improvement; 0: never."""
+    return bool(patience) and progress.evaluations_since_best >= patience
+
+
+def is_over(progress: Progress, settings: Mapping[str, Any]) -> bool:
+    """Tell whether training has come to its end by these settings: of all epochs, or early."""
+    return progress.epoch >= settings["epochs"] or stops_early(progress, settings.get("early_stop", 0))
+
+
+def named(run: Path, checkpoint: str | Path) -> Path:
+    """The verified checkpoint of a run that a person named."""
+    found = checkpoints(run)
+    for folder in found:
+        if folder.name == str(checkpoint) or folder.resolve() == Path(checkpoint).resolve():
+            verify(folder)
+            return folder
+    raise RunFolderError(f"{checkpoint}: is no checkpoint of {run}, which has {', '.join(p.name for p in found)}")
+
+
+def reopened(folder: Path, settings: dict[str, Any], resume_from: str | Path | None, allowed: set[str]) -> Opened:
+    """`open_run` of a folder that has checkpoints."""
+    checkpoint, reasons = newest_verified(folder) if resume_from is None else (named(folder, resume_from), [])
+    if checkpoint is None:
+        listed = "\n  ".join(reasons)
+        raise RunFolderError(
+            f"{folder}: none of its {len(reasons)} checkpoints is sound; restore one from a copy, or --overwrite "
+            f"to start anew:\n  {listed}"
+        )
+    notes = [f"skipped a damaged checkpoint: {reason}" for reason in reasons]
+    before = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
+    differences = changed_settings(before, settings, may_change=MAY_CHANGE)
+    refused = {key: text for key, text in differences.items() if key not in allowed}
+    if refused:
+        askable = sorted(refused.keys() & CHANGEABLE)
+        hint = f"--allow-changes {' '.join(askable)} if that is meant, " if askable else ""
+        told = list(refused.values())
+        if any(key.startswith("data.") for key in refused):
+            told += ["(where lengths differ: a recording mended since may be longer)"]
+        listed = "\n  ".join(told)
+        raise RunFolderError(
+            f"{checkpoint}: is of a run with other settings; resume it with the same, {hint}choose another "
+            f"folder, or --overwrite:\n  {listed}"
+        )
+    notes += [f"changed on purpose: {text}" for text in differences.values()]
+    if "init" in differences:  # the checkpoint has the weights, and they were begun from these
+        settings |= {name: before[name] for name in ("init", "init_content") if name in before}
+    progress = read_progress(checkpoint)
+    if differences:
+        progress.finished = is_over(progress, settings)
+    if not progress.finished and (folder / "last").is_dir():  # before anything else: a kill may come at any moment
+        notes.append(f"{folder / 'last'} is set aside as {set_aside(folder / 'last').name}: the run goes on")
+    notes += set_aside_after(folder, step_of(checkpoint))
+    write_json(folder / "config.json", settings)
+    run = Run(folder, own_manifest(checkpoint)["run"], settings)
+    return Opened(run, checkpoint, tuple(notes), changed=bool(differences))
+
+
+def interrupted_early(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds this very run, stopped before its first checkpoint: it simply starts again."""
+    there = {p.name for p in folder.iterdir()} - {OWNER}
+    if there == {"checkpoints"}:  # stopped before config.json
+        return not any((folder / "checkpoints").iterdir())
+    return (
+        there <= {"config.json", "metrics.jsonl", "lengths.json", "skipped.jsonl", "checkpoints", "best"}
+        and (folder / "config.json").is_file()
+        and not changed_settings(
+            json.loads((folder / "config.json").read_text(encoding="utf-8")), settings, may_change=MAY_CHANGE
+        )
+    )
 
 
 def open_run(
@@ -419,83 +510,6 @@ def open_run(
     return reopened(folder, settings, resume_from, allowed)
 
 
-def remove_run(folder: Path) -> None:
-    """Remove all of a run but who owns it. Killed at any moment, it can be called again, and last/ is gone first.
-
-    Raises RunFolderError for what is no run.
-    """
-    if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
-        raise RunFolderError(f"{folder}: is not a training run, so --overwrite does not remove it")
-
-    def remove(path: Path) -> None:
-        remove_folder(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-    kept = {OWNER, "config.json", "checkpoints"}  # it is locked; it is replaced; by these two it is known as a run
-    for path in sorted(folder.iterdir(), key=lambda path: path.name != "last"):
-        if path.name not in kept:
-            remove(path)
-    for path in (folder / "checkpoints").iterdir():
-        remove(path)
-
-
-def reopened(folder: Path, settings: dict[str, Any], resume_from: str | Path | None, allowed: set[str]) -> Opened:
-    """`open_run` of a folder that has checkpoints."""
-    checkpoint, reasons = newest_verified(folder) if resume_from is None else (named(folder, resume_from), [])
-    if checkpoint is None:
-        listed = "\n  ".join(reasons)
-        raise RunFolderError(
-            f"{folder}: none of its {len(reasons)} checkpoints is sound; restore one from a copy, or --overwrite "
-            f"to start anew:\n  {listed}"
-        )
-    notes = [f"skipped a damaged checkpoint: {reason}" for reason in reasons]
-    before = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
-    differences = changed_settings(before, settings, may_change=MAY_CHANGE)
-    refused = {key: text for key, text in differences.items() if key not in allowed}
-    if refused:
-        askable = sorted(refused.keys() & CHANGEABLE)
-        hint = f"--allow-changes {' '.join(askable)} if that is meant, " if askable else ""
-        told = list(refused.values())
-        if any(key.startswith("data.") for key in refused):
-            told += ["(where lengths differ: a recording mended since may be longer)"]
-        listed = "\n  ".join(told)
-        raise RunFolderError(
-            f"{checkpoint}: is of a run with other settings; resume it with the same, {hint}choose another "
-            f"folder, or --overwrite:\n  {listed}"
-        )
-    notes += [f"changed on purpose: {text}" for text in differences.values()]
-    if "init" in differences:  # the checkpoint has the weights, and they were begun from these
-        settings |= {name: before[name] for name in ("init", "init_content") if name in before}
-    progress = read_progress(checkpoint)
-    if differences:
-        progress.finished = is_over(progress, settings)
-    if not progress.finished and (folder / "last").is_dir():  # before anything else: a kill may come at any moment
-        notes.append(f"{folder / 'last'} is set aside as {set_aside(folder / 'last').name}: the run goes on")
-    notes += set_aside_after(folder, step_of(checkpoint))
-    write_json(folder / "config.json", settings)
-    run = Run(folder, own_manifest(checkpoint)["run"], settings)
-    return Opened(run, checkpoint, tuple(notes), changed=bool(differences))
-
-
-def is_over(progress: Progress, settings: Mapping[str, Any]) -> bool:
-    """Tell whether training has come to its end by these settings: of all epochs, or early."""
-    return progress.epoch >= settings["epochs"] or stops_early(progress, settings.get("early_stop", 0))
-
-
-def stops_early(progress: Progress, patience: int) -> bool:
-    """Tell whether there were ``patience`` evaluations without improvement; 0: never."""
-    return bool(patience) and progress.evaluations_since_best >= patience
-
-
-def named(run: Path, checkpoint: str | Path) -> Path:
-    """The verified checkpoint of a run that a person named."""
-    found = checkpoints(run)
-    for folder in found:
-        if folder.name == str(checkpoint) or folder.resolve() == Path(checkpoint).resolve():
-            verify(folder)
-            return folder
-    raise RunFolderError(f"{checkpoint}: is no checkpoint of {run}, which has {', '.join(p.name for p in found)}")
-
-
 def describe(recognizer: Recognizer) -> dict[str, Any]:
     """What weights need to mean the same: configuration, heads, labels, vocabulary, preprocessing."""
     return {
@@ -524,20 +538,6 @@ def opened_before(folder: Path) -> bool:
         return bool(launch()) and settings.get("launch") == launch()
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def interrupted_early(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds this very run, stopped before its first checkpoint: it simply starts again."""
-    there = {p.name for p in folder.iterdir()} - {OWNER}
-    if there == {"checkpoints"}:  # stopped before config.json
-        return not any((folder / "checkpoints").iterdir())
-    return (
-        there <= {"config.json", "metrics.jsonl", "lengths.json", "skipped.jsonl", "checkpoints", "best"}
-        and (folder / "config.json").is_file()
-        and not changed_settings(
-            json.loads((folder / "config.json").read_text(encoding="utf-8")), settings, may_change=MAY_CHANGE
-        )
-    )
 
 
 # ------------------------------------------------------------------------------------ while training goes on

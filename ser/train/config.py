@@ -37,6 +37,16 @@ def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
+def parse_interval(text: str, name: str) -> tuple[int, str]:
+    """ "2ep" -> (2, "epochs"), "500" -> (500, "updates")."""
+    number, unit = (text[:-2], "epochs") if text.endswith("ep") else (text, "updates")
+    if not number.isdecimal() or int(number) < 1:
+        raise ConfigError(
+            f"{name} is {text!r}; expected a number of updates such as 500, or of epochs such as 1ep"
+        )
+    return int(number), unit
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The settings of a run. Frozen, checked on construction, saved as JSON beside the checkpoints."""
@@ -203,16 +213,6 @@ def paper_settings(*, alpha: float | None = None, large: bool = False, script: b
         "activation_checkpointing": script,
     }
     return settings | ({"micro_batch": 2, "accumulate": 4} if script else {"micro_batch": 1, "effective_batch": 8})
-
-
-def parse_interval(text: str, name: str) -> tuple[int, str]:
-    """ "2ep" -> (2, "epochs"), "500" -> (500, "updates")."""
-    number, unit = (text[:-2], "epochs") if text.endswith("ep") else (text, "updates")
-    if not number.isdecimal() or int(number) < 1:
-        raise ConfigError(
-            f"{name} is {text!r}; expected a number of updates such as 500, or of epochs such as 1ep"
-        )
-    return int(number), unit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

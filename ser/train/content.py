@@ -32,6 +32,14 @@ def weights_sha256(folder: Path) -> str:
     return total.hexdigest()
 
 
+def rows_sha256(rows: Iterable[tuple[Any, ...]]) -> str:
+    """The sha256 of tuples in their order."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(repr(row).encode("utf-8", "surrogatepass"))
+    return total.hexdigest()
+
+
 def contents(utterances: Sequence[Utterance], lengths: Sequence[int] | None = None) -> dict[str, Any]:
     """The number of utterances, and the sha256 of each of their properties that training depends on, in order.
 
@@ -62,42 +70,6 @@ def fingerprint(dataset: SpeechDataset) -> str:
         (u.id, u.start, u.end, u.emotion, u.text, u.speaker, u.arousal, u.dominance, u.valence, length)
         for u, length in zip(dataset.utterances, dataset.lengths, strict=True)
     )
-
-
-def rows_sha256(rows: Iterable[tuple[Any, ...]]) -> str:
-    """The sha256 of tuples in their order."""
-    total = hashlib.sha256()
-    for row in rows:
-        total.update(repr(row).encode("utf-8", "surrogatepass"))
-    return total.hexdigest()
-
-
-def changed_settings(
-    before: Mapping[str, Any], now: Mapping[str, Any], *, may_change: Collection[str]
-) -> dict[str, str]:
-    """What differs, beyond what may: the name of a setting, such as "model.encoder.hidden_size" -> what, in words.
-
-    Settings are a run's config.json. Earlier releases recorded less of the content; then what they did record is
-    compared.
-    """
-    before, now = ({k: v for k, v in values.items() if k not in may_change} for values in (before, now))
-    found: dict[str, str] = {}
-    settled = {"content", "init_content"}
-    if "content" in before and "content" in now:
-        found |= changed_data(before["content"], now["content"])
-        settled.add("data")
-    elif "data" in before and "data" in now:
-        found |= changed_fingerprints(before["data"], now["data"])
-        settled.add("data")
-    if before.get("init_content") and now.get("init_content"):
-        found |= changed_init(before, now)
-        settled.add("init")
-    old, new = (flat(without_paths({k: v for k, v in s.items() if k not in settled})) for s in (before, now))
-    return found | {
-        key: f"{key}: {brief_repr(old.get(key), 200)} then, {brief_repr(new.get(key), 200)} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    }
 
 
 def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
@@ -158,3 +130,31 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found
+
+
+def changed_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, may_change: Collection[str]
+) -> dict[str, str]:
+    """What differs, beyond what may: the name of a setting, such as "model.encoder.hidden_size" -> what, in words.
+
+    Settings are a run's config.json. Earlier releases recorded less of the content; then what they did record is
+    compared.
+    """
+    before, now = ({k: v for k, v in values.items() if k not in may_change} for values in (before, now))
+    found: dict[str, str] = {}
+    settled = {"content", "init_content"}
+    if "content" in before and "content" in now:
+        found |= changed_data(before["content"], now["content"])
+        settled.add("data")
+    elif "data" in before and "data" in now:
+        found |= changed_fingerprints(before["data"], now["data"])
+        settled.add("data")
+    if before.get("init_content") and now.get("init_content"):
+        found |= changed_init(before, now)
+        settled.add("init")
+    old, new = (flat(without_paths({k: v for k, v in s.items() if k not in settled})) for s in (before, now))
+    return found | {
+        key: f"{key}: {brief_repr(old.get(key), 200)} then, {brief_repr(new.get(key), 200)} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    }

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ser.errors import ConfigError
+from ser.device import choose_device
 from ser.train.processes import attempt, end_with_launcher
 
 # A process that waits for its loader worker is waited for by the others, and is to tell first why.
@@ -71,39 +71,6 @@ class World:
         if isinstance(wrapped, DistributedDataParallel) and not last:
             return wrapped.no_sync()
         return nullcontext()
-
-
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device called ``name`` ("auto": a GPU where there is one), one GPU per local rank."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-            raise ConfigError(
-                f"device is {name}, one GPU for several processes; give cuda, and each takes its own"
-            )
-        index = device.index if device.index is not None else local_rank
-        if index >= count:
-            raise ConfigError(f"device {name} on local rank {local_rank}: this machine has {count} CUDA devices")
-        return torch.device("cuda", index)
-    return device
-
-
-def cpu_threads() -> int:
-    """Threads for this process: its share of the cores, or OMP_NUM_THREADS where one process runs alone.
-
-    torchrun sets that to 1 for several processes whatever the cores, so there it tells nothing.
-    """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if processes == 1 and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
-        return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes)
 
 
 @contextmanager

@@ -22,12 +22,18 @@ from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS, decoded, worker_death_explained
 from ser.models.multitask import HEADS
 from ser.recognizer import Prediction, Recognizer
+from ser.scores.counts import (
+    ClassificationCounts,
+    ErrorRateCounts,
+    ccc_moments,
+    character_errors,
+    concordance,
+    word_errors,
+)
+from ser.scores.report import CHUNK, MAX_COUNTS, as_row
 from ser.train.bad_audio import BadAudio
 from ser.train.distributed import World
-from ser.train.losses import ccc_moments, concordance
-from ser.train.metrics import ClassificationCounts, ErrorRateCounts, character_errors, word_errors
 from ser.train.processes import StopRequest, outlive_signals
-from ser.train.report import CHUNK, MAX_COUNTS, as_row
 from ser.train.resources import memory_explained
 from ser.train.update import Objective
 
@@ -84,6 +90,16 @@ def add_outcome(totals: NDArray[np.int64], reference: int, predicted: int) -> No
         totals[0, reference] += reference == predicted
         totals[1, reference] += 1
         totals[2, predicted] += 1
+
+
+def collate_at_least(examples: list[Any], min_samples: int) -> Batch:
+    """`collate`, with utterances shorter than one frame padded to it: evaluation drops none."""
+    batch = collate(examples)
+    missing = min_samples - batch.waveforms.shape[1]
+    if missing > 0:
+        batch.waveforms = nn.functional.pad(batch.waveforms, (0, missing))
+    batch.num_samples = batch.num_samples.clamp(min=min_samples)
+    return batch
 
 
 @torch.no_grad()
@@ -269,13 +285,3 @@ def judge(
                 row["seen_text"] = "" if not text else "seen" if text in seen_texts else "unseen"
             rows.append(row)
         yield rows
-
-
-def collate_at_least(examples: list[Any], min_samples: int) -> Batch:
-    """`collate`, with utterances shorter than one frame padded to it: evaluation drops none."""
-    batch = collate(examples)
-    missing = min_samples - batch.waveforms.shape[1]
-    if missing > 0:
-        batch.waveforms = nn.functional.pad(batch.waveforms, (0, missing))
-    batch.num_samples = batch.num_samples.clamp(min=min_samples)
-    return batch

@@ -15,56 +15,11 @@ from ser.data.dataset import NO_LABEL, SpeechDataset
 from ser.data.text import minimum_frames
 from ser.errors import ConfigError
 from ser.recognizer import Recognizer
-from ser.train.losses import labels_vary
+from ser.scores.counts import labels_vary
 
 WORTH_TELLING = 0.1  # the share of updates that teach nothing; the last one of an epoch may be small
 LARGER = "a larger --effective-batch (such as 32) helps where more utterances have labels"
 FLAGS = {"emotion": "", "ctc": " (--alpha)", "speaker": " (--beta)", "dimensions": " (--gamma)"}
-
-
-def check_learnable(
-    recognizer: Recognizer,
-    dataset: SpeechDataset,
-    plan: Callable[..., Sequence[Sequence[int]]],
-    weights: Mapping[str, float],
-    *,
-    epochs: int,
-    unread: Collection[str] = (),
-) -> list[str]:
-    """Refuse a run of which no update teaches any head; returns what a person should know of any other.
-
-    Args:
-        recognizer: what is trained.
-        dataset: what it is trained on.
-        plan: the updates of each epoch, as `ser.data.sampler.plan_epoch` gives them.
-        weights: of each head's loss; 0: not trained.
-        epochs: that the run has.
-        unread: ids of utterances whose recording cannot be read.
-    """
-    notes = [f"the weight of {h} is 0{FLAGS[h]}: this head is not trained" for h, w in weights.items() if not w]
-    read = torch.tensor([u.id not in unread for u in dataset.utterances])
-    labels, never = usable_labels(recognizer, dataset, [head for head, w in weights.items() if w], read)
-    first = plan(epoch=0)
-    teaching = {name: teaches(values, first) for name, values in labels.items()}
-    for name in [name for name, updates in teaching.items() if not updates.any()]:
-        # The first epoch may be unlucky, unless an update is a single utterance.
-        others = range(1, epochs) if max(map(len, first)) > 1 else ()
-        if not any(teaches(labels[name], plan(epoch=epoch)).any() for epoch in others):
-            never[name] = f"no update has two different labels of it, and so concordance no gradient; {LARGER}"
-    told = [f"nothing of {name} is learnt: {why}" for name, why in never.items()]
-    if not labels.keys() - never.keys():
-        raise ConfigError("no update would have a gradient:\n  " + "\n  ".join(told))
-    for name, updates in teaching.items():
-        idle = int((~updates).sum())
-        if name in recognizer.dimensions and name not in never and idle > WORTH_TELLING * len(first):
-            notes.append(
-                f"{idle} of the {len(first)} updates of an epoch have no two different labels of {name}, so they "
-                f"teach nothing of it; {LARGER}"
-            )
-    idle = int((~torch.stack(list(teaching.values())).any(0)).sum())
-    if idle > WORTH_TELLING * len(first) and not teaching.keys() <= set(recognizer.dimensions):
-        notes.append(f"{idle} of the {len(first)} updates of an epoch have no label that any head learns from")
-    return notes + told
 
 
 def usable_labels(
@@ -115,3 +70,48 @@ def teaches(labels: Tensor, updates: Sequence[Sequence[int]]) -> Tensor:
     places, y = places[labels.isfinite()], labels[labels.isfinite()]
     n, total, squares = (torch.bincount(places, w, len(updates)) for w in (torch.ones_like(y), y, y * y))
     return labels_vary(n, total, squares)
+
+
+def check_learnable(
+    recognizer: Recognizer,
+    dataset: SpeechDataset,
+    plan: Callable[..., Sequence[Sequence[int]]],
+    weights: Mapping[str, float],
+    *,
+    epochs: int,
+    unread: Collection[str] = (),
+) -> list[str]:
+    """Refuse a run of which no update teaches any head; returns what a person should know of any other.
+
+    Args:
+        recognizer: what is trained.
+        dataset: what it is trained on.
+        plan: the updates of each epoch, as `ser.data.sampler.plan_epoch` gives them.
+        weights: of each head's loss; 0: not trained.
+        epochs: that the run has.
+        unread: ids of utterances whose recording cannot be read.
+    """
+    notes = [f"the weight of {h} is 0{FLAGS[h]}: this head is not trained" for h, w in weights.items() if not w]
+    read = torch.tensor([u.id not in unread for u in dataset.utterances])
+    labels, never = usable_labels(recognizer, dataset, [head for head, w in weights.items() if w], read)
+    first = plan(epoch=0)
+    teaching = {name: teaches(values, first) for name, values in labels.items()}
+    for name in [name for name, updates in teaching.items() if not updates.any()]:
+        # The first epoch may be unlucky, unless an update is a single utterance.
+        others = range(1, epochs) if max(map(len, first)) > 1 else ()
+        if not any(teaches(labels[name], plan(epoch=epoch)).any() for epoch in others):
+            never[name] = f"no update has two different labels of it, and so concordance no gradient; {LARGER}"
+    told = [f"nothing of {name} is learnt: {why}" for name, why in never.items()]
+    if not labels.keys() - never.keys():
+        raise ConfigError("no update would have a gradient:\n  " + "\n  ".join(told))
+    for name, updates in teaching.items():
+        idle = int((~updates).sum())
+        if name in recognizer.dimensions and name not in never and idle > WORTH_TELLING * len(first):
+            notes.append(
+                f"{idle} of the {len(first)} updates of an epoch have no two different labels of {name}, so they "
+                f"teach nothing of it; {LARGER}"
+            )
+    idle = int((~torch.stack(list(teaching.values())).any(0)).sum())
+    if idle > WORTH_TELLING * len(first) and not teaching.keys() <= set(recognizer.dimensions):
+        notes.append(f"{idle} of the {len(first)} updates of an epoch have no label that any head learns from")
+    return notes + told

@@ -30,13 +30,14 @@ from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler
 from ser.data.text import minimum_frames
 from ser.data.workers import decoded, worker_death_explained
+from ser.device import choose_device, freed_memory_kept, memory_gib
 from ser.errors import ConfigError, RunFolderError, SerError, printable
 from ser.files import replace_file, written
-from ser.models.memory import freed_memory_kept
 from ser.recognizer import Recognizer
+from ser.scores.card import RECORD, evaluation_entry, training_record, with_evaluation, write_card
+from ser.scores.report import Outcomes, as_row, report
 from ser.train.bad_audio import BadAudio, errors_of
 from ser.train.cache import Cache, choose_kind, fill
-from ser.train.card import RECORD, evaluation_entry, training_record, with_evaluation, write_card
 from ser.train.checkpoint import (
     Opened,
     Progress,
@@ -49,13 +50,12 @@ from ser.train.checkpoint import (
 )
 from ser.train.config import METRICS, TrainConfig, parse_interval
 from ser.train.content import contents, fingerprint
-from ser.train.distributed import World, choose_device
+from ser.train.distributed import World
 from ser.train.evaluation import Evaluation, evaluate
 from ser.train.learnable import check_learnable
 from ser.train.optim import make_optimizer, rate_factor, set_rate
 from ser.train.processes import lost_here, outlive_signals, own_run, stop_on_signals
-from ser.train.report import Outcomes, as_row, report
-from ser.train.resources import SMALLER_MODEL, memory_explained, memory_gib
+from ser.train.resources import SMALLER_MODEL, memory_explained
 from ser.train.update import Objective, UpdateResult, run_update
 
 
@@ -98,6 +98,11 @@ def say(world: World, text: str) -> None:
     if world.is_main:
         tqdm.write(printable(text, lines=True), file=sys.stderr)
         sys.stderr.flush()
+
+
+def short(value: Any) -> str:
+    """A number as a progress line shows it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def check_training_data(
@@ -160,51 +165,131 @@ class FitResult:
     stopped: bool = False  # asked to stop, by a signal to any rank, it saved its state before the end
 
 
-@memory_explained(SMALLER_MODEL, doing="outside of an update")
-@worker_death_explained()
-def fit(
-    recognizer: Recognizer,
-    train: Sequence[Utterance],
-    valid: Sequence[Utterance],
-    config: TrainConfig,
-    run: str | Path,
-    *,
-    world: World | None = None,
-    settings: dict[str, Any] | None = None,
-    overwrite: bool = False,
-    resume_from: str | Path | None = None,
-    allow_changes: Sequence[str] = (),
-    verbose: bool = False,
-) -> FitResult:
-    """Train a recognizer; every rank calls this with the same arguments.
+def fetch_updates(
+    dataset: SpeechDataset, sampler: LengthBucketBatchSampler, config: TrainConfig, world: World
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches, update by update, decoded ahead by the workers."""
+    loader = decoded(
+        dataset,
+        sampler,
+        collate,
+        workers=config.workers,
+        timeout=config.timeout,
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=outlive_signals,
+    )
+    for update in sampler.updates:
+        yield [next(loader) for _ in update]
+    next(loader, None)  # its workers end, within the same limit
 
-    Args:
-        recognizer: the model to train, in place; see `Recognizer.create`.
-        train, valid: rows of manifests. Without ``valid`` nothing is evaluated and the last model is the best.
-        config: the settings.
-        run: folder for checkpoints, metrics.jsonl, best/ and last/. Resumed if it holds a checkpoint: from the
-            newest that is sound.
-        world: the processes; None: this one alone.
-        settings: further entries for the run's config.json (such as where the data came from); a resumed run
-            must have the same.
-        overwrite: start anew in a folder that holds a run.
-        resume_from: the name or path of the checkpoint to go back to; later ones are set aside.
-        allow_changes: settings that may differ from the resumed run's; see `CHANGEABLE`.
-        verbose: print reference beside hypothesis for a few utterances of each evaluation.
 
-    Asked to stop, by SIGTERM, SIGUSR1, SIGHUP or Ctrl-C to any rank, all finish the same update and save; the
-    result is ``stopped``, and the same call continues.
+def trained_heads(recognizer: Recognizer, config: TrainConfig) -> dict[str, float]:
+    """Weight of each head's loss, for the heads that the model has; 0 means not trained."""
+    weights = {"emotion": 1.0, "ctc": config.alpha, "speaker": config.beta, "dimensions": config.gamma}
+    heads = recognizer.model.heads
+    if len(heads) == 1:  # nothing to weigh it against
+        weights[heads[0]] = 1.0
+    found = {name: weights[name] for name in heads}
+    if not heads:
+        raise ConfigError("nothing would be trained: no training utterance has emotion or text; see --columns")
+    if not any(found.values()):
+        raise ConfigError(
+            f"nothing would be trained: the weights of all heads ({', '.join(heads)}) are 0; see --alpha, --beta, "
+            "--gamma"
+        )
+    return found
 
-    Raises:
-        ConfigError, RunFolderError, FileError, AudioError, ResourceError: with what to do.
-    """
-    world = world or World(device=choose_device(config.device, 0))
-    open_ = partial(open_run, overwrite=overwrite, resume_from=resume_from, allow_changes=allow_changes)
-    with freed_memory_kept(world.device), ExitStack() as held:
-        return _fit(
-            recognizer, train, valid, config, Path(run), world, settings or {}, open_, held,
-            anew=overwrite, verbose=verbose,
-        )  # fmt: skip
+
+def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: SpeechDataset) -> str:
+    """The metric that decides which model is best: one that the validation data has labels for."""
+    possible = []
+    if any(label != NO_LABEL for label in validation.emotions):
+        possible += ["unweighted_accuracy", "accuracy", "macro_f1"]
+    for labels in zip(*validation.dimensions, strict=True):
+        if "ccc" not in possible and len({value for value in labels if math.isfinite(value)}) > 1:
+            possible += ["ccc"]  # which is not defined for equal labels
+    if any(validation.references):
+        possible += ["wer", "cer"]
+    if any(label != NO_LABEL for label in validation.speakers):
+        possible += ["speaker_accuracy"]
+    if not len(validation):
+        return "none" if config.metric == "auto" else config.metric
+    if not possible:
+        raise ConfigError(
+            f"the validation data has no label for any head ({', '.join(recognizer.model.heads)}; of a dimension "
+            "two different ones are needed), so no best model could be chosen; see --columns, or leave --valid out"
+        )
+    possible.append("loss")
+    if config.metric == "auto":
+        return possible[0]
+    if config.metric not in possible:
+        raise ConfigError(
+            f"metric {config.metric} cannot be measured with these heads and validation labels; possible: "
+            f"{', '.join(possible)}"
+        )
+    return config.metric
+
+
+def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> None:
+    """Keep count of the best value of the metric."""
+    value = float(evaluation.metrics().get(metric, math.nan))
+    better = progress.best is None or (value > progress.best if METRICS[metric] else value < progress.best)
+    if better and math.isfinite(value):
+        progress.best, progress.best_step, progress.evaluations_since_best = value, progress.step, 0
+    else:
+        progress.evaluations_since_best += 1
+
+
+def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:
+    """(K,) class weights proportional to 1 / frequency, 1 on average over the labelled utterances."""
+    counts = torch.bincount(
+        torch.tensor([y for y in labels if y != NO_LABEL], dtype=torch.int64), minlength=classes
+    ).double()
+    return (counts.sum() / (classes * counts.clamp(min=1))).float()
+
+
+def show_rows(world: World, evaluation: Evaluation, most: int = 5) -> None:
+    """Reference beside hypothesis, as the paper's script prints with --verbose."""
+    for utterance, reference, prediction in evaluation.rows[:most]:
+        say(world, printable(f"  {utterance.id}: {utterance.emotion} -> {prediction.emotion}"))
+        if prediction.transcript is not None:
+            say(world, printable(f"    reference:  {reference}"))
+            say(world, printable(f"    hypothesis: {prediction.transcript}"))
+
+
+def step_of(line: str) -> float:
+    """The step of a log line; infinity for one that a kill cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class Log:
+    """metrics.jsonl and the progress line, written by one rank."""
+
+    def __init__(self, path: Path, world: World, progress: Progress) -> None:
+        self.path, self.world = path, world
+        if world.is_main and path.exists():  # drop what an interrupted run wrote after its checkpoint
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if step_of(line) <= progress.step]
+            if progress.evaluation_due:
+                kept = [s for s in kept if step_of(s) < progress.step or json.loads(s)["kind"] != "valid"]
+            if kept == lines:
+                return
+            with written(path), replace_file(path) as file:
+                file.write("".join(line + "\n" for line in kept))
+
+    def write(self, kind: str, entry: dict[str, Any], progress: Progress, *, epoch: int) -> None:
+        """One line to the file and one to the screen."""
+        if not self.world.is_main:
+            return
+        record = {"kind": kind, "step": progress.step, "epoch": epoch, "time": round(time.time(), 3)} | entry
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with written(self.path) as path, path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+        shown = "  ".join(f"{key} {short(value)}" for key, value in entry.items() if value is not None)
+        say(self.world, f"{kind} epoch {epoch + 1} update {progress.step}  {shown}")
 
 
 def _fit(
@@ -505,133 +590,48 @@ def _fit(
     return FitResult(progress, metric, evaluation, resumed=opened.checkpoint is not None)
 
 
-def fetch_updates(
-    dataset: SpeechDataset, sampler: LengthBucketBatchSampler, config: TrainConfig, world: World
-) -> Iterator[list[Batch]]:
-    """This rank's micro-batches, update by update, decoded ahead by the workers."""
-    loader = decoded(
-        dataset,
-        sampler,
-        collate,
-        workers=config.workers,
-        timeout=config.timeout,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=outlive_signals,
-    )
-    for update in sampler.updates:
-        yield [next(loader) for _ in update]
-    next(loader, None)  # its workers end, within the same limit
+@memory_explained(SMALLER_MODEL, doing="outside of an update")
+@worker_death_explained()
+def fit(
+    recognizer: Recognizer,
+    train: Sequence[Utterance],
+    valid: Sequence[Utterance],
+    config: TrainConfig,
+    run: str | Path,
+    *,
+    world: World | None = None,
+    settings: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    resume_from: str | Path | None = None,
+    allow_changes: Sequence[str] = (),
+    verbose: bool = False,
+) -> FitResult:
+    """Train a recognizer; every rank calls this with the same arguments.
 
+    Args:
+        recognizer: the model to train, in place; see `Recognizer.create`.
+        train, valid: rows of manifests. Without ``valid`` nothing is evaluated and the last model is the best.
+        config: the settings.
+        run: folder for checkpoints, metrics.jsonl, best/ and last/. Resumed if it holds a checkpoint: from the
+            newest that is sound.
+        world: the processes; None: this one alone.
+        settings: further entries for the run's config.json (such as where the data came from); a resumed run
+            must have the same.
+        overwrite: start anew in a folder that holds a run.
+        resume_from: the name or path of the checkpoint to go back to; later ones are set aside.
+        allow_changes: settings that may differ from the resumed run's; see `CHANGEABLE`.
+        verbose: print reference beside hypothesis for a few utterances of each evaluation.
 
-def trained_heads(recognizer: Recognizer, config: TrainConfig) -> dict[str, float]:
-    """Weight of each head's loss, for the heads that the model has; 0 means not trained."""
-    weights = {"emotion": 1.0, "ctc": config.alpha, "speaker": config.beta, "dimensions": config.gamma}
-    heads = recognizer.model.heads
-    if len(heads) == 1:  # nothing to weigh it against
-        weights[heads[0]] = 1.0
-    found = {name: weights[name] for name in heads}
-    if not heads:
-        raise ConfigError("nothing would be trained: no training utterance has emotion or text; see --columns")
-    if not any(found.values()):
-        raise ConfigError(
-            f"nothing would be trained: the weights of all heads ({', '.join(heads)}) are 0; see --alpha, --beta, "
-            "--gamma"
-        )
-    return found
+    Asked to stop, by SIGTERM, SIGUSR1, SIGHUP or Ctrl-C to any rank, all finish the same update and save; the
+    result is ``stopped``, and the same call continues.
 
-
-def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: SpeechDataset) -> str:
-    """The metric that decides which model is best: one that the validation data has labels for."""
-    possible = []
-    if any(label != NO_LABEL for label in validation.emotions):
-        possible += ["unweighted_accuracy", "accuracy", "macro_f1"]
-    for labels in zip(*validation.dimensions, strict=True):
-        if "ccc" not in possible and len({value for value in labels if math.isfinite(value)}) > 1:
-            possible += ["ccc"]  # which is not defined for equal labels
-    if any(validation.references):
-        possible += ["wer", "cer"]
-    if any(label != NO_LABEL for label in validation.speakers):
-        possible += ["speaker_accuracy"]
-    if not len(validation):
-        return "none" if config.metric == "auto" else config.metric
-    if not possible:
-        raise ConfigError(
-            f"the validation data has no label for any head ({', '.join(recognizer.model.heads)}; of a dimension "
-            "two different ones are needed), so no best model could be chosen; see --columns, or leave --valid out"
-        )
-    possible.append("loss")
-    if config.metric == "auto":
-        return possible[0]
-    if config.metric not in possible:
-        raise ConfigError(
-            f"metric {config.metric} cannot be measured with these heads and validation labels; possible: "
-            f"{', '.join(possible)}"
-        )
-    return config.metric
-
-
-def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> None:
-    """Keep count of the best value of the metric."""
-    value = float(evaluation.metrics().get(metric, math.nan))
-    better = progress.best is None or (value > progress.best if METRICS[metric] else value < progress.best)
-    if better and math.isfinite(value):
-        progress.best, progress.best_step, progress.evaluations_since_best = value, progress.step, 0
-    else:
-        progress.evaluations_since_best += 1
-
-
-def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:
-    """(K,) class weights proportional to 1 / frequency, 1 on average over the labelled utterances."""
-    counts = torch.bincount(
-        torch.tensor([y for y in labels if y != NO_LABEL], dtype=torch.int64), minlength=classes
-    ).double()
-    return (counts.sum() / (classes * counts.clamp(min=1))).float()
-
-
-def show_rows(world: World, evaluation: Evaluation, most: int = 5) -> None:
-    """Reference beside hypothesis, as the paper's script prints with --verbose."""
-    for utterance, reference, prediction in evaluation.rows[:most]:
-        say(world, printable(f"  {utterance.id}: {utterance.emotion} -> {prediction.emotion}"))
-        if prediction.transcript is not None:
-            say(world, printable(f"    reference:  {reference}"))
-            say(world, printable(f"    hypothesis: {prediction.transcript}"))
-
-
-class Log:
-    """metrics.jsonl and the progress line, written by one rank."""
-
-    def __init__(self, path: Path, world: World, progress: Progress) -> None:
-        self.path, self.world = path, world
-        if world.is_main and path.exists():  # drop what an interrupted run wrote after its checkpoint
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if step_of(line) <= progress.step]
-            if progress.evaluation_due:
-                kept = [s for s in kept if step_of(s) < progress.step or json.loads(s)["kind"] != "valid"]
-            if kept == lines:
-                return
-            with written(path), replace_file(path) as file:
-                file.write("".join(line + "\n" for line in kept))
-
-    def write(self, kind: str, entry: dict[str, Any], progress: Progress, *, epoch: int) -> None:
-        """One line to the file and one to the screen."""
-        if not self.world.is_main:
-            return
-        record = {"kind": kind, "step": progress.step, "epoch": epoch, "time": round(time.time(), 3)} | entry
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with written(self.path) as path, path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
-        shown = "  ".join(f"{key} {short(value)}" for key, value in entry.items() if value is not None)
-        say(self.world, f"{kind} epoch {epoch + 1} update {progress.step}  {shown}")
-
-
-def short(value: Any) -> str:
-    """A number as a progress line shows it."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def step_of(line: str) -> float:
-    """The step of a log line; infinity for one that a kill cut short."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    Raises:
+        ConfigError, RunFolderError, FileError, AudioError, ResourceError: with what to do.
+    """
+    world = world or World(device=choose_device(config.device, 0))
+    open_ = partial(open_run, overwrite=overwrite, resume_from=resume_from, allow_changes=allow_changes)
+    with freed_memory_kept(world.device), ExitStack() as held:
+        return _fit(
+            recognizer, train, valid, config, Path(run), world, settings or {}, open_, held,
+            anew=overwrite, verbose=verbose,
+        )  # fmt: skip

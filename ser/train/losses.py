@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from ser.data.dataset import NO_LABEL
 from ser.errors import TextError
+from ser.scores.counts import concordance, weighted
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -141,51 +142,6 @@ def ctc_loss(
             losses = losses / lengths.clamp(min=1).to(losses)
         used = weights.to(losses, non_blocking=True)
         return (losses * used).sum(), used.sum().detach()
-
-
-def ccc_moments(predictions: Tensor, labels: Tensor, utterance_weights: Tensor | None = None) -> Tensor:
-    """The sums that concordance needs: predictions p and labels y, both (B, K), y NaN where unknown -> (6, K).
-
-    n, and the sums of p, y, p^2, y^2 and p y over the labelled utterances, float64. ``utterance_weights`` (B,) are
-    0 for an utterance that only keeps a rank busy.
-    """
-    return ccc_summands(predictions, labels, utterance_weights).sum(1)
-
-
-def weighted(known: Tensor, utterance_weights: Tensor | None) -> Tensor:
-    """known (B, K) bool -> (B, K) float64: the weight of each label that is known, 0 for the others."""
-    if utterance_weights is None:
-        return known.double()
-    return known * utterance_weights.to(known.device, torch.float64, non_blocking=True)[:, None]
-
-
-def ccc_summands(predictions: Tensor, labels: Tensor, utterance_weights: Tensor | None = None) -> Tensor:
-    """What each utterance adds to `ccc_moments`: (6, B, K)."""
-    known = labels.isfinite()
-    weights = weighted(known, utterance_weights)
-    p, y = predictions.detach().double(), labels.double().masked_fill(~known, 0.0)
-    return torch.stack([weights, weights * p, weights * y, weights * p * p, weights * y * y, weights * p * y])
-
-
-def labels_vary(n: Tensor, y: Tensor, yy: Tensor) -> Tensor:
-    """Tell whether there are two labels or more and they differ, by their number and the sums of y and of y^2."""
-    # A variance is the difference of two sums: what is left of equal labels is rounding.
-    return (n >= 2) & (yy / n - (y / n).square() > 1e-12 * yy / n)
-
-
-def concordance(moments: Tensor) -> Tensor:
-    """`ccc_moments`, summed over whatever is judged together -> the CCC of each dimension, (K,) float64, -1 to 1.
-
-        CCC = 2 cov(p, y) / (var p + var y + (mean p - mean y)^2)
-
-    with variances divided by n (Lin, Biometrics 1989, eq. 3). NaN where fewer than two utterances have a label or
-    the labels do not vary.
-    """
-    n, p, y, pp, yy, py = moments
-    varies = labels_vary(n, y, yy)
-    p, y = p / n, y / n
-    ccc = 2 * (py / n - p * y) / ((pp / n - p * p) + (yy / n - y * y) + (p - y).square())
-    return ccc.masked_fill(~varies, torch.nan)
 
 
 def ccc_loss(

@@ -31,8 +31,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ser.device import resource
 from ser.errors import RunFolderError, SerError, printable
-from ser.train.resources import resource
 
 try:
     import fcntl
@@ -44,6 +44,7 @@ PREEMPTED = 75  # the exit status of a run that was asked to stop: EX_TEMPFAIL, 
 ASKS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")  # to stop
 LAUNCHER_POLL = 0.25  # seconds; also for whether something that was started has ended
 ORPHAN_GRACE = 3.5  # seconds in which a process without a launcher may finish its update and save
+
 
 # ---------------------------------------------------------------------------------------- other systems
 
@@ -113,6 +114,19 @@ def outlive_signals(_: int = 0) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def store_answers() -> bool:
+    """Whether torchrun's key-value store is there, where torchrun holds it itself, from before it starts us."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return True  # a slow network, perhaps: joining the others will tell
+    return True
+
+
 # ---------------------------------------------------------------------------------------- who started whom
 
 
@@ -137,19 +151,6 @@ def end_with_launcher(launcher: int | None = None) -> None:
         os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()
-
-
-def store_answers() -> bool:
-    """Whether torchrun's key-value store is there, where torchrun holds it itself, from before it starts us."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    try:
-        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
-    except ConnectionRefusedError:
-        return False
-    except OSError:
-        return True  # a slow network, perhaps: joining the others will tell
-    return True
 
 
 # Run before a command: PR_SET_PDEATHSIG, which lasts over execv. Whoever started it may have ended by then.
@@ -195,6 +196,21 @@ def run_command(command: list[str], environment: dict[str, str]) -> int:
     return process.returncode
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or empty."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
+    return not names or not names.isdisjoint({OWNER, "config.json"})
+
+
+def holder(text: str) -> str:
+    """Who wrote an `OWNER` file."""
+    try:
+        found = json.loads(text)
+        return f"process {found['pid']} on {found['host']} (since {found['since']})"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
 # ---------------------------------------------------------------------------------------- one run per folder
 
 
@@ -233,19 +249,52 @@ def own_run(run: Path) -> Iterator[None]:
         yield
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, or empty."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
-    return not names or not names.isdisjoint({OWNER, "config.json"})
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says no more than that another process went away."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-def holder(text: str) -> str:
-    """Who wrote an `OWNER` file."""
+def attempt() -> str:
+    """How often torchrun has restarted the processes."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def error_store() -> dist.Store | None:
+    """A connection of its own to torchrun's key-value store; None without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_PORT" not in os.environ:
+        return None
     try:
-        found = json.loads(text)
-        return f"process {found['pid']} on {found['host']} (since {found['since']})"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+        limit = timedelta(seconds=5)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.PrefixStore(f"ser-errors-{attempt()}", dist.TCPStore(address, port, timeout=limit))
+    except (RuntimeError, ValueError):
+        return None
+
+
+def tell(text: str, *, consequence: bool = False) -> None:
+    """Print an error, unless another rank has printed the same, or for a consequence any.
+
+    Names of files and tensors that stand in it are foreign: they command no terminal.
+    """
+    text = printable(text, lines=True)
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        # torch raises the death of a loader worker wherever this process is, and again for each that ends with it.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    store = error_store()
+    first = before = 0
+    if store is not None:
+        try:
+            first = store.add("consequences" if consequence else hashlib.sha256(text.encode()).hexdigest(), 1)
+            before = store.add("errors", int(not consequence))
+        except RuntimeError:
+            first = before = 0  # the launcher is gone, and the store with it: better twice than never
+    if first <= 1 and not (consequence and before):
+        print(text, file=sys.stderr, flush=True)
+    if consequence:
+        time.sleep(1.1)  # torchrun counts in seconds what failed first, and shows that one
+    elif name := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": text.removeprefix("error: "), "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(name).write_text(json.dumps({"message": message}))
 
 
 # ---------------------------------------------------------------------------------------- one voice
@@ -277,54 +326,6 @@ def one_voice() -> Iterator[None]:
         else:
             tell(traceback.format_exc().rstrip())
         sys.exit(1)
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Whether an error says no more than that another process went away."""
-    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
-
-
-def tell(text: str, *, consequence: bool = False) -> None:
-    """Print an error, unless another rank has printed the same, or for a consequence any.
-
-    Names of files and tensors that stand in it are foreign: they command no terminal.
-    """
-    text = printable(text, lines=True)
-    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
-        # torch raises the death of a loader worker wherever this process is, and again for each that ends with it.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    store = error_store()
-    first = before = 0
-    if store is not None:
-        try:
-            first = store.add("consequences" if consequence else hashlib.sha256(text.encode()).hexdigest(), 1)
-            before = store.add("errors", int(not consequence))
-        except RuntimeError:
-            first = before = 0  # the launcher is gone, and the store with it: better twice than never
-    if first <= 1 and not (consequence and before):
-        print(text, file=sys.stderr, flush=True)
-    if consequence:
-        time.sleep(1.1)  # torchrun counts in seconds what failed first, and shows that one
-    elif name := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        message = {"message": text.removeprefix("error: "), "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(name).write_text(json.dumps({"message": message}))
-
-
-def error_store() -> dist.Store | None:
-    """A connection of its own to torchrun's key-value store; None without torchrun."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_PORT" not in os.environ:
-        return None
-    try:
-        limit = timedelta(seconds=5)
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.PrefixStore(f"ser-errors-{attempt()}", dist.TCPStore(address, port, timeout=limit))
-    except (RuntimeError, ValueError):
-        return None
-
-
-def attempt() -> str:
-    """How often torchrun has restarted the processes."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def launch() -> str:

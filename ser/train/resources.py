@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from errno import ENOMEM
@@ -13,10 +12,6 @@ from ser.audio import SAMPLE_RATE
 from ser.data.dataset import Batch
 from ser.errors import ResourceError
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 # What helps where no utterances are at work.
 SMALLER_MODEL = (
     "A smaller micro-batch does not help here: train fewer parameters (--freeze feature-encoder, or encoder), "
@@ -34,6 +29,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_NO_MEMORY))
 
 
+def utterances_at_work(batch: Batch, names: Sequence[str]) -> str:
+    """Say how many utterances a batch has, how long they are, and which."""
+    seconds = [n / SAMPLE_RATE for n in batch.num_samples.tolist()]
+    held = ", ".join(
+        f"{names[i] if names else f'utterance {i}'} ({s:.1f} s)"
+        for i, s in zip(batch.indices, seconds, strict=True)
+    )
+    return f"{len(seconds)} utterance{'s' if len(seconds) > 1 else ''} padded to {max(seconds):.1f} s: {held}"
+
+
 @contextmanager
 def memory_explained(
     advice: str, batch: Batch | None = None, names: Sequence[str] = (), *, doing: str = ""
@@ -48,23 +53,3 @@ def memory_explained(
             doing = f"with {utterances_at_work(batch, names)}"
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ResourceError(f"out of memory {doing}. {advice}. ({reason})") from error
-
-
-def utterances_at_work(batch: Batch, names: Sequence[str]) -> str:
-    """Say how many utterances a batch has, how long they are, and which."""
-    seconds = [n / SAMPLE_RATE for n in batch.num_samples.tolist()]
-    held = ", ".join(
-        f"{names[i] if names else f'utterance {i}'} ({s:.1f} s)"
-        for i, s in zip(batch.indices, seconds, strict=True)
-    )
-    return f"{len(seconds)} utterance{'s' if len(seconds) > 1 else ''} padded to {max(seconds):.1f} s: {held}"
-
-
-def memory_gib(device: torch.device) -> float | None:
-    """Peak memory: of the GPU, or of this process; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -19,22 +19,32 @@ from ser.data.dataset import NO_LABEL, Batch
 from ser.errors import ConfigError
 from ser.models.masking import spec_augment
 from ser.models.multitask import HEADS, MultiTaskModel, Outputs
+from ser.scores.counts import ccc_moments, concordance
 from ser.train.distributed import World
-from ser.train.losses import (
-    at_least_float32,
-    ccc_loss,
-    ccc_moments,
-    classification_loss,
-    concordance,
-    ctc_feasible,
-    ctc_loss,
-)
+from ser.train.losses import at_least_float32, ccc_loss, classification_loss, ctc_feasible, ctc_loss
 from ser.train.resources import SMALLER_MODEL, memory_explained
 
 SMALLER_UPDATES = (
     "Try --micro-batch 1 (the effective batch stays), --max-seconds to drop the longest training utterances, "
     "--activation-checkpointing, --amp bf16; a run that has a checkpoint continues from it"
 )
+
+
+def check_classes(model: MultiTaskModel, batch: Batch) -> None:
+    """Refuse a label that is no class (ConfigError): a kernel would end the process, far from here."""
+    heads = model.heads_config
+    for kind, labels, classes in (
+        ("emotion", batch.emotions, heads.num_emotions),
+        ("speaker", batch.speakers, heads.num_speakers),
+    ):
+        wrong = (labels != NO_LABEL) & ((labels < 0) | (labels >= classes))
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            index = batch.indices[row] if batch.indices else row
+            raise ConfigError(
+                f"utterance {index} has {kind} {int(labels[row])}; the model's {classes} are 0 to {classes - 1}, "
+                f"{NO_LABEL} is unknown"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,23 +108,6 @@ class Objective:
         return total
 
 
-def check_classes(model: MultiTaskModel, batch: Batch) -> None:
-    """Refuse a label that is no class (ConfigError): a kernel would end the process, far from here."""
-    heads = model.heads_config
-    for kind, labels, classes in (
-        ("emotion", batch.emotions, heads.num_emotions),
-        ("speaker", batch.speakers, heads.num_speakers),
-    ):
-        wrong = (labels != NO_LABEL) & ((labels < 0) | (labels >= classes))
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0, 0])
-            index = batch.indices[row] if batch.indices else row
-            raise ConfigError(
-                f"utterance {index} has {kind} {int(labels[row])}; the model's {classes} are 0 to {classes - 1}, "
-                f"{NO_LABEL} is unknown"
-            )
-
-
 @dataclass
 class UpdateResult:
     """What one update did; the loss sums stay on the device until they are shown."""
@@ -124,6 +117,50 @@ class UpdateResult:
     skipped: bool = False  # the gradient was not finite on some rank, so no rank made the step
     overflow: bool = False  # and all losses were finite: float16 overflowed, and the scale was halved
     stop: bool = False  # some rank was asked to stop
+
+
+def step_of_optimizer(
+    optimizer: torch.optim.Optimizer,
+    trained: Sequence[nn.Parameter],
+    losses: dict[str, Tensor],
+    world: World,
+    scaler: torch.amp.GradScaler,
+    *,
+    clip: float,
+    stop: bool,
+) -> UpdateResult:
+    """Clip the gradient and make the step, on all ranks or none."""
+    scaler.unscale_(optimizer)
+    # The norm is the same on every rank, so all skip the same updates. Reading it is the one wait per update.
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, clip or math.inf))
+    skipped, overflow = not math.isfinite(norm), False
+    if skipped:  # rare and known to all ranks, so a further exchange costs nothing
+        broken = not all(bool(loss.isfinite()) for loss in losses.values())
+        overflow = scaler.is_enabled() and not world.sum(torch.tensor(float(broken)))
+    if skipped and not overflow:
+        scaler.update(scaler.get_scale())  # as it was: the scale is not to blame
+    else:  # after an overflow the scaler leaves the step out by itself, and halves its scale
+        scaler.step(optimizer)
+        scaler.update()
+    return UpdateResult(losses, norm, skipped, overflow, stop=stop)
+
+
+def draw_masks(model: MultiTaskModel, batch: Batch, *, seed: int, epoch: int) -> dict[str, Tensor | None]:
+    """SpecAugment masks of a batch on its device; none for a frozen encoder."""
+    if not model.wav2vec2.training:
+        return {"mask_time": None, "mask_feature": None}
+    frames = model.config.num_frames(batch.num_samples)
+    time, feature = spec_augment(model.config, frames, batch.indices, seed=seed, epoch=epoch)
+    device = batch.waveforms.device
+    return {
+        "mask_time": None if time is None else time.to(device, non_blocking=True),
+        "mask_feature": None if feature is None else feature.to(device, non_blocking=True),
+    }
+
+
+def mix(*numbers: int) -> int:
+    """A well-spread seed from several small numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def run_update(
@@ -204,47 +241,3 @@ def run_update(
     doing = f"in the optimizer's step: beside the weights and gradients it keeps {size:.2f} GB in its first one"
     with memory_explained(SMALLER_MODEL, doing=doing):
         return step_of_optimizer(optimizer, trained, losses, world, scaler, clip=clip, stop=asked_to_stop > 0)
-
-
-def step_of_optimizer(
-    optimizer: torch.optim.Optimizer,
-    trained: Sequence[nn.Parameter],
-    losses: dict[str, Tensor],
-    world: World,
-    scaler: torch.amp.GradScaler,
-    *,
-    clip: float,
-    stop: bool,
-) -> UpdateResult:
-    """Clip the gradient and make the step, on all ranks or none."""
-    scaler.unscale_(optimizer)
-    # The norm is the same on every rank, so all skip the same updates. Reading it is the one wait per update.
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, clip or math.inf))
-    skipped, overflow = not math.isfinite(norm), False
-    if skipped:  # rare and known to all ranks, so a further exchange costs nothing
-        broken = not all(bool(loss.isfinite()) for loss in losses.values())
-        overflow = scaler.is_enabled() and not world.sum(torch.tensor(float(broken)))
-    if skipped and not overflow:
-        scaler.update(scaler.get_scale())  # as it was: the scale is not to blame
-    else:  # after an overflow the scaler leaves the step out by itself, and halves its scale
-        scaler.step(optimizer)
-        scaler.update()
-    return UpdateResult(losses, norm, skipped, overflow, stop=stop)
-
-
-def draw_masks(model: MultiTaskModel, batch: Batch, *, seed: int, epoch: int) -> dict[str, Tensor | None]:
-    """SpecAugment masks of a batch on its device; none for a frozen encoder."""
-    if not model.wav2vec2.training:
-        return {"mask_time": None, "mask_feature": None}
-    frames = model.config.num_frames(batch.num_samples)
-    time, feature = spec_augment(model.config, frames, batch.indices, seed=seed, epoch=epoch)
-    device = batch.waveforms.device
-    return {
-        "mask_time": None if time is None else time.to(device, non_blocking=True),
-        "mask_feature": None if feature is None else feature.to(device, non_blocking=True),
-    }
-
-
-def mix(*numbers: int) -> int:
-    """A well-spread seed from several small numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -18,7 +18,7 @@ from ser.data.protocols import overlap
 from ser.data.selection import Selection
 from ser.errors import brief_repr
 from ser.recognizer import Recognizer
-from ser.train.card import counts_of, expected_choice, hours_of, same_data, trained_on
+from ser.scores.card import counts_of, expected_choice, hours_of, same_data, trained_on
 from ser.train.checkpoint import CHANGEABLE, describe
 
 Moved = Callable[[Selection], Selection]  # the same data, where they are now
@@ -39,12 +39,6 @@ class Check(NamedTuple):
     same: bool
 
 
-def check(name: str, told: Any, now: Any) -> Check:
-    """Compare as JSON holds both."""
-    now = json.loads(json.dumps(now))
-    return Check(name, told, now, alike(told, now))
-
-
 def alike(told: Any, now: Any, *, common: bool = False) -> bool:
     """Compare two values, floats to a billionth; with ``common``, of objects only what both have."""
     if isinstance(told, dict) and isinstance(now, dict):
@@ -57,6 +51,12 @@ def alike(told: Any, now: Any, *, common: bool = False) -> bool:
     if isinstance(told, bool) or isinstance(now, bool) or not isinstance(told, int | float):
         return told is now or (type(told) is type(now) and told == now)
     return isinstance(now, int | float) and math.isclose(told, now, rel_tol=1e-12, abs_tol=1e-9)
+
+
+def check(name: str, told: Any, now: Any) -> Check:
+    """Compare as JSON holds both."""
+    now = json.loads(json.dumps(now))
+    return Check(name, told, now, alike(told, now))
 
 
 def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
@@ -88,26 +88,6 @@ def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
     return checks
 
 
-def of_training(record: Mapping[str, Any], recognizer: Recognizer, moved: Moved) -> tuple[list[Check], list[str]]:
-    """Check what the training data tell, and name what they do not, as recordings cannot be read any more."""
-    named = trained_on(record)
-    if named is None:
-        return [], ["trained_on (training was not told the name of its data)"]
-    training = moved(named).utterances(check_files=False)
-    lengths, unread = recognizer.dataset(training).read_headers(range(len(training)))
-    most = float(record["settings"].get("max_seconds") or math.inf) * SAMPLE_RATE
-    kept = [i for i in range(len(training)) if lengths.get(i, 0) <= most]
-    facts: dict[str, Any] = counts_of([training[i] for i in kept])
-    claimed = []
-    if unread:
-        facts = facts if most == math.inf else {}  # else nobody knows which were too long to be trained on
-        claimed = [f"{'trained_on.hours' if facts else 'trained_on'} ({len(unread)} recordings cannot be read)"]
-    else:
-        facts["hours"] = hours_of(lengths[i] for i in kept)
-    checks = [check(f"trained_on.{name}", record["trained_on"].get(name), value) for name, value in facts.items()]
-    return checks + of_sharing(record, named, training, moved), claimed
-
-
 def of_sharing(
     record: Mapping[str, Any], named: Selection, training: list[Utterance], moved: Moved
 ) -> list[Check]:
@@ -126,6 +106,26 @@ def of_sharing(
         shared = {kind: found and found.fraction for kind, found in overlap(training, valid).items()}
         facts["shared_with_training"] = {"valid": shared}
     return [check(f"settings.{name}", settings.get(name), value) for name, value in facts.items()]
+
+
+def of_training(record: Mapping[str, Any], recognizer: Recognizer, moved: Moved) -> tuple[list[Check], list[str]]:
+    """Check what the training data tell, and name what they do not, as recordings cannot be read any more."""
+    named = trained_on(record)
+    if named is None:
+        return [], ["trained_on (training was not told the name of its data)"]
+    training = moved(named).utterances(check_files=False)
+    lengths, unread = recognizer.dataset(training).read_headers(range(len(training)))
+    most = float(record["settings"].get("max_seconds") or math.inf) * SAMPLE_RATE
+    kept = [i for i in range(len(training)) if lengths.get(i, 0) <= most]
+    facts: dict[str, Any] = counts_of([training[i] for i in kept])
+    claimed = []
+    if unread:
+        facts = facts if most == math.inf else {}  # else nobody knows which were too long to be trained on
+        claimed = [f"{'trained_on.hours' if facts else 'trained_on'} ({len(unread)} recordings cannot be read)"]
+    else:
+        facts["hours"] = hours_of(lengths[i] for i in kept)
+    checks = [check(f"trained_on.{name}", record["trained_on"].get(name), value) for name, value in facts.items()]
+    return checks + of_sharing(record, named, training, moved), claimed
 
 
 def of_choice(record: Mapping[str, Any], folder: Path) -> list[Check]:
@@ -183,7 +183,7 @@ def checks_of(
     """Compare all that a card says but for its figures, and name what is claimed: nobody can compute it.
 
     Args:
-        record: of the model folder (see `ser.train.card`).
+        record: of the model folder (see `ser.scores.card`).
         recognizer: the model.
         folder: where both are.
         moved: where the data are now.

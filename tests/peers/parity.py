@@ -167,7 +167,7 @@ def format_row(kind: str) -> dict[str, float]:
     from references import reference_layers
     from test_convert import fairseq_settings, fairseq_state, torchaudio_model
 
-    from ser.convert import convert
+    from ser.convert.convert import convert
 
     values = {"model_type": "wav2vec2", "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1024}
     config = Wav2Vec2Config.from_dict(values | {"num_hidden_layers": 3, "mask_time_prob": 0.05})

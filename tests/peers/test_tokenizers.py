@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
 import ser
-from ser.convert import convert
+from ser.convert.convert import convert
 from ser.data.text import SPECIALS
 from ser.errors import SerError
 from ser.folder import read_do_normalize, read_vocabulary

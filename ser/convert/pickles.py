@@ -59,31 +59,72 @@ ADVICE = (
 )
 
 
-def read_pickle(path: Path) -> Any:
-    """What ``torch.save`` put into ``path``, zip or legacy; tensors are on the CPU, and may be views of the file.
+class TupleSizes:
+    """How many items the tuples of a pickle have, by following its stack; nothing is built.
 
-    Raises ModelFolderError: no such file, too large, not of torch.save, or it names something else than `GLOBALS`.
+    A tuple that holds another one twice, which does the same, and so on 60 times, is a few hundred bytes, and as a
+    key of a dict it is hashed for ever.
     """
-    if torch.__version__ < "2.6":  # CVE-2025-32434: there weights_only=True could be made to run code
-        raise ModelFolderError(f"{path}: pickles are read with torch 2.6 or newer; this is {torch.__version__}")
-    if not path.is_file():
-        raise ModelFolderError(f"{path}: there is no such file")
-    refuse_lfs_pointer(path, path)
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise ModelFolderError(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
-    with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"  # as torch.load decides
-    found = globals_of_zip(path) if zipped else globals_of_legacy(path)
-    refused = sorted(name.replace(" ", ".") for name in found - GLOBALS)
-    if refused:
-        listed = ", ".join(refused[:8]) + (f" and {len(refused) - 8} more" if len(refused) > 8 else "")
-        raise ModelFolderError(f"{path}: names {listed[:500]}; {ADVICE}")
+
+    def __init__(self) -> None:
+        self.stack: list[int | None] = []  # items of each value, 1 of what is no tuple; None: a mark
+        self.memo: dict[int, int | None] = {}
+
+    def run(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Follow one instruction. ValueError: too large a tuple; IndexError, KeyError: no sound pickle."""
+        name = opcode.name
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
+            return
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[argument])
+            return
+        if name == "DUP":
+            self.stack.append(self.stack[-1])
+            return
+        taken: list[int | None] = []
+        before = list(opcode.stack_before)
+        if pickletools.markobject in before:  # all that stands above the mark
+            while (value := self.stack.pop()) is not None:
+                taken.append(value)
+            before = before[: before.index(pickletools.markobject)]
+        for _ in before:
+            taken.append(self.stack.pop())
+        size = 1 + sum(value or 0 for value in taken) if "TUPLE" in name else 1
+        if size > MAX_TUPLE_ITEMS:
+            raise ValueError(f"tuples in tuples, of more than {MAX_TUPLE_ITEMS:,} items together")
+        self.stack += [None if kind is pickletools.markobject else size for kind in opcode.stack_after]
+
+
+def brief(error: Exception) -> str:
+    """An error's first lines: torch adds advice to load without its locks, which is none."""
+    text = str(error).split("Weights only load failed.")[-1].strip() or error.__class__.__name__
+    return " ".join(text.split())[:300]
+
+
+def globals_of_pickle(file: IO[bytes]) -> set[str]:
+    """Names of all globals in one pickle, as "module name", without running it; ValueError if it is malformed."""
+    found, strings = set(), ["", ""]
+    tuples = TupleSizes()
     try:
-        with torch.serialization.safe_globals([Namespace, Dictionary]):
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # torch raises what the damage happens to cause: KeyError, AssertionError, ...
-        raise ModelFolderError(f"{path}: cannot be read: {brief(error)}") from None
+        for opcode, argument, position in pickletools.genops(file):
+            if (position or 0) > MAX_PICKLE_BYTES:
+                raise ValueError(f"more than {MAX_PICKLE_BYTES:,} bytes of instructions")
+            tuples.run(opcode, argument)
+            if opcode.name in ("GLOBAL", "INST"):
+                found.add(str(argument))
+            elif opcode.name == "STACK_GLOBAL":  # of a protocol that torch.load does not read either
+                found.add(" ".join(strings))
+            elif opcode.name.startswith("EXT"):
+                found.add(f"copyreg {argument}")
+            elif isinstance(argument, str):
+                strings = [strings[1], argument]
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+        # A part of the names is enough to refuse by name.
+        if found - GLOBALS:
+            return found
+        raise ValueError(f"malformed pickle: {brief(error)}") from None
+    return found
 
 
 def globals_of_zip(path: Path) -> set[str]:
@@ -129,66 +170,31 @@ def globals_of_legacy(path: Path) -> set[str]:
     return found
 
 
-def globals_of_pickle(file: IO[bytes]) -> set[str]:
-    """Names of all globals in one pickle, as "module name", without running it; ValueError if it is malformed."""
-    found, strings = set(), ["", ""]
-    tuples = TupleSizes()
-    try:
-        for opcode, argument, position in pickletools.genops(file):
-            if (position or 0) > MAX_PICKLE_BYTES:
-                raise ValueError(f"more than {MAX_PICKLE_BYTES:,} bytes of instructions")
-            tuples.run(opcode, argument)
-            if opcode.name in ("GLOBAL", "INST"):
-                found.add(str(argument))
-            elif opcode.name == "STACK_GLOBAL":  # of a protocol that torch.load does not read either
-                found.add(" ".join(strings))
-            elif opcode.name.startswith("EXT"):
-                found.add(f"copyreg {argument}")
-            elif isinstance(argument, str):
-                strings = [strings[1], argument]
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        # A part of the names is enough to refuse by name.
-        if found - GLOBALS:
-            return found
-        raise ValueError(f"malformed pickle: {brief(error)}") from None
-    return found
+def read_pickle(path: Path) -> Any:
+    """What ``torch.save`` put into ``path``, zip or legacy; tensors are on the CPU, and may be views of the file.
 
-
-class TupleSizes:
-    """How many items the tuples of a pickle have, by following its stack; nothing is built.
-
-    A tuple that holds another one twice, which does the same, and so on 60 times, is a few hundred bytes, and as a
-    key of a dict it is hashed for ever.
+    Raises ModelFolderError: no such file, too large, not of torch.save, or it names something else than `GLOBALS`.
     """
-
-    def __init__(self) -> None:
-        self.stack: list[int | None] = []  # items of each value, 1 of what is no tuple; None: a mark
-        self.memo: dict[int, int | None] = {}
-
-    def run(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        """Follow one instruction. ValueError: too large a tuple; IndexError, KeyError: no sound pickle."""
-        name = opcode.name
-        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
-            return
-        if name in ("GET", "BINGET", "LONG_BINGET"):
-            self.stack.append(self.memo[argument])
-            return
-        if name == "DUP":
-            self.stack.append(self.stack[-1])
-            return
-        taken: list[int | None] = []
-        before = list(opcode.stack_before)
-        if pickletools.markobject in before:  # all that stands above the mark
-            while (value := self.stack.pop()) is not None:
-                taken.append(value)
-            before = before[: before.index(pickletools.markobject)]
-        for _ in before:
-            taken.append(self.stack.pop())
-        size = 1 + sum(value or 0 for value in taken) if "TUPLE" in name else 1
-        if size > MAX_TUPLE_ITEMS:
-            raise ValueError(f"tuples in tuples, of more than {MAX_TUPLE_ITEMS:,} items together")
-        self.stack += [None if kind is pickletools.markobject else size for kind in opcode.stack_after]
+    if torch.__version__ < "2.6":  # CVE-2025-32434: there weights_only=True could be made to run code
+        raise ModelFolderError(f"{path}: pickles are read with torch 2.6 or newer; this is {torch.__version__}")
+    if not path.is_file():
+        raise ModelFolderError(f"{path}: there is no such file")
+    refuse_lfs_pointer(path, path)
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ModelFolderError(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as torch.load decides
+    found = globals_of_zip(path) if zipped else globals_of_legacy(path)
+    refused = sorted(name.replace(" ", ".") for name in found - GLOBALS)
+    if refused:
+        listed = ", ".join(refused[:8]) + (f" and {len(refused) - 8} more" if len(refused) > 8 else "")
+        raise ModelFolderError(f"{path}: names {listed[:500]}; {ADVICE}")
+    try:
+        with torch.serialization.safe_globals([Namespace, Dictionary]):
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # torch raises what the damage happens to cause: KeyError, AssertionError, ...
+        raise ModelFolderError(f"{path}: cannot be read: {brief(error)}") from None
 
 
 def copied_tensors(path: Path, state: Any) -> dict[str, Tensor]:
@@ -214,9 +220,3 @@ def copied_tensors(path: Path, state: Any) -> dict[str, Tensor]:
                 f"{path}: {key[:200]} has shape {tuple(tensor.shape)}, more than the file's {most:,} bytes hold"
             )
     return {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
-
-
-def brief(error: Exception) -> str:
-    """An error's first lines: torch adds advice to load without its locks, which is none."""
-    text = str(error).split("Weights only load failed.")[-1].strip() or error.__class__.__name__
-    return " ".join(text.split())[:300]

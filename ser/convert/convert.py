@@ -9,7 +9,7 @@ Four kinds, told apart by what they hold:
     torchaudio    the state dict of `torchaudio.models.Wav2Vec2Model`, which is also its HuBERT and WavLM
 
 Read it from the top: a source, writing, verification, the whole. What is called how in other libraries stands in
-`ser.models.foreign`, and pickles are opened by `ser.models.pickles` alone.
+`ser.convert.foreign`, and pickles are opened by `ser.convert.pickles` alone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ser.data.manifest import PAPER_EMOTIONS
-from ser.data.text import Vocabulary
-from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
-from ser.files import digest, read_tensors, write_folder_atomically, write_json, write_tensors
-from ser.folder import check_names, class_names, classifier_form, read_do_normalize, read_vocabulary
-from ser.models.config import MODEL_TYPES, Wav2Vec2Config
-from ser.models.foreign import (
+from ser.convert.foreign import (
     FAIRSEQ_PRETRAINING,
     derived_values,
     fairseq_values,
@@ -38,8 +32,14 @@ from ser.models.foreign import (
     settings_of,
     with_split_attention,
 )
+from ser.convert.pickles import Dictionary, copied_tensors, read_pickle
+from ser.data.manifest import PAPER_EMOTIONS
+from ser.data.text import Vocabulary
+from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
+from ser.files import digest, read_tensors, write_folder_atomically, write_json, write_tensors
+from ser.folder import check_names, class_names, classifier_form, read_do_normalize, read_vocabulary
+from ser.models.config import MODEL_TYPES, Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.models.pickles import Dictionary, copied_tensors, read_pickle
 from ser.models.pretrained import (
     HEAD_PARTS,
     PREFIXES,
@@ -74,6 +74,7 @@ TOLERANCE = 1e-5  # of each layer: norm of the difference, relative to the refer
 SAMPLES = 16_000  # of the waveform that both compute: one second
 MAX_SAMPLES = 160_000  # a model whose first frame needs more is none
 
+
 # ---------------------------------------------------------------------------------------------- a source
 
 
@@ -104,15 +105,6 @@ class Source:
         """Outputs of a head, 0 without it."""
         weight = self.tensors.get(f"{head}.weight")
         return 0 if weight is None else weight.shape[0]
-
-
-def read_source(path: Path, config: Mapping) -> Source:
-    """Read a folder or a file. ``config`` are values of config.json that stand above the source's own."""
-    source = read_hugging_face_folder(path) if path.is_dir() else read_file(path)
-    source.values |= config
-    source.values.setdefault("model_type", "wav2vec2")
-    source.assumed = {name: value for name, value in source.assumed.items() if name not in config}
-    return source
 
 
 def by_our_names(path: Path, state: Mapping[str, Tensor], keys: Mapping[str, str]) -> dict[str, Tensor]:
@@ -154,6 +146,26 @@ def read_hugging_face_folder(folder: Path) -> Source:
     source = Source(folder, "hugging-face", files, len(state), tensors, tensors, keys, values=values)
     source.do_normalize = read_do_normalize(folder, source.notes)
     return source
+
+
+def fairseq_symbols(path: Path, checkpoint: Mapping) -> list[str] | None:
+    """The dictionary of a fine-tuned checkpoint, if it was saved with it.
+
+    CTC's blank is fairseq's ``<s>``, row 0; here and in `transformers` it is called ``<pad>``. The rows stay, and
+    the two change names.
+    """
+    task = settings_of(checkpoint.get("task_state"))
+    found = task.get("target_dictionary")
+    if type(found) is not Dictionary:
+        return None
+    symbols = vars(found).get("symbols")
+    if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
+        raise ModelFolderError(
+            f"{path}: its dictionary is {brief_repr(symbols, 80)}; expected symbols; pass --vocab"
+        )
+    if symbols[:2] != ["<s>", "<pad>"]:
+        raise ModelFolderError(f"{path}: its dictionary does not begin with <s> and <pad>; pass --vocab")
+    return ["<pad>", "<s>", *symbols[2:]]
 
 
 def read_file(path: Path) -> Source:
@@ -217,28 +229,16 @@ def read_file(path: Path) -> Source:
     return source
 
 
-def fairseq_symbols(path: Path, checkpoint: Mapping) -> list[str] | None:
-    """The dictionary of a fine-tuned checkpoint, if it was saved with it.
-
-    CTC's blank is fairseq's ``<s>``, row 0; here and in `transformers` it is called ``<pad>``. The rows stay, and
-    the two change names.
-    """
-    task = settings_of(checkpoint.get("task_state"))
-    found = task.get("target_dictionary")
-    if type(found) is not Dictionary:
-        return None
-    symbols = vars(found).get("symbols")
-    if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
-        raise ModelFolderError(
-            f"{path}: its dictionary is {brief_repr(symbols, 80)}; expected symbols; pass --vocab"
-        )
-    if symbols[:2] != ["<s>", "<pad>"]:
-        raise ModelFolderError(f"{path}: its dictionary does not begin with <s> and <pad>; pass --vocab")
-    return ["<pad>", "<s>", *symbols[2:]]
+def read_source(path: Path, config: Mapping) -> Source:
+    """Read a folder or a file. ``config`` are values of config.json that stand above the source's own."""
+    source = read_hugging_face_folder(path) if path.is_dir() else read_file(path)
+    source.values |= config
+    source.values.setdefault("model_type", "wav2vec2")
+    source.assumed = {name: value for name, value in source.assumed.items() if name not in config}
+    return source
 
 
 # ---------------------------------------------------------------------------------------------- writing
-
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -350,6 +350,15 @@ COMPANIONS = (
 CODE = ("auto_map", "custom_pipelines", "custom_object_save", "chat_template", "trust_remote_code")
 
 
+def without_code(values: Mapping) -> dict:
+    """The entries that no program would take for code; also of entries, such as feature_extractor."""
+    kept = {key: value for key, value in values.items() if key not in CODE}
+    return {
+        key: {k: v for k, v in value.items() if k not in CODE} if isinstance(value, dict) else value
+        for key, value in kept.items()
+    }
+
+
 def write_hugging_face(source: Source, folder: Path) -> None:
     """The folder as it is, but for code and wrappers' prefixes: the same keys, types and numbers."""
     write_json(folder / "config.json", without_code(source.values))
@@ -359,15 +368,6 @@ def write_hugging_face(source: Source, folder: Path) -> None:
     write_tensors(
         folder / "model.safetensors", {unwrapped(source.keys[name]): t for name, t in source.tensors.items()}
     )
-
-
-def without_code(values: Mapping) -> dict:
-    """The entries that no program would take for code; also of entries, such as feature_extractor."""
-    kept = {key: value for key, value in values.items() if key not in CODE}
-    return {
-        key: {k: v for k, v in value.items() if k not in CODE} if isinstance(value, dict) else value
-        for key, value in kept.items()
-    }
 
 
 def named(source: Source, labels: Sequence[str]) -> None:

@@ -24,6 +24,26 @@ CELLS = (
 )  # up to so many classes: inches of a cell, size of its text
 
 
+def _matplotlib() -> tuple[Any, Any]:
+    """Canvas and Figure, which open no window."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except Exception as error:  # one built for another numpy fails with other errors
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"pictures need matplotlib: pip install 'ser[plots]' ({why})") from None
+    return FigureCanvasAgg, Figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    canvas, _ = _matplotlib()
+    canvas(figure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a line for each character: `drawable` has seen to them
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+
+
 def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Accuracy and WER per epoch, a line per curve: Figure 2 of Cai et al. (2021).
 
@@ -50,26 +70,6 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
 def needs_matplotlib() -> None:
     """Raises ConfigError where it is missing: better before hours of work than after them."""
     _matplotlib()
-
-
-def _matplotlib() -> tuple[Any, Any]:
-    """Canvas and Figure, which open no window."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except Exception as error:  # one built for another numpy fails with other errors
-        why = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"pictures need matplotlib: pip install 'ser[plots]' ({why})") from None
-    return FigureCanvasAgg, Figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    canvas, _ = _matplotlib()
-    canvas(figure)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a line for each character: `drawable` has seen to them
-        figure.tight_layout()
-        figure.savefig(path, dpi=120)
 
 
 def needs_shaping(character: str) -> bool:

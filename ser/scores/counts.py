@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from ser.errors import ConfigError
 
@@ -84,6 +86,11 @@ def character_errors(reference: str, hypothesis: str) -> ErrorRateCounts:
     """Counts of the character error rate of one utterance. Spaces count, except at the ends."""
     characters = reference.strip()
     return ErrorRateCounts(sum(edit_distance(characters, hypothesis.strip())), len(characters))
+
+
+def ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
+    """part / whole, NaN where the whole is 0."""
+    return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +203,46 @@ class ClassificationCounts:
         return float(np.nan_to_num(ratio(2 * self.totals[0], self.totals[1] + self.totals[2])).mean())
 
 
-def ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
-    """part / whole, NaN where the whole is 0."""
-    return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0)
+def weighted(known: Tensor, utterance_weights: Tensor | None) -> Tensor:
+    """known (B, K) bool -> (B, K) float64: the weight of each label that is known, 0 for the others."""
+    if utterance_weights is None:
+        return known.double()
+    return known * utterance_weights.to(known.device, torch.float64, non_blocking=True)[:, None]
+
+
+def ccc_summands(predictions: Tensor, labels: Tensor, utterance_weights: Tensor | None = None) -> Tensor:
+    """What each utterance adds to `ccc_moments`: (6, B, K)."""
+    known = labels.isfinite()
+    weights = weighted(known, utterance_weights)
+    p, y = predictions.detach().double(), labels.double().masked_fill(~known, 0.0)
+    return torch.stack([weights, weights * p, weights * y, weights * p * p, weights * y * y, weights * p * y])
+
+
+def ccc_moments(predictions: Tensor, labels: Tensor, utterance_weights: Tensor | None = None) -> Tensor:
+    """The sums that concordance needs: predictions p and labels y, both (B, K), y NaN where unknown -> (6, K).
+
+    n, and the sums of p, y, p^2, y^2 and p y over the labelled utterances, float64. ``utterance_weights`` (B,) are
+    0 for an utterance that only keeps a rank busy.
+    """
+    return ccc_summands(predictions, labels, utterance_weights).sum(1)
+
+
+def labels_vary(n: Tensor, y: Tensor, yy: Tensor) -> Tensor:
+    """Tell whether there are two labels or more and they differ, by their number and the sums of y and of y^2."""
+    # A variance is the difference of two sums: what is left of equal labels is rounding.
+    return (n >= 2) & (yy / n - (y / n).square() > 1e-12 * yy / n)
+
+
+def concordance(moments: Tensor) -> Tensor:
+    """`ccc_moments`, summed over whatever is judged together -> the CCC of each dimension, (K,) float64, -1 to 1.
+
+        CCC = 2 cov(p, y) / (var p + var y + (mean p - mean y)^2)
+
+    with variances divided by n (Lin, Biometrics 1989, eq. 3). NaN where fewer than two utterances have a label or
+    the labels do not vary.
+    """
+    n, p, y, pp, yy, py = moments
+    varies = labels_vary(n, y, yy)
+    p, y = p / n, y / n
+    ccc = 2 * (py / n - p * y) / ((pp / n - p * p) + (yy / n - y * y) + (p - y).square())
+    return ccc.masked_fill(~varies, torch.nan)

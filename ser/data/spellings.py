@@ -35,6 +35,48 @@ INVISIBLE = re.compile(
 SEEMS_MISSING = frozenset({"nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nil", "nat", "?", "--", "missing"})
 
 
+def is_name(text: str) -> bool:
+    """Tell whether it can be a label: neither empty nor half a surrogate pair."""
+    return bool(text.strip()) and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _checked(where: str, values: Mapping[str, Any]) -> dict[str, str | None]:
+    """Check one level of a map, and write its names as labels are read."""
+    names: dict[str, str | None] = {}
+    for old, new in values.items():
+        if not (new is None or (isinstance(new, str) and is_name(new))) or not is_name(old):
+            raise ConfigError(
+                f"{where}: {brief_repr(old)} is {brief_repr(new)}, expected a name, or null for no label"
+            )
+        old = nfc(old.strip())
+        if old in names:
+            raise ConfigError(f"{where}: {brief_repr(old)} stands twice")
+        names[old] = None if new is None else nfc(new.strip())
+    for old, new in names.items():
+        if new is not None and names.get(new, new) != new:
+            end = "no label" if names[new] is None else brief_repr(names[new])
+            raise ConfigError(
+                f"{where}: {brief_repr(old)} is to be {brief_repr(new)}, but that is to be {end}; each name is "
+                "replaced once, so write what it is to be in the end"
+            )
+    return names
+
+
+def check_map(values: object, where: str) -> dict[str, Any]:
+    """Check a label map from JSON and write its names as labels are read; ``where`` is for the message.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: found {brief_repr(values)}, expected an object such as {EXAMPLE}")
+    speakers = values.get("speaker")
+    if not isinstance(speakers, dict):
+        return dict(_checked(where, values))
+    emotions = {old: new for old, new in values.items() if old != "speaker"}
+    return _checked(where, emotions) | {"speaker": _checked(where, speakers)}
+
+
 # ------------------------------------------------------------------------------------------------------- maps
 
 
@@ -68,46 +110,9 @@ def parse_map(source: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: is not a JSON object such as {EXAMPLE}: {error}") from None
 
 
-def check_map(values: object, where: str) -> dict[str, Any]:
-    """Check a label map from JSON and write its names as labels are read; ``where`` is for the message.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: found {brief_repr(values)}, expected an object such as {EXAMPLE}")
-    speakers = values.get("speaker")
-    if not isinstance(speakers, dict):
-        return dict(_checked(where, values))
-    emotions = {old: new for old, new in values.items() if old != "speaker"}
-    return _checked(where, emotions) | {"speaker": _checked(where, speakers)}
-
-
-def is_name(text: str) -> bool:
-    """Tell whether it can be a label: neither empty nor half a surrogate pair."""
-    return bool(text.strip()) and not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def _checked(where: str, values: Mapping[str, Any]) -> dict[str, str | None]:
-    """Check one level of a map, and write its names as labels are read."""
-    names: dict[str, str | None] = {}
-    for old, new in values.items():
-        if not (new is None or (isinstance(new, str) and is_name(new))) or not is_name(old):
-            raise ConfigError(
-                f"{where}: {brief_repr(old)} is {brief_repr(new)}, expected a name, or null for no label"
-            )
-        old = nfc(old.strip())
-        if old in names:
-            raise ConfigError(f"{where}: {brief_repr(old)} stands twice")
-        names[old] = None if new is None else nfc(new.strip())
-    for old, new in names.items():
-        if new is not None and names.get(new, new) != new:
-            end = "no label" if names[new] is None else brief_repr(names[new])
-            raise ConfigError(
-                f"{where}: {brief_repr(old)} is to be {brief_repr(new)}, but that is to be {end}; each name is "
-                "replaced once, so write what it is to be in the end"
-            )
-    return names
+def is_invisible(character: str) -> bool:
+    """Tell whether a character has no picture and takes no room."""
+    return unicodedata.category(character) in ("Cc", "Cf") or INVISIBLE.match(character) is not None
 
 
 # -------------------------------------------------------------------------------------------------- spellings
@@ -127,9 +132,28 @@ def spelling(name: str) -> str:
     return unicodedata.normalize("NFKC", name)
 
 
-def is_invisible(character: str) -> bool:
-    """Tell whether a character has no picture and takes no room."""
-    return unicodedata.category(character) in ("Cc", "Cf") or INVISIBLE.match(character) is not None
+def _example(maps: Sequence[Mapping[str, Any]]) -> str:
+    """Write one map of all as JSON that can be copied; where that would be long, the first one alone."""
+    speakers = {old: new for one in maps for old, new in map_for(one, "speaker").items()}
+    together = {old: new for one in maps for old, new in map_for(one, "emotion").items()}
+    text = json.dumps(together | ({"speaker": speakers} if speakers else {}))
+    return text if len(text) <= MAX_EXAMPLE else json.dumps(maps[0])
+
+
+def shown_name(name: str) -> str:
+    """Quote a name; escape it where something in it cannot be seen, or looks like another character."""
+    plain = unicodedata.normalize("NFKC", name) == name and not any(map(is_invisible, name))
+    return brief_repr(name) if plain else shorten(ascii(name), 200)
+
+
+def _twins(
+    column: str, names: Sequence[str], where: Mapping[str, Sequence[str]], right: Collection[str]
+) -> tuple[str, dict[str, Any]]:
+    """Write a line that shows the spellings of one name, and a map that makes them one."""
+    shown = [f"{shown_name(n)} ({', '.join(where[n]) or 'of the model'})" for n in names[:MAX_SHOWN]]
+    kept = next((n for n in names if n in right), names[0])
+    renamed = {n: kept for n in names if n != kept}
+    return f"{column} {' and '.join(shown)}", {"speaker": renamed} if column == "speaker" else renamed
 
 
 def check_spellings(
@@ -181,28 +205,76 @@ def check_spellings(
         )
 
 
-def _example(maps: Sequence[Mapping[str, Any]]) -> str:
-    """Write one map of all as JSON that can be copied; where that would be long, the first one alone."""
-    speakers = {old: new for one in maps for old, new in map_for(one, "speaker").items()}
-    together = {old: new for one in maps for old, new in map_for(one, "emotion").items()}
-    text = json.dumps(together | ({"speaker": speakers} if speakers else {}))
-    return text if len(text) <= MAX_EXAMPLE else json.dumps(maps[0])
+def _plain(name: str) -> str:
+    """Show a name, in quotes where it is more than letters and digits."""
+    return name if name.replace("_", "").replace("-", "").isalnum() and len(name) < 50 else shown_name(name)
 
 
-def _twins(
-    column: str, names: Sequence[str], where: Mapping[str, Sequence[str]], right: Collection[str]
-) -> tuple[str, dict[str, Any]]:
-    """Write a line that shows the spellings of one name, and a map that makes them one."""
-    shown = [f"{shown_name(n)} ({', '.join(where[n]) or 'of the model'})" for n in names[:MAX_SHOWN]]
-    kept = next((n for n in names if n in right), names[0])
-    renamed = {n: kept for n in names if n != kept}
-    return f"{column} {' and '.join(shown)}", {"speaker": renamed} if column == "speaker" else renamed
+def _set_line(title: str, utterances: Sequence[Utterance], counts: Counter[str]) -> str:
+    """Describe a set: its size, its classes from the most frequent on, and how many utterances lack a label."""
+    classes = [f"{_plain(name)} {count}" for name, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))]
+    parts = [f"emotions {summary(classes, MAX_SHOWN)}"] if classes else []
+    speakers = {u.speaker for u in utterances if u.speaker is not None}
+    parts += [f"{len(speakers)} speakers"] if speakers else []
+    lacking = {
+        "emotion": len(utterances) - counts.total(),
+        "text": sum(u.text is None for u in utterances),
+        "speaker": sum(u.speaker is None for u in utterances),
+    }
+    without = [f"{count} without {name}" for name, count in lacking.items() if count]
+    return f"{title}: {len(utterances)} utterances; {'; '.join([*parts, *without])}"
 
 
-def shown_name(name: str) -> str:
-    """Quote a name; escape it where something in it cannot be seen, or looks like another character."""
-    plain = unicodedata.normalize("NFKC", name) == name and not any(map(is_invisible, name))
-    return brief_repr(name) if plain else shorten(ascii(name), 200)
+def _near(name: str, counts: Counter[str]) -> str:
+    """Find the class, at least twice as frequent, of which ``name`` may be a slip of one letter."""
+    digits = re.sub(r"[^0-9]", "", name)
+    for other in counts:
+        if counts[other] < 2 * counts[name] or abs(len(other) - len(name)) > 1:
+            continue
+        likeness = difflib.SequenceMatcher(None, name.casefold(), other.casefold(), autojunk=False).ratio()
+        if likeness >= 0.8 and spelling(name) != spelling(other) and digits == re.sub(r"[^0-9]", "", other):
+            return other
+    return ""
+
+
+def _odd_names(counts: Counter[str]) -> list[str]:
+    """Point at classes that are perhaps none: slips of another, what seems to be missing, what cannot be seen."""
+    lines = []
+    for name in sorted(counts):
+        if name.casefold() in SEEMS_MISSING:
+            drop = json.dumps({name: None})
+            lines.append(f"{brief_repr(name)} ({counts[name]}) is taken as a class; if it is none: --map '{drop}'")
+        elif not name.isprintable() or INVISIBLE.search(name):
+            lines.append(f"{name!a} ({counts[name]}) has characters that cannot be seen")
+        elif len(counts) <= MAX_COMPARED and (near := _near(name, counts)):
+            lines.append(f"{brief_repr(name)} ({counts[name]}): did you mean {brief_repr(near)} ({counts[near]})?")
+    return lines[:MAX_SHOWN]
+
+
+def _lacking(title: str, here: Collection[str], other: str, there: Collection[str], consequence: str) -> list[str]:
+    """Say which classes a set has and another one, the first set or the model, lacks; and the reverse."""
+    lines = []
+    for names, what, meant in (
+        (set(here) - set(there), f"has emotions that {other} lacks, {consequence}", list(there)[:MAX_COMPARED]),
+        (set(there) - set(here), f"lacks emotions that {other} has, and says nothing of them", []),
+    ):
+        shown = [f"{_plain(name)}{did_you_mean(name, meant)}" for name in sorted(names)]
+        if names:
+            lines.append(f"warning: {title} {what}: {summary(shown, MAX_SHOWN)}")
+    return lines
+
+
+def _zeros(sets: Mapping[str, Sequence[Utterance]]) -> list[str]:
+    """Point at speakers who are one number with and without leading zeros, which a spreadsheet takes away."""
+    numbers: dict[str, set[str]] = {}
+    for name in {u.speaker for utterances in sets.values() for u in utterances}:
+        if name is not None and name.isdecimal():
+            numbers.setdefault(name.lstrip("0") or "0", set()).add(name)
+    twins = [
+        " and ".join(map(brief_repr, sorted(names))) for _, names in sorted(numbers.items()) if len(names) > 1
+    ]
+    shown = summary(twins, MAX_SHOWN)
+    return [f"speakers differ in leading zeros alone, and count as different people: {shown}"] if twins else []
 
 
 # ----------------------------------------------------------------------------------------------------- counts
@@ -234,75 +306,3 @@ def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection
             consequence = "there is nothing to tell apart, and accuracy, UA and F1 of 1 mean nothing"
             lines.append(f"warning: {title} has only one emotion, {shown_name(name)}: {consequence}")
     return lines
-
-
-def _set_line(title: str, utterances: Sequence[Utterance], counts: Counter[str]) -> str:
-    """Describe a set: its size, its classes from the most frequent on, and how many utterances lack a label."""
-    classes = [f"{_plain(name)} {count}" for name, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))]
-    parts = [f"emotions {summary(classes, MAX_SHOWN)}"] if classes else []
-    speakers = {u.speaker for u in utterances if u.speaker is not None}
-    parts += [f"{len(speakers)} speakers"] if speakers else []
-    lacking = {
-        "emotion": len(utterances) - counts.total(),
-        "text": sum(u.text is None for u in utterances),
-        "speaker": sum(u.speaker is None for u in utterances),
-    }
-    without = [f"{count} without {name}" for name, count in lacking.items() if count]
-    return f"{title}: {len(utterances)} utterances; {'; '.join([*parts, *without])}"
-
-
-def _plain(name: str) -> str:
-    """Show a name, in quotes where it is more than letters and digits."""
-    return name if name.replace("_", "").replace("-", "").isalnum() and len(name) < 50 else shown_name(name)
-
-
-def _odd_names(counts: Counter[str]) -> list[str]:
-    """Point at classes that are perhaps none: slips of another, what seems to be missing, what cannot be seen."""
-    lines = []
-    for name in sorted(counts):
-        if name.casefold() in SEEMS_MISSING:
-            drop = json.dumps({name: None})
-            lines.append(f"{brief_repr(name)} ({counts[name]}) is taken as a class; if it is none: --map '{drop}'")
-        elif not name.isprintable() or INVISIBLE.search(name):
-            lines.append(f"{name!a} ({counts[name]}) has characters that cannot be seen")
-        elif len(counts) <= MAX_COMPARED and (near := _near(name, counts)):
-            lines.append(f"{brief_repr(name)} ({counts[name]}): did you mean {brief_repr(near)} ({counts[near]})?")
-    return lines[:MAX_SHOWN]
-
-
-def _near(name: str, counts: Counter[str]) -> str:
-    """Find the class, at least twice as frequent, of which ``name`` may be a slip of one letter."""
-    digits = re.sub(r"[^0-9]", "", name)
-    for other in counts:
-        if counts[other] < 2 * counts[name] or abs(len(other) - len(name)) > 1:
-            continue
-        likeness = difflib.SequenceMatcher(None, name.casefold(), other.casefold(), autojunk=False).ratio()
-        if likeness >= 0.8 and spelling(name) != spelling(other) and digits == re.sub(r"[^0-9]", "", other):
-            return other
-    return ""
-
-
-def _lacking(title: str, here: Collection[str], other: str, there: Collection[str], consequence: str) -> list[str]:
-    """Say which classes a set has and another one, the first set or the model, lacks; and the reverse."""
-    lines = []
-    for names, what, meant in (
-        (set(here) - set(there), f"has emotions that {other} lacks, {consequence}", list(there)[:MAX_COMPARED]),
-        (set(there) - set(here), f"lacks emotions that {other} has, and says nothing of them", []),
-    ):
-        shown = [f"{_plain(name)}{did_you_mean(name, meant)}" for name in sorted(names)]
-        if names:
-            lines.append(f"warning: {title} {what}: {summary(shown, MAX_SHOWN)}")
-    return lines
-
-
-def _zeros(sets: Mapping[str, Sequence[Utterance]]) -> list[str]:
-    """Point at speakers who are one number with and without leading zeros, which a spreadsheet takes away."""
-    numbers: dict[str, set[str]] = {}
-    for name in {u.speaker for utterances in sets.values() for u in utterances}:
-        if name is not None and name.isdecimal():
-            numbers.setdefault(name.lstrip("0") or "0", set()).add(name)
-    twins = [
-        " and ".join(map(brief_repr, sorted(names))) for _, names in sorted(numbers.items()) if len(names) > 1
-    ]
-    shown = summary(twins, MAX_SHOWN)
-    return [f"speakers differ in leading zeros alone, and count as different people: {shown}"] if twins else []

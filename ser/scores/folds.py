@@ -14,8 +14,8 @@ from typing import Any
 from ser.data.protocols import Protocol
 from ser.data.text import Rewriting
 from ser.files import csv_line, replace_file
-from ser.train.card import as_block, as_text
-from ser.train.report import Outcomes, compare, report, shared_line, table
+from ser.scores.card import as_block, as_text
+from ser.scores.report import Outcomes, compare, report, shared_line, table
 
 SHORT = {"WA": "accuracy", "UA": "unweighted_accuracy", "WER": "wer", "speaker": "speaker_accuracy"}
 

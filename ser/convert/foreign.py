@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ser.convert.pickles import Namespace
 from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
-from ser.models.pickles import Namespace
 
 # ---------------------------------------------------------------------------------------------- renaming
 

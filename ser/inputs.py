@@ -1,0 +1,241 @@
+"""Turn what is passed to a recognizer (paths, manifest rows, arrays) into batches of like length."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ser.audio import SAMPLE_RATE, array_windows, audio_info, read_audio, read_samples, read_windows
+from ser.data.manifest import Utterance
+from ser.data.sampler import evaluation_batches
+from ser.errors import AudioError, SerError, shorten
+
+WINDOW = 512  # recordings that are sorted by length together; results come at least so often
+PATIENCE = 1.0  # seconds that recordings wait for more of a source that is slow, once they fill a batch
+MOST_FIRST = 64  # recordings that a generator gives before the first result, however short they are
+# A path, a manifest row, samples, or a dict of `datasets` (array, sampling_rate, path)
+Input = str | os.PathLike[str] | Utterance | np.ndarray | Tensor | Mapping[str, Any]
+
+
+def is_pair(item: Sequence[Any]) -> bool:
+    """Whether an input is samples with their rate, as `librosa.load`, `torchaudio.load` and scipy return them."""
+    kinds = [isinstance(part, np.ndarray | Tensor) - isinstance(part, Real) for part in item[:3]]
+    return sorted(kinds) == [-1, 1]
+
+
+def no_recording(item: Any) -> str:
+    """What an input is that cannot be taken, what was expected, and what to do."""
+    found = f"of type {type(item).__name__}"
+    expected = f"{found}; expected a path, a manifest row, or samples as a numpy array or torch tensor"
+    if isinstance(item, tuple | list) and is_pair(item):
+        return (
+            "a pair of samples and their rate, as librosa and torchaudio load them; pass predict(samples, rate), "
+            'or {"array": samples, "sampling_rate": rate} for each, and samples.T where channels come first'
+        )
+    if hasattr(item, "get_all_samples"):
+        return (
+            f"{expected}; a decoder gives them: found = decoder.get_all_samples(), then "
+            '{"array": found.data.T, "sampling_rate": found.sample_rate}'
+        )
+    if isinstance(item, bytes):
+        return f"{expected}; os.fsdecode makes text of a path, and a file's bytes are to be written to a file"
+    return expected
+
+
+def each_of(inputs: Input | Iterable[Input]) -> Iterable[Input]:
+    """What was passed to `predict`, one by one: a recording alone is a list of one."""
+    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OUST":  # of paths, or of samples
+        if inputs.ndim > 1 and inputs.shape[1:] != (1,):
+            raise AudioError(f"inputs are an array of shape {inputs.shape}; expected samples, or (N,) of paths")
+        return inputs.reshape(-1).tolist()
+    if hasattr(inputs, "iterrows"):
+        raise AudioError('inputs are a whole table; pass its column of paths, such as frame["file"]')
+    if isinstance(inputs, tuple) and is_pair(inputs):
+        raise AudioError(f"inputs are {no_recording(inputs)}")
+    alone = str | bytes | os.PathLike | Utterance | np.ndarray | Tensor | Mapping
+    if isinstance(inputs, alone) or hasattr(inputs, "get_all_samples") or hasattr(inputs, "read"):
+        return [inputs]  # type: ignore[list-item]
+    try:
+        iter(inputs)
+    except TypeError:  # what it is stands in its error
+        return [inputs]  # type: ignore[list-item]
+    return inputs
+
+
+def unpacked(item: Any, sampling_rate: int | None, name: str) -> tuple[Any, Any, str | None]:
+    """An input, its rate and the name of its file: of a dict of `datasets` its parts, else as they are."""
+    if not isinstance(item, Mapping):
+        return item, sampling_rate, None
+    array, rate, path = item.get("array"), item.get("sampling_rate"), item.get("path")
+    if array is None and item.get("bytes") is not None:
+        raise AudioError(
+            f"{name} is a dict of a file's bytes; expected samples: let `datasets` decode them "
+            '(dataset.cast_column("audio", datasets.Audio())), or write them to a file'
+        )
+    if array is None and path is None:
+        hint = '; of a row of a data set, pass row["audio"]' if "audio" in item else ""
+        keys = ", ".join(map(str, item)) or "nothing"
+        raise AudioError(f'{name} is a dict of {shorten(keys)}; expected "array" and "sampling_rate"{hint}')
+    if array is None:
+        return path, sampling_rate, None
+    if rate is not None and sampling_rate is not None and np.any(np.asarray(rate) != sampling_rate):
+        raise AudioError(f"{name} has a sampling_rate of {rate}, and {sampling_rate} was passed; leave one out")
+    return array, sampling_rate if rate is None else rate, None if path is None else str(path)
+
+
+def check_is_array(samples: Any, rate: Any, name: str) -> None:
+    """Raise AudioError for what is neither array nor tensor, or has no rate."""
+    if not isinstance(samples, np.ndarray | Tensor):
+        raise AudioError(f"{name} is {no_recording(samples)}")
+    if rate is None:
+        raise AudioError(f"{name} is an array: pass sampling_rate, in Hz, with it")
+
+
+def checked_samples(samples: Any, rate: Any, name: str) -> tuple[Tensor, str | None]:
+    """Samples that were passed, as (S,) at 16 kHz, and a warning. Raises AudioError with the input's name."""
+    check_is_array(samples, rate, name)
+    try:
+        return read_samples(samples, rate)
+    except (AudioError, TypeError, ValueError, RuntimeError) as error:  # such as tensors without values
+        raise AudioError(f"{name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One input: its place, where its sound is, and its length from the header, or why it cannot be read."""
+
+    index: int
+    file: str | None = None  # None for samples that were passed in memory
+    start: float | None = None  # of an excerpt, in seconds
+    end: float | None = None
+    samples: np.ndarray | None = None  # (S,) float32 at 16 kHz; numpy, for tensors cost a worker a descriptor each
+    num_samples: int = 0  # S
+    warning: str | None = None  # what is wrong with its sound, once that was read
+    error: SerError | None = None
+
+
+def find_recording(index: int, item: Input, sampling_rate: int | None, max_seconds: float) -> Recording:
+    """Look at an input without decoding it: its header, or the samples that were passed."""
+    recording = Recording(index)
+    name = f"input {index}"
+    try:
+        sound, rate, file = unpacked(item, sampling_rate, name)
+        if isinstance(sound, Utterance):
+            recording, sound = replace(recording, start=sound.start, end=sound.end), sound.file
+        if isinstance(sound, str | os.PathLike):
+            name = os.fsdecode(sound)
+            recording = replace(recording, file=name)
+            info = audio_info(name, start=recording.start, end=recording.end, max_seconds=float("inf"))
+            recording = replace(recording, num_samples=info.num_samples)
+            seconds = info.seconds
+        else:
+            waveform, warning = checked_samples(sound, rate, name)
+            samples = waveform.numpy()
+            recording = replace(recording, file=file, samples=samples, num_samples=len(samples), warning=warning)
+            seconds = len(samples) / SAMPLE_RATE
+        if seconds > max_seconds:
+            raise AudioError(
+                f"{name}: lasts {seconds:.1f} s; at most {max_seconds:g} s are recognised at once. "
+                "Cut it into utterances (one emotion is given for the whole), recognise it window by window "
+                "(--window, predict_windows), or raise max_seconds"
+            )
+    except SerError as error:
+        return replace(recording, samples=None, error=error)
+    return recording
+
+
+def open_windows(
+    source: Input, sampling_rate: int | None, *, window: float, hop: float
+) -> tuple[str | None, Iterator[tuple[float, float, Tensor, str | None]]]:
+    """The name of a recording's file, and its windows, as `read_windows` gives them."""
+    name = "the recording"
+    sound, rate, file = unpacked(source, sampling_rate, name)
+    if isinstance(sound, Utterance):
+        file, start, end = str(sound.file), sound.start, sound.end
+        return file, read_windows(file, window=window, hop=hop, start=start, end=end)
+    if isinstance(sound, str | os.PathLike):
+        return os.fsdecode(sound), read_windows(os.fsdecode(sound), window=window, hop=hop)
+    check_is_array(sound, rate, name)
+    return file, array_windows(sound, rate, window=window, hop=hop)
+
+
+def gather(recordings: Iterator[Recording], seconds: float | None) -> Iterator[list[Recording]]:
+    """Runs of at most `WINDOW` recordings that are sorted by length together; None: of so many each.
+
+    Else the first one ends with ``seconds`` of sound, so that there are results soon, and each other one with
+    twice as much as the one before, so that little is padded; with ``seconds`` again where the source is slow.
+    """
+    limit = seconds
+    while True:
+        run: list[Recording] = []
+        sound, began = 0.0, time.monotonic()
+        for recording in recordings:
+            run.append(recording)
+            if seconds is not None and limit is not None:
+                sound += max(recording.num_samples / SAMPLE_RATE, seconds / MOST_FIRST)
+                slow = time.monotonic() - began > PATIENCE
+                if sound >= (seconds if slow else limit):
+                    limit *= 2
+                    break
+            if len(run) == WINDOW:
+                break
+        if not run:
+            return
+        yield run
+
+
+def plan_batches(runs: Iterable[list[Recording]], seconds: float) -> Iterator[list[Recording]]:
+    """Batches of like length, so that little is padded; recordings with errors in batches of their own."""
+    for run in runs:
+        good = [r for r in run if r.error is None]
+        if len(good) < len(run):
+            yield [r for r in run if r.error is not None]
+        lengths = [r.num_samples for r in good]
+        for batch in evaluation_batches(lengths, batch_samples=int(seconds * SAMPLE_RATE)):
+            yield [good[i] for i, _ in batch]
+
+
+class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):
+    """Reads the sound of recordings, in a worker process perhaps; the batch sampler brings the recordings."""
+
+    def __getitem__(self, recording: Recording) -> tuple[Recording, Tensor | SerError]:
+        if recording.error is not None:
+            return recording, recording.error
+        if recording.samples is not None:
+            return recording, torch.from_numpy(recording.samples)
+        assert recording.file is not None
+        start, end = recording.start, recording.end
+        try:  # the limit was checked when the recording was found
+            waveform, warning = read_audio(recording.file, start=start, end=end, max_seconds=float("inf"))
+            return replace(recording, warning=warning), waveform
+        except SerError as error:
+            return recording, error
+
+
+class Packed(NamedTuple):
+    """A decoded batch. One tensor for all, since each costs a worker a file descriptor."""
+
+    recordings: list[tuple[int, str | None, str | None]]  # (index, file, warning) of those that could be read
+    lengths: list[int]
+    samples: Tensor  # (sum of lengths,)
+    errors: dict[int, SerError]  # by index
+
+
+def pack(items: list[tuple[Recording, Tensor | SerError]]) -> Packed:
+    """One after the other, without padding."""
+    good = [(r, found) for r, found in items if isinstance(found, Tensor)]
+    return Packed(
+        [(r.index, r.file, r.warning) for r, _ in good],
+        [len(waveform) for _, waveform in good],
+        torch.cat([waveform for _, waveform in good]) if good else torch.empty(0),
+        {r.index: found for r, found in items if isinstance(found, SerError)},
+    )

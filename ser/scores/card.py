@@ -1,0 +1,301 @@
+"""Model cards: what a model was trained on, what it reached, and what it is not for.
+
+Training writes two files into every model folder: training.json, the record, and README.md, the same for people.
+The card is a function of the record, so that it can be checked, and `examples/evaluate.py --verify FOLDER`
+computes its figures again.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ser.audio import SAMPLE_RATE
+from ser.data.manifest import Utterance
+from ser.data.protocols import KNOWN
+from ser.data.selection import Selection
+from ser.errors import ConfigError, ModelFolderError, printable
+from ser.files import replace_file, write_json
+from ser.recognizer import Recognizer
+from ser.scores.report import TITLES, shares
+
+RECORD, CARD = "training.json", "README.md"
+MOST_RESAMPLES = 1_000_000  # more would be hours
+KEPT = ("utterances", "speakers", "judged", "figures", "resamples", "seed")  # of a report
+
+
+def counts_of(utterances: Sequence[Utterance]) -> dict[str, Any]:
+    """How many utterances, speakers, and utterances per emotion."""
+    return {
+        "utterances": len(utterances),
+        "speakers": len({u.speaker for u in utterances if u.speaker}),
+        "per_emotion": dict(sorted(Counter(u.emotion for u in utterances if u.emotion).items())),
+    }
+
+
+def hours_of(lengths: Iterable[int]) -> float:
+    """Return the hours of recordings with so many samples each."""
+    return round(sum(lengths) / SAMPLE_RATE / 3600, 4)
+
+
+def training_record(
+    recognizer: Recognizer,
+    utterances: Sequence[Utterance],
+    lengths: Sequence[int],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What is known of a model before it is trained.
+
+    Args:
+        recognizer: the model.
+        utterances: that it is trained on.
+        lengths: of each, in samples.
+        settings: of the run, as its config.json has them.
+    """
+    return {
+        "heads": list(recognizer.model.heads),
+        "emotions": recognizer.emotions,
+        "dimensions": recognizer.dimensions,
+        "speakers_known": len(recognizer.speakers),
+        "parameters": sum(p.numel() for p in recognizer.model.parameters()),
+        "trained_on": counts_of(utterances) | {"hours": hours_of(lengths)},
+        "settings": dict(settings),
+        "evaluations": [],
+    }
+
+
+def same_data(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
+    """Whether two selections, as `Selection.to_dict` has them, are of the same utterances, wherever they lie."""
+    if not first or not second or not first.get("sha256"):
+        return first == second
+
+    def content(selection: Mapping[str, Any]) -> dict[str, Any]:
+        names = Selection.from_dict(selection).to_dict()
+        held_out = names["known_turns"] if names["part"] == KNOWN else 0
+        return {**names, "data": "", "root": None, "shares": [], "known_turns": held_out}
+
+    return content(first) == content(second)
+
+
+def expected_choice(record: Mapping[str, Any], selection: Mapping[str, Any] | None, *, best: bool) -> bool:
+    """Whether weights were chosen by their figure on ``selection``: those of ``best``, on the validation part.
+
+    And on the test part, where the protocol validates on it.
+    """
+    settings = record["settings"]
+    valid = settings.get("valid")
+    if not best or not valid:
+        return False
+    twin = dict(valid) | {"part": "test"}
+    return same_data(selection, valid) or bool(settings.get("valid_is_test") and same_data(selection, twin))
+
+
+def evaluation_entry(
+    found: Mapping[str, Any], selection: Mapping[str, Any] | None, *, chosen_on: bool = False
+) -> dict[str, Any]:
+    """A report (`ser.scores.report.report`) as a card keeps it.
+
+    Args:
+        found: the report.
+        selection: of what was judged, as `Selection.to_dict`; None: not known, so that nobody can verify it.
+        chosen_on: whether these weights were chosen because of this very figure.
+    """
+    kept = {name: found[name] for name in KEPT}
+    return kept | {"selection": selection, "chosen_on": chosen_on}
+
+
+def with_evaluation(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with a further evaluation, in place of an older one of the same data.
+
+    What the weights were once chosen on, they stay chosen on; so they are on the test part where it validates.
+    """
+    same = [e for e in record["evaluations"] if same_data(e["selection"], entry["selection"])]
+    others = [e for e in record["evaluations"] if not same_data(e["selection"], entry["selection"])]
+    part = (entry["selection"] or {}).get("part")
+    watched = part == "test" and record["settings"].get("valid_is_test") and any(e["chosen_on"] for e in others)
+    chosen_on = entry["chosen_on"] or watched or any(e["chosen_on"] for e in same)
+    return dict(record) | {"evaluations": [*others, dict(entry) | {"chosen_on": bool(chosen_on)}]}
+
+
+# ------------------------------------------------------------------------------------------------ markdown
+
+
+def as_text(foreign: object) -> str:
+    """Escape a text so that Markdown shows it as it is, on one line: no name is a heading, HTML or a table."""
+    text = html.escape(printable(str(foreign)), quote=False)
+    text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)  # my_corpus is no emphasis
+    return re.sub(r"^(\s*\d*)([-+=#.)])(?=[-=#\s]|$)", r"\1\\\2", text)  # no heading, list or rule
+
+
+def as_code(foreign: object) -> str:
+    """Make a code span of these very characters."""
+    text = printable(str(foreign))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def to_markdown(record: Mapping[str, Any]) -> str:
+    """The card. Labels, names of data and licences are foreign, and shown as text."""
+    settings, data = record["settings"], record["trained_on"]
+    licences = settings.get("licences", {})
+    # JSON is YAML, which is what model hubs read here.
+    head = {"library_name": "ser", "pipeline_tag": "audio-classification", "tags": ["speech-emotion-recognition"]}
+    lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", ""]
+    lines += ["# Speech emotion recognition model", ""]
+    tasks = {
+        "emotion": "emotion: " + ", ".join(map(as_text, record["emotions"])),
+        "dimensions": "dimensions: " + ", ".join(map(as_text, record["dimensions"])),
+        "ctc": "transcript (CTC, greedy)",
+        "speaker": f"speaker, out of the {record['speakers_known']} in training",
+    }
+    lines += ["It recognises, in recordings of one speaker's turn:", ""]
+    lines += [f"- {tasks[name]}" for name in record["heads"]]
+    init = as_code(settings.get("init", "?"))
+    lines += ["", f"{record['parameters'] / 1e6:.1f} M parameters, begun from {init}.", ""]
+
+    lines += ["## Trained on", ""]
+    named = settings.get("train")
+    lines += [as_text(Selection.from_dict(named)) if named else "Data that training was not told the name of.", ""]
+    counts = ", ".join(f"{as_text(name)} {count}" for name, count in data["per_emotion"].items())
+    lines += [
+        f"{data['utterances']} utterances, {data['hours']:.2f} h, {data['speakers']} speakers; {counts or '-'}."
+    ]
+    if description := settings.get("protocol_description"):
+        lines += ["", f"Protocol: {as_text(description)}"]
+    if shared := settings.get("shared_with_training"):
+        lines += ["", "Of the utterances of each part, training has the same:", ""]
+        lines += [f"- {as_text(part)}: {as_text(shares(kinds))}" for part, kinds in shared.items()]
+
+    lines += ["", "## Figures", ""]
+    if not record["evaluations"]:
+        lines += ["None were measured: there was no validation part. `examples/evaluate.py --card` adds them."]
+    for entry in record["evaluations"]:
+        chosen = entry["selection"]
+        what = as_text(Selection.from_dict(chosen)) if chosen else "the validation utterances"
+        lines += [f"On {what}: {entry['utterances']} utterances, {entry['speakers']} speakers.", ""]
+        if entry["chosen_on"]:
+            lines += ["**These weights were chosen by their figure on this very part, so it is optimistic.**", ""]
+        if settings.get("valid_is_test") and chosen and chosen.get("part") == "valid":
+            lines += ["In this protocol that part is also the test part.", ""]
+        lines += ["| | value | 95 % over utterances | over speakers |", "|---|---|---|---|"]
+        for name, figure in entry["figures"].items():
+            spans = (figure["interval_utterances"], figure["interval_speakers"])
+            shown = " | ".join("-" if s is None else f"{_number(s[0])} to {_number(s[1])}" for s in spans)
+            lines += [f"| {TITLES.get(name) or as_text(name)} | {_number(figure['value'])} | {shown} |"]
+        if 0 < entry["judged"]["emotion"] < entry["utterances"]:
+            lines += ["", f"Emotions are judged on the {entry['judged']['emotion']} whose label the model knows."]
+        judged = entry["judged"]["speaker"]
+        if record["speakers_known"] and judged < entry["utterances"]:
+            lines += ["", f"Speakers are judged on the {judged} utterances by speakers that training knew."]
+        lines += [""]
+
+    lines += [
+        "## Use and limits",
+        "",
+        "For research on speech like that it was trained on: the same language, kind of recording and way of "
+        "showing emotion. Figures on other voices, rooms and languages are not known; on acted speech they say "
+        "little about spontaneous speech. Labels are what listeners perceived, not what a speaker felt. Not for "
+        "decisions about people, in work, education, policing, health or insurance.",
+        "",
+        "## Licences",
+        "",
+        f"- data: {as_text(licences.get('data') or '') or 'not stated; ask where the corpus came from'}",
+        f"- initial weights: {as_text(licences.get('weights') or '') or 'not stated; see where they came from'}",
+        "",
+        "## To repeat",
+        "",
+        f"Update {record.get('step', 0)}, epoch {record.get('epoch', 0)}. Settings are in training.json. To "
+        "compute these figures again:",
+        "",
+        "```sh",
+        "python examples/evaluate.py --verify FOLDER",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_card(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write both files, each whole or not at all."""
+    write_json(folder / RECORD, record)
+    with replace_file(folder / CARD) as file:
+        file.write(to_markdown(record))
+
+
+def check_numbers(record: Mapping[str, Any]) -> None:
+    """Raise ValueError for numbers that figures cannot be computed with."""
+    numbers = {f"settings.{name}": record["settings"].get(name) or 0 for name in ("max_seconds", "max_bad_audio")}
+    for entry in record["evaluations"]:
+        numbers |= {name: entry[name] for name in ("resamples", "seed")}
+        if type(entry["resamples"]) is not int or not 0 < entry["resamples"] <= MOST_RESAMPLES:
+            raise ValueError(f"resamples is {entry['resamples']!r}, expected 1 to {MOST_RESAMPLES}")
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not 0 <= value < 2**63:
+            raise ValueError(f"{name} is {value!r}, expected a number from 0")
+    for selection in (record["settings"].get("train"), record["settings"].get("valid")):
+        if selection and not isinstance(Selection.from_dict(selection).data, str):
+            raise ValueError(f"{selection!r} does not name utterances")
+
+
+def read_record(folder: str | Path) -> dict[str, Any] | None:
+    """The record of a model folder; None where there is none, as in folders of others.
+
+    Raises ModelFolderError for one that is damaged.
+    """
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        to_markdown(record)
+        check_numbers(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
+        raise ModelFolderError(f"{path}: is no sound record of a training: {error!r}") from None
+    return record
+
+
+def trained_on(record: Mapping[str, Any]) -> Selection | None:
+    """What the model was trained on, by name; None where training was not told."""
+    named = record["settings"].get("train")
+    return Selection.from_dict(named) if named else None
+
+
+def as_block(text: str) -> list[str]:
+    """Make the lines of a code block, whatever stands in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [fence, printable(text, lines=True), fence]
+
+
+def _numbers(found: Mapping[str, Any]) -> dict[str, float | None]:
+    """Every number of a report, flat."""
+    numbers: dict[str, float | None] = {name: found[name] for name in ("utterances", "speakers")}
+    numbers |= {f"{name} judged": count for name, count in found["judged"].items()}
+    for name, figure in found["figures"].items():
+        numbers[name] = figure["value"]
+        for over in ("utterances", "speakers"):
+            for end, value in zip(("from", "to"), figure[f"interval_{over}"] or (), strict=False):
+                numbers[f"{name}, over {over} {end}"] = value
+    return numbers
+
+
+def differences(
+    entry: Mapping[str, Any], found: Mapping[str, Any], *, tolerance: float = 1e-6
+) -> list[tuple[str, float | None, float | None, bool]]:
+    """(number, on the card, computed now, equal) of an evaluation and a new report of the same data."""
+    then, now = _numbers(entry), _numbers(found)
+    rows = []
+    for name in dict.fromkeys([*then, *now]):
+        a, b = then.get(name), now.get(name)
+        same = a == b or (a is not None and b is not None and math.isclose(a, b, abs_tol=tolerance))
+        rows.append((name, a, b, same))
+    return rows
