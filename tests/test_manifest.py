@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ser.data.cells import MAX_LINE_BYTES, MISSING_LABELS, MISSING_TEXTS, find_quoting, whole
+from ser.data.labels import label_columns
 from ser.data.manifest import (
     COLUMNS,
     PAPER_EMOTIONS,
@@ -926,7 +927,7 @@ def test_the_longest_text_that_can_be_written_can_be_read(folder):
 
 
 def speech(name: str, emotion: str | None = None, speaker: str | None = None, **times: float) -> Utterance:
-    return Utterance(name, Path("/corpus") / f"{name[0]}.wav", emotion, None, speaker, **times)
+    return Utterance(name, Path("/corpus") / f"{name[0]}.wav", emotion=emotion, speaker=speaker, **times)
 
 
 def test_unknown_labels_are_listed_for_all_utterances_with_the_nearest_name():
@@ -1036,7 +1037,7 @@ def test_the_labels_of_the_iemocap_list_become_names(tmp_path):
 
 
 def test_our_columns_are_the_fields_of_an_utterance():
-    assert {*COLUMNS, "extra"} == set(Utterance.__slots__)
+    assert {*COLUMNS} == {*Utterance.__slots__, *label_columns()} - {"labels", "extra"}
 
 
 @pytest.mark.parametrize("indent", [None, 2])

@@ -221,7 +221,7 @@ def test_a_save_that_fails_in_the_middle_leaves_the_old_model_and_no_rest(recogn
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"ser.recognizer.{at}", full)
+    monkeypatch.setattr(f"ser.folder.{at}", full)
     with pytest.raises(FileError, match=r"model: cannot be written: No space left .* bytes needed, .* free"):
         recognizer.save(tmp_path / "model")
     assert ser.load(tmp_path / "model").predict(noise(3000), 16000) == before

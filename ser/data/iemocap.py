@@ -289,7 +289,7 @@ def _utterance(label: Label, text: str, root: Path) -> Utterance:
 def four_classes(utterances: Iterable[Utterance]) -> list[Utterance]:
     """Those of the four-class protocol, in which excited is happy: neutral, happy, angry, sad."""
     return [
-        replace(u, emotion=FOUR_CLASSES[u.extra["code"]]) for u in utterances if u.extra["code"] in FOUR_CLASSES
+        u.relabelled(emotion=FOUR_CLASSES[u.extra["code"]]) for u in utterances if u.extra["code"] in FOUR_CLASSES
     ]
 
 
@@ -414,7 +414,9 @@ def read_paper_csv(
         elif check_files and not file.is_file():
             problems.append(f"{name.id}: no recording {str(file)!r}")
         else:
-            utterances.append(replace(u, id=name.id, file=file, speaker=name.speaker, extra=name.columns()))
+            utterances.append(
+                replace(u.relabelled(speaker=name.speaker), id=name.id, file=file, extra=name.columns())
+            )
     if problems:
         raise ManifestError(f"{path}: these rows cannot be used ({len(problems)}):{listed(problems)}")
     return utterances

@@ -183,7 +183,7 @@ def check_spellings(
         meant = {old for old, new in map_for(label_map or {}, column).items() if old == new}
         where: dict[str, list[str]] = {name: [] for name in right}
         for title, utterances in sets.items():
-            counts = Counter(getattr(u, column) for u in utterances)
+            counts = Counter(u.labels.get(column) for u in utterances)
             for name, count in counts.items():
                 if name is not None:
                     where.setdefault(name, []).append(f"{title} {count}")

@@ -28,10 +28,10 @@ from public import ENCODERS
 from torch import Tensor, nn
 
 import ser
+from ser.folder import ARCHITECTURES
 from ser.models.config import Wav2Vec2Config
 from ser.models.pretrained import written_names
 from ser.models.wav2vec2 import Wav2Vec2
-from ser.recognizer import ARCHITECTURES
 
 EMOTIONS = {0: "ang", 1: "hap", 2: "neu", 3: "sad"}
 

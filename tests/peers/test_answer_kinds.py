@@ -11,7 +11,8 @@ from toy import toy_rows
 
 import ser
 from ser.errors import ConfigError, ModelFolderError
-from ser.recognizer import ARCHITECTURES, Recognizer
+from ser.folder import ARCHITECTURES
+from ser.recognizer import Recognizer
 from ser.train.config import TrainConfig
 from ser.train.evaluation import evaluate
 from ser.train.loop import fit

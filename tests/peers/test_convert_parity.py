@@ -11,12 +11,12 @@ import transformers
 from torch import Tensor, nn
 
 import ser
-from ser import convert as converting
+from ser.convert import convert as converting
 from ser.data.text import Vocabulary
 from ser.errors import ModelFolderError
+from ser.folder import ARCHITECTURES
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.models.wav2vec2 import Wav2Vec2
-from ser.recognizer import ARCHITECTURES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_convert import convert, fairseq_settings, fairseq_state, torchaudio_model

@@ -19,10 +19,11 @@ from transformers import PretrainedConfig as PeerConfig
 import ser
 from ser.audio import normalise
 from ser.data.text import Vocabulary
+from ser.folder import ARCHITECTURES
 from ser.models.config import Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.models.pretrained import PREFIXES, WEIGHT_NORM, canonical_name, load_encoder
-from ser.recognizer import ARCHITECTURES, Recognizer
+from ser.recognizer import Recognizer
 
 VOCABULARIES = {
     "librispeech": Vocabulary.librispeech(),

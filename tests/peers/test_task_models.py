@@ -10,9 +10,10 @@ from foreign_models import EmotionModel, Wav2Vec2ForCTCnCLS
 
 import ser
 from ser.errors import ModelFolderError
+from ser.folder import ARCHITECTURES
 from ser.models.heads import mix_layers
 from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.recognizer import ARCHITECTURES, Recognizer
+from ser.recognizer import Recognizer
 
 NAMES = {0: "ang", 1: "hap", 2: "neu", 3: "sad"}  # as the superb models have them
 

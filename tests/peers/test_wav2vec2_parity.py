@@ -14,11 +14,11 @@ from parity import encoder_row
 from public import ENCODERS
 from torch.nn import functional as F
 
+from ser.folder import ARCHITECTURES
 from ser.models.config import Wav2Vec2Config, conv_length
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.models.pretrained import written_names
 from ser.models.wav2vec2 import ConvLayer, Wav2Vec2
-from ser.recognizer import ARCHITECTURES
 from ser.train.losses import ctc_loss
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference: pip install ser[test]")
