@@ -70,7 +70,14 @@ def test_a_row_becomes_an_utterance(folder):
     )
     first, second = read_manifest(path)
     assert first == Utterance(
-        "u1", folder / "wav/a.wav", "happy", 'Yes, "you"', "S1", start=0.5, end=2.0, extra={"age": "31"}
+        "u1",
+        folder / "wav/a.wav",
+        emotion="happy",
+        text='Yes, "you"',
+        speaker="S1",
+        start=0.5,
+        end=2.0,
+        extra={"age": "31"},
     )
     assert second == Utterance(f"{folder}/wav/b.wav", folder / "wav/b.wav")
 
@@ -436,7 +443,7 @@ def test_cells_that_stand_for_nothing_are_no_label_and_are_counted(folder, name)
 def test_in_numbers_too_but_what_is_no_number_stays_an_error(folder):
     for cell in NOTHING:
         utterances, told = read_with_notes(column(folder / "m.csv", "arousal", [cell, "2.5"]))
-        assert [u.arousal for u in utterances] == [None, 2.5]
+        assert [u.labels.get("arousal") for u in utterances] == [None, 2.5]
         assert ("taken as empty" in told) == bool(cell)
     for cell in [*SOMETHING, "inf"]:
         assert "expected a number" in refusal(column(folder / "m.csv", "valence", [cell]), check_files=False)

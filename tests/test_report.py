@@ -19,6 +19,7 @@ from sklearn import metrics as oracle
 from test_update import run_ranks
 from toy import toy_recognizer, write_corpus
 
+import ser.scores.report as figures_module
 from ser.audio import audio_info
 from ser.data.labels import Labels
 from ser.data.manifest import Utterance, read_manifest
@@ -42,7 +43,6 @@ from ser.scores.report import (
     table,
     write_rows,
 )
-from ser.scores.report import report as figures_module
 from ser.train import evaluation as module
 from ser.train.evaluation import evaluated_rows
 

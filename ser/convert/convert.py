@@ -41,7 +41,6 @@ from ser.folder import check_names, class_names, classifier_form, read_do_normal
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.models.pretrained import (
-    HEAD_PARTS,
     PREFIXES,
     PRETRAINING_PARTS,
     LoadReport,
@@ -52,6 +51,7 @@ from ser.models.pretrained import (
     fill,
     fill_encoder,
     find_folder,
+    head_parts,
     is_hub_name,
     load_encoder,
     materialise,
@@ -412,7 +412,7 @@ def check_tensors(source: Source, folder: Path) -> int:
 
 def encoder_tensors(source: Source) -> dict[str, Tensor]:
     """Those of the encoder, by our names, in float32."""
-    others = HEAD_PARTS + PRETRAINING_PARTS
+    others = head_parts() + PRETRAINING_PARTS
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in source.tensors.items()

@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
 from ser.files import is_lfs_pointer, open_tensors
 from ser.models.config import Wav2Vec2Config
+from ser.models.heads import HEADS
 from ser.models.wav2vec2 import Wav2Vec2
 
 MAX_JSON_BYTES = 4 * 2**20
@@ -71,17 +72,6 @@ SPELLINGS = WEIGHT_NORM | {
     "spk_head.weight": "speaker_head.weight",
     "spk_head.bias": "speaker_head.bias",
 }
-
-# What stands on the encoder.
-HEAD_PARTS = (
-    "layer_weights",
-    "projector.",
-    "pooling.",
-    "lm_head.",
-    "cls_head.",
-    "speaker_head.",
-    "dimension_head.",
-)
 
 # Where folders say how sound is prepared; the first that says it counts (`ser.folder`).
 PREPROCESSORS = ("processor_config.json", "preprocessor_config.json")
@@ -477,11 +467,16 @@ def fill(module: nn.Module, files: TensorFiles, report: LoadReport, names: Itera
     module.load_state_dict(tensors, assign=True, strict=names is None)
 
 
+def head_parts() -> tuple[str, ...]:
+    """Return how the names of tensors begin that stand on the encoder."""
+    return ("layer_weights", "projector.", "pooling.", *(f"{row.key}." for row in HEADS.values()))
+
+
 def fill_encoder(encoder: Wav2Vec2, files: TensorFiles, report: LoadReport) -> None:
     """`fill` for the encoder; also refuses encoder tensors that the configuration does not ask for."""
     own = set(encoder.state_dict())
     left = [name for name in files.names if name not in own]
-    strange = [n for n in left if n != "masked_spec_embed" and not n.startswith(HEAD_PARTS + PRETRAINING_PARTS)]
+    strange = [n for n in left if n != "masked_spec_embed" and not n.startswith(head_parts() + PRETRAINING_PARTS)]
     if strange:
         raise ModelFolderError(
             f"{files.folder}: {len(strange)} tensors that config.json does not ask for (does it belong to these "

@@ -69,10 +69,10 @@ class Evaluation:
             figures["unweighted_accuracy"] = emotion.unweighted_accuracy
             figures["macro_f1"] = emotion.macro_f1
         for head, values in self.ccc.items():
-            prefix = "" if head == "dimensions" else f"{head}_"
-            defined = [value for value in values.values() if math.isfinite(value)]
-            figures[f"{prefix}ccc"] = sum(defined) / len(defined) if defined else math.nan
-            figures |= {f"{prefix}ccc_{name.lower()}": value for name, value in values.items()}
+            if head == "dimensions":
+                defined = [value for value in values.values() if math.isfinite(value)]
+                figures["ccc"] = sum(defined) / len(defined) if defined else math.nan
+            figures |= {f"ccc_{name.lower()}": value for name, value in values.items()}
         changes = {
             "references_recased": self.rewriting.recased,
             "characters_replaced": self.rewriting.replaced.total(),
