@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ser.audio import OTHER_SUFFIXES, SUFFIXES
+from ser.containers import OTHER_SUFFIXES, SUFFIXES
 from ser.data.manifest import MAX_LISTED, Utterance
 from ser.errors import ManifestError
 from ser.files import files_below
