@@ -31,7 +31,7 @@ from ser.data.dataset import SpeechDataset, pad
 from ser.data.manifest import Utterance
 from ser.data.text import ORTHOGRAPHIES, SPECIALS, Vocabulary
 from ser.data.workers import AGAIN, WORKER_SECONDS, decoded, worker_death_explained
-from ser.device import choose_precision, freed_memory_kept
+from ser.device import choose_precision
 from ser.errors import AudioError, ConfigError, ModelFolderError, SerError, brief_repr, shorten
 from ser.files import write_folder_atomically, write_json, write_tensors
 from ser.folder import FORMAT, classifier_form, read_settings, read_vocabulary
@@ -570,7 +570,7 @@ class Recognizer:
         # Batches come by length, results go out in the order of the inputs.
         waiting: dict[int, Prediction | SerError] = {}
         position = 0
-        with freed_memory_kept(self.device), worker_death_explained(AGAIN), closing(loader):
+        with worker_death_explained(AGAIN), closing(loader):
             for batch in loader:
                 waiting.update(batch.errors)
                 if batch.recordings:
@@ -619,19 +619,18 @@ class Recognizer:
         file, windows = open_windows(source, sampling_rate, window=window, hop=window if hop is None else hop)
         at_once = max(1, int(self.batch_seconds // window))
         damage: AudioError | None = None
-        with freed_memory_kept(self.device):
-            while damage is None:
-                group: list[tuple[float, float, Tensor, str | None]] = []
-                try:
-                    group.extend(islice(windows, at_once))  # those before the damage stay in it
-                except AudioError as error:
-                    damage = error
-                if not group:
-                    break
-                predictions = self.predict_waveforms([waveform for _, _, waveform, _ in group])
-                for (start, end, _, warning), prediction in zip(group, predictions, strict=True):
-                    warning = joined_warnings(warning, prediction.warning)
-                    yield replace(prediction, file=file, start=start, end=end, warning=warning)
+        while damage is None:
+            group: list[tuple[float, float, Tensor, str | None]] = []
+            try:
+                group.extend(islice(windows, at_once))  # those before the damage stay in it
+            except AudioError as error:
+                damage = error
+            if not group:
+                break
+            predictions = self.predict_waveforms([waveform for _, _, waveform, _ in group])
+            for (start, end, _, warning), prediction in zip(group, predictions, strict=True):
+                warning = joined_warnings(warning, prediction.warning)
+                yield replace(prediction, file=file, start=start, end=end, warning=warning)
         if damage is not None:
             raise damage
 
