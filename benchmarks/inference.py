@@ -5,8 +5,9 @@
     python benchmarks/inference.py --turns 48 --repeats 3 --device cuda
 
 Ours is `Recognizer.predict` on arrays, inside of `freed_memory_kept`, as the commands call it; theirs is in
-`rival.py`. Both go from samples to probabilities and transcripts. On a GPU 48 turns are a handful of batches: expect the start of kernels and the
-copies to weigh as much as the arithmetic, and bf16 to be the fastest on both sides.
+`rival.py`. Both go from samples to probabilities and transcripts. On a GPU 48 turns are a handful of batches:
+expect the start of kernels and the copies to weigh as much as the arithmetic, and bf16 to be the fastest on both
+sides.
 """
 
 from __future__ import annotations
