@@ -35,7 +35,7 @@ from ser.device import choose_precision
 from ser.errors import AudioError, ConfigError, ModelFolderError, SerError, brief_repr, shorten
 from ser.files import write_folder_atomically, write_json, write_tensors
 from ser.folder import FORMAT, classifier_form, read_settings, read_vocabulary
-from ser.inputs import Decoder, Input, each_of, find_recording, gather, open_windows, pack, plan_batches
+from ser.inputs import Decoder, Input, each_of, find_recording, gather, open_windows, pack_decoded, plan_batches
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
 from ser.models.multitask import HEADS, HeadsConfig, MultiTaskModel, Outputs
 from ser.models.pretrained import (
@@ -566,7 +566,7 @@ class Recognizer:
         there = hasattr(items, "__len__") and hasattr(items, "__getitem__")  # and not only when they are asked for
         runs = gather(recordings, None if there else self.batch_seconds)
         batches = plan_batches(runs, self.batch_seconds)  # of recordings, not of numbers
-        loader = decoded(Decoder(), batches, pack, workers=workers, timeout=timeout, then=AGAIN)
+        loader = decoded(Decoder(), batches, pack_decoded, workers=workers, timeout=timeout, then=AGAIN)
         # Batches come by length, results go out in the order of the inputs.
         waiting: dict[int, Prediction | SerError] = {}
         position = 0
