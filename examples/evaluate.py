@@ -49,7 +49,7 @@ from ser.data.selection import Selection, add_arguments, from_arguments
 from ser.data.spellings import check_spellings, label_lines
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
-from ser.device import cpu_threads
+from ser.device import cpu_threads, freed_memory_kept
 from ser.errors import ConfigError, FileError, SerError, brief_repr, printable, summary
 from ser.files import write_json
 from ser.models.pretrained import find_folder
@@ -376,7 +376,8 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < arguments.timeout < float("inf"):
         raise ConfigError(f"--timeout {arguments.timeout}: expected seconds, more than 0")
     torch.set_num_threads(cpu_threads())
-    with joined_world(arguments.device, timeout=arguments.timeout, launcher=LAUNCHER) as world:
+    joined = joined_world(arguments.device, timeout=arguments.timeout, launcher=LAUNCHER)
+    with joined as world, freed_memory_kept(world.device):
         try:
             good = verify(arguments, world) if arguments.verify else evaluate_model(arguments, world)
         except OSError as error:

@@ -32,7 +32,7 @@ from ser.data.labels import LABELS, Labels
 from ser.data.manifest import Utterance
 from ser.data.text import ORTHOGRAPHIES
 from ser.data.workers import AGAIN, WORKER_SECONDS, decoded, worker_death_explained
-from ser.device import choose_precision, freed_memory_kept
+from ser.device import choose_precision
 from ser.errors import AudioError, ConfigError, ModelFolderError, SerError, shorten
 from ser.files import write_folder_atomically
 from ser.folder import (
@@ -49,7 +49,7 @@ from ser.folder import (
     write_model_files,
     written_keys,
 )
-from ser.inputs import Decoder, Input, each_of, find_recording, gather, open_windows, pack, plan_batches
+from ser.inputs import Decoder, Input, each_of, find_recording, gather, open_windows, pack_decoded, plan_batches
 from ser.models.config import MODEL_TYPES, Wav2Vec2Config
 from ser.models.heads import HEADS
 from ser.models.multitask import HeadsConfig, MultiTaskModel, Outputs
@@ -409,11 +409,11 @@ class Recognizer:
         there = hasattr(items, "__len__") and hasattr(items, "__getitem__")  # and not only when they are asked for
         runs = gather(recordings, None if there else self.batch_seconds)
         batches = plan_batches(runs, self.batch_seconds)  # of recordings, not of numbers
-        loader = decoded(Decoder(), batches, pack, workers=workers, timeout=timeout, then=AGAIN)
+        loader = decoded(Decoder(), batches, pack_decoded, workers=workers, timeout=timeout, then=AGAIN)
         # Batches come by length, results go out in the order of the inputs.
         waiting: dict[int, Prediction | SerError] = {}
         position = 0
-        with freed_memory_kept(self.device), worker_death_explained(AGAIN), closing(loader):
+        with worker_death_explained(AGAIN), closing(loader):
             for batch in loader:
                 waiting.update(batch.errors)
                 if batch.recordings:
@@ -462,19 +462,18 @@ class Recognizer:
         file, windows = open_windows(source, sampling_rate, window=window, hop=window if hop is None else hop)
         at_once = max(1, int(self.batch_seconds // window))
         damage: AudioError | None = None
-        with freed_memory_kept(self.device):
-            while damage is None:
-                group: list[tuple[float, float, Tensor, str | None]] = []
-                try:
-                    group.extend(islice(windows, at_once))  # those before the damage stay in it
-                except AudioError as error:
-                    damage = error
-                if not group:
-                    break
-                predictions = self.predict_waveforms([waveform for _, _, waveform, _ in group])
-                for (start, end, _, warning), prediction in zip(group, predictions, strict=True):
-                    warning = joined_warnings(warning, prediction.warning)
-                    yield replace(prediction, file=file, start=start, end=end, warning=warning)
+        while damage is None:
+            group: list[tuple[float, float, Tensor, str | None]] = []
+            try:
+                group.extend(islice(windows, at_once))  # those before the damage stay in it
+            except AudioError as error:
+                damage = error
+            if not group:
+                break
+            predictions = self.predict_waveforms([waveform for _, _, waveform, _ in group])
+            for (start, end, _, warning), prediction in zip(group, predictions, strict=True):
+                warning = joined_warnings(warning, prediction.warning)
+                yield replace(prediction, file=file, start=start, end=end, warning=warning)
         if damage is not None:
             raise damage
 

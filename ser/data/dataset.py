@@ -17,7 +17,7 @@ from ser.data.labels import LABELS, Labels, collate_labels, encoder, unknown
 from ser.data.manifest import Utterance
 from ser.data.sampler import Item
 from ser.data.text import ORTHOGRAPHIES, Rewriting, clean
-from ser.errors import AudioError, MissingLibraryError, printable
+from ser.errors import AudioError, MissingLibraryError, indented
 
 
 @dataclass
@@ -79,12 +79,6 @@ class StoredInputs(Protocol):
 
     def __call__(self, index: int) -> tuple[Tensor, str]:
         """What is kept for an utterance, or zeros of its shape and why there is nothing."""
-
-
-def listed(messages: Iterable[str], most: int = 50) -> str:
-    """One message per line, whatever a file's name holds, and how many more there are."""
-    lines = [printable(message) for message in messages]
-    return "\n  ".join(lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else []))
 
 
 class SpeechDataset(Dataset[Example]):
@@ -214,7 +208,7 @@ class SpeechDataset(Dataset[Example]):
         """
         found, bad = self.read_headers(range(len(self)))
         if bad:
-            raise AudioError(f"{len(bad)} of {len(self)} recordings cannot be used:\n  {listed(bad.values())}")
+            raise AudioError(f"{len(bad)} of {len(self)} recordings cannot be used:{indented(bad.values())}")
         return list(found.values())
 
 

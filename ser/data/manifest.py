@@ -890,11 +890,10 @@ def check_overlap(
     found = {"speakers": overlap.speakers, "utterances": overlap.utterances}
     for kind, shared in found.items():
         if shared and OVERLAPS.index(allow) < OVERLAPS.index(kind):
-            shown = ", ".join(map(brief_repr, shared[:MAX_LISTED]))
-            more = f" and {len(shared) - MAX_LISTED} more" if len(shared) > MAX_LISTED else ""
+            shown = summary(map(brief_repr, shared), MAX_LISTED)
             need = "utterances" if overlap.utterances else "speakers"
             raise ManifestError(
-                f"{name}: {len(shared)} {kind} stand in training too: {shown}{more}. Figures would be too good. "
+                f"{name}: {len(shared)} {kind} stand in training too: {shown}. Figures would be too good. "
                 f"Split the manifests by speaker, or allow it with --allow-overlap {need}"
             )
     return overlap
