@@ -36,7 +36,7 @@ from ser.errors import AudioError, ConfigError, ModelFolderError, SerError, brie
 from ser.files import write_folder_atomically, write_json, write_tensors
 from ser.folder import FORMAT, classifier_form, read_settings, read_vocabulary
 from ser.inputs import Decoder, Input, each_of, find_recording, gather, open_windows, pack, plan_batches
-from ser.models.config import MODEL_TYPES, Wav2Vec2Config
+from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.multitask import HEADS, HeadsConfig, MultiTaskModel, Outputs
 from ser.models.pretrained import (
     LoadReport,
@@ -67,8 +67,6 @@ WHERE_LABELS_STAND = {
 }
 # Settings of `HeadsConfig` that stand in the "ser" part of config.json; its sizes follow from the labels.
 READS = ("layers", "weighted_final_norm", "pooling", "emotion_head", "dimension_head")
-# model_type -> how its classes in `transformers` begin
-ARCHITECTURES = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM", "data2vec-audio": "Data2VecAudio"}
 
 
 @dataclass(frozen=True)
@@ -386,7 +384,7 @@ class Recognizer:
         folder = Path(folder)
         if exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             try:
-                ours = read_json(check_folder(folder), "config.json").get("model_type") in MODEL_TYPES
+                ours = read_json(check_folder(folder), "config.json").get("model_type") in list(ARCHITECTURES)
             except ModelFolderError:
                 ours = False
             if not ours:
@@ -411,7 +409,7 @@ class Recognizer:
         if self.classifier and heads.pooling == "mean" and theirs:
             architecture = "ForSequenceClassification"
         config: dict[str, Any] = {
-            "architectures": [ARCHITECTURES[self.model.config.model_type] + architecture],
+            "architectures": [self.model.config.architecture.classes + architecture],
             **self.model.config.to_dict(),
             "hidden_act": "gelu",
             "feat_extract_activation": "gelu",

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ser.errors import ConfigError, brief_repr
 from ser.models.config import Wav2Vec2Config
-from ser.models.dropout import Dropout
 from ser.models.heads import HEAD_FORMS, POOLINGS, Pooling, mix_layers, new_head, new_linear, renew
+from ser.models.kernels import Dropout
 from ser.models.wav2vec2 import Wav2Vec2
 
 
