@@ -40,8 +40,6 @@ from ser.models.pretrained import (
     written_names,
 )
 
-# model_type -> how its classes in `transformers` begin
-ARCHITECTURES = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM", "data2vec-audio": "Data2VecAudio"}
 FORMAT = 1  # of the "ser" part of config.json
 
 # problem_type in config.json -> what the head of a ForSequenceClassification answers with
@@ -630,7 +628,7 @@ def class_of(model: MultiTaskModel) -> str:
         task = "ForSequenceClassification"
     else:
         task = "ForCTC" if heads.vocab_size else "Model"
-    return ARCHITECTURES[model.config.model_type] + task
+    return model.config.architecture.classes + task
 
 
 def config_json(model: MultiTaskModel, labels: Labels) -> dict[str, Any]:

@@ -50,7 +50,7 @@ from ser.folder import (
     written_keys,
 )
 from ser.inputs import Decoder, Input, each_of, find_recording, gather, open_windows, pack_decoded, plan_batches
-from ser.models.config import MODEL_TYPES, Wav2Vec2Config
+from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.heads import HEADS
 from ser.models.multitask import HeadsConfig, MultiTaskModel, Outputs
 from ser.models.pretrained import (
@@ -311,7 +311,7 @@ class Recognizer:
         folder = Path(folder)
         if exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             try:
-                ours = read_json(check_folder(folder), "config.json").get("model_type") in MODEL_TYPES
+                ours = read_json(check_folder(folder), "config.json").get("model_type") in list(ARCHITECTURES)
             except ModelFolderError:
                 ours = False
             if not ours:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ser.errors import ConfigError
-from ser.models.dropout import Dropout
+from ser.models.kernels import Dropout
 
 # name -> how many times the hidden size it gives
 POOLINGS = {"mean": 1, "mean+std": 2, "attentive": 2, "sum": 1, "max": 1}

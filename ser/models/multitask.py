@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ser.errors import ConfigError, brief_repr
 from ser.models.config import Wav2Vec2Config
-from ser.models.dropout import Dropout
 from ser.models.heads import HEAD_FORMS, HEADS, POOLINGS, Pooling, initialise, mix_layers, new_linear
+from ser.models.kernels import Dropout
 from ser.models.wav2vec2 import Wav2Vec2
 
 

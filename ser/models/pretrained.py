@@ -28,21 +28,13 @@ from torch.overrides import TorchFunctionMode
 
 from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
 from ser.files import is_lfs_pointer, open_tensors
-from ser.models.config import Wav2Vec2Config
+from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.heads import HEADS
 from ser.models.wav2vec2 import Wav2Vec2
 
 MAX_JSON_BYTES = 4 * 2**20
 MAX_HEADER_BYTES = 4 * 2**20  # of a safetensors file; a model of 1,000 tensors has 0.1 MB
 MAX_PARAMETERS = 2_500_000_000  # 10 GB in float32; the largest public encoder, XLS-R 2B, has 2.2 * 10^9
-
-# What stands before the encoder's keys where a class with heads saved them, by model_type.
-PREFIXES = {
-    "wav2vec2": "wav2vec2.",
-    "hubert": "hubert.",
-    "wavlm": "wavlm.",
-    "data2vec-audio": "data2vec_audio.",
-}
 
 # Weight norm before it was a parametrization -> as it is now, which we write.
 WEIGHT_NORM = {
@@ -329,8 +321,8 @@ def unwrapped(key: str) -> str:
 def canonical_name(key: str) -> str:
     """Our name for a checkpoint's key: without the prefix of the base model, in the spelling that we write."""
     key = unwrapped(key)
-    for prefix in PREFIXES.values():
-        key = key.removeprefix(prefix)
+    for architecture in ARCHITECTURES.values():
+        key = key.removeprefix(architecture.prefix)
     return SPELLINGS.get(key, key)
 
 
@@ -421,7 +413,7 @@ def written_names(names: Iterable[str], config: Wav2Vec2Config, *, classifier: s
 
     ``classifier`` is the part that is the head of its ForSequenceClassification, such as cls_head.
     """
-    keys = {name: name.replace("wav2vec2.", PREFIXES[config.model_type], 1) for name in names}
+    keys = {name: name.replace("wav2vec2.", config.architecture.prefix, 1) for name in names}
     if classifier:
         head = f"{classifier}."
         keys |= {name: name.replace(head, "classifier.", 1) for name in keys if name.startswith(head)}
