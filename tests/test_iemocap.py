@@ -14,7 +14,6 @@ import pytest
 import soundfile
 from iemocap_tree import PLANTED, needs_iemocap, said, wav, write_paper_csvs, write_tree
 
-from ser.data.corpora import Corpus
 from ser.data.datasheet import data_sheet, listen, to_markdown
 from ser.data.iemocap import (
     COUNTS,
@@ -30,6 +29,7 @@ from ser.data.iemocap import (
 )
 from ser.data.manifest import Utterance, read_manifest, write_manifest
 from ser.data.protocols import PROTOCOLS, read_folds
+from ser.data.release import Corpus
 from ser.errors import AudioError, ManifestError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "prepare_iemocap.py"

@@ -21,9 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ser.data.corpora import Corpus, Dropped, listed
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, read_manifest
+from ser.data.release import Corpus, Dropped, indented
 from ser.errors import ManifestError
+
+LICENCE = "IEMOCAP: on request from SAIL, University of Southern California, for research; no redistribution"
+SOURCE = "Busso et al., IEMOCAP: interactive emotional dyadic motion capture database, LREC 42, 2008"
 
 # The release's codes. xxx: the annotators had no majority, so the turn has a transcript but no label.
 EMOTIONS: dict[str, str | None] = {
@@ -69,6 +72,15 @@ COUNTS: dict[str, dict[str, int]] = {
     "speaker": dict(zip(SIDES, (528, 557, 481, 542, 522, 629, 528, 503, 590, 651), strict=True)),
     "side": dict(zip(SIDES, (507, 578, 505, 518, 536, 615, 553, 478, 644, 597), strict=True)),
 }
+
+# Emotion -> labelled turns of the whole release.
+ALL_EMOTIONS = dict(
+    zip(
+        [emotion or "unlabelled" for emotion in EMOTIONS.values()],
+        (1708, 595, 1041, 1103, 1084, 1849, 40, 107, 2, 3, 2507),
+        strict=True,
+    )
+)
 
 _DIALOGUE = r"Ses0[1-5][FM]_(?:impro\d\d[ab]?|script\d\d_\db?)"
 
@@ -367,7 +379,8 @@ def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_f
     if wrong and not partial:
         raise ManifestError(
             f"{root}: not the whole release as it is known, these are the differences ({len(wrong)}):"
-            f"{listed(wrong)}\nWhat was dropped:{listed(f'{n} x {why}' for why, n in corpus.reasons().items())}\n"
+            f"{indented(wrong)}\nWhat was dropped:"
+            f"{indented(f'{n} x {why}' for why, n in corpus.reasons().items())}\n"
             "Copy what is missing, or pass --partial to go on with what is there"
         )
     return replace(corpus, warnings=wrong + warnings)
@@ -416,7 +429,7 @@ def read_paper_csv(
         else:
             utterances.append(replace(u, id=name.id, file=file, speaker=name.speaker, extra=name.columns()))
     if problems:
-        raise ManifestError(f"{path}: these rows cannot be used ({len(problems)}):{listed(problems)}")
+        raise ManifestError(f"{path}: these rows cannot be used ({len(problems)}):{indented(problems)}")
     return utterances
 
 
@@ -464,7 +477,7 @@ def read_paper_folds(
         for line in notes:
             tell(line)
     if problems:
-        raise ManifestError(f"{folder}: not the paper's folds ({len(problems)}):{listed(problems)}")
+        raise ManifestError(f"{folder}: not the paper's folds ({len(problems)}):{indented(problems)}")
     warnings = [] if root is not None else ["without a root, the recordings are where the CSV files say"]
     return Corpus(
         folder if root is None else Path(root).absolute(), [turns[i] for i in sorted(turns)], [], warnings

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ser.data.corpora import divided_manifest
 from ser.data.manifest import Utterance, check_regular, parse_columns, read_manifest
 from ser.data.protocols import (
     KINDS,
@@ -47,7 +48,7 @@ class Selection:
     """A manifest (without a protocol), or a part of a fold of it.
 
     Attributes:
-        data: the manifest, or the folder that preparing IEMOCAP wrote.
+        data: the manifest, or the folder that preparing a corpus wrote.
         sha256: of the manifest; empty: any content will do.
         root: folder that its files are relative to; None: its own.
         columns: our column names -> its.
@@ -96,9 +97,9 @@ class Selection:
 
     @property
     def manifest(self) -> Path:
-        """The file: ``data``, or the four-class manifest in that folder."""
+        """Return the file: ``data``, or the manifest that preparing a corpus wrote into that folder."""
         path = Path(self.data)
-        return path / "iemocap4.csv" if path.is_dir() else path
+        return divided_manifest(path) if path.is_dir() else path
 
     def stamped(self) -> Selection:
         """With the manifest's present sha256."""
@@ -180,7 +181,7 @@ class Selection:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name data and how it is divided; `from_arguments` reads them."""
     add = parser.add_argument_group("a corpus, divided by a protocol").add_argument
-    add("--data", help="manifest to divide, or a folder with iemocap4.csv")
+    add("--data", help="manifest to divide, or the folder that preparing a corpus wrote")
     add("--protocol", help=f"{', '.join(PROTOCOLS)} (or speaker-known:TURNS), column, or kfold:COLUMN:COUNT")
     add("--shares", nargs="*", default=[], metavar="KIND",
         help=f"what the parts of column and kfold share knowingly: {', '.join(KINDS)}")  # fmt: skip

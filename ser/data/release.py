@@ -1,0 +1,51 @@
+"""What a reader of a corpus finds: its utterances, what became none, and what a person should know."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ser.data.manifest import MAX_LISTED, Utterance
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Name something in the folder of a corpus that became no utterance.
+
+    Attributes:
+        what: a turn, a line or a file, as the corpus names it.
+        why: the reason, in the same words for all that share it.
+    """
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Hold what a reader found.
+
+    Attributes:
+        root: the folder of the corpus.
+        utterances: in the order of their ids.
+        dropped: all that is not among them.
+        warnings: what a person should know, and what was done about it.
+    """
+
+    root: Path
+    utterances: list[Utterance]
+    dropped: list[Dropped] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def reasons(self) -> dict[str, int]:
+        """Count what was dropped for each reason, the most frequent first."""
+        return dict(Counter(d.why for d in self.dropped).most_common())
+
+
+def indented(items: Iterable[str]) -> str:
+    """Write the items as indented lines; after the first 50, how many more there are."""
+    items = list(items)
+    more = [f"and {len(items) - MAX_LISTED} more"] if len(items) > MAX_LISTED else []
+    return "".join(f"\n  {item}" for item in [*items[:MAX_LISTED], *more])
