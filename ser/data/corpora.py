@@ -20,9 +20,9 @@ from ser.audio import OTHER_SUFFIXES, SUFFIXES
 from ser.data import iemocap
 from ser.data.manifest import Utterance
 from ser.data.protocols import PROTOCOLS, Protocol, kfold
-from ser.data.release import Corpus, Dropped, indented
+from ser.data.release import Corpus, Dropped
 from ser.data.text import did_you_mean
-from ser.errors import ConfigError, ManifestError
+from ser.errors import ConfigError, ManifestError, indented
 from ser.files import files_below
 
 # ---------------------------------------------------------------------------------------------------- by name

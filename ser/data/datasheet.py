@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from ser.audio import audio_info, load_audio
 from ser.data.manifest import Utterance
-from ser.data.release import Corpus, Dropped, indented
+from ser.data.release import Corpus, Dropped
 from ser.data.text import clean
-from ser.errors import AudioError
+from ser.errors import AudioError, indented
 
 SILENT = 0.001  # peak, full scale being 1: -60 dB. Speech that was recorded at all is louder.
 FULL_SCALE = 0.999

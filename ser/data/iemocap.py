@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, read_manifest
-from ser.data.release import Corpus, Dropped, indented
-from ser.errors import ManifestError
+from ser.data.release import Corpus, Dropped
+from ser.errors import ManifestError, indented
 
 LICENCE = "IEMOCAP: on request from SAIL, University of Southern California, for research; no redistribution"
 SOURCE = "Busso et al., IEMOCAP: interactive emotional dyadic motion capture database, LREC 42, 2008"

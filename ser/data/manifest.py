@@ -7,7 +7,20 @@ or one array of objects). Only `file` is required; `emotion`, `text`, `speaker`,
     file,emotion,text,speaker
     wav/03a01Fa.wav,happiness,Der Lappen liegt auf dem Eisschrank.,03
 
-Cells that stand for nothing (`ser.data.cells.MISSING_LABELS`, `MISSING_TEXTS`) are no label and no text.
+The rules of reading:
+
+- The file is UTF-8, with or without a byte order mark. Any line ends and blank lines are allowed.
+- A CSV quotes fields as usual. A TSV does so where all its fields that begin with a quotation mark end with one on
+  the same line; else the mark is a character.
+- An empty cell (or JSON null, or NaN) means None. Cells that stand for nothing (`ser.data.cells.MISSING_LABELS`,
+  `MISSING_TEXTS`) are no label and no text.
+- Spaces around labels and numbers do not count, and labels are NFC. A speaker that is a whole number written as a
+  float (1.0) is the whole number.
+- The default id is the file as it is written, with ``#start-end`` for an excerpt.
+- Columns without a name are ignored.
+- A file that is not there is found under the same name in another Unicode form (NFC, NFD).
+- The paper's three-column CSV (``file,emotion,text`` with labels e0..e3) reads as it is: where all labels of a
+  manifest are among e0, e1, e2, e3 they become neutral, happy, angry, sad.
 """
 
 from __future__ import annotations
@@ -270,10 +283,26 @@ def _header(path: Path, line: int, found: list[str], renaming: _Renaming) -> lis
     return names
 
 
+def _csv_fault(error: csv.Error) -> str:
+    """Word what the csv module found, with advice for those who write manifests."""
+    if "new-line" in str(error):  # the module's advice is for those who open files
+        return "a carriage return outside quotes ends no line; save the manifest with line feeds"
+    return f"{error}; is a quote left open, or one inside a field not doubled?"
+
+
+def _row_fault(cells: list[str], lines: list[str], names: list[str], delimiter: str, first: int) -> str:
+    """Say why the cells of some lines, from number `first` on, are no row; "" where they are."""
+    if len(cells) != len(names):
+        return f"{len(cells)} fields, but the header has {len(names)}"
+    if len(lines) > 1 and (held := swallowed(lines, names, delimiter)):
+        return f"a quoted cell holds line {first + held}, which looks like a row of its own; is a quote left open?"
+    return ""
+
+
 def _csv_rows(
     path: Path, file: BinaryIO, renaming: _Renaming, problems: _Problems, quoting: Quoting
 ) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """(line, name -> cell) of each row whose number of fields is right."""
+    """Yield (line, name -> cell) of each row whose number of fields is right."""
     lines = _Lines(file, problems)
     delimiter = _delimiter(path)
     reader = csv.reader(
@@ -291,10 +320,7 @@ def _csv_rows(
         except (StopIteration, _Unreadable):
             return
         except csv.Error as error:
-            what = f"{error}; is a quote left open, or one inside a field not doubled?"
-            if "new-line" in str(error):  # the module's advice is for those who open files
-                what = "a carriage return outside quotes ends no line; save the manifest with line feeds"
-            problems.add(f"line {first}", what)
+            problems.add(f"line {first}", _csv_fault(error))
             if "limit" in str(error):
                 problems.add(f"line {reader.line_num}", "the rest of the manifest was not read")
                 return
@@ -308,11 +334,8 @@ def _csv_rows(
             names = _header(path, first, [cell.strip() for cell in cells], renaming)
         elif damaged:
             continue
-        elif len(cells) != len(names):
-            problems.add(f"line {first}", f"{len(cells)} fields, but the header has {len(names)}")
-        elif len(lines.recent) > 1 and (held := swallowed(lines.recent, names, delimiter)):
-            what = f"a quoted cell holds line {first + held}, which looks like a row of its own"
-            problems.add(f"line {first}", f"{what}; is a quote left open?")
+        elif fault := _row_fault(cells, lines.recent, names, delimiter, first):
+            problems.add(f"line {first}", fault)
         else:
             yield first, {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
@@ -403,9 +426,10 @@ def _label(cell: str | None) -> str | None:
     return None if cell is None else nfc(cell.strip())
 
 
-def _number(
+def _cell_number(
     name: str, cell: str | None, found: list[str], missing: Missing | None = None, *, least: float = -math.inf
 ) -> float | None:
+    """Read a cell as a number; what is wrong with it goes to `found`."""
     if cell is None:
         return None
     try:
@@ -420,7 +444,8 @@ def _number(
     return None
 
 
-def _excerpt(start: float | None, end: float | None) -> str:
+def _excerpt_suffix(start: float | None, end: float | None) -> str:
+    """Write the times of an excerpt as the end of an id."""
     if start is None and end is None:
         return ""
     return f"#{'' if start is None else start}-{'' if end is None else end}"
@@ -432,8 +457,8 @@ def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], mis
     name = full.pop("file", "")
     if not name:
         found.append("has no file")
-    start, end = (_number(part, full.pop(part, None), found, least=0) for part in ("start", "end"))
-    dimensions = {name: _number(name, full.pop(name, None), found, missing) for name in DIMENSIONS}
+    start, end = (_cell_number(part, full.pop(part, None), found, least=0) for part in ("start", "end"))
+    dimensions = {name: _cell_number(name, full.pop(name, None), found, missing) for name in DIMENSIONS}
     if end is not None and end <= (start or 0.0):
         found.append(f"end {end} is not after start {start or 0.0}")
     emotion, speaker = (_label(full.pop(kind, None)) for kind in ("emotion", "speaker"))
@@ -441,7 +466,7 @@ def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], mis
     if text is not None and len(text) < 8 and missing("text", text):  # the cells that can be
         text = None
     return Utterance(
-        id=full.pop("id", None) or name + _excerpt(start, end),
+        id=full.pop("id", None) or name + _excerpt_suffix(start, end),
         file=folder / name,
         emotion=emotion,
         text=text,
@@ -461,10 +486,15 @@ def map_for(label_map: Mapping[str, Any], column: str) -> dict[str, str | None]:
     return {old: new for old, new in label_map.items() if not isinstance(new, Mapping)}
 
 
+def _change(name: str, to: str | None) -> str:
+    """Say what a name becomes."""
+    return f"{brief_repr(name)} is {'no label' if to is None else brief_repr(to)}"
+
+
 def _new_names(
     column: str, counts: Counter[str], names: Mapping[str, str | None], missing: Missing, lines: list[str]
 ) -> dict[str, str | None]:
-    """What becomes of the labels of a column that do not stay: first as the map says, then by the rules.
+    """Decide what the labels of a column become that do not stay: first as the map says, then by the rules.
 
     Args:
         column: emotion or speaker.
@@ -475,18 +505,15 @@ def _new_names(
     """
     new = {name: names[name] for name in counts if name in names}
     if new:
-        shown = [
-            f"{brief_repr(n)} is {'no label' if to is None else brief_repr(to)} ({counts[n]})"
-            for n, to in new.items()
-        ]
+        shown = [f"{_change(n, to)} ({counts[n]})" for n, to in new.items()]
         lines.append(f"  --map, {column}: {shorten(', '.join(shown), 200)}")
     new |= {n: None for n in counts if n not in new and missing(column, n, count=counts[n])}
     floats = {}
     if column == "speaker" and not missing.literal:
         floats = {n: whole(n) for n in counts if n not in new and whole(n) != n}
-        new |= {n: names.get(to, to) for n, to in floats.items()}
     if floats:
-        shown = [f"{brief_repr(n)} is {brief_repr(to)}" for n, to in floats.items()]
+        new |= {n: names.get(to, to) for n, to in floats.items()}
+        shown = [_change(n, to) for n, to in floats.items()]
         lines.append(
             f"  speakers that are whole numbers written as floats are those: {shorten(', '.join(shown), 200)}"
         )
@@ -561,6 +588,30 @@ class _Checks:
                 yield f"the file {brief_repr(name)} {why}"
 
 
+def _checked_utterances(
+    rows: Iterable[tuple[int, dict[str, str | None]]],
+    folder: Path,
+    missing: Missing,
+    checks: _Checks,
+    problems: _Problems,
+) -> list[Utterance]:
+    """Make an utterance of each row, whose file is under its name on the disk; report what is wrong with it."""
+    files = Files()
+    utterances: list[Utterance] = []
+    for line, cells in rows:
+        found: list[str] = []
+        utterance = _utterance(cells, folder, found, missing)
+        if not found:
+            name = cells["file"]
+            if name is not None and not name.isascii():
+                utterance = replace(utterance, file=files.find(utterance.file))
+            found += checks.of(utterance, line)
+        for what in found:
+            problems.add(f"{checks.unit} {line}", what)
+        utterances.append(utterance)
+    return utterances
+
+
 def read_manifest(
     path: str | os.PathLike[str],
     *,
@@ -571,17 +622,7 @@ def read_manifest(
     label_map: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> list[Utterance]:
-    """The utterances of a manifest, in its order.
-
-    UTF-8, with or without a byte order mark, any line ends, blank lines allowed. A CSV quotes fields as usual; a
-    TSV does so where all its fields that begin with a quotation mark end with one on the same line, else the mark
-    is a character. An empty cell (or JSON null, or NaN) means None; spaces around labels and numbers do not count,
-    and labels are NFC. A speaker that is a whole number written as a float (1.0) is the whole number. The default
-    id is the file as it is written, with ``#start-end`` for an excerpt. Columns without a name are ignored. A file
-    that is not there is found under the same name in another Unicode form (NFC, NFD).
-
-    The paper's three-column CSV (``file,emotion,text`` with labels e0..e3) reads as it is: where all labels of a
-    manifest are among e0, e1, e2, e3 they become neutral, happy, angry, sad.
+    """Read the utterances of a manifest, in its order. The module's docstring has the rules.
 
     Args:
         path: .tsv is tab-separated, .jsonl and .json hold one object per line, or one array of objects, all else
@@ -609,9 +650,7 @@ def read_manifest(
     folder = Path(path.parent if root is None else root).absolute()
     renaming = _Renaming(path, columns or {})
     problems = _Problems()
-    utterances: list[Utterance] = []
     missing = Missing(literal=literal_labels)
-    files = Files()
     quoting = Quoting()
     try:
         check_regular(path, "a CSV or JSON lines manifest")
@@ -621,24 +660,12 @@ def read_manifest(
             if _delimiter(path) == "\t":
                 quoting = find_quoting(file)
                 renaming.remark = quoting.remark()
-            unit = "item" if _is_json(path) and _is_array(file) else "line"
+            if _is_json(path):
+                unit, rows = "item" if _is_array(file) else "line", _json_rows(file, renaming, problems)
+            else:
+                unit, rows = "line", _csv_rows(path, file, renaming, problems, quoting)
             checks = _Checks(check_files=check_files, unit=unit)
-            rows = (
-                _json_rows(file, renaming, problems)
-                if _is_json(path)
-                else _csv_rows(path, file, renaming, problems, quoting)
-            )
-            for line, cells in rows:
-                found: list[str] = []
-                utterance = _utterance(cells, folder, found, missing)
-                if not found:
-                    name = cells["file"]
-                    if name is not None and not name.isascii():
-                        utterance = replace(utterance, file=files.find(utterance.file))
-                    found += checks.of(utterance, line)
-                for what in found:
-                    problems.add(f"{unit} {line}", what)
-                utterances.append(utterance)
+            utterances = _checked_utterances(rows, folder, missing, checks, problems)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         cause = error.strerror if isinstance(error, OSError) else error
         raise ManifestError(f"{path}: cannot read the manifest: {cause}") from error
@@ -705,6 +732,75 @@ def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Describe how rows become the lines of a manifest, and what cannot stand in one.
+
+    Attributes:
+        names: of the columns, in their order.
+        delimiter: between the fields of a CSV or TSV.
+        as_json: one object per line in place of fields.
+    """
+
+    names: list[str]
+    delimiter: str
+    as_json: bool
+
+    def header(self) -> str:
+        """Write the line of the columns' names, which a file of objects has not."""
+        return "" if self.as_json else csv_line(self.names, delimiter=self.delimiter)
+
+    def line(self, cells: Mapping[str, str | float]) -> str:
+        """Write a row."""
+        if self.as_json:
+            return json.dumps(cells, ensure_ascii=False) + "\n"
+        return csv_line(map(cells.get, self.names), delimiter=self.delimiter)
+
+    def breaks(self, cell: str) -> bool:
+        """Tell whether a cell of a TSV holds a line end."""
+        return self.delimiter == "\t" and "\n" in cell
+
+    def can_name_a_column(self, name: str) -> bool:
+        """Tell whether a column beside ours can have this name."""
+        return (
+            bool(name)
+            and name not in COLUMNS
+            and name == name.strip()
+            and _is_text(name)
+            and not self.breaks(name)
+        )
+
+    def faults(self, texts: Mapping[str, str], line: str) -> Iterator[str]:
+        """Say why a row, as a mapping and as it would be written, cannot stand in the manifest."""
+        if any(map(self.breaks, texts.values())):
+            yield "holds a line end, which cannot stand in a .tsv; write a .csv or .jsonl"
+        elif not self.as_json and "\n" in line[:-1] and swallowed(line.split("\n"), self.names, self.delimiter):
+            yield "holds a line that looks like a row of the manifest; write a .jsonl"
+        if not all(map(_is_text, texts.values())):
+            yield "holds a NUL or half a surrogate pair"
+        elif max(map(len, texts.values())) > MAX_CELL or len(line.encode()) > MAX_LINE_BYTES:
+            yield "is too long for a manifest"
+
+
+def _written_lines(
+    utterances: Iterable[Utterance], folder: Path, layout: _Layout, literal: Missing, problems: _Problems
+) -> Iterator[str]:
+    """Yield the line of each utterance that would be read as it is; report what is wrong with the others."""
+    checks = _Checks(check_files=False, unit="utterance")
+    for number, utterance in enumerate(utterances, 1):
+        cells = _cells(utterance, folder)
+        texts = {name: str(value) for name, value in cells.items()}
+        line = layout.line(cells)
+        found: list[str] = []
+        # As the reader will see it.
+        found += _read_otherwise(_utterance({**texts}, folder, found, Missing(literal=True)), literal)
+        found += [*checks.of(utterance, number), *layout.faults(texts, line)]
+        for what in found:
+            problems.add(f"utterance {number} {brief_repr(utterance.id)}", what)
+        if not found:
+            yield line
+
+
 def write_manifest(
     path: str | os.PathLike[str],
     utterances: Iterable[Utterance],
@@ -736,44 +832,16 @@ def write_manifest(
         raise ManifestError(f"{path}: there are no utterances to write")
     used = {"file", "id", *(name for name in COLUMNS for u in utterances if getattr(u, name) is not None)}
     others = dict.fromkeys(name for u in utterances for name in u.extra)
-    names = [*(name for name in COLUMNS if name in used), *others]
-    delimiter = _delimiter(path)
-    to_line = functools.partial(csv_line, delimiter=delimiter)
-    as_json = _is_json(path)
+    layout = _Layout([*(name for name in COLUMNS if name in used), *others], _delimiter(path), _is_json(path))
     literal = Missing(literal=literal_labels)
     problems = _Problems()
-
-    def breaks(cell: str) -> bool:
-        return delimiter == "\t" and "\n" in cell and not as_json
-
     for name in others:
-        if name in COLUMNS or not name or name != name.strip() or not _is_text(name) or breaks(name):
+        if not layout.can_name_a_column(name):
             problems.add(f"extra column {brief_repr(name)}", "is not a name of its own")
-    checks = _Checks(check_files=False, unit="utterance")
     try:
         with replace_file(path) as file:
-            if not as_json:
-                file.write(to_line(names))
-            for number, utterance in enumerate(utterances, 1):
-                cells = _cells(utterance, folder)
-                line = json.dumps(cells, ensure_ascii=False) + "\n" if as_json else to_line(map(cells.get, names))
-                texts = {name: str(value) for name, value in cells.items()}
-                found: list[str] = []
-                # As the reader will see it.
-                found += _read_otherwise(_utterance({**texts}, folder, found, Missing(literal=True)), literal)
-                found += checks.of(utterance, number)
-                if any(map(breaks, texts.values())):
-                    found.append("holds a line end, which cannot stand in a .tsv; write a .csv or .jsonl")
-                elif not as_json and "\n" in line[:-1] and swallowed(line.split("\n"), names, delimiter):
-                    found.append("holds a line that looks like a row of the manifest; write a .jsonl")
-                if not all(map(_is_text, texts.values())):
-                    found.append("holds a NUL or half a surrogate pair")
-                elif max(map(len, texts.values())) > MAX_CELL or len(line.encode()) > MAX_LINE_BYTES:
-                    found.append("is too long for a manifest")
-                for what in found:
-                    problems.add(f"utterance {number} {brief_repr(utterance.id)}", what)
-                if not found:
-                    file.write(line)
+            file.write(layout.header())
+            file.writelines(_written_lines(utterances, folder, layout, literal, problems))
             problems.raise_if_any(f"{path}: nothing was written, these are the problems")
     except OSError as error:
         raise ManifestError(f"{path}: cannot write the manifest: {error.strerror or error}") from error
@@ -854,11 +922,10 @@ def check_overlap(
     found = {"speakers": overlap.speakers, "utterances": overlap.utterances}
     for kind, shared in found.items():
         if shared and OVERLAPS.index(allow) < OVERLAPS.index(kind):
-            shown = ", ".join(map(brief_repr, shared[:MAX_LISTED]))
-            more = f" and {len(shared) - MAX_LISTED} more" if len(shared) > MAX_LISTED else ""
+            shown = summary(map(brief_repr, shared), MAX_LISTED)
             need = "utterances" if overlap.utterances else "speakers"
             raise ManifestError(
-                f"{name}: {len(shared)} {kind} stand in training too: {shown}{more}. Figures would be too good. "
+                f"{name}: {len(shared)} {kind} stand in training too: {shown}. Figures would be too good. "
                 f"Split the manifests by speaker, or allow it with --allow-overlap {need}"
             )
     return overlap

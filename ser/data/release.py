@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ser.data.manifest import MAX_LISTED, Utterance
+from ser.data.manifest import Utterance
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,3 @@ class Corpus:
     def reasons(self) -> dict[str, int]:
         """Count what was dropped for each reason, the most frequent first."""
         return dict(Counter(d.why for d in self.dropped).most_common())
-
-
-def indented(items: Iterable[str]) -> str:
-    """Write the items as indented lines; after the first 50, how many more there are."""
-    items = list(items)
-    more = [f"and {len(items) - MAX_LISTED} more"] if len(items) > MAX_LISTED else []
-    return "".join(f"\n  {item}" for item in [*items[:MAX_LISTED], *more])
