@@ -17,7 +17,7 @@ from pathlib import Path
 
 import ser
 from ser.data.corpora import CORPORA, manifests_of, read_corpus
-from ser.data.datasheet import data_sheet, listen, to_markdown
+from ser.data.datasheet import data_sheet, listen, sheet_to_markdown
 from ser.data.manifest import Utterance, write_manifest
 from ser.data.protocols import Protocol, to_table, write_folds
 from ser.data.spellings import label_lines
@@ -71,7 +71,7 @@ def main() -> None:
         print(f"{where}: {len(utterances)} utterances, {sheets[name]['hours']} hours")
     warnings = corpus.warnings + write_protocols(arguments.out, protocols, divided, arguments.seed)
     with replace_file(arguments.out / "data_sheet.md") as file:
-        file.write("\n".join(to_markdown(sheet, name) for name, sheet in sheets.items()))
+        file.write("\n".join(sheet_to_markdown(sheet, name) for name, sheet in sheets.items()))
     dropped = {why: [d.what for d in corpus.dropped if d.why == why] for why in corpus.reasons()}
     report = {
         "root": str(corpus.root),

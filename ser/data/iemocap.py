@@ -153,7 +153,8 @@ class Label:
 _TURN = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\s+(\S+)\s+(\S+)\s+\[([^\]]*)\]\s*")
 
 
-def _number(text: str) -> float | None:
+def _finite_number(text: str) -> float | None:
+    """Read a number; None where there is none."""
     try:
         number = float(text)
     except ValueError:
@@ -161,7 +162,8 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _label(line: str, dialogue: str, where: str, problems: list[str], warnings: list[str]) -> Label | None:
+def _parse_label(line: str, dialogue: str, where: str, problems: list[str], warnings: list[str]) -> Label | None:
+    """Read the first line of a turn; None where it cannot be read, for which a line goes to `problems`."""
     match = _TURN.fullmatch(line)
     if not match:
         problems.append(f"{where}: found {line[:100]!r}, expected [start - end] turn label [V, A, D]")
@@ -173,8 +175,8 @@ def _label(line: str, dialogue: str, where: str, problems: list[str], warnings: 
     if code not in EMOTIONS:
         problems.append(f"{where}: unknown label {code!r}, expected {', '.join(EMOTIONS)}")
         return None
-    start, end = (_number(match[i]) for i in (1, 2))
-    values = [_number(value) for value in match[5].split(",")]
+    start, end = (_finite_number(match[i]) for i in (1, 2))
+    values = [_finite_number(value) for value in match[5].split(",")]
     if start is None or end is None or len(values) != 3:
         problems.append(f"{where}: found {line[:100]!r}, expected two times and three values")
         return None
@@ -184,8 +186,8 @@ def _label(line: str, dialogue: str, where: str, problems: list[str], warnings: 
     return Label(name, start, end, code, valence, arousal, dominance, votes={})
 
 
-def _shares(ballots: Iterable[list[str]]) -> dict[str, float]:
-    """code -> share, the largest first. An annotator without a known label has no vote."""
+def _vote_shares(ballots: Iterable[list[str]]) -> dict[str, float]:
+    """Count votes: code -> share, the largest first. An annotator without a known label has no vote."""
     shares: dict[str, float] = defaultdict(float)
     ballots = [ballot for ballot in ballots if ballot]
     for ballot in ballots:
@@ -215,7 +217,7 @@ def parse_labels(text: str, dialogue: str, problems: list[str], warnings: list[s
         where = f"{dialogue}.txt line {number}"
         if line.startswith("["):
             ballots = []
-            label = _label(line, dialogue, where, problems, warnings)
+            label = _parse_label(line, dialogue, where, problems, warnings)
             if label is not None:
                 labels.append(label)
         elif line.startswith("C-E") and label is not None:
@@ -223,7 +225,7 @@ def parse_labels(text: str, dialogue: str, problems: list[str], warnings: list[s
             names = [name.strip().lower() for name in spelt if name.strip()]
             warnings += [f"{where}: unknown vote {name!r}, left out" for name in names if name not in VOTES]
             ballots.append([VOTES[name] for name in names if name in VOTES])
-            labels[-1] = replace(label, votes=_shares(ballots))
+            labels[-1] = replace(label, votes=_vote_shares(ballots))
     return labels
 
 
@@ -282,7 +284,8 @@ def _files(root: Path, kind: str, dropped: list[Dropped]) -> Iterator[Path]:
                 )
 
 
-def _utterance(label: Label, text: str, root: Path) -> Utterance:
+def _utterance_of(label: Label, text: str, root: Path) -> Utterance:
+    """Make the utterance of a turn."""
     votes = {"votes": json.dumps(label.votes)} if label.votes else {}
     times = {"time_start": str(label.start), "time_end": str(label.end)}
     return Utterance(
@@ -373,7 +376,7 @@ def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_f
         elif check_files and not labels[id_].name.file(root).is_file():
             dropped.append(Dropped(id_, "no recording"))
         else:
-            utterances.append(_utterance(labels[id_], transcripts[id_], root))
+            utterances.append(_utterance_of(labels[id_], transcripts[id_], root))
     corpus = Corpus(root, utterances, dropped, warnings)
     wrong = count_differences(utterances) + problems
     if wrong and not partial:
@@ -433,6 +436,20 @@ def read_paper_csv(
     return utterances
 
 
+def _fold_differences(
+    tests: Mapping[str, list[Utterance]], trains: Mapping[str, list[Utterance]], turns: Iterable[Utterance]
+) -> Iterator[str]:
+    """Say where files of the paper are not its folds: a test file holds one side, its training file the others."""
+    for side, rows in tests.items():
+        if strange := sorted({u.extra["side"] for u in rows} - {side}):
+            yield f"iemocap_{side}.test.csv holds turns of {', '.join(strange)}"
+        name = f"iemocap_{side}.train.csv"
+        train = {(u.id, u.emotion) for u in trains[side]}
+        rest = {(u.id, u.emotion) for u in turns if u.extra["side"] != side}
+        yield from (f"{name} has no {id_} ({emotion})" for id_, emotion in sorted(rest - train))
+        yield from (f"{name} has {id_} ({emotion}), but no test file" for id_, emotion in sorted(train - rest))
+
+
 def read_paper_folds(
     folder: str | os.PathLike[str],
     *,
@@ -440,7 +457,7 @@ def read_paper_folds(
     check_files: bool = True,
     tell: Callable[[str], None] | None = None,
 ) -> Corpus:
-    """The paper's twenty files -> the turns in them, once each.
+    """Read the paper's twenty files, and take the turns in them, once each.
 
     The files say nothing more than the names of the turns: a fold's test file holds one side, its training file
     the others. That is checked, so `protocols.paper10` on the result gives the same ten folds.
@@ -463,20 +480,12 @@ def read_paper_folds(
         return read_paper_csv(folder / name, root=root, check_files=check_files, tell=note)
 
     tests = {side: read(f"iemocap_{side}.test.csv", check_files=check_files) for side in SIDES}
-    turns = {u.id: u for rows in tests.values() for u in rows}
-    problems = []
-    for side, rows in tests.items():
-        if strange := sorted({u.extra["side"] for u in rows} - {side}):
-            problems.append(f"iemocap_{side}.test.csv holds turns of {', '.join(strange)}")
-        name = f"iemocap_{side}.train.csv"
-        train = {(u.id, u.emotion) for u in read(name, check_files=False)}
-        rest = {(u.id, u.emotion) for u in turns.values() if u.extra["side"] != side}
-        problems += [f"{name} has no {id_} ({emotion})" for id_, emotion in sorted(rest - train)]
-        problems += [f"{name} has {id_} ({emotion}), but no test file" for id_, emotion in sorted(train - rest)]
+    trains = {side: read(f"iemocap_{side}.train.csv", check_files=False) for side in SIDES}
     if tell is not None:
         for line in notes:
             tell(line)
-    if problems:
+    turns = {u.id: u for rows in tests.values() for u in rows}
+    if problems := list(_fold_differences(tests, trains, turns.values())):
         raise ManifestError(f"{folder}: not the paper's folds ({len(problems)}):{indented(problems)}")
     warnings = [] if root is not None else ["without a root, the recordings are where the CSV files say"]
     return Corpus(

@@ -71,6 +71,38 @@ def _cause(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
+def _tokens_by_id(ids: Mapping[str, int]) -> dict[int, str]:
+    """Check a mapping token -> id of another program, and turn it round. Raises TextError."""
+    if len(ids) > MAX_SYMBOLS:
+        raise TextError(f"{len(ids)} tokens, at most {MAX_SYMBOLS} are possible")
+    tokens: dict[int, str] = {}
+    for token, id_ in ids.items():
+        if not isinstance(token, str) or not token:
+            raise TextError(f"token {brief_repr(token, 80)} is not a non-empty string")
+        if not token.isprintable() and any(unicodedata.category(c) == "Cs" for c in token):
+            raise TextError(f"token {brief_repr(token, 80)} is not valid Unicode")
+        if isinstance(id_, bool) or not isinstance(id_, int):
+            raise TextError(f"the id of {brief_repr(token, 80)} is {brief_repr(id_, 80)}, expected an integer")
+        if not 0 <= id_ < len(ids):
+            raise TextError(
+                f"the id of {brief_repr(token, 80)} is {brief_repr(id_, 80)}, but {len(ids)} tokens have "
+                f"ids 0..{len(ids) - 1}"
+            )
+        if id_ in tokens:
+            raise TextError(f"{brief_repr(tokens[id_], 80)} and {brief_repr(token, 80)} have the same id {id_}")
+        tokens[id_] = token
+    return tokens
+
+
+def _common_case(characters: Iterable[str]) -> str:
+    """Return "upper" or "lower" where all letters are; "" where there are both, or letters have no case."""
+    letters = [c for c in characters if len(c) == 1]
+    # A sharp s, which is a letter of capitals too in many a list, tells nothing.
+    lower = any(c == c.lower() != c.upper() and len(c.upper()) == 1 for c in letters)
+    upper = any(c == c.upper() != c.lower() for c in letters)
+    return "" if lower == upper else "lower" if lower else "upper"
+
+
 @dataclass(frozen=True, init=False)
 class Vocabulary:
     """The symbols of the CTC head. Immutable, comparable, picklable.
@@ -114,24 +146,7 @@ class Vocabulary:
             TextError: the ids are not 0..n-1 without gaps or duplicates, there is no ``<pad>``, more than
                 65,536 tokens, or a token or id of another type.
         """
-        if len(ids) > MAX_SYMBOLS:
-            raise TextError(f"{len(ids)} tokens, at most {MAX_SYMBOLS} are possible")
-        by_id: dict[int, str] = {}
-        for token, id_ in ids.items():
-            if not isinstance(token, str) or not token:
-                raise TextError(f"token {brief_repr(token, 80)} is not a non-empty string")
-            if not token.isprintable() and any(unicodedata.category(c) == "Cs" for c in token):
-                raise TextError(f"token {brief_repr(token, 80)} is not valid Unicode")
-            if isinstance(id_, bool) or not isinstance(id_, int):
-                raise TextError(f"the id of {brief_repr(token, 80)} is {brief_repr(id_, 80)}, expected an integer")
-            if not 0 <= id_ < len(ids):
-                raise TextError(
-                    f"the id of {brief_repr(token, 80)} is {brief_repr(id_, 80)}, but {len(ids)} tokens have "
-                    f"ids 0..{len(ids) - 1}"
-                )
-            if id_ in by_id:
-                raise TextError(f"{brief_repr(by_id[id_], 80)} and {brief_repr(token, 80)} have the same id {id_}")
-            by_id[id_] = token
+        by_id = _tokens_by_id(ids)
         blanks = [b for b in (blank, *BLANKS) if b is not None and b in ids]
         if not blanks:
             raise TextError("there is no '<pad>', which is the CTC blank")
@@ -153,13 +168,7 @@ class Vocabulary:
         # token of its own.
         text = {token: id_ for token, id_ in ids.items() if token not in self.specials}
         keep("_ids", {**{nfc(token): id_ for token, id_ in text.items()}, **text})
-        letters = [c for c in self._ids if len(c) == 1]
-        # A sharp s, which is a letter of capitals too in many a list, tells nothing.
-        cases = {
-            "lower": any(c == c.lower() != c.upper() and len(c.upper()) == 1 for c in letters),
-            "upper": any(c == c.upper() != c.lower() for c in letters),
-        }
-        keep("case", "" if all(cases.values()) else next((case for case, has in cases.items() if has), ""))
+        keep("case", _common_case(self._ids))
 
     def __len__(self) -> int:
         """The number of symbols V, blank included."""
