@@ -168,7 +168,7 @@ def _places(sets: Mapping[str, Iterable[Utterance]], column: str, right: Collect
 
 
 def _spelt_alike(names: Iterable[str], right: Collection[str], meant: Collection[str]) -> list[list[str]]:
-    """Group the names that differ in spelling alone; leave those ``meant`` as they are, and groups all ``right``."""
+    """Group the names that differ in spelling alone, without those ``meant`` so; groups all ``right`` may stay."""
     groups: dict[str, list[str]] = {}
     for name in names:
         if name not in meant:
