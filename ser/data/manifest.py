@@ -1,8 +1,8 @@
-"""The list of utterances: read and checked before any training, so that every bad row is known at once.
+"""Read and check the list of utterances before any training, so that every bad row is known at once.
 
 A manifest is CSV with a header (tab-separated where it ends in .tsv) or JSON (.jsonl, .json: an object per line,
-or one array of objects). Only `file` is required; `emotion`, `text`, `speaker`, `id`, `start` and `end` (seconds),
-`arousal`, `dominance` and `valence` (numbers on any scale) are ours, other columns are kept:
+or one array of objects). Only `file` is required. `emotion`, `text`, `speaker`, `id`, `start` and `end` (seconds),
+`arousal`, `dominance` and `valence` (numbers on any scale) are our columns, and other columns are kept:
 
     file,emotion,text,speaker
     wav/03a01Fa.wav,happiness,Der Lappen liegt auf dem Eisschrank.,03
@@ -60,10 +60,10 @@ DIMENSIONS = ("arousal", "dominance", "valence")
 NUMBERS = ("start", "end", *DIMENSIONS)
 COLUMNS = ("file", "emotion", "text", "speaker", "id", *NUMBERS)
 
-# The labels of Cai et al.'s manifests. Names are stored, never bare numbers.
+# Cai et al.'s manifests have these labels. Names are stored, never bare numbers.
 PAPER_EMOTIONS = {"e0": "neutral", "e1": "happy", "e2": "angry", "e3": "sad"}
 
-# A Mac takes both forms of a name for the same file.
+# A Mac takes both Unicode forms of a name for the same file.
 ONE_FILE_IN_ANY_FORM = sys.platform == "darwin"
 
 # A manifest may have millions of rows, so only its lines are bounded. The csv module bounds fields itself.
@@ -74,7 +74,7 @@ MAX_COLUMNS = 1000
 
 MAX_LISTED = 50
 
-# Each permits what stands before it too.
+# Each word permits what the words before it permit too.
 OVERLAPS = ("none", "speakers", "utterances")
 
 
@@ -109,11 +109,11 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two sets of utterances share.
+    """Hold what two sets of utterances share.
 
     Attributes:
         speakers: names in both, sorted. Utterances without a speaker tell nothing.
-        utterances: ids, in the second set, of recordings (file, start, end) that are in the first one too.
+        utterances: ids, in the second set, of recordings (file, start, end) that are in the first set too.
     """
 
     speakers: list[str]
@@ -121,18 +121,21 @@ class Overlap:
 
 
 class _Problems:
-    """The bad rows: all are counted, the first `MAX_LISTED` are kept."""
+    """Collect what is wrong with rows: all faults are counted, and the first `MAX_LISTED` are kept."""
 
     def __init__(self) -> None:
+        """Begin without a fault."""
         self.listed: list[str] = []
         self.count = 0
 
     def add(self, where: str, what: str) -> None:
+        """Count a fault."""
         self.count += 1
         if len(self.listed) < MAX_LISTED:
             self.listed.append(f"{where}: {what}")
 
     def raise_if_any(self, headline: str) -> None:
+        """Raise ManifestError with all faults, if there is one."""
         if self.count:
             more = self.count - len(self.listed)
             rest = [f"and {more} more"] if more else []
@@ -143,11 +146,11 @@ class _Problems:
 
 
 def check_regular(path: Path, expected: str) -> None:
-    """Refuse what is no regular file before anything is read of it: a pipe waits for ever, a device has no end.
+    """Refuse what is no regular file before anything is read: a pipe waits for ever, a device has no end.
 
     Raises:
-        ManifestError: ``path`` is a folder, a pipe, a device or a socket; the message says that ``expected`` was.
-        OSError: it is not there.
+        ManifestError: ``path`` is a folder, a pipe, a device or a socket; the message says what was ``expected``.
+        OSError: there is nothing called ``path``.
     """
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
@@ -159,44 +162,49 @@ def check_regular(path: Path, expected: str) -> None:
 
 
 def _is_json(path: Path) -> bool:
+    """Tell whether a manifest is JSON, by its name."""
     return path.suffix.lower() in (".jsonl", ".json")
 
 
 def _delimiter(path: Path) -> str:
+    """Return what separates the fields of a manifest that is no JSON, by its name."""
     return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
 def _unknown_column(name: str) -> str:
+    """Say that a name is none of our columns, and which is the nearest."""
     return f"no column of ours is called {name!r}{did_you_mean(name, COLUMNS)}; ours are {', '.join(COLUMNS)}"
 
 
 def _quoted(word: str) -> str:
-    """A word as a shell takes it, where a terminal can show it."""
+    """Write a word as a shell takes it, where a terminal can show it."""
     return shlex.quote(word) if word.isprintable() else brief_repr(word)
 
 
 class _Renaming:
-    """From a manifest's column names to ours, as `columns` says."""
+    """Map the column names of a manifest to ours, as `columns` says."""
 
     def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
+        """Check `columns`. Raises ManifestError for a name that is not ours, or one column with two names."""
         self.path = path
         self.columns = columns
         for ours in columns:
             if ours not in COLUMNS:
                 raise ManifestError(f"{path}: {_unknown_column(ours)}")
         self.found: list[str] = []  # the manifest's names, as soon as they are known
-        self.remark = ""  # for errors about them
+        self.remark = ""  # is added to errors about these names
         self.ours = {theirs: ours for ours, theirs in columns.items()}
         if len(self.ours) < len(columns):
             raise ManifestError(f"{path}: one column cannot be two of ours: {dict(columns)}")
 
     def __call__(self, theirs: str) -> str:
+        """Return our name of a column."""
         if theirs in self.ours:
             return self.ours[theirs]
         return f"{theirs}_original" if theirs in self.columns else theirs
 
     def check(self, found: Sequence[str]) -> None:
-        """That `found`, the manifest's names, has every column that is asked for."""
+        """Check that `found`, the manifest's names, has every column that is asked for."""
         self.found = list(found)
         wanted = {"file": "file", **self.columns}
         missing = [
@@ -214,7 +222,7 @@ class _Renaming:
             )
 
     def lines(self) -> list[str]:
-        """Which columns were read as what, and those that were not, with what they may be meant for."""
+        """Say which columns were read as what, and which were not, with what those may be meant for."""
         read = {self(name): name for name in self.found if self(name) in COLUMNS}
         others = [name for name in self.found if name and self(name) not in COLUMNS]
         shown = [
@@ -236,13 +244,14 @@ class _Renaming:
 
 
 class _Unreadable(Exception):
-    """A line behind which reading cannot go on."""
+    """Stop reading behind a line."""
 
 
 class _Lines:
-    """The decoded lines of a file, ends included. Lines that are damaged are reported, and their numbers kept."""
+    """Decode the lines of a file, ends included. Damaged lines are reported, and their numbers are kept."""
 
     def __init__(self, file: BinaryIO, problems: _Problems) -> None:
+        """Begin before the first line."""
         self.file = file
         self.problems = problems
         self.number = 0
@@ -250,6 +259,7 @@ class _Lines:
         self.recent: list[str] = []  # as many as the reader wants to keep
 
     def __iter__(self) -> Iterator[str]:
+        """Yield line by line. Raises _Unreadable behind a line that is too long."""
         while line := self.file.readline(MAX_LINE_BYTES + 1):
             self.number += 1
             if len(line) > MAX_LINE_BYTES:
@@ -272,7 +282,7 @@ class _Lines:
 
 
 def _header(path: Path, line: int, found: list[str], renaming: _Renaming) -> list[str]:
-    """Our names, and the manifest's own for the other columns; empty for a column without a name."""
+    """Name the columns: ours, and the others as the manifest does; "" for a column without a name."""
     if len(found) > MAX_COLUMNS:
         raise ManifestError(f"{path}: line {line}: {len(found)} columns, at most {MAX_COLUMNS} are possible")
     renaming.check(found)
@@ -377,7 +387,7 @@ def _array_items(file: BinaryIO, problems: _Problems) -> Iterator[tuple[int, Any
 
 
 def _cell(name: str, value: Any, renaming: _Renaming) -> str | None:
-    """A JSON value as the string that a CSV would hold: 1 is "1", 1.0 "1.0", true "true"."""
+    """Write a JSON value as the string that a CSV would hold: 1 is "1", 1.0 "1.0", true "true"."""
     if value is None or isinstance(value, str):
         return value
     unfit = isinstance(value, dict | list) or (isinstance(value, float) and not math.isfinite(value))
@@ -388,6 +398,7 @@ def _cell(name: str, value: Any, renaming: _Renaming) -> str | None:
 
 
 def _is_text(value: str | None) -> bool:
+    """Tell whether a value can stand in a manifest: no NUL, no half of a surrogate pair."""
     return value is None or NO_TEXT.search(value) is None
 
 
@@ -422,7 +433,7 @@ def _json_rows(
 
 @functools.lru_cache
 def _label(cell: str | None) -> str | None:
-    """A name as it is compared. Cached, since a million rows share few names: one string serves them all."""
+    """Write a name as it is compared. With the cache one string serves all rows that share the name."""
     return None if cell is None else nfc(cell.strip())
 
 
@@ -452,7 +463,7 @@ def _excerpt_suffix(start: float | None, end: float | None) -> str:
 
 
 def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], missing: Missing) -> Utterance:
-    """The row as an utterance; what is wrong with it goes to `found`."""
+    """Make an utterance of a row; what is wrong with the row goes to `found`."""
     full: dict[str, Any] = {name: cell for name, cell in cells.items() if cell and not cell.isspace()}
     name = full.pop("file", "")
     if not name:
@@ -479,7 +490,7 @@ def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], mis
 
 
 def map_for(label_map: Mapping[str, Any], column: str) -> dict[str, str | None]:
-    """The part of a label map that is about emotions, or about speakers: name as written -> its name, or None."""
+    """Return the part of a label map about emotions or speakers: name as written -> its name, or None."""
     if column == "speaker":
         speakers = label_map.get("speaker")
         return dict(speakers) if isinstance(speakers, Mapping) else {}
@@ -527,7 +538,7 @@ def _new_names(
 def _with_names(
     utterances: list[Utterance], label_map: Mapping[str, Any], missing: Missing, lines: list[str]
 ) -> list[Utterance]:
-    """The utterances with their labels as `label_map` and the rules of `read_manifest` name them.
+    """Name the labels of the utterances as `label_map` and the rules of reading say.
 
     Each name is looked at once, however many rows have it. What a user should know goes to `lines`.
     """
@@ -546,7 +557,7 @@ def _with_names(
 
 
 def _audio(utterance: Utterance) -> tuple[str, float, float | None]:
-    """What tells one recording from another."""
+    """Return what tells one recording from another."""
     name = os.path.normpath(utterance.file.absolute())
     if ONE_FILE_IN_ANY_FORM and not name.isascii():
         name = nfc(name)
@@ -554,6 +565,7 @@ def _audio(utterance: Utterance) -> tuple[str, float, float | None]:
 
 
 def _why_unusable(file: Path) -> str:
+    """Say why a path is no regular file; "" where it is one."""
     try:
         return "" if stat.S_ISREG(file.stat().st_mode) else "is not a regular file"
     except FileNotFoundError:
@@ -563,9 +575,10 @@ def _why_unusable(file: Path) -> str:
 
 
 class _Checks:
-    """What can only be known by looking at other rows or at the disk."""
+    """Check what can only be known from other rows or from the disk."""
 
     def __init__(self, *, check_files: bool, unit: str) -> None:
+        """Begin without a row; ``unit`` is what the rows are called, such as "line"."""
         self.check_files = check_files
         self.unit = unit
         self.ids: dict[str, int] = {}
@@ -573,7 +586,7 @@ class _Checks:
         self.unusable: dict[str, str] = {}  # file -> why, or "": a file with many excerpts is looked up once
 
     def of(self, utterance: Utterance, number: int) -> Iterator[str]:
-        """What is wrong with the utterance in line (or of position) `number`."""
+        """Yield what is wrong with the utterance in line (or of position) `number`."""
         first_id = self.ids.setdefault(utterance.id, number)
         first_audio = self.audio.setdefault(_audio(utterance), number)
         if first_audio != number:
@@ -625,26 +638,26 @@ def read_manifest(
     """Read the utterances of a manifest, in its order. The module's docstring has the rules.
 
     Args:
-        path: .tsv is tab-separated, .jsonl and .json hold one object per line, or one array of objects, all else
+        path: .tsv is tab-separated; .jsonl and .json hold one object per line, or one array of objects; all else
             is CSV.
         root: the folder that relative files start from; by default the manifest's own.
         columns: our name -> the manifest's, e.g. ``{"text": "transcript"}``. A column of ours that this sets aside
             is kept among the others as ``<name>_original``.
-        check_files: every file must exist. (It is not opened; that is the work of `ser.audio`.)
-        literal_labels: take labels and texts as they are written, those of `ser.data.cells.MISSING_LABELS` and
-            `MISSING_TEXTS` and speakers such as 1.0 too.
+        check_files: whether every file must exist. (No file is opened; that is the work of `ser.audio`.)
+        literal_labels: take labels and texts as they are written. Those of `ser.data.cells.MISSING_LABELS` and
+            `MISSING_TEXTS` and speakers such as 1.0 are taken so too.
         label_map: emotion as written -> its name, None for no label; below "speaker", the same of speakers. See
             `ser.data.spellings.parse_map`.
-        tell: is called with each line that a user should know: which columns were read, which cells are no label.
+        tell: is called with each line that a user should know, such as which columns were read.
 
     Returns:
         At least one utterance; the paths are absolute.
 
     Raises:
-        ManifestError: one message that lists every bad row with its line (the first 50 of them): a missing column,
-            a duplicate id or (file, start, end), a missing file, a start or end that is no number, negative or
-            reversed, a wrong number of fields, bytes that are not UTF-8, JSON that does not parse; or a manifest
-            without rows or that is not a regular file.
+        ManifestError: the manifest is no regular file, has no rows or lacks a column. Or rows are bad: one message
+            lists the first 50 with their lines. A row is bad with a duplicate id or (file, start, end), a missing
+            file, a start or end that is no number, negative or reversed, a wrong number of fields, bytes that are
+            not UTF-8, or JSON that does not parse.
     """
     path = Path(path)
     folder = Path(path.parent if root is None else root).absolute()
@@ -681,10 +694,10 @@ def read_manifest(
 
 
 def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
-    """``["text=transcript", ...]``, as given on a command line -> ``{"text": "transcript", ...}``.
+    """Read ``["text=transcript", ...]``, as given on a command line, as ``{"text": "transcript", ...}``.
 
     Raises:
-        ConfigError: no "=", or a name before it that is not one of ours or stands twice.
+        ConfigError: there is no "="; or the name before it is not one of ours, or stands twice.
     """
     columns: dict[str, str] = {}
     for pair in pairs:
@@ -700,7 +713,7 @@ def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
 
 
 def _constant(name: str) -> float | None:
-    """What NaN, Infinity and -Infinity mean in JSON."""
+    """Read NaN as nothing, and Infinity and -Infinity as numbers."""
     return None if name == "NaN" else float(name)
 
 
@@ -709,7 +722,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique_names, parse_constant=_const
 
 
 def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
-    """Which labels a reader would take for something else."""
+    """Say which labels a reader would take for something else."""
     advice = "write and read it with literal_labels"
     for column in ("emotion", "speaker", "text"):
         value = getattr(utterance, column)
@@ -722,7 +735,7 @@ def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
 
 
 def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
-    """name -> value of what is known."""
+    """Return column -> value of what is known."""
     file = utterance.file.absolute()
     cells: dict[str, str | float | None] = {name: getattr(utterance, name) for name in COLUMNS}
     cells["file"] = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
@@ -808,22 +821,22 @@ def write_manifest(
     root: str | os.PathLike[str] | None = None,
     literal_labels: bool = False,
 ) -> None:
-    """A manifest that `read_manifest` reads as the same utterances; whole or not at all.
+    """Write a manifest that `read_manifest` reads as the same utterances; whole or not at all.
 
-    Exactly the same, if they are as `read_manifest` gives them: absolute paths, no empty strings. Columns that are
-    empty in every row are left out of a CSV.
+    The utterances are exactly the same if they are as `read_manifest` gives them: absolute paths, no empty
+    strings. Columns that are empty in every row are left out of a CSV.
 
     Args:
         path: .tsv, .jsonl, .json or CSV, as for `read_manifest`.
         utterances: at least one.
-        root: files inside this folder are written relative to it, by default to the manifest's folder. To read
-            the manifest, pass the same one.
-        literal_labels: it will be read with this too, so that labels such as "None" are labels.
+        root: files inside this folder are written relative to it, by default to the manifest's folder. Pass the
+            same folder to read the manifest.
+        literal_labels: whether the manifest will be read with this too, so that labels such as "None" are labels.
 
     Raises:
-        ManifestError: there are no utterances; rows that `read_manifest` would refuse or read otherwise, or with
-            a value that cannot stand in a manifest (a NUL, half a surrogate pair, longer than 128 KiB; in a TSV a
-            line end); an extra column with one of our names; or the file cannot be written.
+        ManifestError: there are no utterances; `read_manifest` would refuse a row or read it otherwise; a value
+            cannot stand in a manifest (a NUL, half a surrogate pair, longer than 128 KiB; in a TSV a line end); an
+            extra column has one of our names; or the file cannot be written.
     """
     path = Path(path)
     folder = Path(path.parent if root is None else root).absolute()
@@ -856,7 +869,7 @@ def check_labels(
     emotions: Iterable[str] | None = None,
     speakers: Iterable[str] | None = None,
 ) -> None:
-    """That every emotion and speaker is a known one. None, an unlabelled utterance, is fine.
+    """Check that every emotion and speaker is a known one. An unlabelled utterance (None) is fine.
 
     Args:
         utterances: of any manifest.
@@ -864,8 +877,8 @@ def check_labels(
         speakers: the speakers of the model; None: any.
 
     Raises:
-        ManifestError: one message with every utterance (the first 50) whose label is another, and the nearest
-            known one.
+        ManifestError: a label is not known; one message has the first 50 utterances, and for each label the
+            nearest known one.
     """
     problems = _Problems()
     known = {
@@ -882,9 +895,9 @@ def check_labels(
 
 
 def find_overlap(train: Iterable[Utterance], other: Iterable[Utterance]) -> Overlap:
-    """The speakers and the recordings of `other` that are in `train` too.
+    """Find the speakers and the recordings of `other` that are in `train` too.
 
-    Recordings are compared by path and exact times: copies under another name, and excerpts that share a part, are
+    Recordings are compared by path and exact times. Copies under another name, and excerpts that share a part, are
     not found.
     """
     train, other = list(train), list(other)
@@ -899,16 +912,16 @@ def find_overlap(train: Iterable[Utterance], other: Iterable[Utterance]) -> Over
 def check_overlap(
     train: Iterable[Utterance], other: Iterable[Utterance], *, allow: str = "none", name: str = "valid"
 ) -> Overlap:
-    """That training shares no speaker and no recording with `other`, unless that is wanted.
+    """Check that training shares no speaker and no recording with `other`, unless that is wanted.
 
     Args:
         train: utterances to learn from.
-        other: utterances to judge by.
+        other: utterances to evaluate on.
         allow: "none", "speakers" (shared speakers, but no shared recording) or "utterances" (both).
         name: of `other`, for the message.
 
     Returns:
-        What is shared, so that a result can say it.
+        What is shared, so that a result can report it.
 
     Raises:
         ManifestError: more is shared than `allow` permits.

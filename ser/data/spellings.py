@@ -21,22 +21,22 @@ from ser.data.text import did_you_mean, nfc, unique_names
 from ser.errors import ConfigError, ManifestError, brief_repr, indented, shorten, summary
 
 MAX_MAP_BYTES = 16 * 1024 * 1024
-MAX_EXAMPLE = 1000  # characters
-EXAMPLE = '{"hapy": "happy", "xxx": null}'  # of a map
+MAX_EXAMPLE = 1000  # characters of a map in a message
+EXAMPLE = '{"hapy": "happy", "xxx": null}'  # a map in messages
 MAX_COMPARED = 200  # classes that are compared with each other for slips
 
-# Characters without a picture of their own, beside those of the categories Cc and Cf: joiners, fillers,
-# selectors of variants.
+# These characters have no picture of their own, as those of the categories Cc and Cf: joiners, fillers, selectors
+# of variants.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 
-# Not among the cells that stand for nothing, and yet hardly meant as a class.
+# These are not among the cells that stand for nothing, and yet hardly meant as a class.
 SEEMS_MISSING = frozenset({"nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nil", "nat", "?", "--", "missing"})
 
 
 def is_name(text: str) -> bool:
-    """Tell whether it can be a label: neither empty nor half a surrogate pair."""
+    """Tell whether a text can be a label: neither empty nor half a surrogate pair."""
     return bool(text.strip()) and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
@@ -85,13 +85,13 @@ def parse_map(source: str) -> dict[str, Any]:
 
         {"hapy": "happy", "xxx": null, "speaker": {"s1": "S1"}}
 
-    A name that stays itself (``"A": "A"``) is meant as it is, however near another one looks.
+    A name that maps to itself (``"A": "A"``) is meant as it is, however near another one looks.
 
     Args:
         source: the JSON object, or the path of a file that holds it.
 
     Raises:
-        ConfigError: there is no such file, it is no such object, or a new name is to be renamed itself.
+        ConfigError: there is no such file, it holds no such object, or a new name is to be renamed itself.
     """
     inline = source.lstrip().startswith("{")
     where = "--map" if inline else f"--map {source}"
@@ -184,17 +184,17 @@ def check_spellings(
     label_map: Mapping[str, Any] | None = None,
     columns: Collection[str] = ("emotion", "speaker"),
 ) -> None:
-    """Refuse a class or a speaker that is spelt in two ways: they would be two.
+    """Refuse a class or a speaker that is spelt in two ways, and would be two classes or speakers.
 
     Args:
         sets: name -> utterances.
         emotions, speakers: names that are right as they are, such as the classes of a model.
         label_map: what the sets were read with. A name that it leaves as it is (``"A": "A"``) is right too.
-        columns: those that are used.
+        columns: the columns that are used.
 
     Raises:
-        ManifestError: names that differ in case, spaces, invisible characters or Unicode form alone, each with
-            where it stands, and a map that makes them one.
+        ManifestError: names differ in case, spaces, invisible characters or Unicode form alone. The message shows
+            each with where it stands, and a map that makes them one.
     """
     twins = []
     for column, right in (("emotion", emotions), ("speaker", speakers)):
@@ -244,7 +244,7 @@ def _near(name: str, counts: Counter[str]) -> str:
 
 
 def _odd_names(counts: Counter[str]) -> list[str]:
-    """Point at classes that are perhaps none: slips of another, what seems to be missing, what cannot be seen."""
+    """Point at classes that are perhaps none: slips of another class, cells for nothing, invisible characters."""
     lines = []
     for name in sorted(counts):
         if name.casefold() in SEEMS_MISSING:
