@@ -61,15 +61,9 @@ EMODB_TEXTS = {
     "b09": "Ich will das eben wegbringen und dann mit Karl was trinken gehen.",
     "b10": "Die wird auf dem Platz sein, wo wir sie immer hinlegen.",
 }
-EMODB_EMOTIONS = {
-    "W": "angry",  # Wut
-    "L": "bored",  # Langeweile
-    "E": "disgusted",  # Ekel
-    "A": "fearful",  # Angst
-    "F": "happy",  # Freude
-    "T": "sad",  # Trauer
-    "N": "neutral",
-}
+# The letters stand for Wut, Langeweile, Ekel, Angst, Freude, Trauer and neutral.
+EMODB_EMOTIONS = {"W": "angry", "L": "bored", "E": "disgusted", "A": "fearful", "F": "happy", "T": "sad"}
+EMODB_EMOTIONS |= {"N": "neutral"}
 EMODB_MEN, EMODB_WOMEN = ("03", "10", "11", "12", "15"), ("08", "09", "13", "14", "16")
 
 
@@ -84,16 +78,8 @@ def parse_emodb(stem: str) -> Named | None:
 
 
 RAVDESS_TEXTS = {"01": "Kids are talking by the door.", "02": "Dogs are sitting by the door."}
-RAVDESS_EMOTIONS = {
-    "01": "neutral",
-    "02": "calm",
-    "03": "happy",
-    "04": "sad",
-    "05": "angry",
-    "06": "fearful",
-    "07": "disgusted",
-    "08": "surprised",
-}
+RAVDESS_EMOTIONS = {"01": "neutral", "02": "calm", "03": "happy", "04": "sad", "05": "angry", "06": "fearful"}
+RAVDESS_EMOTIONS |= {"07": "disgusted", "08": "surprised"}
 
 
 def parse_ravdess(stem: str) -> Named | None:
@@ -125,14 +111,8 @@ CREMA_D_TEXTS = {
     "TSI": "The surface is slick.",
     "WSI": "We'll stop in a couple of minutes.",
 }
-CREMA_D_EMOTIONS = {
-    "ANG": "angry",
-    "DIS": "disgusted",
-    "FEA": "fearful",
-    "HAP": "happy",
-    "NEU": "neutral",
-    "SAD": "sad",
-}
+CREMA_D_EMOTIONS = {"ANG": "angry", "DIS": "disgusted", "FEA": "fearful", "HAP": "happy", "NEU": "neutral"}
+CREMA_D_EMOTIONS |= {"SAD": "sad"}
 CREMA_D_LEVELS = {"LO": "low", "MD": "medium", "HI": "high", "XX": "unspecified", "X": "unspecified"}
 
 
@@ -217,7 +197,12 @@ def read_named(folder: str | os.PathLike[str], parse: Callable[[str], Named | No
 # -------------------------------------------------------------------------------------------------- the table
 
 
-def _by_speaker(utterances: Sequence[Utterance]) -> list[Protocol]:
+def dialogue_protocols(utterances: Sequence[Utterance]) -> list[Protocol]:
+    """Return the protocols that need dialogues and sessions."""
+    return list(PROTOCOLS.values())
+
+
+def speaker_protocols(utterances: Sequence[Utterance]) -> list[Protocol]:
     """Leave speakers out, where all speakers say the same few sentences."""
     return [kfold("speaker", min(10, len({u.speaker for u in utterances})), shares=["transcripts"])]
 
@@ -243,7 +228,7 @@ class CorpusRow:
     counts: Mapping[str, int] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     manifests: Mapping[str, Callable[[list[Utterance]], list[Utterance]]] = field(default_factory=dict)
-    protocols: Callable[[Sequence[Utterance]], list[Protocol]] = _by_speaker
+    protocols: Callable[[Sequence[Utterance]], list[Protocol]] = speaker_protocols
 
 
 CORPORA: dict[str, CorpusRow] = {
@@ -252,17 +237,17 @@ CORPORA: dict[str, CorpusRow] = {
         iemocap.LICENCE,
         iemocap.SOURCE,
         iemocap.ALL_EMOTIONS,
-        options=("partial",),
-        manifests={"iemocap4": iemocap.four_classes, "iemocap_all": list},
-        protocols=lambda utterances: list(PROTOCOLS.values()),
+        ("partial",),
+        {"iemocap4": iemocap.four_classes, "iemocap_all": list},
+        dialogue_protocols,
     ),
     "iemocap-csv": CorpusRow(
         iemocap.read_paper_folds,
         iemocap.LICENCE,
         iemocap.SOURCE,
         iemocap.COUNTS["emotion"],
-        options=("root", "tell"),
-        protocols=lambda utterances: list(PROTOCOLS.values()),
+        ("root", "tell"),
+        protocols=dialogue_protocols,
     ),
     "emodb": CorpusRow(
         partial(read_named, parse=parse_emodb),

@@ -76,13 +76,8 @@ COUNTS: dict[str, dict[str, int]] = {
 }
 
 # Emotion -> labelled turns of the whole release.
-ALL_EMOTIONS = dict(
-    zip(
-        [emotion or "unlabelled" for emotion in EMOTIONS.values()],
-        (1708, 595, 1041, 1103, 1084, 1849, 40, 107, 2, 3, 2507),
-        strict=True,
-    )
-)
+_TURNS = (1708, 595, 1041, 1103, 1084, 1849, 40, 107, 2, 3, 2507)
+ALL_EMOTIONS = {emotion or "unlabelled": n for emotion, n in zip(EMOTIONS.values(), _TURNS, strict=True)}
 
 _DIALOGUE = r"Ses0[1-5][FM]_(?:impro\d\d[ab]?|script\d\d_\db?)"
 
