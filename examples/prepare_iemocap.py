@@ -16,28 +16,17 @@ import sys
 from pathlib import Path
 
 import ser
-from ser.data.corpora import LICENCES, Corpus, parse_crema_d, parse_emodb, parse_ravdess, read_named
-from ser.data.datasheet import data_sheet, listen, to_markdown
-from ser.data.iemocap import four_classes, read_iemocap, read_paper_folds
+from ser.data.corpora import CORPORA, manifests_of, read_corpus
+from ser.data.datasheet import data_sheet, listen, sheet_to_markdown
 from ser.data.manifest import Utterance, write_manifest
-from ser.data.protocols import PROTOCOLS, Protocol, kfold, to_table, write_folds
+from ser.data.protocols import Protocol, to_table, write_folds
 from ser.data.spellings import label_lines
 from ser.errors import printable
 from ser.files import replace_file, write_json
 
-BY_NAME = {"emodb": parse_emodb, "ravdess": parse_ravdess, "crema-d": parse_crema_d}
-
 
 def print_safely(line: str) -> None:
     print(printable(line))
-
-
-def read(arguments: argparse.Namespace) -> Corpus:
-    if arguments.corpus == "iemocap":
-        return read_iemocap(arguments.folder, partial=arguments.partial)
-    if arguments.corpus == "iemocap-csv":
-        return read_paper_folds(arguments.folder, root=arguments.root, tell=print_safely)
-    return read_named(arguments.folder, BY_NAME[arguments.corpus])
 
 
 def write_protocols(out: Path, protocols: list[Protocol], utterances: list[Utterance], seed: int) -> list[str]:
@@ -60,24 +49,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the release; for iemocap-csv that of the paper's CSV files")
     parser.add_argument("--out", type=Path, required=True, help="folder for all that is written")
-    parser.add_argument("--corpus", choices=["iemocap", "iemocap-csv", *BY_NAME], default="iemocap",
+    parser.add_argument("--corpus", choices=list(CORPORA), default="iemocap",
                         help="(default: iemocap)")  # fmt: skip
     parser.add_argument("--root", type=Path, help="the release that iemocap-csv's turns are in")
     parser.add_argument("--partial", action="store_true", help="go on where turns are missing or unusable")
     parser.add_argument("--seed", type=int, default=0, help="of the protocols that draw (default: 0)")
     arguments = parser.parse_args()
 
-    corpus, sounds = listen(read(arguments), partial=arguments.partial)
-    if arguments.corpus == "iemocap":
-        manifests = {"iemocap4": four_classes(corpus.utterances), "iemocap_all": corpus.utterances}
-    else:
-        manifests = {arguments.corpus: corpus.utterances}
+    name, options = arguments.corpus, {"root": arguments.root, "partial": arguments.partial, "tell": print_safely}
+    corpus, sounds = listen(read_corpus(name, arguments.folder, **options), partial=arguments.partial)
+    manifests = manifests_of(name, corpus.utterances)
     divided = next(iter(manifests.values()))
-    if arguments.corpus in BY_NAME:  # a few sentences that all speakers say
-        count = min(10, len({u.speaker for u in divided}))
-        protocols = [kfold("speaker", count, shares=["transcripts"])]
-    else:
-        protocols = list(PROTOCOLS.values())
+    protocols = CORPORA[name].protocols(divided)
 
     print("\n".join(line for name, found in manifests.items() for line in label_lines({name: found})))
     (arguments.out / "folds").mkdir(parents=True, exist_ok=True)
@@ -88,11 +71,11 @@ def main() -> None:
         print(f"{where}: {len(utterances)} utterances, {sheets[name]['hours']} hours")
     warnings = corpus.warnings + write_protocols(arguments.out, protocols, divided, arguments.seed)
     with replace_file(arguments.out / "data_sheet.md") as file:
-        file.write("\n".join(to_markdown(sheet, name) for name, sheet in sheets.items()))
+        file.write("\n".join(sheet_to_markdown(sheet, name) for name, sheet in sheets.items()))
     dropped = {why: [d.what for d in corpus.dropped if d.why == why] for why in corpus.reasons()}
     report = {
         "root": str(corpus.root),
-        "licence": LICENCES[arguments.corpus.removesuffix("-csv")],
+        "licence": CORPORA[arguments.corpus].licence,
         "dropped": dropped,
         "warnings": warnings,
         "sheets": sheets,

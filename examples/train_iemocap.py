@@ -48,8 +48,7 @@ import ser
 from ser.data.labels import LABELS, labelled_heads, names_in
 from ser.data.manifest import Utterance, check_labels, check_overlap
 from ser.data.protocols import overlap, to_table, usual_known_turns
-from ser.data.selection import Selection, from_arguments
-from ser.data.selection import add_arguments as add_data_arguments
+from ser.data.selection import Selection, add_data_arguments, selected_data
 from ser.data.spellings import check_spellings, label_lines
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean, did_you_mean
 from ser.device import cpu_threads
@@ -207,7 +206,7 @@ def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World)
         say(world, line)
 
     if arguments.train:
-        chosen = [from_arguments(arguments, path) for path in (arguments.train, arguments.valid) if path]
+        chosen = [selected_data(arguments, path) for path in (arguments.train, arguments.valid) if path]
         parts = [selection.read(check_files=check_files, tell=tell) for selection in chosen]
         train, valid = parts[0], parts[1] if arguments.valid else []
         review(dict(zip(("train", "valid"), parts, strict=False)), chosen[0], config, world)
@@ -217,7 +216,7 @@ def read_parts(arguments: argparse.Namespace, config: TrainConfig, world: World)
             shared = {kind: s and s.fraction for kind, s in overlap(train, valid).items()}
             names["shared_with_training"] = {"valid": shared}
         return train, valid, names
-    selection = from_arguments(arguments)
+    selection = selected_data(arguments)
     protocol = selection.find_protocol()
     utterances = selection.read(check_files=check_files, tell=tell)
     fold, audit = selection.find_fold(utterances)
