@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
-from ser import __version__
+import ser
 from ser.errors import SerError, printable
 
 LAUNCHER = os.getppid()  # now: the imports of a command take seconds, in which its launcher may end
@@ -87,22 +87,26 @@ def make_parser(text: str | None, prog: str | None = None) -> argparse.ArgumentP
     )
 
 
-def call(name: str, argv: Sequence[str] | None = None, *, prog: str | None = None, text: str | None = None) -> int:
-    """Run one command and return its exit status.
+def execute(name: str, argv: Sequence[str], *, prog: str | None = None, text: str | None = None) -> int:
+    """Run one command and return its exit status; errors are raised as they are.
 
     Args:
         name: a key of `COMMANDS`.
-        argv: its arguments; None: those of this process.
+        argv: its arguments.
         prog: what its help calls it; None: the name of this process's script.
         text: what its help says instead of the module's docstring.
     """
     module = load_command(name)
-    with getattr(module, "errors_told", errors_told)():
-        parser = make_parser(text or module.__doc__, prog)
-        module.add_arguments(parser)
-        words = sys.argv[1:] if argv is None else list(argv)
-        parse = getattr(module, "parse", argparse.ArgumentParser.parse_args)
-        return module.run(parse(parser, words))
+    parser = make_parser(text or module.__doc__, prog)
+    module.add_arguments(parser)
+    parse = getattr(module, "parse", argparse.ArgumentParser.parse_args)
+    return module.run(parse(parser, list(argv)))
+
+
+def call(name: str, argv: Sequence[str], *, prog: str | None = None, text: str | None = None) -> int:
+    """Run one command as a process does, which errors end with a message; the arguments are those of `execute`."""
+    with getattr(load_command(name), "errors_told", errors_told)():
+        return execute(name, argv, prog=prog, text=text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return call(words[0], words[1:], prog=f"ser {words[0]}")
     parser = make_parser(__doc__, "ser")
     parser.usage = "ser COMMAND ... | --help | --version"
-    parser.add_argument("--version", action="version", version=f"ser {__version__}")
+    parser.add_argument("--version", action="version", version=f"ser {ser.__version__}")
     commands = parser.add_argument_group("commands")
     for name, (_, line) in COMMANDS.items():
         commands.add_argument(name, nargs="?", help=line)
