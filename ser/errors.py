@@ -67,6 +67,12 @@ def summary(names: Iterable[str], most: int = 8) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def pip_line(extra: str = "") -> str:
+    """Return the shell command that installs this distribution, with an extra such as "plots"."""
+    name = "ser-speech"  # on PyPI, where another project is called ser; the import and the command are `ser`
+    return f"pip install '{name}[{extra}]'" if extra else f"pip install {name}"
+
+
 class SerError(Exception):
     """Base of all errors about input, configuration or files. The message names file and cause."""
 

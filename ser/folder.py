@@ -116,7 +116,7 @@ def label_classifier(path: Path, values: Mapping, files: TensorFiles, found: Fol
         names = [f"LABEL_{i}" for i in range((files.shapes.get(weight) or (0,))[0])]
         found.notes.append(
             f"{path.name} has no id2label: the classes are called {', '.join(names[:4])}, as transformers does; "
-            "examples/convert.py --labels names them"
+            "`ser convert --labels` names them"
         )
     kind = answer_kind(path, values, names, found.notes)
     if kind == "regression":

@@ -323,7 +323,7 @@ class Recognizer:
             kind = LABELS[name]
             labels[kind] = getattr(own, kind)
             if not labels[kind]:
-                advice = "examples/convert.py makes a folder with them"
+                advice = "`ser convert` makes a folder with them"
                 if name == "ctc":
                     advice = "put the files of its tokenizer there"
                 where = WHERE_LABELS_STAND[name]
@@ -701,7 +701,7 @@ def load(
         folder: as training wrote it; as ForCTC (with its vocab.json) or ForSequenceClassification of
             `transformers` saved it, for wav2vec 2.0, HuBERT, WavLM or data2vec-audio; audEERING's dimensional
             model and the ForSpeechClassification of a widespread notebook; or the OWNER/NAME of such a one on the
-            Hugging Face hub (with the extra ser[hub]).
+            Hugging Face hub (with the extra `hub`).
         device: "cpu", "cuda", "cuda:1", as torch names it.
         revision: branch, tag or commit on the hub.
         precision: "float32"; "bf16", faster on processors with the instructions; or "auto", which knows them.

@@ -12,33 +12,22 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import soundfile
 
+from ser.data import demo_corpus as demo
 from ser.data.manifest import read_manifest
-from ser.errors import ConfigError, SerError
+from ser.errors import ConfigError, SerError, pip_line
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "make_demo_corpus.py"
+CORPUS_ALONE = [sys.executable, "-m", "ser", "demo", "--corpus-only"]
 PARTS = ("train", "valid", "known", "test")
 SIZE = 24
 
 needs_espeak = pytest.mark.skipif(
-    importlib.util.find_spec("espeakng_loader") is None, reason="needs espeak-ng: pip install 'ser[demo]'"
+    importlib.util.find_spec("espeakng_loader") is None, reason=f"needs espeak-ng: {pip_line('demo')}"
 )
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_demo_corpus", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_demo_corpus"] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = load_script()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -64,7 +53,7 @@ def rows(corpus: Path) -> dict[str, list]:
 def test_two_processes_make_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     # espeak-ng seeds itself with the time, in whole seconds.
     time.sleep(max(0.0, 1.1 - (time.time() - (corpus / "corpus.json").stat().st_mtime)))
-    command = [sys.executable, SCRIPT, "--out", tmp_path / "again", "--size", str(SIZE)]
+    command = [*CORPUS_ALONE, "--data", tmp_path / "again", "--size", str(SIZE)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"{4 * SIZE} train" in done.stdout
@@ -239,15 +228,15 @@ def test_a_killed_build_is_made_anew(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     # Stops at its 20th recording, as a machine that goes down would: no handler runs.
     code = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import make_demo_corpus as demo, pathlib\n"
+        "import os, pathlib, signal, sys; import ser.data.demo_corpus as demo\n"
         "write = demo.write_wav\n"
         "def stop(path, *rest):\n"
         "    if path.name == 'train-0020.wav': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    write(path, *rest)\n"
         "demo.write_wav = stop\n"
-        f"demo.build(pathlib.Path(sys.argv[2]), 0, {SIZE}, progress=False)\n"
+        f"demo.build(pathlib.Path(sys.argv[1]), 0, {SIZE}, progress=False)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, SCRIPT.parent, out])
+    killed = subprocess.run([sys.executable, "-c", code, out])
     assert killed.returncode == -signal.SIGKILL
     assert not (out / "corpus.json").exists()
     assert len(list((out / "wav").iterdir())) == 20
@@ -258,7 +247,7 @@ def test_a_killed_build_is_made_anew(corpus: Path, tmp_path: Path) -> None:
 
 @needs_espeak
 def test_ctrl_c_stops_the_build(tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPT, "--out", tmp_path / "out", "--size", "480"]
+    command = [*CORPUS_ALONE, "--data", tmp_path / "out", "--size", "480"]
     # A shell's background job inherits an ignored SIGINT, which Python would keep ignoring.
     process = subprocess.Popen(
         command,
@@ -272,8 +261,8 @@ def test_ctrl_c_stops_the_build(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "KeyboardInterrupt" in messages
+    assert process.returncode == 130
+    assert messages.splitlines()[-1] == "interrupted" and "Traceback" not in messages
     assert "Exception ignored" not in messages
     assert not (tmp_path / "out" / "corpus.json").exists()
 
@@ -324,7 +313,7 @@ def test_numbers_out_of_range_are_refused_before_the_folder_is_made(tmp_path: Pa
 
 def test_without_espeak_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(SerError, match=re.escape("pip install 'ser[demo]'")):
+    with pytest.raises(SerError, match=re.escape(pip_line("demo"))):
         demo.build(tmp_path / "out", size=SIZE, progress=False)
 
 

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import ser
-from ser import convert as converting
+from ser.convert import convert as converting
 from ser.data.text import Vocabulary
 from ser.errors import ModelFolderError
 from ser.models.multitask import HeadsConfig, MultiTaskModel
