@@ -237,8 +237,8 @@ def open_espeak(seed: int) -> Iterator[Espeak]:
     """Load a fresh espeak-ng from the package espeakng-loader.
 
     It is loaded through a short temporary folder, for two reasons. The library cuts the path of its data at 160
-    bytes. And its static variables (the phase of the flutter, for one) survive even espeak_Terminate, so what it says
-    depends on what it said before in this process: a private copy of the file starts afresh.
+    bytes. And its static variables (the phase of the flutter, for one) survive even espeak_Terminate, so what it
+    says depends on what it said before in this process: a private copy of the file starts afresh.
     """
     try:
         import espeakng_loader
