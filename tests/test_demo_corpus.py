@@ -37,7 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "corpus"
-    demo.build(out, seed=0, size=SIZE, progress=False)
+    demo.build_corpus(out, seed=0, size=SIZE, progress=False)
     return out
 
 
@@ -62,8 +62,8 @@ def test_two_processes_make_the_same_bytes(corpus: Path, tmp_path: Path) -> None
 
 @needs_espeak
 def test_what_was_said_before_in_this_process_does_not_matter(corpus: Path, tmp_path: Path) -> None:
-    demo.build(tmp_path / "other", seed=5, size=SIZE, progress=False)
-    demo.build(tmp_path / "again", seed=0, size=SIZE, progress=False)
+    demo.build_corpus(tmp_path / "other", seed=5, size=SIZE, progress=False)
+    demo.build_corpus(tmp_path / "again", seed=0, size=SIZE, progress=False)
     assert contents(tmp_path / "again") == contents(corpus)
     assert contents(tmp_path / "other") != contents(corpus)
 
@@ -219,7 +219,7 @@ def test_corpus_json_and_readme_count_what_is_there(corpus: Path, rows: dict) ->
 @needs_espeak
 def test_a_whole_corpus_is_kept(corpus: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
-    demo.build(corpus, seed=0, size=SIZE, progress=False)
+    demo.build_corpus(corpus, seed=0, size=SIZE, progress=False)
     assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == before
 
 
@@ -234,14 +234,14 @@ def test_a_killed_build_is_made_anew(corpus: Path, tmp_path: Path) -> None:
         "    if path.name == 'train-0020.wav': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    write(path, *rest)\n"
         "demo.write_wav = stop\n"
-        f"demo.build(pathlib.Path(sys.argv[1]), 0, {SIZE}, progress=False)\n"
+        f"demo.build_corpus(pathlib.Path(sys.argv[1]), 0, {SIZE}, progress=False)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, out])
     assert killed.returncode == -signal.SIGKILL
     assert not (out / "corpus.json").exists()
     assert len(list((out / "wav").iterdir())) == 20
     (out / "wav" / "train-0019.wav").write_bytes(b"RIFF")  # half a file
-    demo.build(out, seed=0, size=SIZE, progress=False)
+    demo.build_corpus(out, seed=0, size=SIZE, progress=False)
     assert contents(out) == contents(corpus)
 
 
@@ -271,7 +271,7 @@ def test_ctrl_c_stops_the_build(tmp_path: Path) -> None:
 def test_a_corpus_with_a_lost_recording_is_made_whole(corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus, tmp_path / "lost")
     (tmp_path / "lost" / "wav" / "test-0003.wav").unlink()
-    demo.build(tmp_path / "lost", seed=0, size=SIZE, progress=False)
+    demo.build_corpus(tmp_path / "lost", seed=0, size=SIZE, progress=False)
     assert contents(tmp_path / "lost") == contents(corpus)
 
 
@@ -280,7 +280,7 @@ def test_a_corpus_with_a_lost_recording_is_made_whole(corpus: Path, tmp_path: Pa
 def test_a_corpus_of_other_parameters_is_left_alone(corpus: Path, parameter: dict) -> None:
     before = contents(corpus)
     with pytest.raises(SerError, match=f"another {next(iter(parameter))} .*remove that folder"):
-        demo.build(corpus, **({"seed": 0, "size": SIZE} | parameter), progress=False)
+        demo.build_corpus(corpus, **({"seed": 0, "size": SIZE} | parameter), progress=False)
     assert contents(corpus) == before
 
 
@@ -290,7 +290,7 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path, name: str) ->
     file.parent.mkdir(parents=True)
     file.write_text('{"notice": "my own", "parameters": {}}')
     with pytest.raises(SerError, match=re.escape(str(tmp_path / "mine"))):
-        demo.build(tmp_path / "mine", size=SIZE, progress=False)
+        demo.build_corpus(tmp_path / "mine", size=SIZE, progress=False)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [file]
     assert file.read_text() == '{"notice": "my own", "parameters": {}}'
 
@@ -298,7 +298,7 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path, name: str) ->
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SerError, match="is a file"):
-        demo.build(tmp_path / "file", size=SIZE, progress=False)
+        demo.build_corpus(tmp_path / "file", size=SIZE, progress=False)
 
 
 # --- what can be missing ---------------------------------------------------------------------------------------
@@ -307,14 +307,14 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seed", "size"), [(-1, 24), (2**31, 24), (0, 23), (0, 481)])
 def test_numbers_out_of_range_are_refused_before_the_folder_is_made(tmp_path: Path, seed: int, size: int) -> None:
     with pytest.raises(ConfigError, match="expected"):
-        demo.build(tmp_path / "out", seed=seed, size=size)
+        demo.build_corpus(tmp_path / "out", seed=seed, size=size)
     assert not (tmp_path / "out").exists()
 
 
 def test_without_espeak_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(SerError, match=re.escape(pip_line("demo"))):
-        demo.build(tmp_path / "out", size=SIZE, progress=False)
+        demo.build_corpus(tmp_path / "out", size=SIZE, progress=False)
 
 
 @needs_espeak
@@ -327,7 +327,7 @@ def test_a_long_path_of_the_data_does_not_matter(
     deep.mkdir(parents=True)
     (deep / "espeak-ng-data").symlink_to(espeakng_loader.get_data_path())
     monkeypatch.setattr(espeakng_loader, "get_data_path", lambda: str(deep / "espeak-ng-data"))
-    demo.build(tmp_path / "out", seed=0, size=SIZE, progress=False)
+    demo.build_corpus(tmp_path / "out", seed=0, size=SIZE, progress=False)
     assert contents(tmp_path / "out") == contents(corpus)
 
 
@@ -337,7 +337,7 @@ def test_a_long_temporary_folder_is_refused(tmp_path: Path, monkeypatch: pytest.
     deep.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))
     with pytest.raises(SerError, match="TMPDIR"):
-        demo.build(tmp_path / "out", size=SIZE, progress=False)
+        demo.build_corpus(tmp_path / "out", size=SIZE, progress=False)
 
 
 @needs_espeak
@@ -361,5 +361,5 @@ def test_silence_is_an_error() -> None:
 def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
-    demo.build(tmp_path / "out", size=SIZE, progress=False)
+    demo.build_corpus(tmp_path / "out", size=SIZE, progress=False)
     assert list((tmp_path / "t").iterdir()) == []

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import ser
-from ser.data.demo_corpus import build
+from ser.data.demo_corpus import build_corpus
 from ser.data.manifest import read_manifest
 from ser.errors import printable
 from ser.train.evaluation import evaluate
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     data, out = arguments.data, arguments.out
     print(f"1. A synthetic corpus in {data} (espeak-ng; figures on it say nothing about people)", flush=True)
     started = time.perf_counter()
-    corpus = build(data, arguments.seed, arguments.size)
+    corpus = build_corpus(data, arguments.seed, arguments.size)
     built = time.perf_counter()
     if arguments.corpus_only:
         counts = ", ".join(f"{len(turns)} {part}" for part, turns in corpus.items())

@@ -242,7 +242,7 @@ def check_together(arguments: argparse.Namespace) -> None:
         raise ConfigError("the paper's format has no place for windows: use csv or jsonl")
 
 
-def windows_of(
+def recognise_windows(
     recognizer: Recognizer, inputs: list[Source], *, window: float, hop: float | None
 ) -> Iterator[Result]:
     """Recognise every window of every input; one that cannot be read gives its error, and the others go on."""
@@ -254,10 +254,12 @@ def windows_of(
             yield source, error
 
 
-def recognised(recognizer: Recognizer, inputs: list[Source], arguments: argparse.Namespace) -> Iterable[Result]:
+def recognise_inputs(
+    recognizer: Recognizer, inputs: list[Source], arguments: argparse.Namespace
+) -> Iterable[Result]:
     """Recognise the inputs as the flags say, in order."""
     if arguments.window is not None:
-        return windows_of(recognizer, inputs, window=arguments.window, hop=arguments.hop)
+        return recognise_windows(recognizer, inputs, window=arguments.window, hop=arguments.hop)
     stream = recognizer.stream(
         inputs, workers=arguments.workers, max_seconds=arguments.max_seconds, timeout=arguments.timeout
     )
@@ -273,7 +275,7 @@ def header_seconds(source: Source) -> float:
         return 0.0
 
 
-class Progress:
+class ProgressBar:
     """Show on standard error how far the work is and what went wrong, and count the failures."""
 
     def __init__(self, inputs: list[Source], *, in_windows: bool, silent: bool) -> None:
@@ -314,10 +316,10 @@ def run(arguments: argparse.Namespace) -> int:
     recognizer = Recognizer.load(
         arguments.model, device=arguments.device, revision=arguments.revision, precision=arguments.precision
     )
-    results = recognised(recognizer, inputs, arguments)
+    results = recognise_inputs(recognizer, inputs, arguments)
     to_terminal = arguments.output is None and sys.stdout.isatty()
     silent = to_terminal or not sys.stderr.isatty()
-    progress = Progress(inputs, in_windows=arguments.window is not None, silent=silent)
+    progress = ProgressBar(inputs, in_windows=arguments.window is not None, silent=silent)
     output = output_file(arguments.output, as_table=arguments.format == "table")
     with freed_memory_kept(recognizer.device), progress.bar, output as file:
         for text in FORMATS[arguments.format](progress.records(results), recognizer):

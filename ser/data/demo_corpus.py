@@ -339,7 +339,7 @@ every sentence is said in every emotion. The parameters are in `corpus.json`.
 {rows}"""
 
 
-def build(out: Path, seed: int = 0, size: int = 192, *, progress: bool = True) -> dict[str, list[Turn]]:
+def build_corpus(out: Path, seed: int = 0, size: int = 192, *, progress: bool = True) -> dict[str, list[Turn]]:
     """Make the corpus in `out`, or keep the one that is there. `size` is the number of training sentences.
 
     Returns:

@@ -180,14 +180,14 @@ def test_a_repository_with_a_pickle_alone_is_said_to_be_one_and_the_line_that_is
     assert said.startswith("refused: owner/name: the repository on the Hugging Face hub has no model.safetensors")
     assert "ser convert owner/name FOLDER" in said
     assert not list(folder.parents[2].glob("cache/*/*.bin")), "no pickle was fetched"
-    done = run(str(ROOT / "examples" / "convert.py"), "owner/name", "converted")
+    done = run("-m", "ser", "convert", "owner/name", "converted")
     assert done.returncode == 0, done.stderr
     assert run("-c", LOAD, "converted").stdout.split() == ["s0"]
     certificate = json.loads((folder.parents[2] / "converted" / "certificate.json").read_text())
     assert certificate["source"]["name"] == "owner/name"
     # and once more, out of the cache
     shutil.rmtree(folder)
-    assert run(str(ROOT / "examples" / "convert.py"), "owner/name", "again").returncode == 0
+    assert run("-m", "ser", "convert", "owner/name", "again").returncode == 0
 
 
 def test_a_repository_with_an_adapter_alone_is_said_to_be_one(hub):
@@ -200,7 +200,7 @@ def test_a_repository_with_an_adapter_alone_is_said_to_be_one(hub):
 def test_where_there_are_safetensors_no_pickle_is_fetched_to_be_converted(hub):
     folder, run = hub
     shutil.copy(folder / "config.json", folder / "pytorch_model.bin")
-    done = run(str(ROOT / "examples" / "convert.py"), "owner/name", "converted")
+    done = run("-m", "ser", "convert", "owner/name", "converted")
     assert done.returncode == 0, done.stderr
     assert not list(folder.parents[2].glob("cache/*/*.bin"))
 
@@ -218,5 +218,5 @@ def test_the_processor_of_release_5_comes_along_and_makes_a_folder_in_the_cache_
 
 def test_a_name_that_neither_is_a_folder_nor_on_the_hub_is_an_error_of_one_line(hub):
     _, run = hub
-    done = run(str(ROOT / "examples" / "convert.py"), "owner/other", "converted")
+    done = run("-m", "ser", "convert", "owner/other", "converted")
     assert done.returncode == 1 and "could not give it" in done.stderr and "Traceback" not in done.stderr
