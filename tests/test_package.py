@@ -344,6 +344,12 @@ def test_no_text_installs_another_project_s_package():
     assert not wrong.search(pip_line("hub")) and not wrong.search(pip_line())
 
 
+def test_no_text_names_a_folder_that_only_its_authors_have():
+    texts = [path for folder in ("ser", "examples", "docs", "benchmarks") for path in (ROOT / folder).rglob("*")]
+    texts = [path for path in texts if path.suffix in (".py", ".md")] + [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    assert [str(path) for path in texts if "../shared" in path.read_text()] == []
+
+
 def test_scripts_never_import_tests():
     for path in (ROOT / "examples").glob("*.py"):
         names = [name for name, _ in imports(ast.parse(path.read_text()), path.stem)]
