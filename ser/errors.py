@@ -84,6 +84,12 @@ def indented(messages: Iterable[str], most: int = 50) -> str:
     return "".join(f"\n  {line}" for line in [*lines[:most], *more])
 
 
+def pip_line(extra: str = "") -> str:
+    """Return the shell command that installs this distribution, with an extra such as "plots"."""
+    name = "ser-speech"  # on PyPI, where another project is called ser; the import and the command are `ser`
+    return f"pip install '{name}[{extra}]'" if extra else f"pip install {name}"
+
+
 class SerError(Exception):
     """An error about input, configuration or files: the base of all others. The message names file and cause."""
 

@@ -32,8 +32,6 @@ from ser.data.protocols import PROTOCOLS, read_folds
 from ser.data.release import Corpus
 from ser.errors import AudioError, ManifestError
 
-SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "prepare_iemocap.py"
-
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Path:
@@ -412,7 +410,7 @@ def test_the_columns_of_the_paper_s_files_are_told_once_where_all_have_the_same(
 
 
 def prepare(*arguments, cwd):
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    command = [sys.executable, "-m", "ser", "prepare", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 

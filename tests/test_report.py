@@ -25,7 +25,7 @@ from ser.data.labels import Labels
 from ser.data.manifest import Utterance, read_manifest
 from ser.data.protocols import PROTOCOLS
 from ser.data.text import Rewriting, Vocabulary
-from ser.errors import ConfigError
+from ser.errors import ConfigError, pip_line
 from ser.files import write_json
 from ser.recognizer import Prediction
 from ser.scores.folds import pooled_report
@@ -470,7 +470,7 @@ def test_the_script_writes_table_json_predictions_and_pictures_and_compares(tmp_
 
 def test_pictures_need_matplotlib_and_say_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'ser\[plots\]'"):
+    with pytest.raises(ConfigError, match=re.escape(pip_line("plots"))):
         draw(report(outcomes(count=9), resamples=2), tmp_path)
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import crossval_iemocap
 import pytest
-import train_iemocap
 from safetensors.torch import load_file
 from test_train import QUICK as CONFIG
 from toy import toy_recognizer, write_corpus
 
+from ser.cli import execute
 from ser.data.manifest import Utterance, read_manifest, write_manifest
 from ser.errors import ConfigError, ModelFolderError, RunFolderError
 from ser.train.checkpoint import SETTINGS, checkpoints
@@ -39,7 +39,7 @@ def begun(tmp_path_factory):
 
 def train(folder: Path, arguments: str, *more: str) -> Path:
     """The script's `main` in this process; the run's folder."""
-    train_iemocap.main([*arguments.split(), *more, "--out", str(folder / "run"), *QUICK])
+    execute("train", [*arguments.split(), *more, "--out", str(folder / "run"), *QUICK])
     return folder / "run"
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import evaluate
 import pytest
-import train_iemocap
 from toy import toy_recognizer, write_corpus
 
 import ser
+from ser.cli import execute
 from ser.data.manifest import read_manifest
 from ser.data.selection import Selection
 from ser.errors import ModelFolderError
@@ -41,7 +41,7 @@ def run(tmp_path_factory) -> Path:
     train = write_corpus(folder / "data", 12)
     valid = write_corpus(folder / "data", 4, seed=1, name="valid")
     options = ["--train", train, "--valid", valid, "--allow-overlap", "speakers", "--init", folder / "init"]
-    train_iemocap.main([*map(str, options), *QUICK, "--max-seconds", "0.4", "--out", str(folder / "run")])
+    execute("train", [*map(str, options), *QUICK, "--max-seconds", "0.4", "--out", str(folder / "run")])
     return folder / "run"
 
 

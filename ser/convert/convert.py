@@ -500,7 +500,7 @@ def convert(
             of `transformers` only where its classes have no names, or LABEL_0 and so on.
         speakers: of the speaker head; default: s0, s1, ...
         overwrite: replace a model folder that stands there.
-        reference: what computes the layers to compare with, such as that of examples/references.py; None: the
+        reference: what computes the layers to compare with, such as that of `ser.convert.references`; None: the
             tensors are compared, and no layers.
         say: called with a line on each step.
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
+from ser.errors import ConfigError, ModelFolderError, brief_repr, pip_line, shorten, summary
 from ser.files import is_lfs_pointer, open_tensors
 from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.heads import HEADS
@@ -216,7 +216,7 @@ def find_folder(name: str | Path, *, revision: str | None = None, pickles: bool 
     except Exception as error:  # missing, or broken by one of its own requirements
         raise ModelFolderError(
             f"{name}: there is no such folder; were it a name on the Hugging Face hub, the package "
-            f"huggingface_hub would be needed: pip install 'ser[hub]' ({type(error).__name__}: {error})"
+            f"huggingface_hub would be needed: {pip_line('hub')} ({type(error).__name__}: {error})"
         ) from None
 
     def fetch(*, from_cache: bool, pickled: bool = False) -> Path:
@@ -254,7 +254,7 @@ def find_folder(name: str | Path, *, revision: str | None = None, pickles: bool 
         raise ModelFolderError(
             f"{name}: the repository on the Hugging Face hub has no model.safetensors, and of it config files and "
             "safetensors alone are fetched. Where it has pytorch_model.bin, a pickle, this makes a folder of it: "
-            f"python examples/convert.py {name} FOLDER"
+            f"ser convert {name} FOLDER"
         )
     return check_folder(folder)
 
@@ -370,7 +370,7 @@ class TensorFiles:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
         advice = (
             f"; {', '.join(pickles)} is a pickle, which can run code, so it is not read here; "
-            "examples/convert.py takes nothing but the tensors out of it"
+            "`ser convert` takes nothing but the tensors out of it"
             if pickles
             else ""
         )
