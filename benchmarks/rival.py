@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from ser.data.dataset import Batch, SpeechDataset, collate
 from ser.data.manifest import read_manifest
 from ser.recognizer import Recognizer
-from ser.train.update import Objective
+from ser.train.losses import Objective
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

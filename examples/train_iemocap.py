@@ -57,14 +57,15 @@ from ser.errors import ConfigError, ModelFolderError, brief_repr, summary
 from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import find_folder, read_encoder_config
 from ser.recognizer import Recognizer, inherited_labels, inherited_vocabulary, is_preset, labels_of
-from ser.train.checkpoint import CHANGEABLE, SETTINGS, newest_verified, opened_before
-from ser.train.config import TrainConfig, add_arguments, paper_settings
-from ser.train.config import from_arguments as training_settings
+from ser.train.checkpoint import SETTINGS, newest_verified
+from ser.train.config import TrainConfig, add_training_arguments, paper_settings, training_config
 from ser.train.content import weights_sha256
 from ser.train.distributed import World, joined_world
-from ser.train.loop import FitResult, fit, say
+from ser.train.log import say
+from ser.train.loop import FitResult, fit
 from ser.train.processes import PREEMPTED, launch, one_voice
 from ser.train.resources import SMALLER_MODEL, memory_explained
+from ser.train.runs import CHANGEABLE, opened_before
 
 
 def found_init(arguments: argparse.Namespace) -> str | Path:
@@ -136,7 +137,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         "process OMP_NUM_THREADS)")  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="show changed transcripts, and reference beside "
                         "hypothesis in evaluation")  # fmt: skip
-    add_arguments(parser)
+    add_training_arguments(parser)
     arguments = parser.parse_args(argv)
     init = found_init(arguments)
     if arguments.paper or arguments.paper_script:  # they are defaults: what is given beside them counts
@@ -305,7 +306,7 @@ def chosen_vocabulary(arguments: argparse.Namespace, texts: list[str]) -> Vocabu
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads or cpu_threads())
-    config = training_settings(arguments)
+    config = training_config(arguments)
     with joined_world(config.device, timeout=config.timeout, launcher=LAUNCHER) as world:
         if "WORLD_SIZE" not in os.environ and torch.cuda.device_count() > 1:
             count = torch.cuda.device_count()

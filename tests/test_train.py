@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_update import run_ranks
+from test_update import run_ranks, run_update
 from toy import toy_recognizer, toy_rows, write_corpus
 
 import ser
@@ -22,7 +22,7 @@ from ser.train.config import TrainConfig
 from ser.train.distributed import World
 from ser.train.evaluation import evaluate
 from ser.train.loop import fetch_updates, fit
-from ser.train.update import Objective, run_update
+from ser.train.losses import Objective
 
 QUICK = TrainConfig(
     epochs=3, effective_batch=4, micro_batch=2, rate=3e-3, beta=0.1, log_every=2, keep=100, save_every="1"

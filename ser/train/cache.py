@@ -85,12 +85,12 @@ def compute(
     cache: Cache,
     dataset: SpeechDataset,
     share: list[int],
-    keys: list[str],
     wanted: dict[str, list[int]],
     world: World,
     bar: tqdm[Any],
 ) -> dict[int, str]:
     """Compute and write one rank's share. Returns the errors of what cannot be read. Raises FileError."""
+    key_of = {same[0]: key for key, same in wanted.items()}
     broken: dict[int, str] = {}
     waiting: dict[str, Tensor] = {}
     held = 0  # bytes
@@ -100,7 +100,7 @@ def compute(
         with memory_explained(SHORTER, doing=at_work):
             found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
         if found is None or tuple(found.shape) != cache.shape(dataset.lengths[i]):
-            for j in wanted[keys[i]]:  # each under its own name
+            for j in wanted[key_of[i]]:  # each under its own name
                 late = f"{dataset.utterances[j].file}: is not as long as its header says"
                 broken[j] = dataset[j].error or late
             continue
@@ -110,7 +110,7 @@ def compute(
                 f"{dataset.utterances[i].id}: values up to {found.abs().max():.3g} do not fit into float16; "
                 "use --cache-dtype fp32"
             )
-        waiting[keys[i]] = kept
+        waiting[key_of[i]] = kept
         held += kept.nbytes
         if held >= SHARD_BYTES:
             cache.write(waiting)
@@ -269,7 +269,61 @@ def content_keys(dataset: SpeechDataset, world: World) -> tuple[list[str], dict[
     return [keys.get(i, "") for i in range(len(dataset))], errors
 
 
-def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str], None], name: str) -> Stored:
+def remove_stale(folder: Path) -> None:
+    """Remove what processes that were killed long ago had begun to write."""
+    for path in folder.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def check_room(cache: Cache, lengths: Sequence[int], world: World) -> int:
+    """Return the bytes that recordings of these lengths need. Where a rank lacks room, raise FileError on all."""
+    size = sum(frames * width for frames, width in (cache.shape(samples) for samples in lengths))
+    size *= cache.dtype.itemsize
+    free = shutil.disk_usage(cache.folder).free
+    if any(world.gather(size > free)):
+        raise FileError(
+            f"{cache.folder}: the cache needs {size / 1e9:.2f} GB for {len(lengths)} utterances, and "
+            f"{free / 1e9:.2f} GB are free; make room, choose another --cache, or leave it out"
+        )
+    return size
+
+
+def compute_missing(
+    cache: Cache, dataset: SpeechDataset, wanted: dict[str, list[int]], missing: list[int], world: World, name: str
+) -> dict[int, str]:
+    """Compute and write what is missing, each rank its share; return the errors of all.
+
+    Raises FileError on all ranks.
+    """
+    seconds = sum(dataset.lengths[i] for i in missing) / SAMPLE_RATE
+    broken: dict[int, str] = {}
+    failure = ""
+    silent = not (world.is_main and sys.stderr.isatty())
+    with tqdm(total=round(seconds), unit="s", desc=f"caching {name}", leave=False, disable=silent) as bar:
+        try:
+            broken = compute(cache, dataset, missing[world.rank :: world.size], wanted, world, bar)
+        except FileError as error:
+            failure = str(error)
+    for why in filter(None, world.gather(failure)):  # one rank's is all ranks': none waits for another
+        raise FileError(why)
+    return {i: why for part in world.gather(broken) for i, why in part.items()}
+
+
+def check_seen(cache: Cache, keys: Sequence[str], errors: Collection[int], world: World) -> None:
+    """Raise FileError on all ranks where one does not see what others wrote."""
+    unseen = world.gather(sum(key not in cache.shards for i, key in enumerate(keys) if i not in errors))
+    if any(unseen):
+        rank = unseen.index(max(unseen))
+        raise FileError(
+            f"{cache.folder}: process {rank} of {world.size} does not see {unseen[rank]} of {len(keys)} "
+            "utterances that should be there; choose a --cache on a disk that all processes share"
+        )
+
+
+def fill_cache(
+    cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str], None], name: str
+) -> Stored:
     """Compute what is missing, each rank its share, and return what to read. All ranks call this.
 
     ``say`` prints a line. Recordings that cannot be read are in the result's ``errors``, on all ranks.
@@ -282,9 +336,7 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
     with written(cache.folder):
         cache.folder.mkdir(parents=True, exist_ok=True)
     if world.is_main:
-        for path in cache.folder.glob(".*.tmp"):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink(missing_ok=True)
+        remove_stale(cache.folder)
     keys, errors = content_keys(dataset, world)
     wanted: dict[str, list[int]] = {}  # content -> the utterances of it
     for i in range(len(dataset)):
@@ -295,44 +347,21 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
         say(f"cache of {name}: {damaged} damaged shard{'s' if damaged > 1 else ''} removed, to be computed again")
     if old:
         say(f"cache of {name}: {old} without a sha256, of an earlier release, removed, to be computed again")
-    missing = sorted(
-        (same[0] for key, same in wanted.items() if key not in cache.shards), key=lambda i: -dataset.lengths[i]
-    )
+    first = (same[0] for key, same in wanted.items() if key not in cache.shards)
+    missing = sorted(first, key=lambda i: -dataset.lengths[i])
     missing = world.gather(missing)[0]  # what one rank found, for another may have looked later
     if missing:
-        size = sum(len_ * width for len_, width in (cache.shape(dataset.lengths[i]) for i in missing))
-        size *= cache.dtype.itemsize
-        free = shutil.disk_usage(cache.folder).free
-        if any(world.gather(size > free)):
-            raise FileError(
-                f"{cache.folder}: the cache needs {size / 1e9:.2f} GB for {len(missing)} utterances, and "
-                f"{free / 1e9:.2f} GB are free; make room, choose another --cache, or leave it out"
-            )
-        seconds = sum(dataset.lengths[i] for i in missing) / SAMPLE_RATE
-        broken, failure = {}, ""
-        with tqdm(total=round(seconds), unit="s", desc=f"caching {name}", leave=False,
-                  disable=not (world.is_main and sys.stderr.isatty())) as bar:  # fmt: skip
-            try:
-                broken = compute(cache, dataset, missing[world.rank :: world.size], keys, wanted, world, bar)
-            except FileError as error:
-                failure = str(error)
-        for why in filter(None, world.gather(failure)):  # one rank's is all ranks': none waits for another
-            raise FileError(why)
-        errors |= {i: why for part in world.gather(broken) for i, why in part.items()}
+        lengths = [dataset.lengths[i] for i in missing]
+        size = check_room(cache, lengths, world)
+        errors |= compute_missing(cache, dataset, wanted, missing, world, name)
         cache.sound |= {path for part in world.gather(cache.sound) for path in part}
         cache.find(wanted, world)
-        took = time.perf_counter() - started
+        hours, took = sum(lengths) / SAMPLE_RATE / 3600, time.perf_counter() - started
         say(
-            f"cache of {name}: {len(missing)} utterances ({seconds / 3600:.2f} h) computed in {took:.1f} s, "
+            f"cache of {name}: {len(missing)} utterances ({hours:.2f} h) computed in {took:.1f} s, "
             f"{size / 1e6:.1f} MB in {cache.folder}"
         )
     else:
         say(f"cache of {name}: all {len(wanted)} recordings found in {cache.folder}")
-    unseen = world.gather(sum(keys[i] not in cache.shards for i in range(len(dataset)) if i not in errors))
-    if any(unseen):
-        rank = unseen.index(max(unseen))
-        raise FileError(
-            f"{cache.folder}: process {rank} of {world.size} does not see {unseen[rank]} of {len(dataset)} "
-            "utterances that should be there; choose a --cache on a disk that all processes share"
-        )
+    check_seen(cache, keys, errors, world)
     return Stored(cache, keys, dataset.lengths, errors)

@@ -20,12 +20,16 @@ device computes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ser.data.dataset import NO_LABEL
-from ser.errors import TextError
+from ser.data.dataset import NO_LABEL, Batch
+from ser.errors import ConfigError, TextError
+from ser.models.multitask import HEADS, MultiTaskModel, Outputs
 from ser.scores.counts import concordance, weighted
 
 
@@ -172,3 +176,81 @@ def ccc_loss(
     slope = 2 / (n * denominator) * (wanted - ccc * (predictions.detach().double() - y))  # (B, K)
     coefficients = -(weights * slope).masked_fill(~known, 0.0) / labels.shape[1]
     return (coefficients.to(predictions.dtype) * predictions).sum()
+
+
+def check_classes(model: MultiTaskModel, batch: Batch) -> None:
+    """Refuse a label that is no class (ConfigError): a kernel would end the process, far from here."""
+    heads = model.heads_config
+    for kind, labels, classes in (
+        ("emotion", batch.emotions, heads.num_emotions),
+        ("speaker", batch.speakers, heads.num_speakers),
+    ):
+        wrong = (labels != NO_LABEL) & ((labels < 0) | (labels >= classes))
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            index = batch.indices[row] if batch.indices else row
+            raise ConfigError(
+                f"utterance {index} has {kind} {int(labels[row])}; the model's {classes} are 0 to {classes - 1}, "
+                f"{NO_LABEL} is unknown"
+            )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the sum of each task's loss divided by its count, by these weights.
+
+    The loss of dimensions is no such sum; see `run_update`.
+    """
+
+    weights: dict[str, float]  # by head; 0: not trained
+    label_smoothing: float = 0.0
+    class_weights: Tensor | None = None  # (K,) of the emotion loss
+    ctc_per_character: bool = False
+    blank: int = 0
+
+    def sums(self, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """(sum, count) of each task but dimensions that has a weight above 0, in one micro-batch."""
+        found = {}
+        if outputs.emotion is not None and self.weights.get("emotion"):
+            found["emotion"] = classification_loss(
+                outputs.emotion,
+                batch.emotions,
+                class_weights=None
+                if self.class_weights is None
+                else self.class_weights.to(outputs.emotion.device, non_blocking=True),
+                label_smoothing=self.label_smoothing,
+                utterance_weights=batch.weights,
+            )
+        if outputs.ctc is not None and self.weights.get("ctc"):
+            found["ctc"] = ctc_loss(
+                outputs.ctc,
+                outputs.num_frames,
+                batch.targets,
+                batch.target_lengths,
+                blank=self.blank,
+                per_character=self.ctc_per_character,
+                utterance_weights=batch.weights,
+            )
+        if outputs.speaker is not None and self.weights.get("speaker"):
+            found["speaker"] = classification_loss(
+                outputs.speaker, batch.speakers, utterance_weights=batch.weights
+            )
+        return found
+
+    def counts(self, model: MultiTaskModel, batches: Sequence[Batch]) -> Tensor:
+        """What `sums` will return as counts, added up over micro-batches, from labels alone: (4,) float64.
+
+        Of dimensions: the labels.
+        """
+        total = torch.zeros(len(HEADS), dtype=torch.float64)
+        for batch in batches:
+            check_classes(model, batch)
+            known = (batch.emotions != NO_LABEL).double().cpu()
+            if self.class_weights is not None:
+                known = known * self.class_weights.double()[batch.emotions.clamp(min=0).cpu()]
+            frames = model.config.num_frames(batch.num_samples)
+            fits = ctc_feasible(batch.targets, batch.target_lengths, frames).double()
+            speaks = (batch.speakers != NO_LABEL).double().cpu()
+            rated = batch.dimensions.isfinite().double().sum(1).cpu()
+            total += (torch.stack([known, fits, speaks, rated]) * batch.weights.double()).sum(1)
+        return total

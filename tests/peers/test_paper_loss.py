@@ -12,13 +12,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_update import run_update
 from torch import nn
 from torch.nn import functional as F
 
 from ser.data.dataset import Example, collate
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.train.distributed import World
-from ser.train.update import Objective, run_update
+from ser.train.losses import Objective
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference: pip install ser[test]")
 
