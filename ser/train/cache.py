@@ -1,19 +1,19 @@
-"""What a frozen part of a model makes of each utterance, computed once and kept on disk.
+"""A cache: what a frozen part of a model makes of each utterance is computed once and kept on disk.
 
     CACHE/features-6f12ab34cd56ef78-fp16/    one folder for each kind, weights, preprocessing and type
         SHA256.safetensors                   some utterances, each under the sha256 of its recording's content; the
                                              name is the sha256 of the file
 
-Two kinds. "features": the output of the feature encoder, frames of 20 ms, for which nothing above it matters.
-"pooled": where all of wav2vec 2.0 is frozen, the mean over time of each layer that the heads read; as sums over
-layers, a projection and the mean over time commute, an epoch then costs next to nothing.
+There are two kinds. "features" is the output of the feature encoder, frames of 20 ms, for which nothing above it
+matters. "pooled", where all of wav2vec 2.0 is frozen, is the mean over time of each layer that the heads read.
+Sums over layers, a projection and the mean over time commute, so an epoch then costs next to nothing.
 
-Each utterance is computed alone and in float32, so the company it had cannot matter, and every key holds all that
-the numbers depend on: a cache may be shared by runs, moved and deleted, and what is there is never stale. A shard
-is written under another name, waited for and renamed: killed while it fills, a cache lacks what it lacks, and the
-next run fills it further. A run first reads the shards that it needs, each rank a share: one whose bytes are not
-as they were written is removed and computed again. Ranks each fill a share and read all, by memory maps that the
-system keeps once.
+Each utterance is computed alone and in float32, so batch composition cannot matter, and every key holds all that
+the numbers depend on. So runs may share a cache, which may be moved and deleted, and what is there is never stale.
+A shard is written under another name, waited for and renamed: killed while it fills, a cache keeps what is whole,
+and the next run fills it further. A run first reads the shards that it needs, each rank a share: one whose bytes
+are not as they were written is removed and computed again. Each rank fills a share and reads all, by memory maps
+that the system keeps once.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ STALE_SECONDS = 24 * 3600.0  # after which the unfinished shard of a killed proc
 
 
 def choose_kind(model: MultiTaskModel, freeze: str) -> tuple[str, str]:
-    """("features" or "pooled", why not pooled). Raises ConfigError where nothing may be kept."""
+    """Return "features" or "pooled", and why not pooled. Raises ConfigError where nothing may be kept."""
     if freeze == "none":
         raise ConfigError(
             "cache keeps what a frozen part computes, and freeze is none: add --freeze feature-encoder, or encoder"
@@ -81,49 +81,9 @@ def verified(paths: Sequence[Path], world: World) -> tuple[set[Path], set[Path]]
     return sound, set(paths) - sound
 
 
-def compute(
-    cache: Cache,
-    dataset: SpeechDataset,
-    share: list[int],
-    wanted: dict[str, list[int]],
-    world: World,
-    bar: tqdm[Any],
-) -> dict[int, str]:
-    """Compute and write one rank's share. Returns the errors of what cannot be read. Raises FileError."""
-    key_of = {same[0]: key for key, same in wanted.items()}
-    broken: dict[int, str] = {}
-    waiting: dict[str, Tensor] = {}
-    held = 0  # bytes
-    for i in share:
-        example = dataset[i]
-        at_work = f"with {dataset.utterances[i].id} ({dataset.lengths[i] / SAMPLE_RATE:.1f} s)"
-        with memory_explained(SHORTER, doing=at_work):
-            found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
-        if found is None or tuple(found.shape) != cache.shape(dataset.lengths[i]):
-            for j in wanted[key_of[i]]:  # each under its own name
-                late = f"{dataset.utterances[j].file}: is not as long as its header says"
-                broken[j] = dataset[j].error or late
-            continue
-        kept = found.to(cache.dtype)
-        if not bool(kept.isfinite().all()) and bool(found.isfinite().all()):
-            raise FileError(
-                f"{dataset.utterances[i].id}: values up to {found.abs().max():.3g} do not fit into float16; "
-                "use --cache-dtype fp32"
-            )
-        waiting[key_of[i]] = kept
-        held += kept.nbytes
-        if held >= SHARD_BYTES:
-            cache.write(waiting)
-            waiting, held = {}, 0
-        bar.update(round(dataset.lengths[i] / SAMPLE_RATE * world.size))
-    if waiting:
-        cache.write(waiting)
-    return broken
-
-
 @dataclass
 class Cache:
-    """The folder of one kind, weights and preprocessing."""
+    """Hold the folder of one kind, weights and preprocessing."""
 
     folder: Path
     kind: str
@@ -135,7 +95,7 @@ class Cache:
 
     @staticmethod
     def of(model: MultiTaskModel, folder: str | Path, *, kind: str, dtype: str, do_normalize: bool) -> Cache:
-        """What belongs to this model's weights, under ``folder``."""
+        """Find what belongs to this model's weights, under ``folder``."""
         config, minimum = model.config, model.config.min_samples
         part = model.wav2vec2.feature_extractor if kind == "features" else model.wav2vec2
         about: list[Any] = [FORMAT, kind, SAMPLE_RATE, do_normalize]
@@ -188,7 +148,7 @@ class Cache:
         return len(others | damaged), len(old)
 
     def listed(self) -> tuple[dict[Path, list[str]], set[Path], set[Path]]:
-        """The keys in each shard, the shards whose header cannot be read, and those of earlier releases."""
+        """List the keys in each shard, the shards whose header cannot be read, and those of earlier releases."""
         keys: dict[Path, list[str]] = {}
         damaged: set[Path] = set()
         old: set[Path] = set()
@@ -204,7 +164,7 @@ class Cache:
         return keys, damaged, old
 
     def write(self, tensors: dict[str, Tensor]) -> None:
-        """One more shard, whole or not at all. Raises FileError."""
+        """Write one more shard, whole or not at all. Raises FileError."""
         name = hashlib.sha256("".join(tensors).encode()).hexdigest()[:16]
         temporary = self.folder / f".{name}.{os.getpid()}.tmp"
         with written(self.folder / name):
@@ -220,7 +180,7 @@ class Cache:
 
 
 class Stored:
-    """What a `SpeechDataset` reads in place of recordings."""
+    """Give a `SpeechDataset` what it reads in place of recordings."""
 
     def __init__(self, cache: Cache, keys: list[str], lengths: list[int], errors: dict[int, str]) -> None:
         self.kind, self.keys, self.shards, self.errors = cache.kind, keys, cache.shards, errors
@@ -228,11 +188,11 @@ class Stored:
         self.files: dict[Path, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a worker that is not forked: it opens its own."""
+        """Leave open files out: a worker that is not forked opens its own."""
         return vars(self) | {"files": {}}
 
     def __call__(self, index: int) -> tuple[Tensor, str]:
-        """(T, C) or (N, D), as it is kept, and an error; with one, zeros of that shape."""
+        """Return (T, C) or (N, D), as it is kept, and an error; with one, zeros of that shape."""
         if error := self.errors.get(index, ""):
             return torch.zeros(self.shapes[index]), error
         path = self.shards[self.keys[index]]
@@ -247,7 +207,7 @@ class Stored:
 
 
 def content_keys(dataset: SpeechDataset, world: World) -> tuple[list[str], dict[int, str]]:
-    """The sha256 of each utterance's file and excerpt, and the errors of files that cannot be opened.
+    """Return the sha256 of each utterance's file and excerpt, and the errors of files that cannot be opened.
 
     Each rank reads a share, and each file once, though many utterances may be cut from it.
     """
@@ -289,6 +249,46 @@ def check_room(cache: Cache, lengths: Sequence[int], world: World) -> int:
     return size
 
 
+def compute_share(
+    cache: Cache,
+    dataset: SpeechDataset,
+    share: list[int],
+    wanted: dict[str, list[int]],
+    world: World,
+    bar: tqdm[Any],
+) -> dict[int, str]:
+    """Compute and write one rank's share. Return the errors of what cannot be read. Raises FileError."""
+    key_of = {same[0]: key for key, same in wanted.items()}
+    broken: dict[int, str] = {}
+    waiting: dict[str, Tensor] = {}
+    held = 0  # bytes
+    for i in share:
+        example = dataset[i]
+        at_work = f"with {dataset.utterances[i].id} ({dataset.lengths[i] / SAMPLE_RATE:.1f} s)"
+        with memory_explained(SHORTER, doing=at_work):
+            found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
+        if found is None or tuple(found.shape) != cache.shape(dataset.lengths[i]):
+            for j in wanted[key_of[i]]:  # each under its own name
+                late = f"{dataset.utterances[j].file}: is not as long as its header says"
+                broken[j] = dataset[j].error or late
+            continue
+        kept = found.to(cache.dtype)
+        if not bool(kept.isfinite().all()) and bool(found.isfinite().all()):
+            raise FileError(
+                f"{dataset.utterances[i].id}: values up to {found.abs().max():.3g} do not fit into float16; "
+                "use --cache-dtype fp32"
+            )
+        waiting[key_of[i]] = kept
+        held += kept.nbytes
+        if held >= SHARD_BYTES:
+            cache.write(waiting)
+            waiting, held = {}, 0
+        bar.update(round(dataset.lengths[i] / SAMPLE_RATE * world.size))
+    if waiting:
+        cache.write(waiting)
+    return broken
+
+
 def compute_missing(
     cache: Cache, dataset: SpeechDataset, wanted: dict[str, list[int]], missing: list[int], world: World, name: str
 ) -> dict[int, str]:
@@ -302,7 +302,7 @@ def compute_missing(
     silent = not (world.is_main and sys.stderr.isatty())
     with tqdm(total=round(seconds), unit="s", desc=f"caching {name}", leave=False, disable=silent) as bar:
         try:
-            broken = compute(cache, dataset, missing[world.rank :: world.size], wanted, world, bar)
+            broken = compute_share(cache, dataset, missing[world.rank :: world.size], wanted, world, bar)
         except FileError as error:
             failure = str(error)
     for why in filter(None, world.gather(failure)):  # one rank's is all ranks': none waits for another

@@ -107,6 +107,8 @@ class Log:
 
     def __init__(self, path: Path, world: World, progress: Progress, *, verbose: bool = False) -> None:
         self.path, self.world, self.verbose = path, world, verbose
+        self.evaluation: Evaluation | None = None  # the last one in this process
+        self.left_out = 0  # updates in a row
         if world.is_main and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if step_of_line(line) <= progress.step]

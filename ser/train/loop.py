@@ -56,6 +56,12 @@ def is_due(every: str, progress: Progress, *, epoch_ended: bool) -> bool:
     return progress.step % number == 0 if unit == "updates" else epoch_ended and progress.epoch % number == 0
 
 
+def evaluation_is_due(job: Job, progress: Progress, *, epoch_ended: bool) -> bool:
+    """Tell whether an evaluation is due after an update: as often as was set, and after the last one."""
+    last = progress.step == job.total
+    return len(job.data.valid) > 0 and (last or is_due(job.config.eval_every, progress, epoch_ended=epoch_ended))
+
+
 def fetch_updates(
     dataset: SpeechDataset, sampler: LengthBucketBatchSampler, config: TrainConfig, world: World
 ) -> Iterator[list[Batch]]:
@@ -116,12 +122,25 @@ def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> 
         progress.evaluations_since_best += 1
 
 
-def note_left_out(job: Job, progress: Progress, epoch: int, place: int) -> None:
-    """Count an update that was left out, and name its utterances on all ranks."""
-    progress.skipped += 1
-    update = job.data.sampler.plan(epoch=epoch)[place]
-    utterances = printable(", ".join(job.data.train.utterances[i].id for i in update))
-    say(job.world, f"update {progress.step} left out: loss or gradient not finite; it held {utterances}")
+def count_left_out(job: Job, log: Log, progress: Progress, result: UpdateResult, place: tuple[int, int]) -> None:
+    """Count an update that was left out, and name its utterances; end the run after too many in a row.
+
+    ``place`` is the epoch of the update and its number there.
+    """
+    if not result.skipped:
+        log.left_out = 0
+        return
+    log.left_out += 1
+    if not result.overflow:  # float16 overflows while its scale settles: expected
+        progress.skipped += 1
+        update = job.data.sampler.plan(epoch=place[0])[place[1]]
+        utterances = printable(", ".join(job.data.train.utterances[i].id for i in update))
+        say(job.world, f"update {progress.step} left out: loss or gradient not finite; it held {utterances}")
+    if log.left_out >= job.config.max_skipped * (3 if result.overflow else 1):
+        raise RunFolderError(
+            f"{job.opened.run.folder}: {log.left_out} updates in a row had gradients that are not finite; lower "
+            "--rate, or look at the utterances of these updates"
+        )
 
 
 def log_updates(job: Job, log: Log, progress: Progress, result: UpdateResult, epoch: int) -> None:
@@ -139,8 +158,8 @@ def log_updates(job: Job, log: Log, progress: Progress, result: UpdateResult, ep
 # ---------------------------------------------------------------------------------------------- the loop
 
 
-def evaluate_and_keep_best(job: Job, progress: Progress, log: Log, stop: StopRequest) -> Evaluation | None:
-    """Evaluate, and keep the best model; None if a signal came before the end: it is still due then."""
+def evaluate_and_keep_best(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
+    """Evaluate, and keep the best model; False if a signal came before the end: it is still due then."""
     config = job.config
     with log.meter.paused():
         evaluation = evaluate(
@@ -156,7 +175,8 @@ def evaluate_and_keep_best(job: Job, progress: Progress, log: Log, stop: StopReq
             timeout=config.timeout,
         )
         if evaluation.interrupted:
-            return None
+            return False
+        log.evaluation = evaluation
         note_evaluation(evaluation, job.metric, progress)
         epoch = progress.epoch - (progress.update == 0)  # that of the update before
         log.write("valid", evaluation.metrics() | {"best": progress.best}, progress, epoch=epoch)
@@ -169,28 +189,27 @@ def evaluate_and_keep_best(job: Job, progress: Progress, log: Log, stop: StopReq
             say(job.world, f"stopping early: {improved}")
             progress.finished = True
         progress.evaluation_due = False
-    return evaluation
+    return True
 
 
-def train_to_end(job: Job, progress: Progress, log: Log, stop: StopRequest) -> tuple[Evaluation | None, bool]:
-    """Train from where the run stands to its end, or to the end of the update in which it is asked to stop.
-
-    Returns the last evaluation, and whether the run was asked to stop.
-    """
-    config, data, learner, world = job.config, job.data, job.learner, job.world
-    evaluation: Evaluation | None = None
-    stopped, was_due, left_out_in_a_row = False, progress.evaluation_due, 0
-
-    if was_due:  # a signal came before it
-        evaluation = evaluate_and_keep_best(job, progress, log, stop)
-        stopped = evaluation is None
-    if not stopped and (was_due or (progress.step == job.total and not progress.finished)):
+def catch_up(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
+    """Do what a signal kept the run from doing after its last update; False if another one came before the end."""
+    was_due = progress.evaluation_due
+    if was_due and not evaluate_and_keep_best(job, progress, log, stop):
+        return False
+    if was_due or (progress.step == job.total and not progress.finished):
         progress.finished = progress.finished or progress.step == job.total
         save_checkpoint(job, progress)
+    return True
 
+
+def train_to_end(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
+    """Train from where the run stands to its end; False if it was asked to stop, at the end of that update."""
+    config, data, learner = job.config, job.data, job.learner
+    stopped = not catch_up(job, progress, log, stop)
     while progress.epoch < config.epochs and not progress.finished and not stopped:
         data.sampler.set_position(epoch=progress.epoch, update=progress.update)
-        for batches in fetch_updates(data.train, data.sampler, config, world):
+        for batches in fetch_updates(data.train, data.sampler, config, job.world):
             job.bad_audio.agree("train", data.train, errors_of(batches))
             set_rate(learner.optimizer, SCHEDULES[config.schedule](progress.step, job.total, config.warmup))
             result = run_update(learner, batches, progress, stop=bool(stop))
@@ -200,24 +219,14 @@ def train_to_end(job: Job, progress: Progress, log: Log, stop: StopRequest) -> t
             last = progress.step == job.total
             job.saver.check()
             log.count(result, batches)
-
-            left_out_in_a_row = left_out_in_a_row + 1 if result.skipped else 0
-            if result.skipped and not result.overflow:  # float16 overflows while its scale settles: expected
-                note_left_out(job, progress, epoch, place)
-            if left_out_in_a_row >= config.max_skipped * (3 if result.overflow else 1):
-                raise RunFolderError(
-                    f"{job.opened.run.folder}: {left_out_in_a_row} updates in a row had gradients that are not "
-                    "finite; lower --rate, or look at the utterances of these updates"
-                )
-            if progress.step % config.log_every == 0 or last:
+            count_left_out(job, log, progress, result, (epoch, place))
+            if last or progress.step % config.log_every == 0:
                 log_updates(job, log, progress, result, epoch)
 
             stopped = result.stop
-            evaluation_due = last or is_due(config.eval_every, progress, epoch_ended=epoch_ended)
-            progress.evaluation_due = len(data.valid) > 0 and evaluation_due
+            progress.evaluation_due = evaluation_is_due(job, progress, epoch_ended=epoch_ended)
             if progress.evaluation_due and not stopped:
-                latest = evaluate_and_keep_best(job, progress, log, stop)
-                evaluation, stopped = latest or evaluation, latest is None
+                stopped = not evaluate_and_keep_best(job, progress, log, stop)
             progress.finished = progress.finished or (last and not progress.evaluation_due)
             ending = progress.finished or stopped
             if ending or is_due(config.save_every, progress, epoch_ended=epoch_ended):
@@ -226,13 +235,13 @@ def train_to_end(job: Job, progress: Progress, log: Log, stop: StopRequest) -> t
                 break
     log.bar.close()
     job.saver.wait()
-    return evaluation, stopped
+    return not stopped
 
 
-def save_last(job: Job, progress: Progress, evaluation: Evaluation | None) -> Evaluation | None:
-    """Save last/, and best/ where nothing was evaluated; return the evaluation that stands in the card."""
-    if len(job.data.valid) and evaluation is None:
-        evaluation = evaluate(
+def save_last(job: Job, progress: Progress, log: Log) -> None:
+    """Save last/, and best/ where nothing was evaluated."""
+    if len(job.data.valid) and log.evaluation is None:
+        log.evaluation = evaluate(
             job.recognizer,
             job.data.valid,
             world=job.world,
@@ -240,10 +249,9 @@ def save_last(job: Job, progress: Progress, evaluation: Evaluation | None) -> Ev
             keep_rows=True,
             bad_audio=job.bad_audio,
         )
-    save_model(job, progress, "last", evaluation)
+    save_model(job, progress, "last", log.evaluation)
     if not len(job.data.valid):
         save_model(job, progress, "best", None)
-    return evaluation
 
 
 @memory_explained(SMALLER_MODEL, doing="outside of an update")
@@ -296,17 +304,16 @@ def fit(
         say(world, job.summary())
         log.begin(job.total, progress)
         stop = held.enter_context(stop_on_signals())
-        evaluation, stopped = train_to_end(job, progress, log, stop)
         resumed = job.opened.checkpoint is not None
-        if stopped and not progress.finished:
+        if not train_to_end(job, progress, log, stop) and not progress.finished:
             by = stop.signal or "a signal to another process"
             again = "the same command continues (without --overwrite and --resume-from)"
             say(world, f"stopped by {by} after update {progress.step} of {job.total}; {again}")
-            return FitResult(progress, job.metric, evaluation, resumed, stopped=True)
+            return FitResult(progress, job.metric, log.evaluation, resumed, stopped=True)
         recognizer.model.eval()
         # A run that had ended before has them, unless it was stopped just there.
         if not finished_before or world.gather(not (request.folder / "last" / RECORD).is_file())[0]:
-            evaluation = save_last(job, progress, evaluation)
+            save_last(job, progress, log)
         job.saver.wait()
         world.barrier()
-        return FitResult(progress, job.metric, evaluation, resumed)
+        return FitResult(progress, job.metric, log.evaluation, resumed)

@@ -100,6 +100,25 @@ def moments_of_dimensions(learner: Learner, batches: Sequence[Batch], progress: 
     return world.sum(moments.cpu())
 
 
+def backward(
+    learner: Learner, batch: Batch, outputs: Outputs, count_of: dict[str, float], moments: Tensor
+) -> dict[str, Tensor]:
+    """Add the gradient of one micro-batch; return its share of each loss but that of dimensions."""
+    weights, world = learner.objective.weights, learner.world
+    loss = torch.zeros((), device=world.device)
+    shares = {}
+    for name, (total, _) in learner.objective.sums(outputs, batch).items():
+        share = total / max(count_of[name], 1e-12)
+        shares[name] = share.detach()
+        loss = loss + weights[name] * share
+    if outputs.dimensions is not None and weights.get("dimensions"):
+        rated = ccc_loss(at_least_float32(outputs.dimensions), batch.dimensions, moments, batch.weights)
+        loss = loss + weights["dimensions"] * rated
+    # DistributedDataParallel averages over ranks; the counts are already those of all ranks.
+    learner.scaler.scale(loss * world.size).backward()
+    return shares
+
+
 def step_of_optimizer(learner: Learner, trained: Sequence[nn.Parameter], result: UpdateResult) -> UpdateResult:
     """Clip the gradient and make the step, on all ranks or none; complete the result."""
     optimizer, scaler, world = learner.optimizer, learner.scaler, learner.world
@@ -156,17 +175,8 @@ def run_update(
         with world.no_sync(learner.wrapped, last=last), memory_explained(SMALLER_UPDATES, batch, learner.names):
             batch = batch.to(world.device)
             outputs = forward(learner, learner.wrapped, batch, number, progress)
-            loss = torch.zeros((), device=world.device)
-            for name, (total, _) in learner.objective.sums(outputs, batch).items():
-                share = total / max(count_of[name], 1e-12)
-                shown = result.losses.get(name)
-                result.losses[name] = share.detach() if shown is None else shown + share.detach()
-                loss = loss + weights[name] * share
-            if outputs.dimensions is not None and weights.get("dimensions"):
-                rated = ccc_loss(at_least_float32(outputs.dimensions), batch.dimensions, moments, batch.weights)
-                loss = loss + weights["dimensions"] * rated
-            # DistributedDataParallel averages over ranks; the counts are already those of all ranks.
-            learner.scaler.scale(loss * world.size).backward()
+            for name, share in backward(learner, batch, outputs, count_of, moments).items():
+                result.losses[name] = result.losses[name] + share if name in result.losses else share
     for parameter in model.untrained_by([name for name, weight in weights.items() if weight and count_of[name]]):
         parameter.grad = None  # a zero gradient is not no gradient to AdamW
     trained = [p for p in model.parameters() if p.grad is not None]
