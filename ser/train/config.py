@@ -11,11 +11,13 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ser.audio import SAMPLE_RATE
+from ser.data.augment import augmented
+from ser.data.sampler import MicroLimits
 from ser.errors import ConfigError
 from ser.models.heads import POOLINGS
 from ser.models.multitask import HEADS
@@ -94,6 +96,11 @@ def names_of_heads(name: str, value: str) -> None:
     unknown = [head for head in value.split(",") if head not in HEADS and value != "auto"]
     if unknown:
         raise ConfigError(f"{name} names {', '.join(unknown)}; there are {', '.join(HEADS)} (or auto)")
+
+
+def names_of_augmentations(name: str, value: Sequence[str]) -> None:
+    """Refuse an augmentation that there is not."""
+    augmented(value, seed=0)
 
 
 def option(
@@ -185,6 +192,8 @@ class TrainConfig:
         help="micro-batches per update and process; 0: follows from the effective batch")
     batching: str = option(BATCHES, "bucket", choices=("bucket", "random"),
         help="utterances of like length together, or as drawn")
+    augment: tuple[str, ...] = option(BATCHES, (), check=names_of_augmentations, resume="asked",
+        help="names of augmentations that change each training waveform, in their order (not with cache)")
     max_seconds: float = option(BATCHES, 0.0,
         help="drop longer training utterances, in seconds; 0: keep all. Evaluation drops none")
     activation_checkpointing: bool = option(BATCHES, False, resume="freely",
@@ -235,6 +244,11 @@ class TrainConfig:
                 check(f.name, value)
         if self.batch_seconds and self.effective_batch:
             raise ConfigError("give batch_seconds or effective_batch, not both: each says how large an update is")
+        if self.augment and self.cache:
+            raise ConfigError(
+                "cache keeps what is made of each recording once, and augment changes recordings anew in each "
+                "epoch: leave one of them out"
+            )
 
     def resolved_effective_batch(self, world_size: int) -> int | None:
         """Return the utterances per update over all ranks; None where padded seconds decide.
@@ -260,7 +274,7 @@ class TrainConfig:
             )
         return effective_batch
 
-    def micro_limits(self, world_size: int) -> dict[str, int | None]:
+    def micro_limits(self, world_size: int) -> MicroLimits:
         """Return what bounds a forward pass, as `cut_update` takes it: utterances, or padded samples."""
         seconds = self.batch_seconds / (world_size * self.accumulate) if self.accumulate else self.micro_seconds
         if self.batch_seconds or not (self.micro_batch or self.accumulate):
@@ -315,10 +329,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for f in fields(TrainConfig):
         flag, about = "--" + f.name.replace("_", "-"), f.metadata
-        help_ = f"{about['help']} (default: {f.default})".replace("%", "%%")
+        default = "none" if f.default == () else f.default
+        help_ = f"{about['help']} (default: {default})".replace("%", "%%")
         options: dict[str, Any] = {"help": argparse.SUPPRESS if about["hidden"] else help_}
         if types_[f.name] is bool:
             options["action"] = "store_true"
+        elif types_[f.name] == tuple[str, ...]:
+            options |= {"nargs": "*", "default": f.default, "metavar": "NAME"}
         else:
             options |= {"type": types_[f.name], "default": f.default, "choices": about["choices"] or None}
         groups[about["group"]].add_argument(flag, **options)
@@ -326,4 +343,5 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def training_config(namespace: argparse.Namespace | types.SimpleNamespace) -> TrainConfig:
     """Return the `TrainConfig` that parsed flags ask for."""
-    return TrainConfig(**{f.name: getattr(namespace, f.name) for f in fields(TrainConfig)})
+    values: dict[str, Any] = {f.name: getattr(namespace, f.name) for f in fields(TrainConfig)}
+    return TrainConfig(**values | {"augment": tuple(values["augment"])})

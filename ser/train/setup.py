@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ser.audio import SAMPLE_RATE
+from ser.data.augment import augmented
 from ser.data.dataset import NO_LABEL, SpeechDataset
 from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler
@@ -212,6 +213,8 @@ def make_ready(
     lengths = {"train": dataset.lengths, "valid": validation.lengths}
     dataset = without_long(dataset, recognizer, config, world)
     unread = bad_audio.skipped["train"]
+    if config.augment:
+        dataset.augment = augmented(config.augment, config.seed)
     for note in check_training_data(recognizer, dataset, unread):
         say(world, note)
     sampler = LengthBucketBatchSampler(
