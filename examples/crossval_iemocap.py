@@ -68,9 +68,9 @@ from ser.scores.folds import (
 )
 from ser.scores.pictures import draw, draw_curves, needs_matplotlib
 from ser.scores.report import Outcomes, shared_line, table, trained_on_some
-from ser.train.checkpoint import MAY_CHANGE
 from ser.train.content import NAMES, contents, weights_sha256
 from ser.train.processes import PREEMPTED, following, stop_on_signals
+from ser.train.runs import MAY_CHANGE
 
 HERE = Path(__file__).parent
 # What each fold is given; it must not come a second time.

@@ -60,7 +60,7 @@ from ser.scores.report import Outcomes, compare, report, shared_line, table, wri
 from ser.train.bad_audio import BadAudio
 from ser.train.distributed import World, joined_world
 from ser.train.evaluation import evaluated_rows
-from ser.train.loop import say
+from ser.train.log import say
 from ser.train.processes import one_voice
 from ser.train.verification import checks_of
 

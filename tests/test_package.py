@@ -25,7 +25,7 @@ from ser.recognizer import Prediction
 from ser.scores.folds import to_markdown as folds_to_markdown
 from ser.train.distributed import World
 from ser.train.evaluation import Evaluation
-from ser.train.loop import say, show_rows
+from ser.train.log import say, show_rows
 from ser.train.processes import one_voice
 
 ROOT = Path(__file__).parents[1]
