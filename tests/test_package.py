@@ -15,9 +15,8 @@ import torch
 from toy import toy_recognizer
 
 import ser
-from ser.data.dataset import listed
 from ser.data.manifest import Utterance
-from ser.errors import AudioError, ManifestError, printable
+from ser.errors import AudioError, ManifestError, indented, printable
 from ser.models.pretrained import LoadReport
 from ser.recognizer import Prediction
 from ser.scores.folds import to_markdown as folds_to_markdown
@@ -385,7 +384,7 @@ def test_names_in_lists_progress_and_errors_stay_on_their_lines(capfd):
     utterance = Utterance(HOSTILE, Path(HOSTILE), emotion=HOSTILE)
     row = (utterance, HOSTILE, Prediction(HOSTILE, 1.0, emotion=HOSTILE, transcript=HOSTILE))
     show_rows(said, Evaluation(rows=[row]))
-    say(said, f"2 recordings:\n  {listed([HOSTILE, HOSTILE])}")
+    say(said, f"2 recordings:{indented([HOSTILE, HOSTILE])}")
     say(said, str(LoadReport(Path("x"), unused=[HOSTILE])))
     for error in (AudioError(printable(HOSTILE)), ValueError("\x1b[2J")):
         with pytest.raises(SystemExit), one_voice():
