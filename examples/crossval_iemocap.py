@@ -51,7 +51,7 @@ import torch
 
 import ser
 from ser.data.protocols import Protocol, check_fold, find_fold, to_table, usual_known_turns
-from ser.data.selection import Selection, add_arguments, from_arguments
+from ser.data.selection import Selection, add_data_arguments, selected_data
 from ser.data.spellings import check_spellings, label_lines
 from ser.errors import ConfigError, FileError, printable
 from ser.files import digest, write_json
@@ -93,7 +93,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument("--folds", nargs="*", help="only these, such as 01F 01M (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything")
     parser.add_argument("--init", default="base", help="as in train_iemocap.py (default: base)")
@@ -493,7 +493,7 @@ def main(argv: list[str] | None = None) -> None:
     if own := sorted({option.partition("=")[0] for option in rest} & SETTLED):
         raise ConfigError(f"{', '.join(own)}: cross-validation settles that itself (--folds chooses some folds)")
     needs_matplotlib()
-    selection = from_arguments(arguments)
+    selection = selected_data(arguments)
     if arguments.evaluate_only and (rest or arguments.ablation):
         raise ConfigError(f"--evaluate-only trains nothing, so it takes no {' '.join(rest) or '--ablation'}")
     try:

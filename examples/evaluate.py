@@ -44,7 +44,7 @@ import torch
 import ser
 from ser.data.manifest import DIMENSIONS, Utterance
 from ser.data.protocols import KNOWN, overlap
-from ser.data.selection import Selection, add_arguments, from_arguments
+from ser.data.selection import Selection, add_data_arguments, selected_data
 from ser.data.spellings import check_spellings, label_lines
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
@@ -74,7 +74,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fold", help="name of the protocol's fold, such as 01F")
     parser.add_argument("--part", default="test", choices=["test", "valid", "train", KNOWN],
                         help="of the fold (default: %(default)s)")  # fmt: skip
-    add_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument("--train", type=Path, help="the training manifest, where the model does not name it: what "
                         "is shared, and parts by seen and unseen transcript")  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder to write; shows the table alone without it")
@@ -134,16 +134,16 @@ def read_data(
     """What is judged, by name and as utterances; what the model was trained on; what a report says of both."""
     named = None if record is None else card.trained_on(record)
     if arguments.train:
-        named = from_arguments(arguments, arguments.train)
+        named = selected_data(arguments, arguments.train)
     if arguments.manifest and not arguments.protocol:
         if arguments.fold or arguments.known_turns:
             raise ConfigError("--fold and --known-turns need --protocol, which says how the manifest is divided")
-        chosen = from_arguments(arguments, arguments.manifest)
+        chosen = selected_data(arguments, arguments.manifest)
         everything = judged = chosen.read(check_files=arguments.on_bad_audio == "fail", tell=tell)
         about: dict[str, Any] = {"manifest": chosen.data}
     else:
         arguments.data = arguments.data or arguments.manifest
-        chosen = replace(from_arguments(arguments), part=arguments.part)
+        chosen = replace(selected_data(arguments), part=arguments.part)
         if named is not None and same_fold(named, chosen) and arguments.known_turns is None:
             chosen = replace(chosen, known_turns=named.known_turns)
         everything = chosen.read(check_files=arguments.on_bad_audio == "fail", tell=tell)

@@ -73,6 +73,13 @@ def pip_line(extra: str = "") -> str:
     return f"pip install '{name}[{extra}]'" if extra else f"pip install {name}"
 
 
+def indented(messages: Iterable[str], most: int = 50) -> str:
+    """Put each of the first messages on an indented line of its own, and say how many more there are."""
+    lines = [printable(message) for message in messages]
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "".join(f"\n  {line}" for line in [*lines[:most], *more])
+
+
 class SerError(Exception):
     """Base of all errors about input, configuration or files. The message names file and cause."""
 

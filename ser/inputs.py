@@ -201,7 +201,7 @@ def plan_batches(runs: Iterable[list[Recording]], seconds: float) -> Iterator[li
             yield [r for r in run if r.error is not None]
         lengths = [r.num_samples for r in good]
         for batch in evaluation_batches(lengths, batch_samples=int(seconds * SAMPLE_RATE)):
-            yield [good[i] for i, _ in batch]
+            yield [good[item.index] for item in batch]
 
 
 class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):

@@ -14,8 +14,7 @@ import pytest
 import soundfile
 from iemocap_tree import PLANTED, needs_iemocap, said, wav, write_paper_csvs, write_tree
 
-from ser.data.corpora import Corpus
-from ser.data.datasheet import data_sheet, listen, to_markdown
+from ser.data.datasheet import data_sheet, listen, sheet_to_markdown
 from ser.data.iemocap import (
     COUNTS,
     SIDES,
@@ -30,6 +29,7 @@ from ser.data.iemocap import (
 )
 from ser.data.manifest import Utterance, read_manifest, write_manifest
 from ser.data.protocols import PROTOCOLS, read_folds
+from ser.data.release import Corpus
 from ser.errors import AudioError, ManifestError
 
 
@@ -373,7 +373,7 @@ def test_the_data_sheet_names_what_is_odd(odd):
     assert text["most_shared"] == {"YES.": 2}, "said by a and b; No. is said by one speaker"
     assert (text["with_text"], text["different"], text["utterances_with_shared"]) == (4, 2, 2)
     assert sheet["labels_per_speaker"] == {"a": {"sad": 1}, "b": {"sad": 1}, "c": {"sad": 3}}
-    shown = to_markdown(sheet, "odd")
+    shown = sheet_to_markdown(sheet, "odd")
     assert "1 silent (peak below 0.001): silent" in shown and "one = two" in shown and "| c | 3 | 3 |" in shown
     assert {u.extra["sha256"] for u in heard.utterances} == {s.sha256 for s in sounds.values()}
 

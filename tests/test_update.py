@@ -91,7 +91,8 @@ OBJECTIVE = Objective(
 
 def batches_of(rank_steps, pool):
     return [
-        collate([Example(**{**vars(pool[i]), "weight": weight}) for i, weight in items]) for items in rank_steps
+        collate([Example(**{**vars(pool[i]), "weight": weight}) for i, weight, *_ in items])
+        for items in rank_steps
     ]
 
 

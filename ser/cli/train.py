@@ -46,9 +46,7 @@ import ser
 from ser.cli import LAUNCHER
 from ser.data.manifest import DIMENSIONS, Utterance, check_labels, check_overlap
 from ser.data.protocols import Audit, Fold, overlap, to_table, usual_known_turns
-from ser.data.selection import Selection
-from ser.data.selection import add_arguments as add_data_arguments
-from ser.data.selection import from_arguments as selected_data
+from ser.data.selection import Selection, add_data_arguments, selected_data
 from ser.data.spellings import check_spellings, label_lines
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean, did_you_mean
 from ser.device import cpu_threads
@@ -75,6 +73,7 @@ errors_told = one_voice
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command, the common ones first."""
     parser.allow_abbrev = False
+    parser.usage = "%(prog)s (--train MANIFEST | --data MANIFEST --protocol NAME) --init MODEL --out FOLDER ..."
     group = parser.add_argument_group("data and model")
     add = group.add_argument
     add("--train", type=Path, help="manifest to learn from")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -105,7 +105,7 @@ class SpeechDataset(Dataset[Example]):
 
     ``emotions`` and ``speakers`` are label names in the order of the model's classes; a label that is not
     among them counts as unknown (`NO_LABEL`). ``dimensions`` are names as in a manifest. ``vocabulary`` None: no
-    transcripts. An item is asked for by its number or by a (number, weight) pair as the samplers yield.
+    transcripts. An example is asked for by its number or by an `Item` as the samplers yield.
 
     A recording that cannot be read is no exception here, which a loader worker would bury in its own traceback,
     but an Example with `error`: silence of the planned length at weight 0, without labels, in the utterance's
@@ -129,6 +129,9 @@ class SpeechDataset(Dataset[Example]):
         self.do_normalize = do_normalize
         # Where what a model makes of the recordings is kept, it is read in their place (`ser.train.cache`).
         self.stored: StoredInputs | None = None
+        # In training: what is done to a waveform before it is normalised (`ser.data.augment`). It keeps the
+        # length.
+        self.augment: Callable[[Tensor, Item], Tensor] | None = None
         emotion_ids = {name: i for i, name in enumerate(emotions)}
         speaker_ids = {name: i for i, name in enumerate(speakers)}
         self.emotions = [emotion_ids.get(u.emotion or "", NO_LABEL) for u in self.utterances]
@@ -179,7 +182,8 @@ class SpeechDataset(Dataset[Example]):
         )
 
     def __getitem__(self, item: int | Item) -> Example:
-        index, weight = item if isinstance(item, tuple) else (item, 1.0)
+        item = item if isinstance(item, Item) else Item(item, place=item)
+        index, weight = item.index, item.weight
         utterance, stored, kind = self.utterances[index], None, ""
         if self.stored is not None:
             (stored, error), kind = self.stored(index), self.stored.kind
@@ -187,6 +191,7 @@ class SpeechDataset(Dataset[Example]):
         else:
             try:
                 waveform, error = load_audio(utterance.file, start=utterance.start, end=utterance.end), ""
+                waveform = waveform if self.augment is None else self.augment(waveform, item)
                 waveform = normalise(waveform) if self.do_normalize else waveform
             except MissingLibraryError:
                 raise  # nothing is wrong with the recording
