@@ -17,9 +17,9 @@ from toy import toy_recognizer
 
 import ser
 from ser.cli import COMMANDS
-from ser.data.dataset import listed
 from ser.data.manifest import Utterance
 from ser.errors import AudioError, ManifestError, pip_line, printable
+from ser.folder import listed
 from ser.models.pretrained import LoadReport
 from ser.recognizer import Prediction
 from ser.scores.folds import to_markdown as folds_to_markdown

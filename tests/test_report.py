@@ -19,7 +19,9 @@ from sklearn import metrics as oracle
 from test_update import run_ranks
 from toy import toy_recognizer, write_corpus
 
+import ser.scores.report as figures_module
 from ser.audio import audio_info
+from ser.data.labels import Labels
 from ser.data.manifest import Utterance, read_manifest
 from ser.data.protocols import PROTOCOLS
 from ser.data.text import Rewriting, Vocabulary
@@ -41,9 +43,8 @@ from ser.scores.report import (
     table,
     write_rows,
 )
-from ser.scores.report import report as figures_module
 from ser.train import evaluation as module
-from ser.train.evaluation import judge
+from ser.train.evaluation import evaluated_rows
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "evaluate.py"
 EMOTIONS = ["angry", "happy", "neutral", "sad"]
@@ -410,7 +411,7 @@ def test_mcnemar_is_the_exact_binomial_test():
 
 
 def judged_on_ranks(world, manifest):
-    return [row for rows in judge(toy_recognizer(), read_manifest(manifest), world=world) for row in rows]
+    return [row for rows in evaluated_rows(toy_recognizer(), read_manifest(manifest), world=world) for row in rows]
 
 
 def test_every_utterance_is_judged_exactly_once_on_any_number_of_ranks_in_chunks(tmp_path, monkeypatch):
@@ -421,7 +422,7 @@ def test_every_utterance_is_judged_exactly_once_on_any_number_of_ranks_in_chunks
     assert [row["seconds"] for row in expected] == [audio_info(u.file).num_samples / 16_000 for u in utterances]
     assert [row["file"] for row in expected] == [str(u.file) for u in utterances]
     monkeypatch.setattr(module, "CHUNK", 4)
-    sizes = [len(rows) for rows in judge(toy_recognizer(), utterances)]
+    sizes = [len(rows) for rows in evaluated_rows(toy_recognizer(), utterances)]
     assert sizes == [4, 4, 3], "what is held at once is bounded"
     for found in run_ranks(judged_on_ranks, 2, tmp_path, manifest):
         assert [row["id"] for row in found] == [row["id"] for row in expected]
@@ -432,7 +433,8 @@ def test_every_utterance_is_judged_exactly_once_on_any_number_of_ranks_in_chunks
 
 def test_a_speaker_whom_training_did_not_know_is_not_scored(tmp_path):
     utterances = read_manifest(write_corpus(tmp_path, 8, speakers=4))  # the model knows s0 to s2
-    rows = [row for chunk in judge(toy_recognizer(), utterances, seen_texts=frozenset({"AB"})) for row in chunk]
+    chunks = evaluated_rows(toy_recognizer(), utterances, seen_texts=frozenset({"AB"}))
+    rows = [row for chunk in chunks for row in chunk]
     assert [row["speaker_right"] is None for row in rows] == [row["speaker"] == "s3" for row in rows]
     assert [row["seen_text"] for row in rows[:4]] == ["seen", "unseen", "unseen", ""]
     prediction = toy_recognizer(heads=["emotion"]).predict(utterances[0].file)[0]
@@ -474,7 +476,7 @@ def test_pictures_need_matplotlib_and_say_so(tmp_path, monkeypatch):
 
 def test_dimensions_of_a_model_that_spells_them_with_capitals_are_judged():
     recognizer = toy_recognizer(heads=["dimensions"])
-    recognizer.dimensions = ["Arousal", "Valence"]
+    recognizer.labels = Labels.of(dimensions=["Arousal", "Valence"])
     utterance = Utterance("a", Path("a.wav"), arousal=3.0, valence=2.0)
     row = as_row(recognizer, utterance, "", Prediction("a.wav", 1.0, dimensions={"Arousal": 2.5, "Valence": 1.0}))
     assert (row["arousal"], row["arousal_predicted"], row["valence_predicted"]) == (3.0, 2.5, 1.0)
@@ -483,7 +485,8 @@ def test_dimensions_of_a_model_that_spells_them_with_capitals_are_judged():
 def test_a_lower_case_model_that_is_right_in_every_letter_has_no_errors(tmp_path):
     utterances = read_manifest(write_corpus(tmp_path, 4))
     recognizer = toy_recognizer(heads=["ctc"])
-    recognizer.vocabulary = lower = Vocabulary({t.lower(): i for i, t in enumerate(recognizer.vocabulary.tokens)})
+    lower = Vocabulary({t.lower(): i for i, t in enumerate(recognizer.vocabulary.tokens)})
+    recognizer.labels = replace(recognizer.labels, vocabulary=lower)
     heard = recognizer.predict([u.file for u in utterances])
     assert lower.case == "lower" and any(p.transcript for p in heard)
     texts = [(p.transcript or "a").capitalize() + ", 7" for p in heard]
@@ -493,7 +496,7 @@ def test_a_lower_case_model_that_is_right_in_every_letter_has_no_errors(tmp_path
     assert found["wer"] == pytest.approx((4 - right) / found["words"])
     assert found["characters_outside_vocabulary"] == 8 and found["references_recased"] == 4
     total = Rewriting()
-    for _ in judge(recognizer, rows, rewriting=total):
+    for _ in evaluated_rows(recognizer, rows, rewriting=total):
         pass
     assert total.to_dict() == {
         "references_recased": {"lower": 4},

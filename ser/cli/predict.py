@@ -41,7 +41,8 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
-from ser.audio import OTHER_SUFFIXES, SUFFIXES, audio_info
+from ser.audio import audio_info
+from ser.containers import OTHER_SUFFIXES, SUFFIXES
 from ser.data.manifest import Utterance, parse_columns, read_manifest
 from ser.data.workers import AGAIN, WORKER_SECONDS, worker_death_explained
 from ser.device import freed_memory_kept

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ser.audio import OTHER_SUFFIXES, SUFFIXES
+from ser.containers import OTHER_SUFFIXES, SUFFIXES
 from ser.data import iemocap
 from ser.data.manifest import Utterance
 from ser.data.protocols import PROTOCOLS, Protocol, kfold

@@ -301,7 +301,7 @@ def _utterance_of(label: Label, text: str, root: Path) -> Utterance:
 def four_classes(utterances: Iterable[Utterance]) -> list[Utterance]:
     """Select the turns of the four-class protocol, in which excited is happy: neutral, happy, angry, sad."""
     return [
-        replace(u, emotion=FOUR_CLASSES[u.extra["code"]]) for u in utterances if u.extra["code"] in FOUR_CLASSES
+        u.relabelled(emotion=FOUR_CLASSES[u.extra["code"]]) for u in utterances if u.extra["code"] in FOUR_CLASSES
     ]
 
 
@@ -427,7 +427,9 @@ def read_paper_csv(
         elif check_files and not file.is_file():
             problems.append(f"{name.id}: no recording {str(file)!r}")
         else:
-            utterances.append(replace(u, id=name.id, file=file, speaker=name.speaker, extra=name.columns()))
+            utterances.append(
+                replace(u.relabelled(speaker=name.speaker), id=name.id, file=file, extra=name.columns())
+            )
     if problems:
         raise ManifestError(f"{path}: these rows cannot be used ({len(problems)}):{indented(problems)}")
     return utterances

@@ -52,13 +52,12 @@ from ser.data.cells import (
     swallowed,
     whole,
 )
+from ser.data.labels import DIMENSIONS, label_columns
 from ser.data.text import did_you_mean, nfc, unique_names
 from ser.errors import ConfigError, ManifestError, brief_repr, shorten, summary
 from ser.files import csv_line, replace_file
 
-DIMENSIONS = ("arousal", "dominance", "valence")
-NUMBERS = ("start", "end", *DIMENSIONS)
-COLUMNS = ("file", "emotion", "text", "speaker", "id", *NUMBERS)
+COLUMNS = ("file", "emotion", "text", "speaker", "id", "start", "end", *DIMENSIONS)
 
 # Cai et al.'s manifests have these labels. Names are stored, never bare numbers.
 PAPER_EMOTIONS = {"e0": "neutral", "e1": "happy", "e2": "angry", "e3": "sad"}
@@ -78,33 +77,77 @@ MAX_LISTED = 50
 OVERLAPS = ("none", "speakers", "utterances")
 
 
-@dataclass(frozen=True, slots=True)
+def known_columns() -> tuple[str, ...]:
+    """Return the columns that are ours: `COLUMNS`, and those of rows that were added to `LABELS`."""
+    return tuple(dict.fromkeys((*COLUMNS, *label_columns())))
+
+
+@dataclass(frozen=True, slots=True, init=False)
 class Utterance:
     """One row: a recording or an excerpt of it, and what is known about it.
+
+        Utterance("turn-1", Path("a.wav"), emotion="happy", text="SO IT IS", end=2.5)
 
     Attributes:
         id: unique in its manifest.
         file: the recording.
-        emotion: name of the class, None if unlabelled.
-        text: transcript as the corpus has it, None if there is none.
-        speaker: name, None if unknown.
         start: of the excerpt in seconds, None: from the beginning.
         end: of the excerpt in seconds, None: to the end.
-        arousal, dominance, valence: numbers on the corpus's scale, None if unlabelled.
+        labels: column -> label, of the columns in `ser.data.labels.LABELS` that are known; never None.
         extra: the other columns that are not empty.
     """
 
     id: str
     file: Path
-    emotion: str | None = None
-    text: str | None = None
-    speaker: str | None = None
-    start: float | None = None
-    end: float | None = None
-    arousal: float | None = None
-    dominance: float | None = None
-    valence: float | None = None
-    extra: dict[str, str] = field(default_factory=dict, hash=False)
+    start: float | None
+    end: float | None
+    labels: dict[str, Any] = field(hash=False)
+    extra: dict[str, str] = field(hash=False)
+
+    def __init__(
+        self,
+        id: str,
+        file: Path,
+        *,
+        start: float | None = None,
+        end: float | None = None,
+        labels: Mapping[str, Any] | None = None,
+        extra: dict[str, str] | None = None,
+        **columns: str | float | None,
+    ) -> None:
+        """Make a row; ``columns`` are labels by name, which count before ``labels``, and None is no label."""
+        for name in columns.keys() - label_columns():
+            raise TypeError(f"Utterance has no {name!r}{did_you_mean(name, label_columns())}")
+        every = {**(labels or {}), **columns}
+        values = (id, file, start, end, {name: v for name, v in every.items() if v is not None}, extra or {})
+        for name, value in zip(self.__slots__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    def relabelled(self, **columns: str | float | None) -> Utterance:
+        """Return the same row with these labels in place of its own; None takes a label away."""
+        return Utterance(
+            self.id, self.file, start=self.start, end=self.end, labels=self.labels, extra=self.extra, **columns
+        )
+
+    @property
+    def emotion(self) -> str | None:
+        """The name of the class, None if unlabelled."""
+        return self.labels.get("emotion")
+
+    @property
+    def text(self) -> str | None:
+        """The transcript as the corpus has it, None if there is none."""
+        return self.labels.get("text")
+
+    @property
+    def speaker(self) -> str | None:
+        """The speaker's name, None if unknown."""
+        return self.labels.get("speaker")
+
+
+def value_of(utterance: Utterance, column: str) -> Any:
+    """Return what stands in a column of ours, None for nothing."""
+    return getattr(utterance, column) if column in utterance.__slots__ else utterance.labels.get(column)
 
 
 @dataclass(frozen=True)
@@ -173,7 +216,7 @@ def _delimiter(path: Path) -> str:
 
 def _unknown_column(name: str) -> str:
     """Say that a name is none of our columns, and which is the nearest."""
-    return f"no column of ours is called {name!r}{did_you_mean(name, COLUMNS)}; ours are {', '.join(COLUMNS)}"
+    return f"no column of ours is called {name!r}{did_you_mean(name, known_columns())}; ours are {', '.join(known_columns())}"
 
 
 def _quoted(word: str) -> str:
@@ -189,7 +232,7 @@ class _Renaming:
         self.path = path
         self.columns = columns
         for ours in columns:
-            if ours not in COLUMNS:
+            if ours not in known_columns():
                 raise ManifestError(f"{path}: {_unknown_column(ours)}")
         self.found: list[str] = []  # the manifest's names, as soon as they are known
         self.remark = ""  # is added to errors about these names
@@ -223,11 +266,11 @@ class _Renaming:
 
     def lines(self) -> list[str]:
         """Say which columns were read as what, and which were not, with what those may be meant for."""
-        read = {self(name): name for name in self.found if self(name) in COLUMNS}
-        others = [name for name in self.found if name and self(name) not in COLUMNS]
+        read = {self(name): name for name in self.found if self(name) in known_columns()}
+        others = [name for name in self.found if name and self(name) not in known_columns()]
         shown = [
             ours if ours == read[ours] else f"{ours} (from {brief_repr(read[ours])})"
-            for ours in COLUMNS
+            for ours in known_columns()
             if ours in read
         ]
         nameless = self.found.count("")
@@ -238,7 +281,7 @@ class _Renaming:
         hints = [
             f"  {brief_repr(name)} is not read; did you mean --columns {_quoted(f'{ours}={name}')}?"
             for name in others[:MAX_COLUMNS]
-            if name not in aside and (ours := often_called(name, [c for c in COLUMNS if c not in read]))
+            if name not in aside and (ours := often_called(name, [c for c in known_columns() if c not in read]))
         ]
         return lines + hints[:MAX_SHOWN]
 
@@ -392,7 +435,11 @@ def _cell(name: str, value: Any, renaming: _Renaming) -> str | None:
         return value
     unfit = isinstance(value, dict | list) or (isinstance(value, float) and not math.isfinite(value))
     ours = renaming(name)
-    if unfit and ours in COLUMNS and not (isinstance(value, float) and ours in NUMBERS):
+    if (
+        unfit
+        and ours in known_columns()
+        and not (isinstance(value, float) and ours in ("start", "end", *label_columns("numbers")))
+    ):
         raise ValueError(f"{brief_repr(name)} is {brief_repr(value)}, expected a string or number")
     return json.dumps(value, ensure_ascii=False)
 
@@ -469,22 +516,20 @@ def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], mis
     if not name:
         found.append("has no file")
     start, end = (_cell_number(part, full.pop(part, None), found, least=0) for part in ("start", "end"))
-    dimensions = {name: _cell_number(name, full.pop(name, None), found, missing) for name in DIMENSIONS}
+    labels: dict[str, Any] = {column: _label(full.pop(column, None)) for column in label_columns("class")}
+    for column in label_columns("numbers"):
+        labels[column] = _cell_number(column, full.pop(column, None), found, missing)
     if end is not None and end <= (start or 0.0):
         found.append(f"end {end} is not after start {start or 0.0}")
-    emotion, speaker = (_label(full.pop(kind, None)) for kind in ("emotion", "speaker"))
     text = full.pop("text", None)
-    if text is not None and len(text) < 8 and missing("text", text):  # the cells that can be
-        text = None
+    if text is not None and not (len(text) < 8 and missing("text", text)):  # the cells that can be
+        labels["text"] = text
     return Utterance(
         id=full.pop("id", None) or name + _excerpt_suffix(start, end),
         file=folder / name,
-        emotion=emotion,
-        text=text,
-        speaker=speaker,
         start=start,
         end=end,
-        **dimensions,
+        labels=labels,
         extra=dict(full),  # a copy is as small as what is left
     )
 
@@ -543,7 +588,7 @@ def _with_names(
     Each name is looked at once, however many rows have it. What a user should know goes to `lines`.
     """
     for column in ("emotion", "speaker"):
-        counts: Counter[str] = Counter(name for u in utterances if (name := getattr(u, column)) is not None)
+        counts: Counter[str] = Counter(name for u in utterances if (name := u.labels.get(column)) is not None)
         new = _new_names(column, counts, map_for(label_map, column), missing, lines)
         labels = {new.get(name, name) for name in counts} - {None}
         if column == "emotion" and labels and labels <= PAPER_EMOTIONS.keys():
@@ -551,7 +596,7 @@ def _with_names(
         if new:
             changes: dict[str | None, Any] = {name: {column: to} for name, to in new.items()}
             utterances = [
-                replace(u, **changes[n]) if (n := getattr(u, column)) in changes else u for u in utterances
+                u.relabelled(**changes[n]) if (n := u.labels.get(column)) in changes else u for u in utterances
             ]
     return utterances
 
@@ -704,7 +749,7 @@ def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
         ours, equals, theirs = (part.strip() for part in pair.partition("="))
         if not equals or not ours or not theirs:
             raise ConfigError(f"expected OURS=THEIRS, such as text=transcript, found {pair!r}")
-        if ours not in COLUMNS:
+        if ours not in known_columns():
             raise ConfigError(_unknown_column(ours))
         if ours in columns:
             raise ConfigError(f"the column {ours!r} is given twice: {columns[ours]!r} and {theirs!r}")
@@ -725,7 +770,7 @@ def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
     """Say which labels a reader would take for something else."""
     advice = "write and read it with literal_labels"
     for column in ("emotion", "speaker", "text"):
-        value = getattr(utterance, column)
+        value = utterance.labels.get(column)
         if value is None:
             continue
         if missing(column, value):
@@ -737,7 +782,7 @@ def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
 def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
     """Return column -> value of what is known."""
     file = utterance.file.absolute()
-    cells: dict[str, str | float | None] = {name: getattr(utterance, name) for name in COLUMNS}
+    cells: dict[str, str | float | None] = {name: value_of(utterance, name) for name in known_columns()}
     cells["file"] = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
     return {name: value for name, value in {**utterance.extra, **cells}.items() if value is not None}
 
@@ -777,7 +822,7 @@ class _Layout:
         """Tell whether a column beside ours can have this name."""
         return (
             bool(name)
-            and name not in COLUMNS
+            and name not in known_columns()
             and name == name.strip()
             and _is_text(name)
             and not self.breaks(name)
@@ -843,9 +888,11 @@ def write_manifest(
     utterances = list(utterances)
     if not utterances:
         raise ManifestError(f"{path}: there are no utterances to write")
-    used = {"file", "id", *(name for name in COLUMNS for u in utterances if getattr(u, name) is not None)}
+    used = {"file", "id", *(name for name in known_columns() for u in utterances if value_of(u, name) is not None)}
     others = dict.fromkeys(name for u in utterances for name in u.extra)
-    layout = _Layout([*(name for name in COLUMNS if name in used), *others], _delimiter(path), _is_json(path))
+    layout = _Layout(
+        [*(name for name in known_columns() if name in used), *others], _delimiter(path), _is_json(path)
+    )
     literal = Missing(literal=literal_labels)
     problems = _Problems()
     for name in others:
@@ -886,7 +933,7 @@ def check_labels(
     }
     for utterance in utterances:
         for kind, names in known.items():
-            label = getattr(utterance, kind)
+            label = utterance.labels.get(kind)
             if label is not None and label not in names:
                 near = did_you_mean(label, names) if problems.count < MAX_LISTED else ""
                 problems.add(f"utterance {brief_repr(utterance.id)}", f"unknown {kind} {brief_repr(label)}{near}")

@@ -160,7 +160,7 @@ def _places(sets: Mapping[str, Iterable[Utterance]], column: str, right: Collect
     """Collect the names of a column, and in which sets each stands how often; names of the model come first."""
     where: dict[str, list[str]] = {name: [] for name in right}
     for title, utterances in sets.items():
-        counts = Counter(getattr(u, column) for u in utterances)
+        counts = Counter(u.labels.get(column) for u in utterances)
         for name, count in counts.items():
             if name is not None:
                 where.setdefault(name, []).append(f"{title} {count}")

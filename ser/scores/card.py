@@ -159,7 +159,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "speaker": f"speaker, out of the {record['speakers_known']} in training",
     }
     lines += ["It recognises, in recordings of one speaker's turn:", ""]
-    lines += [f"- {tasks[name]}" for name in record["heads"]]
+    lines += [f"- {tasks.get(name, name)}" for name in record["heads"]]
     init = as_code(settings.get("init", "?"))
     lines += ["", f"{record['parameters'] / 1e6:.1f} M parameters, begun from {init}.", ""]
 

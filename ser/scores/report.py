@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ser.data.manifest import DIMENSIONS, Utterance, check_regular
+from ser.data.labels import DIMENSIONS
+from ser.data.manifest import Utterance, check_regular
 from ser.data.text import Rewriting
 from ser.errors import ConfigError, ManifestError, printable
 from ser.files import csv_line, finite, replace_file
@@ -202,7 +203,7 @@ def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, predict
             row |= {"character_edits": characters.edits, "characters": characters.length}
     for name, value in (prediction.dimensions or {}).items():
         if (ours := name.lower()) in DIMENSIONS:  # some models spell Arousal
-            row |= {ours: getattr(utterance, ours), f"{ours}_predicted": value}
+            row |= {ours: utterance.labels.get(ours), f"{ours}_predicted": value}
     if prediction.speaker is not None and utterance.speaker in recognizer.speakers:
         row["speaker_right"] = int(prediction.speaker == utterance.speaker)
     return row
@@ -612,7 +613,7 @@ def compare(first: Outcomes, second: Outcomes, *, resamples: int = RESAMPLES, se
 
 
 def write_rows(path: Path, chunks: Iterable[list[dict[str, Any]]], emotions: Sequence[str]) -> Outcomes:
-    """Write the predictions file from `judge`, and keep the numbers."""
+    """Write the predictions file from `evaluated_rows`, and keep the numbers."""
 
     columns = [*TEXT_COLUMNS, *NUMBER_COLUMNS, *(f"p_{name}" for name in emotions)]
     kept = []
