@@ -18,8 +18,7 @@ from toy import toy_recognizer
 import ser
 from ser.cli import COMMANDS
 from ser.data.manifest import Utterance
-from ser.errors import AudioError, ManifestError, pip_line, printable
-from ser.folder import listed
+from ser.errors import AudioError, ManifestError, indented, pip_line, printable
 from ser.models.pretrained import LoadReport
 from ser.recognizer import Prediction
 from ser.scores.folds import to_markdown as folds_to_markdown
@@ -380,7 +379,7 @@ def test_names_in_lists_progress_and_errors_stay_on_their_lines(capfd):
     utterance = Utterance(HOSTILE, Path(HOSTILE), emotion=HOSTILE)
     row = (utterance, HOSTILE, Prediction(HOSTILE, 1.0, emotion=HOSTILE, transcript=HOSTILE))
     show_rows(said, Evaluation(rows=[row]))
-    say(said, f"2 recordings:\n  {listed([HOSTILE, HOSTILE])}")
+    say(said, f"2 recordings:{indented([HOSTILE, HOSTILE])}")
     say(said, str(LoadReport(Path("x"), unused=[HOSTILE])))
     for error in (AudioError(printable(HOSTILE)), ValueError("\x1b[2J")):
         with pytest.raises(SystemExit), one_voice():
