@@ -67,12 +67,12 @@ def show_report(dropped: dict[str, list[str]], warnings: list[str], path: Path) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the manifests, folds, report and data sheet of a corpus."""
-    out = arguments.out
-    name, options = arguments.corpus, {"root": arguments.root, "partial": arguments.partial, "tell": print_safely}
-    corpus, sounds = listen(read_corpus(name, arguments.folder, **options), partial=arguments.partial)
-    manifests = manifests_of(name, corpus.utterances)
+    out, row = arguments.out, CORPORA[arguments.corpus]
+    options = {"root": arguments.root, "partial": arguments.partial, "tell": print_safely}
+    corpus, sounds = listen(read_corpus(arguments.corpus, arguments.folder, **options), partial=arguments.partial)
+    manifests = manifests_of(arguments.corpus, corpus.utterances)
     divided = next(iter(manifests.values()))
-    protocols = CORPORA[name].protocols(divided)
+    protocols = row.protocols(divided)
 
     print("\n".join(line for name, rows in manifests.items() for line in label_lines({name: rows})))
     (out / "folds").mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     dropped = {why: [d.what for d in corpus.dropped if d.why == why] for why in corpus.reasons()}
     report = {
         "root": str(corpus.root),
-        "licence": CORPORA[arguments.corpus].licence,
+        "licence": row.licence,
         "dropped": dropped,
         "warnings": warnings,
         "sheets": sheets,

@@ -74,6 +74,7 @@ errors_told = one_voice
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command, the common ones first."""
     parser.allow_abbrev = False
+    parser.usage = "%(prog)s (--train MANIFEST | --data MANIFEST --protocol NAME) --init MODEL --out FOLDER ..."
     group = parser.add_argument_group("data and model")
     add = group.add_argument
     add("--train", type=Path, help="manifest to learn from")
@@ -328,10 +329,10 @@ def make_recognizer(
     arguments: argparse.Namespace, config: TrainConfig, train: list[Utterance], texts: list[str], heads: list[str]
 ) -> tuple[Recognizer, LoadReport]:
     """Make the model from --init, with the labels of the training data."""
-    of_names = [head for head in heads if LABELS[head].kind != "text"]
     names = {
         head: inherited_labels(arguments.init, head, names_in(head, (u.labels for u in train)))
-        for head in of_names
+        for head in heads
+        if LABELS[head].kind != "text"
     }
     with memory_explained(SMALLER_MODEL, doing="when the model was loaded"):
         return Recognizer.create(
