@@ -42,7 +42,7 @@ bench-full: .venv/.test
 
 # The release is licensed, so its folders, names and labels are real and its sounds are not: figures mean nothing.
 TREE := runs/iemocap-tree
-CROSS := $(BIN)/python examples/crossval_iemocap.py --data $(TREE)/data --root $(TREE)/release \
+CROSS := $(BIN)/python -m ser crossval --data $(TREE)/data --root $(TREE)/release \
 	--init small --epochs 2 --rate 1e-3 --micro-batch 8
 protocols: .venv/.test
 	test -d $(TREE)/release || $(BIN)/python tests/iemocap_tree.py $(TREE)/release

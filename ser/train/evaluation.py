@@ -62,9 +62,7 @@ class Evaluation:
         found |= {f"loss_{name}": value for name, value in self.losses.items()}
         if self.emotion is not None and self.emotion.count:
             found["emotion_utterances"] = self.emotion.count
-            found["accuracy"] = self.emotion.accuracy
-            found["unweighted_accuracy"] = self.emotion.unweighted_accuracy
-            found["macro_f1"] = self.emotion.macro_f1
+            found |= self.emotion.figures
         if self.ccc:
             defined = [value for value in self.ccc.values() if math.isfinite(value)]
             found["ccc"] = sum(defined) / len(defined) if defined else math.nan
@@ -79,7 +77,7 @@ class Evaluation:
         if self.words is not None and self.characters is not None and self.words.length:
             found |= {"wer": self.words.rate, "cer": self.characters.rate, "words": self.words.length}
         if self.speaker is not None and self.speaker.count:
-            found["speaker_accuracy"] = self.speaker.accuracy
+            found["speaker_accuracy"] = self.speaker.figures["accuracy"]
             found["speaker_utterances"] = self.speaker.count  # those of speakers that training knew
         return found
 
