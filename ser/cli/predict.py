@@ -42,7 +42,7 @@ import torch
 from tqdm import tqdm
 
 from ser.audio import audio_info
-from ser.containers import OTHER_SUFFIXES, SUFFIXES
+from ser.containers import OTHER_SUFFIXES, SUFFIXES, begins_as_sound
 from ser.data.manifest import Utterance, parse_columns, read_manifest
 from ser.data.workers import AGAIN, WORKER_SECONDS, worker_death_explained
 from ser.device import freed_memory_kept
@@ -127,20 +127,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- inputs
-
-
-def begins_as_sound(path: Path) -> bool:
-    """Tell whether a file begins as sound does. A broken link counts too, so that its error is shown."""
-    try:
-        if not path.is_file():
-            return path.is_symlink() and not path.exists()
-        with path.open("rb") as file:
-            head = file.read(12)
-    except OSError:
-        return False
-    if head.startswith(b"\xff") and len(head) > 1:
-        return head[1] & 0xE6 == 0xE2  # of MPEG audio, layer III
-    return head.startswith((b"fLaC", b"OggS", b"ID3")) or head[8:] in (b"WAVE", b"M4A ")
 
 
 def is_recording(path: str) -> bool:
