@@ -615,7 +615,7 @@ def test_a_run_with_augmentations_learns_other_waveforms_and_is_resumed_exactly(
     assert not torch.equal(plain["cls_head.weight"], changed["cls_head.weight"])
     resume_from(tmp_path / "changed", 1, rows, rows, tmp_path / "again", epochs=2, augment=("louder",))
     assert_identical(checkpoints(tmp_path / "again")[-1], checkpoints(tmp_path / "changed/run")[-1])
-    with pytest.raises(ConfigError, match="no augmentation is called 'lauder'.*did you mean 'louder'"):
+    with pytest.raises(ConfigError, match=r"no augmentation is called 'lauder'.*did you mean 'louder'"):
         quick(augment=("lauder",))
 
 
