@@ -7,13 +7,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import crossval_iemocap
 import pytest
-import train_iemocap
 from safetensors.torch import load_file
 from test_train import QUICK as CONFIG
 from toy import toy_recognizer, write_corpus
 
+from ser.cli import execute
+from ser.cli.crossval import check_same
 from ser.data.manifest import Utterance, read_manifest, write_manifest
 from ser.errors import ConfigError, ModelFolderError, RunFolderError
 from ser.train.checkpoint import SETTINGS, checkpoints, seal_checkpoint
@@ -38,7 +38,7 @@ def begun(tmp_path_factory):
 
 def train(folder: Path, arguments: str, *more: str) -> Path:
     """The script's `main` in this process; the run's folder."""
-    train_iemocap.main([*arguments.split(), *more, "--out", str(folder / "run"), *QUICK])
+    execute("train", [*arguments.split(), *more, "--out", str(folder / "run"), *QUICK])
     return folder / "run"
 
 
@@ -314,7 +314,7 @@ def go_on(folder: Path, before: dict, now: dict, written: dict | None = None) ->
     (folder / "run").mkdir(parents=True, exist_ok=True)
     (folder / "run/config.json").write_text("{}")
     (folder / "settings.json").write_text(json.dumps(before))
-    crossval_iemocap.check_same(folder, now, lambda: written or now["content"])
+    check_same(folder, now, lambda: written or now["content"])
 
 
 def test_a_fold_goes_on_wherever_its_data_init_cache_and_vocabulary_lie(tmp_path):

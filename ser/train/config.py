@@ -19,8 +19,7 @@ from ser.audio import SAMPLE_RATE
 from ser.data.augment import augmented
 from ser.data.sampler import MicroLimits
 from ser.errors import ConfigError
-from ser.models.heads import POOLINGS
-from ser.models.multitask import HEADS
+from ser.models.heads import HEADS, POOLINGS
 from ser.train.optim import SCHEDULES
 
 # metric -> whether larger is better

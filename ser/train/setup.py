@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ser.audio import SAMPLE_RATE
 from ser.data.augment import augmented
-from ser.data.dataset import NO_LABEL, SpeechDataset
+from ser.data.dataset import SpeechDataset
+from ser.data.labels import NO_LABEL
 from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler
 from ser.data.text import Vocabulary, minimum_frames
@@ -32,7 +33,7 @@ from ser.train.content import contents, fingerprint
 from ser.train.distributed import World
 from ser.train.learnable import check_learnable
 from ser.train.log import say
-from ser.train.losses import Objective
+from ser.train.losses import LOSSES, Objective
 from ser.train.optim import make_optimizer
 from ser.train.processes import lost_here, own_run
 from ser.train.resources import SMALLER_MODEL, memory_explained
@@ -44,18 +45,19 @@ from ser.train.update import Learner
 
 def head_weights(recognizer: Recognizer, config: TrainConfig) -> dict[str, float]:
     """Return the weight of each head's loss, for the heads that the model has; 0 means not trained."""
-    weights = {"emotion": 1.0, "ctc": config.alpha, "speaker": config.beta, "dimensions": config.gamma}
     heads = recognizer.model.heads
+    settings = {head: LOSSES[head].weight for head in heads}
+    weights = {head: getattr(config, w) if isinstance(w, str) else w for head, w in settings.items()}
     if len(heads) == 1:  # nothing to weigh it against
         weights[heads[0]] = 1.0
     if not heads:
         raise ConfigError("nothing would be trained: no training utterance has emotion or text; see --columns")
-    if not any(weights[name] for name in heads):
+    if not any(weights.values()):
         raise ConfigError(
             f"nothing would be trained: the weights of all heads ({', '.join(heads)}) are 0; see --alpha, --beta, "
             "--gamma"
         )
-    return {name: weights[name] for name in heads}
+    return weights
 
 
 def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:
@@ -74,7 +76,7 @@ def make_objective(
     return Objective(
         weights=weights,
         label_smoothing=config.label_smoothing,
-        class_weights=inverse_frequencies(train.emotions, len(recognizer.emotions)) if weighted else None,
+        class_weights=inverse_frequencies(train.labels["emotion"], len(recognizer.emotions)) if weighted else None,
         ctc_per_character=config.ctc_per_character,
         blank=recognizer.vocabulary.blank if recognizer.vocabulary is not None else 0,
     )
@@ -83,14 +85,14 @@ def make_objective(
 def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: SpeechDataset) -> str:
     """Choose the metric that decides which model is best: one that the validation data has labels for."""
     possible = []
-    if any(label != NO_LABEL for label in validation.emotions):
+    if any(label != NO_LABEL for label in validation.labels.get("emotion", ())):
         possible += ["unweighted_accuracy", "accuracy", "macro_f1"]
-    for labels in zip(*validation.dimensions, strict=True):
+    for labels in zip(*validation.labels.get("dimensions", ()), strict=True):
         if "ccc" not in possible and len({value for value in labels if math.isfinite(value)}) > 1:
             possible += ["ccc"]  # which is not defined for equal labels
     if any(validation.references):
         possible += ["wer", "cer"]
-    if any(label != NO_LABEL for label in validation.speakers):
+    if any(label != NO_LABEL for label in validation.labels.get("speaker", ())):
         possible += ["speaker_accuracy"]
     if not len(validation):
         return "none" if config.metric == "auto" else config.metric
@@ -146,7 +148,7 @@ def without_long(
 
 def check_vocabulary(vocabulary: Vocabulary, dataset: SpeechDataset) -> None:
     """Refuse a vocabulary that cannot write the transcripts."""
-    if any(dataset.texts) and not any(dataset.targets):
+    if any(dataset.texts) and not any(dataset.labels["ctc"]):
         text = next(text for text in dataset.texts if text)
         raise ConfigError(
             f"no training transcript has a character of the vocabulary; the first is {text[:40]!r}, the "
@@ -164,7 +166,7 @@ def misfits(recognizer: Recognizer, dataset: SpeechDataset, unread: Collection[s
     """Name the utterances whose transcript needs more frames than their audio has, in one note or none."""
     frames = recognizer.model.config.num_frames(torch.tensor(dataset.lengths))
     misfits = []
-    for utterance, target, there in zip(dataset.utterances, dataset.targets, frames.tolist(), strict=True):
+    for utterance, target, there in zip(dataset.utterances, dataset.labels["ctc"], frames.tolist(), strict=True):
         if (needed := minimum_frames(target)) > there and utterance.id not in unread:
             misfits.append(printable(f"{utterance.id}: {needed} frames needed, {there} there"))
     if not misfits:

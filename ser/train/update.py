@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ser.data.dataset import Batch
+from ser.models.heads import HEADS
 from ser.models.masking import spec_augment
-from ser.models.multitask import HEADS, MultiTaskModel, Outputs
+from ser.models.multitask import MultiTaskModel, Outputs
 from ser.scores.counts import ccc_moments, concordance
 from ser.train.checkpoint import Progress
 from ser.train.distributed import World
@@ -96,7 +97,7 @@ def moments_of_dimensions(learner: Learner, batches: Sequence[Batch], progress: 
                 batch = batch.to(world.device)
                 predictions = forward(learner, model, batch, number, progress).dimensions
                 assert predictions is not None
-                moments += ccc_moments(predictions, batch.dimensions, batch.weights)
+                moments += ccc_moments(predictions, batch.labels["dimensions"], batch.weights)
     return world.sum(moments.cpu())
 
 
@@ -112,7 +113,7 @@ def backward(
         shares[name] = share.detach()
         loss = loss + weights[name] * share
     if outputs.dimensions is not None and weights.get("dimensions"):
-        rated = ccc_loss(at_least_float32(outputs.dimensions), batch.dimensions, moments, batch.weights)
+        rated = ccc_loss(at_least_float32(outputs.dimensions), batch.labels["dimensions"], moments, batch.weights)
         loss = loss + weights["dimensions"] * rated
     # DistributedDataParallel averages over ranks; the counts are already those of all ranks.
     learner.scaler.scale(loss * world.size).backward()

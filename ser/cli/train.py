@@ -1,0 +1,424 @@
+"""Train an emotion recogniser, with transcript and speaker heads, on any corpus that a manifest describes.
+
+Fine-tune a wav2vec 2.0 folder as Cai et al. (INTERSPEECH 2021) do, on two GPUs:
+
+    torchrun --standalone --nproc-per-node=2 -m ser train \\
+        --train train.csv --valid valid.csv --root IEMOCAP_full_release \\
+        --init wav2vec2-base --alpha 0.1 --epochs 100 --out runs/01F
+
+Train a small model from scratch on two CPU processes:
+
+    torchrun --standalone --nproc-per-node=2 -m ser train \\
+        --train data/demo/train.csv --valid data/demo/valid.csv --init small --beta 0.1 \\
+        --rate 1e-3 --effective-batch 16 --epochs 20 --allow-overlap speakers --out runs/demo
+
+One fold of the paper's protocol with the paper's settings, from the folder that `ser prepare` wrote:
+
+    torchrun --standalone --nproc-per-node=2 -m ser train \\
+        --data data/iemocap --root IEMOCAP_full_release --protocol paper10 --fold 01F \\
+        --paper --init wav2vec2-base --out runs/01F
+
+With one process: ser train ... . A run that was interrupted continues when the same command is given again.
+SIGTERM, SIGUSR1, SIGHUP and Ctrl-C let it finish its update, save, and end with status 75.
+
+A manifest is a CSV with a header (or JSONL): file, and any of emotion, text, speaker, id, start, end, arousal,
+dominance, valence. The files are relative to --root, else to the manifest's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ser
+from ser.cli import LAUNCHER
+from ser.data.labels import LABELS, labelled_heads, names_in
+from ser.data.manifest import Utterance, check_labels, check_overlap
+from ser.data.protocols import Audit, Fold, overlap, to_table, usual_known_turns
+from ser.data.selection import Selection, add_data_arguments, selected_data
+from ser.data.spellings import check_spellings, label_lines
+from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean, did_you_mean
+from ser.device import cpu_threads
+from ser.errors import ConfigError, ModelFolderError, brief_repr, summary
+from ser.folder import inherited_labels, inherited_vocabulary, is_preset, labels_of
+from ser.models.config import PRESETS, Wav2Vec2Config
+from ser.models.pretrained import LoadReport, find_folder, read_encoder_config
+from ser.recognizer import Recognizer
+from ser.train.checkpoint import SETTINGS, newest_verified
+from ser.train.config import TrainConfig, add_training_arguments, paper_settings, training_config
+from ser.train.content import weights_sha256
+from ser.train.distributed import World, joined_world
+from ser.train.log import say
+from ser.train.loop import FitResult, fit
+from ser.train.processes import PREEMPTED, launch, one_voice
+from ser.train.resources import SMALLER_MODEL, memory_explained
+from ser.train.runs import CHANGEABLE, opened_before
+
+errors_told = one_voice
+
+
+# -------------------------------------------------------------------------------------------------- arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command, the common ones first."""
+    parser.allow_abbrev = False
+    parser.usage = "%(prog)s (--train MANIFEST | --data MANIFEST --protocol NAME) --init MODEL --out FOLDER ..."
+    group = parser.add_argument_group("data and model")
+    add = group.add_argument
+    add("--train", type=Path, help="manifest to learn from")
+    add("--valid", type=Path, help="manifest to choose the best model by")
+    add("--init", default="base",
+        help=f"model folder, its OWNER/NAME on the Hugging Face hub, or {', '.join(PRESETS)} (random weights) "
+        "(default: base)")  # fmt: skip
+    add("--out", type=Path, required=True, help="the run's folder; resumed if it has a checkpoint")
+    paper = group.add_mutually_exclusive_group()
+    paper.add_argument(
+        "--paper", action="store_true", help="the settings of Cai et al. (2021) as their text has them"
+    )
+    paper.add_argument("--paper-script", action="store_true", help="as their training script acts")
+    add_training_arguments(parser)
+    add_data_arguments(parser)
+    add = parser.add_argument_group("folds").add_argument
+    add("--fold", help="name of the protocol's fold, such as 01F")
+    add("--allow-overlap", choices=["none", "speakers", "utterances"], default="none",
+        help="what --valid may share; a speaker head needs speakers (default: none)")  # fmt: skip
+    group = parser.add_argument_group("text")
+    symbols = group.add_mutually_exclusive_group()
+    symbols.add_argument("--vocab", type=Path, help="vocab.json (default: that of --init, else librispeech's)")
+    symbols.add_argument("--build-vocab", action="store_true", help="make the vocabulary of the training text")
+    add = group.add_argument
+    add("--orthography", choices=sorted(ORTHOGRAPHIES), default="librispeech",
+        help="of the text (default: librispeech)")  # fmt: skip
+    add("--tags", choices=["remove", "keep-letters"], default="remove",
+        help="[..], {..}, <..> in text: letters stay in the paper (default: remove)")  # fmt: skip
+    add = parser.add_argument_group("continuing a run").add_argument
+    add("--overwrite", action="store_true", help="start anew where --out holds a run")
+    add("--resume-from", metavar="CHECKPOINT", help="go back to this one of --out, such as "
+        "step-00000120; later ones are set aside (default: the newest that is sound)")  # fmt: skip
+    add("--allow-changes", nargs="+", default=[], metavar="NAME", help="settings that may differ "
+        f"from the resumed run's: {', '.join(sorted(CHANGEABLE))}")  # fmt: skip
+    add = parser.add_argument_group("other").add_argument
+    add("--revision", help="branch, tag or commit of --init on the hub")
+    add("--data-licence", help="of the corpus, for the model card (default: as preparing it wrote)")
+    add("--weights-licence", help="of --init, for the model card (default: as its own card has it)")
+    add("--threads", type=int, help="CPU threads per process (default: cores / processes; of one process "
+        "OMP_NUM_THREADS)")  # fmt: skip
+    add("--verbose", action="store_true", help="show changed transcripts, and reference beside hypothesis in "
+        "evaluation")  # fmt: skip
+
+
+def found_init(arguments: argparse.Namespace) -> str | Path:
+    """Find --init, a preset or a folder. Where it is gone, the run's newest checkpoint stands in for it."""
+    try:
+        if is_preset(arguments.init):
+            return arguments.init
+        return find_folder(arguments.init, revision=arguments.revision)
+    except (ConfigError, ModelFolderError):
+        gone = not arguments.overwrite and not Path(arguments.init).exists()
+        newest = newest_verified(arguments.out)[0] if gone else None
+        if newest is None:
+            raise
+        return newest
+
+
+def is_large_960h(init: str | Path) -> bool:
+    """Tell whether --init is the paper's second model, which is large and yet group-norm and post-norm."""
+    config = Wav2Vec2Config.named(init) if isinstance(init, str) else read_encoder_config(init)[0]
+    return config.hidden_size == 1024 and config.feat_extract_norm == "group"
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Read the arguments. --paper and --paper-script are defaults: a flag that is given beside them counts."""
+    arguments = parser.parse_args(argv)
+    init = found_init(arguments)
+    if arguments.paper or arguments.paper_script:
+        given = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+        given.add_argument("--alpha", type=float)
+        alpha = getattr(given.parse_known_args(argv)[0], "alpha", None)
+        settings = paper_settings(alpha=alpha, large=is_large_960h(init), script=arguments.paper_script)
+        parser.set_defaults(tags="keep-letters", **settings)
+        arguments = parser.parse_args(argv)
+        arguments.alpha = settings["alpha"]
+    arguments.init = init
+    if arguments.train and (arguments.protocol or arguments.fold or arguments.known_turns):
+        raise ConfigError("--protocol, --fold and --known-turns divide --data; --train is not divided")
+    if bool(arguments.train) == bool(arguments.data):
+        raise ConfigError("give either --train (and --valid), or --data with --protocol and --fold")
+    return arguments
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+def is_checkpoint(init: str | Path, folder: Path) -> bool:
+    """Tell whether ``init`` is a checkpoint of the run, which stands in for an --init that is gone."""
+    return not is_preset(init) and Path(init).parent == folder / "checkpoints"
+
+
+def origin(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Describe --init: its path, a digest of its weights, and its licence, as far as anybody said."""
+    init, licence = arguments.init, arguments.weights_licence
+    if is_preset(init):
+        return {"init": init, "init_content": init, "licence": licence or "none, they were random"}
+    if is_checkpoint(init, arguments.out):  # --init is gone, and the run knows what it was
+        before = json.loads((init / SETTINGS).read_text(encoding="utf-8"))
+        known = {name: before[name] for name in ("init", "init_content") if name in before}
+        return known | {"licence": licence or before.get("licences", {}).get("weights")}
+    if licence is None and (card := Path(init) / "README.md").is_file():
+        named = re.search(r"^license: *(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        licence = named and named[1]
+    return {"init": str(init), "init_content": weights_sha256(init), "licence": licence}
+
+
+def review(sets: dict[str, list[Utterance]], selection: Selection, config: TrainConfig, world: World) -> None:
+    """Show the classes of each set before anything is trained; refuse two spellings of one."""
+    used = config.heads == "auto" or "emotion" in config.heads.split(",")
+    sets = {"train": sets["train"]} | sets  # the first one is what the others are compared with
+    for line in label_lines(sets, emotions=None if used else ()):
+        say(world, line)
+    check_spellings(sets, label_map=selection.label_map, columns=["emotion", "speaker"] if used else ["speaker"])
+
+
+def emotions_of_init(known: list[str], train: list[Utterance]) -> list[str]:
+    """Say what becomes of the emotions that --init recognises, where training has others."""
+    heard = {u.emotion for u in train if u.emotion is not None}
+    new, unheard = sorted(heard.difference(known)), [name for name in known if name not in heard]
+    if new and known:
+        near = "".join(did_you_mean(name, known) for name in new[:1])
+        shown = summary(map(brief_repr, new), 20)
+        return [f"train has emotions that --init lacks, so its emotion head is not kept: {shown}{near}"]
+    if unheard:
+        shown = summary(map(brief_repr, unheard), 20)
+        return [f"warning: train lacks emotions that --init has, and teaches nothing of them: {shown}"]
+    return []
+
+
+def read_manifests(
+    arguments: argparse.Namespace, config: TrainConfig, world: World, *, check_files: bool
+) -> tuple[list[Utterance], list[Utterance], dict[str, Any]]:
+    """Read --train and --valid; return their utterances, and what settings and model card say about them."""
+    chosen = [selected_data(arguments, path) for path in (arguments.train, arguments.valid) if path]
+    parts = [selection.read(check_files=check_files, tell=partial(say, world)) for selection in chosen]
+    train, valid = parts[0], parts[1] if arguments.valid else []
+    review(dict(zip(("train", "valid"), parts, strict=False)), chosen[0], config, world)
+    check_overlap(train, valid, allow=arguments.allow_overlap)
+    about: dict[str, Any] = dict(zip(("train", "valid"), (s.to_dict() for s in chosen), strict=False))
+    if valid:
+        shared = {kind: s and s.fraction for kind, s in overlap(train, valid).items()}
+        about["shared_with_training"] = {"valid": shared}
+    return train, valid, about
+
+
+def with_usual_known_turns(
+    selection: Selection, fold: Fold, audit: Audit, utterances: list[Utterance], config: TrainConfig
+) -> Selection:
+    """Hold out turns of the training speakers if a speaker head is trained and the protocol tests on strangers."""
+    strangers = all(audit.fractions(part).get("speakers", 0.0) == 0.0 for part in ("valid", "test"))
+    trains_speakers = "speaker" in config.heads or (config.heads == "auto" and config.beta > 0)
+    if not (strangers and trains_speakers):
+        return selection
+    return replace(selection, known_turns=usual_known_turns(fold, utterances))
+
+
+def read_fold(
+    arguments: argparse.Namespace, config: TrainConfig, world: World, *, check_files: bool
+) -> tuple[list[Utterance], list[Utterance], dict[str, Any]]:
+    """Read --data and divide it; return as `read_manifests` does."""
+    selection = selected_data(arguments)
+    protocol = selection.find_protocol()
+    utterances = selection.read(check_files=check_files, tell=partial(say, world))
+    fold, audit = selection.find_fold(utterances)
+    if arguments.known_turns is None:
+        selection = with_usual_known_turns(selection, fold, audit, utterances, config)
+    if selection.known_turns and arguments.known_turns is None:
+        fold, audit = selection.find_fold(utterances)
+        held_out = (
+            f"{selection.known_turns} turns of each training speaker are held out to score the speaker head on"
+        )
+        say(world, f"the protocol tests on strangers: {held_out} (--known-turns)")
+    say(world, f"{protocol.name}: {protocol.description}\n{to_table([audit])}")
+    parts = fold.select(utterances)
+    review(parts, selection, config, world)
+    about: dict[str, Any] = {
+        part: replace(selection, part=part).to_dict() for part in ("train", "valid") if part in fold.parts
+    }
+    about |= {
+        "protocol_description": protocol.description,
+        "shared_with_training": {part: audit.fractions(part) for part in fold.parts if part != "train"},
+        "valid_is_test": audit.fractions("test", of="valid").get("recordings") == 1.0,
+    }
+    return parts["train"], parts.get("valid", []), about
+
+
+def data_licence(arguments: argparse.Namespace) -> str | None:
+    """Return the licence of the corpus, as far as anybody said."""
+    prepared = Path(arguments.data or arguments.train)
+    report = (prepared if prepared.is_dir() else prepared.parent) / "report.json"
+    if arguments.data_licence is None and report.is_file():  # what `ser prepare` wrote beside its manifests
+        with suppress(OSError, ValueError, AttributeError):
+            return json.loads(report.read_text(encoding="utf-8")).get("licence")
+    return arguments.data_licence
+
+
+def chosen_heads(config: TrainConfig, train: list) -> list[str]:
+    """Return the heads to train; ConfigError where the data lacks the labels of one that was asked for."""
+    has = labelled_heads(u.labels for u in train)
+    if config.heads == "auto":
+        wanted = ["emotion", "ctc", *(["speaker"] if config.beta > 0 else [])]
+        return [name for name in wanted if name in has]
+    heads = config.heads.split(",")
+    for name in heads:
+        if name not in has:
+            raise ConfigError(f"--heads names {name}, but no training utterance has a label for it; see --columns")
+    return heads
+
+
+def closing_line(result: FitResult, out: Path, *, chosen_on_test: bool) -> str:
+    """Say which weights to use, and how good they were on validation data."""
+    step, best = result.progress.step, result.progress.best
+    if best is None:
+        return f"done: {out / 'best'} (update {step})"
+    chosen = f"update {result.progress.best_step}, {result.metric} {best:.4f}"
+    if not chosen_on_test:
+        return f"done: {out / 'best'} ({chosen})"
+    last = (
+        "" if result.evaluation is None else f", {result.metric} {result.evaluation.metrics()[result.metric]:.4f}"
+    )
+    return (
+        f"done: {out / 'last'} (update {step}{last}); {out / 'best'} was chosen on the test part, so its figure "
+        f"is optimistic and no result ({chosen})"
+    )
+
+
+def chosen_vocabulary(arguments: argparse.Namespace, texts: list[str]) -> Vocabulary:
+    """Return the symbols of --vocab, of --build-vocab or of --init, else librispeech's 32."""
+    delimiter = ORTHOGRAPHIES[arguments.orthography].word_delimiter
+    if arguments.vocab:
+        return Vocabulary.read(arguments.vocab, word_delimiter=delimiter)
+    if arguments.build_vocab:
+        return Vocabulary.build(texts, word_delimiter=delimiter)
+    return inherited_vocabulary(arguments.init, arguments.orthography) or Vocabulary.librispeech()
+
+
+# ------------------------------------------------------------------------------------------------------- work
+
+
+def texts_of(train: list[Utterance], arguments: argparse.Namespace, world: World) -> list[str]:
+    """Return the training texts as the CTC head learns them; --verbose shows what was changed."""
+    texts = [clean(u.text or "", orthography=arguments.orthography, tags=arguments.tags) for u in train]
+    if arguments.verbose:
+        for utterance, text in zip(train, texts, strict=True):
+            if text != (utterance.text or ""):
+                say(world, f"{utterance.id}: {utterance.text!r} is trained as {text!r}")
+    return texts
+
+
+def make_recognizer(
+    arguments: argparse.Namespace, config: TrainConfig, train: list[Utterance], texts: list[str], heads: list[str]
+) -> tuple[Recognizer, LoadReport]:
+    """Make the model from --init, with the labels of the training data."""
+    names = {
+        head: inherited_labels(arguments.init, head, names_in(head, (u.labels for u in train)))
+        for head in heads
+        if LABELS[head].kind != "text"
+    }
+    with memory_explained(SMALLER_MODEL, doing="when the model was loaded"):
+        return Recognizer.create(
+            arguments.init,
+            names=names,
+            vocabulary=chosen_vocabulary(arguments, texts) if "ctc" in heads else None,
+            orthography=arguments.orthography,
+            tags=arguments.tags,
+            pooling=None if config.pooling == "auto" else config.pooling,
+            layers=None if config.layers == "auto" else config.layers,
+            seed=config.seed,
+        )
+
+
+def settings_of_run(
+    arguments: argparse.Namespace, recognizer: Recognizer, world: World, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what the run's folder and the model card record beside the `TrainConfig`."""
+    begun = origin(arguments) if world.is_main else {}  # which reads all weights; the main rank records it
+    return {
+        **about,
+        "licences": {"data": data_licence(arguments), "weights": begun.pop("licence", None)},
+        **begun,
+        "labels": recognizer.emotions,
+        "speakers": recognizer.speakers,
+        "dimensions": recognizer.dimensions,
+        "symbols": recognizer.vocabulary.tokens if recognizer.vocabulary is not None else [],
+        "orthography": arguments.orthography,
+        "tags": arguments.tags,
+        "versions": {"ser": ser.__version__, "torch": torch.__version__},
+        "world_size": world.size,
+        "launch": launch(),
+    }
+
+
+def say_how_it_starts(arguments: argparse.Namespace, world: World) -> None:
+    """Say that further GPUs are idle, and what stands in for a folder that is gone."""
+    count = torch.cuda.device_count()
+    if "WORLD_SIZE" not in os.environ and count > 1:
+        is_script = sys.argv[0].endswith(".py") and Path(sys.argv[0]).name != "__main__.py"
+        words = sys.argv if is_script else ["-m", "ser", *sys.argv[1:]]
+        torchrun = f"torchrun --standalone --nproc-per-node={count} {shlex.join(words)}"
+        say(world, f"{count} GPUs; to use all: {torchrun}")
+    if is_checkpoint(arguments.init, arguments.out):
+        say(world, f"--init is gone: labels, vocabulary and configuration are those of {arguments.init}")
+
+
+def train_in(world: World, arguments: argparse.Namespace, config: TrainConfig) -> FitResult:
+    """Read the data, make the model and train it."""
+    say_how_it_starts(arguments, world)
+    read_parts = read_manifests if arguments.train else read_fold
+    # Where bad audio is skipped, a file that is not there is skipped like any other.
+    train, valid, about = read_parts(arguments, config, world, check_files=config.on_bad_audio == "fail")
+    heads = chosen_heads(config, train)
+    for line in emotions_of_init(labels_of(arguments.init, "emotion"), train) if "emotion" in heads else ():
+        say(world, line)
+    texts = texts_of(train, arguments, world)
+    recognizer, report = make_recognizer(arguments, config, train, texts, heads)
+    say(world, str(report))
+    if recognizer.emotions:
+        check_labels(valid, emotions=recognizer.emotions)
+    settings = settings_of_run(arguments, recognizer, world, about)
+    again = opened_before(arguments.out)
+    result = fit(
+        recognizer,
+        train,
+        valid,
+        config,
+        arguments.out,
+        world=world,
+        settings=settings,
+        # Not again when torchrun restarts the processes after a fault: then the run continues.
+        overwrite=arguments.overwrite and not again,
+        resume_from=None if again else arguments.resume_from,
+        allow_changes=arguments.allow_changes,
+        verbose=arguments.verbose,
+    )
+    if not result.stopped:
+        say(world, closing_line(result, arguments.out, chosen_on_test=about.get("valid_is_test", False)))
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, in as many processes as torchrun started; the exit status is 75 if the run was asked to stop."""
+    torch.set_num_threads(arguments.threads or cpu_threads())
+    config = training_config(arguments)
+    with joined_world(config.device, timeout=config.timeout, launcher=LAUNCHER) as world:
+        result = train_in(world, arguments, config)
+    return PREEMPTED if result.stopped else 0
