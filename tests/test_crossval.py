@@ -1,6 +1,6 @@
-"""Protocols from the command line: prepare, train and judge every fold, pool, compare; model cards (N5).
+"""Protocols from the command line: prepare, train and evaluate every fold, pool, compare; model cards (N5).
 
-The scripts' `main` is called in this process where only an answer or an error is wanted.
+A command is executed in this process where only an answer or an error is wanted.
 """
 
 import copy
@@ -16,14 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-import crossval_iemocap
-import evaluate
 import pytest
-import train_iemocap
-from crossval_iemocap import device_shares
 from iemocap_tree import needs_iemocap, write_tree
 from toy import toy_recognizer, write_corpus
 
+from ser.cli import execute
+from ser.cli.crossval import device_shares
 from ser.data.manifest import read_manifest
 from ser.data.protocols import PROTOCOLS
 from ser.errors import ConfigError, ManifestError, SerError
@@ -34,20 +32,24 @@ from ser.train.config import TrainConfig, paper_settings
 from ser.train.processes import own_run
 
 pytestmark = pytest.mark.slow
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FOLDS = ["--protocol", "kfold:speaker:3", "--shares", "transcripts"]
 QUICK = ["--epochs", "1", "--effective-batch", "4", "--rate", "1e-3"]
 SIDES = [f"0{session}{side}" for session in range(1, 6) for side in "FM"]
 
 
-def run(script: str, *arguments, cwd: Path):
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+def command_line(name: str, *arguments) -> list[str]:
+    return [sys.executable, "-m", "ser", name, *map(str, arguments)]
+
+
+def run(name: str, *arguments, cwd: Path):
+    command = command_line(name, *arguments)
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900, check=False)
 
 
-def call(module, *arguments) -> None:
-    """A script's `main` in this process."""
-    module.main([str(a) for a in arguments])
+def call(name: str, *arguments) -> None:
+    """A command in this process."""
+    if status := execute(name, [str(a) for a in arguments]):
+        raise SystemExit(status)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def prepared(tmp_path_factory):
     """One turn of each of the 151 dialogues, with recordings of 0.1 s, prepared: the folder of the manifests."""
     folder = tmp_path_factory.mktemp("iemocap")
     release = write_tree(folder / "release", every=1000, samples=1600)
-    done = run("prepare_iemocap.py", release, "--out", folder / "data", "--partial", cwd=folder)
+    done = run("prepare", release, "--out", folder / "data", "--partial", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "data"
 
@@ -82,7 +84,7 @@ def cross_options(prepared, protocol, *options):
 def paper10(prepared):
     """All ten folds with the small model."""
     out = prepared.parent / "paper10"
-    done = run("crossval_iemocap.py", *cross_options(prepared, "paper10", "--out", out), cwd=prepared.parent)
+    done = run("crossval", *cross_options(prepared, "paper10", "--out", out), cwd=prepared.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
 
@@ -92,7 +94,7 @@ def session5(prepared):
     """All five folds, with a speaker head."""
     out = prepared.parent / "session5"
     options = cross_options(prepared, "session5", "--out", out, "--beta", "0.1")
-    done = run("crossval_iemocap.py", *options, cwd=prepared.parent)
+    done = run("crossval", *options, cwd=prepared.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -167,14 +169,14 @@ def test_the_same_command_trains_no_fold_again_and_other_settings_are_refused_wi
 ):
     folder, _ = paper10
     options = cross_options(prepared, "paper10", "--out", folder)
-    call(crossval_iemocap, *options)
+    call("crossval", *options)
     assert capsys.readouterr().out.count("done already") == 10
     with pytest.raises(ConfigError, match=r"begun with other settings(.|\n)*--alpha"):
-        call(crossval_iemocap, *options, "--alpha", 0)
+        call("crossval", *options, "--alpha", 0)
     whole = (folder / "02M/report.json").read_text(), (folder / "03F/predictions.csv").read_text()
     (folder / "02M/report.json").write_text(whole[0][:100])
     (folder / "03F/predictions.csv").write_text(whole[1][: len(whole[1]) // 2])
-    call(crossval_iemocap, *options)
+    call("crossval", *options)
     assert capsys.readouterr().out.count("done already") == 8, "what was cut is judged again, and not trained"
     assert ((folder / "02M/report.json").read_text(), (folder / "03F/predictions.csv").read_text()) == whole
     assert (folder / "02M/train.log").read_text().count("nothing is left to do") == 1
@@ -182,7 +184,7 @@ def test_the_same_command_trains_no_fold_again_and_other_settings_are_refused_wi
     text = settings.read_text()
     settings.write_text(text[:50])
     with pytest.raises(ConfigError, match=r"04F/settings\.json: is damaged"):
-        call(crossval_iemocap, *options)
+        call("crossval", *options)
     settings.write_text(text)
 
 
@@ -192,11 +194,11 @@ def test_a_fold_that_never_began_to_train_is_begun_with_other_settings_and_one_t
     options = ["--data", corpus / "train.csv", *FOLDS, "--out", tmp_path / "out"]
     options += ["--init", corpus / "init", *QUICK, "--resamples", 5]
     with pytest.raises(ConfigError, match=r"fold s0: train failed(.|\n)*unrecognized arguments: --eppochs 2"):
-        call(crossval_iemocap, *options, "--eppochs", 2)
+        call("crossval", *options, "--eppochs", 2)
     assert not (tmp_path / "out/s1/train.log").exists(), "nor did any other"
-    call(crossval_iemocap, *options, "--folds", "s0")
+    call("crossval", *options, "--folds", "s0")
     same = ["--effective-batch=4", "--rate", "1e-3", "--epochs", "1", "--micro-batch", 2, "--processes", 2]
-    call(crossval_iemocap, *options[: -len(QUICK) - 2], *same, "--resamples", 5, "--folds", "s0")
+    call("crossval", *options[: -len(QUICK) - 2], *same, "--resamples", 5, "--folds", "s0")
     assert "s0: done already" in capsys.readouterr().out, (
         "what may change, for want of memory say, may change here"
     )
@@ -230,7 +232,7 @@ def trained(corpus, tmp_path_factory):
     """A run on one fold, with a speaker head."""
     out = tmp_path_factory.mktemp("run") / "run"
     options = ["--data", corpus / "train.csv", *FOLDS, "--fold", "s0", "--init", corpus / "init"]
-    call(train_iemocap, *options, "--out", out, *QUICK, "--data-licence", "CC0", "--weights-licence", "MIT")
+    call("train", *options, "--out", out, *QUICK, "--data-licence", "CC0", "--weights-licence", "MIT")
     return out
 
 
@@ -240,7 +242,7 @@ def test_every_model_has_a_card_with_data_figures_labels_limits_and_licences(cor
         for piece in (
             "angry, happy, neutral, sad", "kfold:speaker:3, fold s0", "8 utterances, 0.00 h, 1 speakers",
             "| accuracy (WA) |", "word error rate", "95 %", "Use and limits", "Not for decisions", "- data: CC0",
-            "- initial weights: MIT", "evaluate.py --verify", "transcripts 100.0 %",
+            "- initial weights: MIT", "ser evaluate --verify", "transcripts 100.0 %",
         ):  # fmt: skip
             assert piece in text, (name, piece)
         assert ("chosen by their figure on this very part" in text) == (name == "best")
@@ -250,11 +252,11 @@ def test_every_model_has_a_card_with_data_figures_labels_limits_and_licences(cor
 def test_a_card_s_figures_come_out_again_and_an_edited_card_does_not_hold(trained, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(trained / "last", folder)
-    call(evaluate, "--verify", folder)
+    call("evaluate", "--verify", folder)
     assert "the card holds" in capsys.readouterr().out
     (folder / "README.md").write_text((folder / "README.md").read_text().replace("Not for decisions", "For"))
     with pytest.raises(SystemExit):
-        call(evaluate, "--verify", folder)
+        call("evaluate", "--verify", folder)
     assert "the card does not hold" in capsys.readouterr().out
     whole = read_record(folder)
 
@@ -263,7 +265,7 @@ def test_a_card_s_figures_come_out_again_and_an_edited_card_does_not_hold(traine
         change(record)
         write_card(folder, record)
         with pytest.raises(SystemExit):
-            call(evaluate, "--verify", folder)
+            call("evaluate", "--verify", folder)
         said = capsys.readouterr()
         return said.out + said.err
 
@@ -278,15 +280,15 @@ def test_a_card_s_figures_come_out_again_and_an_edited_card_does_not_hold(traine
     assert "no figures to verify" in edited(lambda r: r.update(evaluations=[]))
     (folder / "training.json").write_text("{}")
     with pytest.raises(SerError, match="no sound record"):
-        call(evaluate, "--verify", folder)
+        call("evaluate", "--verify", folder)
     (folder / "training.json").unlink()
     with pytest.raises(SerError, match="only models that training wrote"):
-        call(evaluate, "--verify", folder)
+        call("evaluate", "--verify", folder)
 
 
 def test_a_model_on_another_fold_reports_what_it_was_trained_on(corpus, trained, tmp_path, capsys):
     fold = ["--data", corpus / "train.csv", *FOLDS, "--resamples", 5]
-    call(evaluate, "--model", trained / "last", *fold, "--fold", "s2", "--out", tmp_path / "out", "--card")
+    call("evaluate", "--model", trained / "last", *fold, "--fold", "s2", "--out", tmp_path / "out", "--card")
     shown = capsys.readouterr().out  # s2 is what the model of fold s0 was trained on
     assert "recordings 100.0 %" in shown and "WARNING: trained on recordings that are judged" in shown
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -295,24 +297,24 @@ def test_a_model_on_another_fold_reports_what_it_was_trained_on(corpus, trained,
     assert tested == ["s0", "s2"], "the card has the further figures"
     # The form with --manifest is the same; what the weights were chosen on stays chosen on.
     plain = ["--manifest", corpus / "train.csv", *FOLDS, "--resamples", 5]
-    call(evaluate, "--model", trained / "best", *plain, "--fold", "s0", "--part", "valid", "--card")
+    call("evaluate", "--model", trained / "best", *plain, "--fold", "s0", "--part", "valid", "--card")
     assert capsys.readouterr().out.startswith("8 utterances, 1 speakers")
     entries = {e["selection"]["part"]: e["chosen_on"] for e in read_record(trained / "best")["evaluations"]}
     assert entries == {"valid": True}
     with pytest.raises(ConfigError, match="--fold and --known-turns need --protocol"):
-        call(evaluate, "--model", trained / "last", "--manifest", corpus / "train.csv", "--fold", "s0")
+        call("evaluate", "--model", trained / "last", "--manifest", corpus / "train.csv", "--fold", "s0")
     with pytest.raises(ConfigError, match="--resamples 0"):
-        call(evaluate, "--model", trained / "last", "--manifest", corpus / "train.csv", "--resamples", 0)
-    call(evaluate, "--model", corpus / "init", *fold, "--fold", "s0")
+        call("evaluate", "--model", trained / "last", "--manifest", corpus / "train.csv", "--resamples", 0)
+    call("evaluate", "--model", corpus / "init", *fold, "--fold", "s0")
     assert "taken to be the fold's: the model does not say" in capsys.readouterr().out
 
 
 def test_turns_that_a_model_was_trained_on_are_not_taken_for_held_out(corpus, tmp_path):
     fold = ["--data", corpus / "train.csv", *FOLDS, "--fold", "s0"]
     options = ["--init", corpus / "init", "--out", tmp_path / "run", *QUICK, "--beta", 1, "--known-turns", 0]
-    call(train_iemocap, *fold, *options)
+    call("train", *fold, *options)
     with pytest.raises(ConfigError, match="the model was trained on 2 of them"):
-        call(evaluate, "--model", tmp_path / "run/last", *fold, "--known-turns", 2, "--resamples", 5)
+        call("evaluate", "--model", tmp_path / "run/last", *fold, "--known-turns", 2, "--resamples", 5)
 
 
 def test_recordings_that_cannot_be_read_are_left_out_and_counted_where_that_is_asked_for(
@@ -323,12 +325,12 @@ def test_recordings_that_cannot_be_read_are_left_out_and_counted_where_that_is_a
     (tmp_path / "corpus/train3.wav").unlink()
     options = ["--model", trained / "last", "--manifest", tmp_path / "corpus/train.csv", "--resamples", 5]
     with pytest.raises(SerError, match=r"train3\.wav"):
-        call(evaluate, *options)
-    call(evaluate, *options, "--on-bad-audio", "skip", "--max-bad-audio", 0.1)
+        call("evaluate", *options)
+    call("evaluate", *options, "--on-bad-audio", "skip", "--max-bad-audio", 0.1)
     shown = capsys.readouterr().out
     assert shown.startswith("22 utterances") and "2 recordings could not be read and are in no figure" in shown
     with pytest.raises(SerError, match=r"--max-bad-audio 0\.01 allows"):
-        call(evaluate, *options, "--on-bad-audio", "skip")
+        call("evaluate", *options, "--on-bad-audio", "skip")
 
 
 def test_given_checkpoints_are_judged_fold_by_fold_with_a_closing_line_each(corpus, trained, tmp_path, capsys):
@@ -345,15 +347,15 @@ def test_given_checkpoints_are_judged_fold_by_fold_with_a_closing_line_each(corp
         tmp_path / "out",
     ]
     with pytest.raises(ConfigError, match="has no folder s2; it needs one per fold"):
-        call(crossval_iemocap, *options)
+        call("crossval", *options)
     with pytest.raises(ConfigError, match="--fold: cross-validation settles that itself"):
-        call(crossval_iemocap, *options, "--fold", "s0")
+        call("crossval", *options, "--fold", "s0")
     with pytest.raises(ConfigError, match="1 or more"):
-        call(crossval_iemocap, *options, "--parallel", 0)
+        call("crossval", *options, "--parallel", 0)
     with pytest.raises(ConfigError, match="trains nothing, so it takes no --alpha 0"):
-        call(crossval_iemocap, *options, "--alpha", 0)
+        call("crossval", *options, "--alpha", 0)
     (tmp_path / "given/s2").symlink_to(trained / "last")
-    call(crossval_iemocap, *options, "--folds", "s0", "s2", "--resamples", 5)
+    call("crossval", *options, "--folds", "s0", "s2", "--resamples", 5)
     right = 0
     for fold in ("s0", "s2"):  # s2 is what this model was trained on
         shared = (tmp_path / f"out/{fold}.eval").read_text().splitlines()[-2]
@@ -371,7 +373,7 @@ def test_asked_to_stop_it_lets_what_trains_save_and_the_same_command_continues(c
     out = tmp_path / "out"
     options = ["--data", corpus / "train.csv", *FOLDS, "--folds", "s0", "s1", "--out", out, "--resamples", 5]
     options += ["--init", corpus / "init", *QUICK, "--epochs", 40, "--log-every", 1]
-    command = [sys.executable, str(EXAMPLES / "crossval_iemocap.py"), *map(str, options)]
+    command = command_line("crossval", *options)
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         log = out / "s0/run/metrics.jsonl"
@@ -391,7 +393,7 @@ def test_asked_to_stop_it_lets_what_trains_save_and_the_same_command_continues(c
     assert saved and not (out / "s0/run/last").exists() and not (out / "s0/report.json").exists()
     assert not (out / "s1/train.log").exists(), "no other fold was begun"
     with pytest.raises(ConfigError, match="begun with other settings"):
-        call(crossval_iemocap, *options, "--alpha", 0)
+        call("crossval", *options, "--alpha", 0)
     command.remove("s1")  # one will do
     subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
     assert "is resumed at update" in (out / "s0/train.log").read_text()
@@ -402,7 +404,7 @@ def test_killed_it_takes_its_training_along_which_saves(corpus, tmp_path):
     out = tmp_path / "out"
     options = ["--data", corpus / "train.csv", *FOLDS, "--folds", "s0", "--out", out, "--init", corpus / "init"]
     options += [*QUICK, "--epochs", 999, "--log-every", 1]
-    command = [sys.executable, str(EXAMPLES / "crossval_iemocap.py"), *map(str, options)]
+    command = command_line("crossval", *options)
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         log = out / "s0/run/metrics.jsonl"
@@ -442,9 +444,9 @@ def test_names_of_the_data_that_are_paths_become_harmless_folders_where_a_run_co
         *QUICK,
     ]
     options += ["--heads", "emotion", "--resamples", 5, "--out", out]
-    done = run("crossval_iemocap.py", *options, cwd=tmp_path)
+    done = run("crossval", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    call(crossval_iemocap, *options)
+    call("crossval", *options)
     assert capsys.readouterr().out.count("done already") == 3
     folders = sorted(path.name.partition("~")[0] for path in out.iterdir() if path.is_dir())
     assert len(folders) == 3 and {"escaped", "x"} < set(folders)
@@ -452,7 +454,7 @@ def test_names_of_the_data_that_are_paths_become_harmless_folders_where_a_run_co
         tmp_path.glob("a/escaped*")
     )
     assert len(json.loads((out / "report.json").read_text())["folds"]) == 3
-    call(crossval_iemocap, *options, "--folds", "../../escaped")  # as the manifest spells it
+    call("crossval", *options, "--folds", "../../escaped")  # as the manifest spells it
     assert capsys.readouterr().out.count("done already") == 1
 
 
@@ -462,7 +464,7 @@ def test_of_folds_at_once_one_that_fails_is_told_at_once_and_a_signal_still_reac
     (out / "s1/run").write_text("a file is in the way")
     options = ["--data", corpus / "train.csv", *FOLDS, "--out", out, "--parallel", 2, "--log-every", 1]
     options += ["--init", corpus / "init", *QUICK, "--epochs", 1000]
-    command = [sys.executable, str(EXAMPLES / "crossval_iemocap.py"), *map(str, options)]
+    command = command_line("crossval", *options)
     errors = tmp_path / "errors"
     with errors.open("w") as file:
         running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
@@ -506,7 +508,7 @@ def test_an_ablation_of_alpha_gives_tables_and_curves_and_lowers_the_rate_at_alp
         5,
     ]
     options += ["--paper", "--epochs", 1, "--out", "a"]
-    done = run("crossval_iemocap.py", *options, "--ablation", "alpha=0,0.1",
+    done = run("crossval", *options, "--ablation", "alpha=0,0.1",
                cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rates = [
@@ -539,7 +541,7 @@ def test_an_ablation_of_heads_trains_just_those_on_known_speakers(corpus, tmp_pa
         1,
     ]
     options += [*QUICK, "--out", "a"]
-    done = run("crossval_iemocap.py", *options, "--ablation", "heads=emotion,emotion+speaker",
+    done = run("crossval", *options, "--ablation", "heads=emotion,emotion+speaker",
                "--resamples", 5, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for heads in ("emotion", "emotion+speaker"):
@@ -563,7 +565,7 @@ def test_an_ablation_of_heads_trains_just_those_on_known_speakers(corpus, tmp_pa
 )
 def test_an_ablation_that_makes_no_sense_is_refused_before_anything_runs(corpus, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
-        call(crossval_iemocap, "--data", corpus / "train.csv", *FOLDS, "--out", tmp_path / "a", *options.split())
+        call("crossval", "--data", corpus / "train.csv", *FOLDS, "--out", tmp_path / "a", *options.split())
     assert not (tmp_path / "a").exists()
 
 
@@ -599,7 +601,7 @@ def test_curves_pool_by_utterances_and_by_words_and_end_where_the_shortest_run_d
 def test_a_fold_that_cannot_be_trained_on_is_one_clear_error(corpus, tmp_path, arguments, message):
     out = ["--init", corpus / "init", "--out", tmp_path / "run"]
     with pytest.raises((ConfigError, ManifestError)) as caught:
-        call(train_iemocap, "--data", corpus / "train.csv", *arguments.split(), *out)
+        call("train", "--data", corpus / "train.csv", *arguments.split(), *out)
     assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -621,7 +623,7 @@ def test_the_paper_s_settings_are_those_of_its_text_and_of_its_script():
 
 def test_paper_is_a_default_that_what_is_given_beside_it_overrides(corpus, tmp_path):
     options = ["--train", corpus / "train.csv", "--init", corpus / "init", "--out", tmp_path / "run", "--paper"]
-    call(train_iemocap, *options, "--alpha", 0, "--epochs", 1)
+    call("train", *options, "--alpha", 0, "--epochs", 1)
     settings = json.loads((tmp_path / "run/config.json").read_text())
     assert (settings["alpha"], settings["rate"], settings["epochs"]) == (0.0, 1e-5, 1)
     assert settings["tags"] == "keep-letters" and settings["batching"] == "random"

@@ -7,11 +7,11 @@ import os
 import re
 import shlex
 
-import evaluate
 import pytest
 from test_manifest import column
 from toy import toy_recognizer, write_corpus
 
+from ser.cli import execute
 from ser.data import selection
 from ser.data.manifest import Utterance
 from ser.data.selection import Selection
@@ -358,11 +358,11 @@ def test_evaluation_shows_the_classes_and_refuses_another_spelling_than_the_mode
     path.write_text(path.read_text().replace(",happy,", ",Happy,").replace(",sad,", ",NA,"))
     options = ["--manifest", str(path), "--device", "cpu", "--resamples", "2"]
     with pytest.raises(ManifestError, match=r"'happy' \(of the model\) and 'Happy' \(data 1\)"):
-        evaluate.main(["--model", str(tmp_path / "model"), *options])
-    evaluate.main(["--model", str(tmp_path / "ctc"), *options])  # which judges no emotions
+        execute("evaluate", ["--model", str(tmp_path / "model"), *options])
+    execute("evaluate", ["--model", str(tmp_path / "ctc"), *options])  # which judges no emotions
     capsys.readouterr()
     out = ["--out", str(tmp_path / "out"), "--no-pictures"]
-    evaluate.main(["--model", str(tmp_path / "model"), *options, "--map", '{"Happy": "happy"}', *out])
+    execute("evaluate", ["--model", str(tmp_path / "model"), *options, "--map", '{"Happy": "happy"}', *out])
     said = capsys.readouterr().err
     assert "data: 4 utterances; emotions angry 1, happy 1, neutral 1; 3 speakers; 1 without emotion" in said
     assert "emotion 'NA' (1)" in said and "--map, emotion: 'Happy' is 'happy' (1)" in said
@@ -376,7 +376,7 @@ def test_labels_of_other_names_than_the_models_are_said_once_with_what_to_do(tmp
     toy_recognizer(heads=("emotion", "speaker")).save(tmp_path / "model")
     path = write_corpus(tmp_path, 4)
     path.write_text(re.sub(r",s(?=\d)", ",t", path.read_text().replace(",happy,", ",hapy,")))
-    evaluate.main(["--model", str(tmp_path / "model"), "--manifest", str(path), "--resamples", "2"])
+    execute("evaluate", ["--model", str(tmp_path / "model"), "--manifest", str(path), "--resamples", "2"])
     said = capsys.readouterr()
     both = said.err + said.out
     assert both.count("did you mean 'happy'?") == 1 and both.count("--map") == 1
@@ -389,7 +389,7 @@ def test_labels_of_other_names_than_the_models_are_said_once_with_what_to_do(tmp
 def test_labels_that_stand_already_are_not_renamed_in_vain(mode):
     for options in (["--map", "{}"], ["--literal-labels"], ["--columns", "emotion=label"]):
         with pytest.raises(ConfigError, match=rf"{mode[0]} takes no {options[0]}: labels "):
-            evaluate.main([*mode, *options])
+            execute("evaluate", [*mode, *options])
 
 
 def test_an_empty_map_of_a_command_line_is_no_map(tmp_path):
@@ -401,4 +401,4 @@ def test_an_empty_map_of_a_command_line_is_no_map(tmp_path):
 def test_predictions_to_compare_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "p.csv")
     with pytest.raises(ConfigError, match="not a regular file but a pipe, expected a predictions file"):
-        evaluate.main(["--compare", str(tmp_path / "p.csv"), str(tmp_path / "p.csv")])
+        execute("evaluate", ["--compare", str(tmp_path / "p.csv"), str(tmp_path / "p.csv")])

@@ -21,10 +21,11 @@ from ser.data.manifest import Utterance
 from ser.errors import AudioError, ManifestError, indented, pip_line, printable
 from ser.models.pretrained import LoadReport
 from ser.recognizer import Prediction
-from ser.scores.folds import to_markdown as folds_to_markdown
+from ser.scores.folds import FoldFigures, PooledReport, pooled_markdown
+from ser.scores.report import Figure, Report
 from ser.train.distributed import World
 from ser.train.evaluation import Evaluation
-from ser.train.loop import say, show_rows
+from ser.train.log import say, show_rows
 from ser.train.processes import one_voice
 
 ROOT = Path(__file__).parents[1]
@@ -395,13 +396,13 @@ def test_an_error_of_many_lines_keeps_them(capfd):
 
 
 def test_a_fold_s_name_cannot_make_a_section_of_the_pooled_report():
-    figures = {"accuracy": {"value": 0.5, "interval_utterances": [0.4, 0.6], "interval_speakers": None}}
-    found = {"utterances": 8, "speakers": 1, "emotions": ["```", HOSTILE], "figures": figures, "parts": {}}
-    found |= {"judged": {"emotion": 8, "words": 0, "speaker": 0}, "confusion": [[4, 0], [4, 0]]}
+    figures, judged = {"accuracy": Figure(0.5, [0.4, 0.6])}, {"emotion": 8, "words": 0, "speaker": 0}
+    pooled = Report(8, ["```", HOSTILE], 2, 0, 1, figures, judged, confusion=[[4, 0], [4, 0]])
     name = "x |\n\n## Forged <b>"
-    fold = {"utterances": 8, "accuracy": 0.5, "shared_line": name}
-    found |= {"protocol": name, "description": name, "weights": "last", "folds": {name: fold}, "repeat": [name]}
-    found |= {"over_folds": {"accuracy": {"mean": 0.5, "spread": None, "folds": 1}}, "audit": "a\x1b\n```\n"}
-    shown = folds_to_markdown(found)
+    fold = FoldFigures(8, None, name, {"accuracy": 0.5})
+    over = {"accuracy": {"mean": 0.5, "spread": None, "folds": 1}}
+    result = PooledReport(pooled, name, name, {name: fold}, over, [], weights="last", audit="a\x1b\n```\n")
+    result.repeat = {name: name}
+    shown = pooled_markdown(result)
     assert only_own_lines(shown) and "\n## Forged" not in shown
     assert "<b>" not in shown.split("To repeat:")[0] and shown.count("\n````\n") == 4, shown

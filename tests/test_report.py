@@ -11,6 +11,7 @@ import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jiwer
 import numpy as np
@@ -19,7 +20,6 @@ from sklearn import metrics as oracle
 from test_update import run_ranks
 from toy import toy_recognizer, write_corpus
 
-import ser.scores.report as figures_module
 from ser.audio import audio_info
 from ser.data.labels import Labels
 from ser.data.manifest import Utterance, read_manifest
@@ -28,17 +28,22 @@ from ser.data.text import Rewriting, Vocabulary
 from ser.errors import ConfigError, pip_line
 from ser.files import write_json
 from ser.recognizer import Prediction
-from ser.scores.folds import pooled_report
-from ser.scores.folds import to_markdown as folds_to_markdown
+from ser.scores import report as figures_module
+from ser.scores.folds import pooled_markdown, pooled_report
 from ser.scores.pictures import draw, draw_confusion, drawable
 from ser.scores.report import (
+    Figure,
     Figures,
+    KnownTurns,
     Outcomes,
+    Report,
     as_row,
-    compare,
+    compare_predictions,
     expected_calibration_error,
     intervals,
     mcnemar,
+    measure_of_classes,
+    measure_of_numbers,
     report,
     table,
     write_rows,
@@ -46,7 +51,6 @@ from ser.scores.report import (
 from ser.train import evaluation as module
 from ser.train.evaluation import evaluated_rows
 
-SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "evaluate.py"
 EMOTIONS = ["angry", "happy", "neutral", "sad"]
 
 
@@ -99,8 +103,8 @@ def test_every_figure_is_that_of_the_oracle():
     known = [r["speaker_right"] for r in rows if r["speaker_right"] is not None]
     assert found["speaker_accuracy"] == pytest.approx(np.mean(known))
     counted = report(Outcomes.of(EMOTIONS, rows), resamples=2)
-    assert counted["confusion"] == oracle.confusion_matrix(truth, predicted, labels=EMOTIONS).tolist()
-    assert counted["judged"] == {"emotion": len(labelled), "words": 1500, "speaker": len(known)}
+    assert counted.confusion == oracle.confusion_matrix(truth, predicted, labels=EMOTIONS).tolist()
+    assert counted.judged == {"emotion": len(labelled), "words": 1500, "speaker": len(known)}
 
 
 def test_the_calibration_error_is_the_written_out_sum_over_bins():
@@ -167,13 +171,13 @@ def test_the_interval_holds_the_true_value_about_as_often_as_it_says():
 
 def test_parts_are_by_kind_seen_text_and_length_and_each_has_its_own_figures():
     found = report(outcomes(count=90), resamples=5)
-    assert {"kind: impro", "kind: script", "seen text: seen", "seen text: unseen"} <= found["parts"].keys()
-    lengths = {n: p["utterances"] for n, p in found["parts"].items() if n.startswith("length")}
+    assert {"kind: impro", "kind: script", "seen text: seen", "seen text: unseen"} <= found.parts.keys()
+    lengths = {n: p.utterances for n, p in found.parts.items() if n.startswith("length")}
     assert list(lengths) == ["length: 0 to 2 s", "length: 2 to 4 s", "length: 4 to 8 s", "length: from 8 s"]
     assert sum(lengths.values()) == 90
-    halves = [found["parts"][f"kind: {kind}"]["utterances"] for kind in ("impro", "script")]
+    halves = [found.parts[f"kind: {kind}"].utterances for kind in ("impro", "script")]
     assert halves == [45, 45]
-    json.dumps(found, allow_nan=False)
+    json.dumps(found.to_dict(), allow_nan=False)
     shown = table(found)
     for text in ("unweighted accuracy (UA)", "95 % over utterances", "confusion", "length: from 8 s", "angry"):
         assert text in shown
@@ -185,7 +189,8 @@ def test_a_report_without_labels_text_or_speakers_says_what_there_is():
     ]
     rows = [dict(row, characters=None, character_edits=None) for row in rows]
     found = report(Outcomes.of(EMOTIONS, rows), resamples=5)
-    assert found["figures"] == {} and found["utterances"] == 9 and "confusion" not in found
+    assert found.figures == {} and found.utterances == 9 and found.confusion is None
+    assert "confusion" not in found.to_dict()
     assert "9 utterances" in table(found)
 
 
@@ -200,10 +205,10 @@ def test_dimensions_are_judged_by_concordance_where_there_are_labels_and_without
     y, p = (np.delete(x, np.arange(0, 50, 7)) for x in (labels, heard))
     expected = 2 * np.cov(p, y, bias=True)[0, 1] / (p.var() + y.var() + (p.mean() - y.mean()) ** 2)
     found = report(Outcomes.of([], rows), resamples=50)
-    assert list(found["figures"]) == ["ccc arousal"]
-    assert found["figures"]["ccc arousal"]["value"] == pytest.approx(expected)
-    low, high = found["figures"]["ccc arousal"]["interval_utterances"]
-    assert low < expected < high and found["figures"]["ccc arousal"]["interval_speakers"] is not None
+    assert list(found.figures) == ["ccc arousal"]
+    assert found.value("ccc arousal") == pytest.approx(expected)
+    low, high = found.figures["ccc arousal"].interval_utterances
+    assert low < expected < high and found.figures["ccc arousal"].interval_speakers is not None
     assert "concordance (CCC), arousal" in table(found)
 
 
@@ -212,13 +217,13 @@ def test_utterances_whose_label_is_no_class_of_the_model_are_counted_where_figur
     rows[3]["emotion"] = "bored"
     found = report(Outcomes.of(EMOTIONS, rows), resamples=2)
     judged = sum(r["emotion"] in EMOTIONS for r in rows)
-    assert found["judged"]["emotion"] == judged and f"emotions are judged on {judged}:" in table(found)
+    assert found.judged["emotion"] == judged and f"emotions are judged on {judged}:" in table(found)
     assert "1 have one that is no class of the model ('bored' x1)" in table(found)
     for wrong in ({"resamples": 0}, {"seed": -1}):
         with pytest.raises(ConfigError, match="expected 1 or more, and 0 or more"):
             report(Outcomes.of(EMOTIONS, rows), **wrong)
         with pytest.raises(ConfigError, match="expected 1 or more, and 0 or more"):
-            compare(*2 * [Outcomes.of(EMOTIONS, rows)], **wrong)
+            compare_predictions(*2 * [Outcomes.of(EMOTIONS, rows)], **wrong)
 
 
 def test_labels_of_another_spelling_are_all_named_with_the_nearest_classes():
@@ -245,10 +250,10 @@ def test_what_the_vocabulary_cannot_write_is_shown_with_a_report_and_summed_over
     for name, change in zip("abc", changes, strict=True):
         (tmp_path / name).mkdir()
         written = write_rows(tmp_path / name / "predictions.csv", [drawn(4)], EMOTIONS)
-        write_json(tmp_path / name / "report.json", report(written, resamples=2) | change)
+        write_json(tmp_path / name / "report.json", report(written, resamples=2).to_dict() | change)
     pooled = pooled_report(tmp_path, "abc", PROTOCOLS["paper10"], resamples=2)
-    assert pooled["characters_outside_vocabulary"] == {"7": 4, "\x1b": 1}
-    for shown in (table(pooled), folds_to_markdown(pooled | {"weights": "last", "audit": "", "repeat": []})):
+    assert pooled.to_dict()["characters_outside_vocabulary"] == {"7": 4, "\x1b": 1}
+    for shown in (table(pooled.pooled), pooled_markdown(pooled)):
         assert "the vocabulary has lower-case letters alone: 2 texts are written so" in shown
         assert "removed: '7' x4, '\\x1b' x1" in shown and "1 texts have no character of the vocabulary" in shown
     assert "vocabulary" not in table(report(Outcomes.of(EMOTIONS, drawn(4)), resamples=2))
@@ -291,7 +296,7 @@ def test_thousands_of_classes_need_memory_in_proportion():
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 100e6, "the pairs of classes alone would be 72 MB for each utterance"
-    assert "confusion" not in found and found["confused"][0][2] == 1 and len(found["confused"]) == 60
+    assert found.confusion is None and found.confused[0][2] == 1 and len(found.confused) == 60
     assert len(table(found)) < 5000
 
 
@@ -308,7 +313,7 @@ def test_classes_that_do_not_occur_leave_the_figures_as_the_oracle_has_them():
     assert [np.nan_to_num(values[f"recall e{i}"]) for i in range(150)] == pytest.approx(recall)
     one = Figures(many_classes(1, 5))()
     assert math.isnan(one["recall e4"]) and one["recall e0"] == 1 and one["macro_f1"] == pytest.approx(1 / 5)
-    cells = {(a, b): n for a, b, n in report(found, resamples=2)["confused"]}
+    cells = {(a, b): n for a, b, n in report(found, resamples=2).confused}
     assert cells == Counter(zip(truth, predicted, strict=True))
 
 
@@ -317,10 +322,10 @@ def test_chunks_of_utterances_give_the_figures_of_all(monkeypatch):
     monkeypatch.setattr(figures_module, "CHUNK", 16)
     monkeypatch.setattr(figures_module, "MAX_COUNTS", 200)
     cut = report(outcomes(count=70), resamples=20)
-    for name, entry in whole["figures"].items():
-        assert cut["figures"][name]["value"] == pytest.approx(entry["value"])
-        assert cut["figures"][name]["interval_utterances"] == pytest.approx(entry["interval_utterances"])
-        assert cut["figures"][name]["interval_speakers"] == pytest.approx(entry["interval_speakers"])
+    for name, figure in whole.figures.items():
+        assert cut.value(name) == pytest.approx(figure.value)
+        assert cut.figures[name].interval_utterances == pytest.approx(figure.interval_utterances)
+        assert cut.figures[name].interval_speakers == pytest.approx(figure.interval_speakers)
 
 
 def test_a_predictions_file_gives_its_figures_back(tmp_path):
@@ -378,6 +383,84 @@ def test_scores_that_overflowed_are_unknown_and_no_number_of_the_file(tmp_path):
     assert math.isnan(Outcomes.read(tmp_path / "p.csv").numbers["confidence"][0])
 
 
+# ------------------------------------------------------------------------------- reports, parts, other heads
+
+
+def test_a_report_is_read_back_as_it_was_written_whatever_it_holds():
+    turns = KnownTurns(3, 2, {"speaker": 3}, {"speaker_accuracy": Figure(0.5, [0.1, 0.9])})
+    plain_one = report(outcomes(count=40), resamples=3)
+    full = replace(
+        plain_one,
+        about={"model": "m", "selection": {"data": "a.csv"}, "fold": "01F"},
+        training_is_assumed=True,
+        shared_with_training={"recordings": 0.5, "speakers": None},
+        unread=0,
+        rewriting=Rewriting(case="lower", recased=2, removed=Counter({"7": 3})),
+        known_turns=turns,
+    )
+    for whole in (plain_one, full, report(many_classes(20, 130), resamples=2)):
+        content = json.loads(json.dumps(whole.to_dict(), allow_nan=False))
+        again = Report.from_dict(content)
+        assert again == whole and again.to_dict() == content and list(again.to_dict()) == list(content)
+    assert full.trained_on_some and not plain_one.trained_on_some
+    assert {"unread", "fold", "references_recased", "known_turns"} <= full.to_dict().keys()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"utterances": 3}', '{"figures": 5, "parts": {}}'])
+def test_what_is_no_report_is_refused_with_its_file(tmp_path, text):
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"report\.json: is no sound report"):
+        Report.read(tmp_path / "report.json")
+
+
+def test_figures_are_reported_by_any_column_that_is_named(tmp_path):
+    rows = [row | {"room": ["hall", "car", ""][i % 3]} for i, row in enumerate(drawn(60))]
+    parts = ("kind", "seen_text", "room", "speaker")
+    written = write_rows(tmp_path / "p.csv", [rows], EMOTIONS, parts)
+    found = report(written, resamples=2)
+    assert {name: p.utterances for name, p in found.parts.items() if name.startswith("room")} == {
+        "room: car": 20,
+        "room: hall": 20,
+    }
+    assert {f"speaker: s{i}" for i in range(6)} < found.parts.keys() and "kind: impro" in found.parts
+    assert report(Outcomes.read(tmp_path / "p.csv", parts), resamples=2) == found
+    usual = report(Outcomes.read(tmp_path / "p.csv"), resamples=2)
+    assert usual == report(Outcomes.of(EMOTIONS, rows), resamples=2), "unless it is named"
+    with pytest.raises(ConfigError, match="it lacks the columns side"):
+        Outcomes.read(tmp_path / "p.csv", ("kind", "side"))
+
+
+def test_a_further_head_is_a_further_row_of_the_table(monkeypatch, tmp_path):
+    monkeypatch.setitem(figures_module.MEASURES, "age", measure_of_numbers("age", ["age"]))
+    monkeypatch.setitem(figures_module.MEASURES, "gender", measure_of_classes("gender"))
+    generator = np.random.default_rng(4)
+    rows = []
+    for i, row in enumerate(drawn(80)):
+        age = None if i % 9 == 0 else float(generator.normal(40, 9))
+        label, answer = ("f", "m")[i % 2], ("f", "m")[i % 5 > 2]
+        row |= {"age": age, "age_predicted": (age or 30) + generator.normal(0, 4)}
+        rows.append(row | {"gender": label, "gender_predicted": answer, "gender_confidence": 0.75})
+    found = report(write_rows(tmp_path / "p.csv", [rows], EMOTIONS), resamples=5)
+    assert report(Outcomes.read(tmp_path / "p.csv"), resamples=5) == found
+    y, p = np.array([(r["age"], r["age_predicted"]) for r in rows if r["age"] is not None]).T
+    expected = 2 * np.cov(y, p, bias=True)[0, 1] / (y.var() + p.var() + (y.mean() - p.mean()) ** 2)
+    assert found.value("ccc age") == pytest.approx(expected) and "concordance (CCC), age" in table(found)
+    pairs = [[r["gender"] for r in rows], [r["gender_predicted"] for r in rows]]
+    assert found.value("gender accuracy") == pytest.approx(oracle.accuracy_score(*pairs))
+    assert found.value("gender unweighted_accuracy") == pytest.approx(oracle.balanced_accuracy_score(*pairs))
+    assert found.value("gender recall f") == pytest.approx(oracle.recall_score(*pairs, pos_label="f"))
+    assert found.judged["gender"] == 80 and found.figures["gender accuracy"].interval_speakers is not None
+    usual = report(Outcomes.of(EMOTIONS, drawn(80)), resamples=5)
+    assert found.value("accuracy") == usual.value("accuracy") and found.confusion == usual.confusion
+    unknown = dict.fromkeys(("speaker", "emotion", "arousal", "dominance", "valence"))
+    utterance = SimpleNamespace(id="a", file="a.wav", extra={"room": "hall"}, age=41.0, gender="f", **unknown)
+    unknown = dict.fromkeys(("emotion", "probabilities", "transcript", "speaker", "dimensions"))
+    answers = {"age": {"age": 39.5}, "gender": "m", "gender_probability": 0.6}
+    row = as_row(toy_recognizer(), utterance, "", SimpleNamespace(seconds=1.0, **answers, **unknown))
+    assert (row["age"], row["age_predicted"], row["room"]) == (41.0, 39.5, "hall")
+    assert (row["gender"], row["gender_predicted"], row["gender_confidence"]) == ("f", "m", 0.6)
+
+
 # ---------------------------------------------------------------------------------------------- comparison
 
 
@@ -387,16 +470,16 @@ def test_a_model_does_not_differ_from_itself_and_differs_from_a_much_better_one(
         dict(row, predicted=row["emotion"] or row["predicted"]) if i % 3 else row for i, row in enumerate(rows)
     ]
     first, second = Outcomes.of(EMOTIONS, rows), Outcomes.of(EMOTIONS, better[::-1])  # in another order
-    same = compare(first, first, resamples=50)
+    same = compare_predictions(first, first, resamples=50)
     assert same["mcnemar_p"] == 1.0 and same["differences"]["accuracy"]["value"] == 0
-    found = compare(first, second, resamples=200)
+    found = compare_predictions(first, second, resamples=200)
     assert found["only_first_right"] == 0 < found["only_second_right"] and found["mcnemar_p"] < 1e-6
     low, high = found["differences"]["accuracy"]["interval"]
     assert 0 < low < found["differences"]["accuracy"]["value"] < high
     with pytest.raises(ConfigError, match="not of the same utterances"):
-        compare(first, Outcomes.of(EMOTIONS, rows[:-1]))
+        compare_predictions(first, Outcomes.of(EMOTIONS, rows[:-1]))
     with pytest.raises(ConfigError, match="different labels"):
-        compare(first, Outcomes.of(EMOTIONS, [dict(r, emotion="sad") for r in rows]))
+        compare_predictions(first, Outcomes.of(EMOTIONS, [dict(r, emotion="sad") for r in rows]))
 
 
 def test_mcnemar_is_the_exact_binomial_test():
@@ -443,12 +526,12 @@ def test_a_speaker_whom_training_did_not_know_is_not_scored(tmp_path):
     assert row["confidence"] == max(prediction.probabilities.values())
 
 
-def test_the_script_writes_table_json_predictions_and_pictures_and_compares(tmp_path):
+def test_the_command_writes_table_json_predictions_and_pictures_and_compares(tmp_path):
     manifest = write_corpus(tmp_path, 9)
     toy_recognizer().save(tmp_path / "model")
 
     def run(*arguments):
-        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        command = [sys.executable, "-m", "ser", "evaluate", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
 
     done = run("--model", "model", "--manifest", manifest, "--train", manifest, "--out", "out", "--resamples", 20)
@@ -460,6 +543,10 @@ def test_the_script_writes_table_json_predictions_and_pictures_and_compares(tmp_
         assert len(list(csv.DictReader(file))) == 9
     for name in ("confusion", "reliability", "length"):
         assert (tmp_path / f"out/{name}.png").read_bytes()[:4] == b"\x89PNG"
+    parted = run("--model", "model", "--manifest", manifest, "--resamples", 2, "--parts", "speaker")
+    assert "speaker: s2 " in parted.stdout, parted.stderr
+    refused = run("--model", "model", "--manifest", manifest, "--parts", "room")
+    assert refused.returncode == 1 and "--parts room: is no column of texts here; there are" in refused.stderr
     compared = run("--compare", "out/predictions.csv", "out/predictions.csv", "--resamples", 5)
     assert json.loads(compared.stdout)["mcnemar_p"] == 1.0
     whole = ["--model", "model", "--manifest", manifest]

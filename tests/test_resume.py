@@ -7,17 +7,16 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import crossval_iemocap
 import pytest
 from safetensors.torch import load_file
 from test_train import QUICK as CONFIG
 from toy import toy_recognizer, write_corpus
 
 from ser.cli import execute
+from ser.cli.crossval import check_same
 from ser.data.manifest import Utterance, read_manifest, write_manifest
 from ser.errors import ConfigError, ModelFolderError, RunFolderError
-from ser.train.checkpoint import SETTINGS, checkpoints
-from ser.train.checkpoint import write_manifest as write_manifest_of
+from ser.train.checkpoint import SETTINGS, checkpoints, seal_checkpoint
 from ser.train.content import contents
 from ser.train.loop import fit
 
@@ -254,7 +253,7 @@ def test_a_run_of_a_release_that_told_no_content_goes_on_by_what_it_told(begun, 
         path.write_text(json.dumps(settings))
     for folder in checkpoints(stopped / "run"):
         (folder / "manifest.json").unlink()
-        write_manifest_of(folder, "0123456789abcdef")
+        seal_checkpoint(folder, "0123456789abcdef")
     elsewhere = stopped.with_name("elsewhere")
     shutil.move(stopped / "corpus", elsewhere)
     command = f"--train {elsewhere}/wav/t.csv --init"
@@ -315,7 +314,7 @@ def go_on(folder: Path, before: dict, now: dict, written: dict | None = None) ->
     (folder / "run").mkdir(parents=True, exist_ok=True)
     (folder / "run/config.json").write_text("{}")
     (folder / "settings.json").write_text(json.dumps(before))
-    crossval_iemocap.check_same(folder, now, lambda: written or now["content"])
+    check_same(folder, now, lambda: written or now["content"])
 
 
 def test_a_fold_goes_on_wherever_its_data_init_cache_and_vocabulary_lie(tmp_path):

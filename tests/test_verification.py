@@ -7,12 +7,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import evaluate
 import pytest
 from toy import toy_recognizer, write_corpus
 
 import ser
-from ser.cli import execute
+from ser.cli import execute, make_parser
 from ser.data.manifest import read_manifest
 from ser.data.selection import Selection
 from ser.errors import ModelFolderError
@@ -20,14 +19,16 @@ from ser.scores.card import (
     as_block,
     as_code,
     as_text,
+    card_text,
     counts_of,
     differences,
+    is_card_of,
     read_record,
     same_data,
-    to_markdown,
     write_card,
 )
 from ser.scores.report import Outcomes, report
+from ser.train.evaluation import evaluate
 from ser.train.verification import checks_of
 
 QUICK = ["--epochs", "2", "--effective-batch", "4", "--heads", "emotion", "--data-licence", "CC0"]
@@ -46,11 +47,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def verify(folder: Path, *options) -> bool:
-    try:
-        evaluate.main(["--verify", str(folder), *map(str, options)])
-    except SystemExit:
-        return False
-    return True
+    return execute("evaluate", ["--verify", str(folder), *map(str, options)]) == 0
 
 
 def test_the_cards_of_a_run_hold_and_what_nobody_can_compute_is_named(run, capsys):
@@ -67,6 +64,14 @@ def test_a_copied_model_folder_holds_and_its_licences_are_claimed(run, tmp_path,
         shutil.copytree(run / name, tmp_path / name / "model")
         assert verify(tmp_path / name / "model")
         assert "licences" in capsys.readouterr().out.split("claimed")[1]
+
+
+def test_a_card_of_an_earlier_release_which_names_another_command_holds(run):
+    record = read_record(run / "best")
+    text = (run / "best/README.md").read_text()
+    earlier = text.replace("ser evaluate --verify FOLDER", "python examples/evaluate.py --verify FOLDER")
+    assert text != earlier and is_card_of(text, record) and is_card_of(earlier, record)
+    assert not is_card_of(earlier.replace("Not for decisions", "For"), record)
 
 
 def test_without_the_recordings_of_training_what_needs_them_is_claimed(run, tmp_path):
@@ -118,7 +123,9 @@ def test_every_field_of_a_record_is_computed_or_named_as_claimed(run):
     record, recognizer = read_record(folder), ser.load(folder)
     (entry,) = record["evaluations"]
     selection = Selection.from_dict(entry["selection"])
-    arguments = evaluate.parse_arguments(["--verify", str(folder)])
+    parser = make_parser(None)
+    evaluate.add_arguments(parser)
+    arguments = parser.parse_args(["--verify", str(folder)])
     outcomes = evaluate.outcomes_of(recognizer, selection.utterances(), None, arguments, evaluate.World())
     now = {seed: report(outcomes, resamples=entry["resamples"], seed=seed) for seed in (0, 1)}
     assert isinstance(outcomes, Outcomes)
@@ -187,7 +194,7 @@ def test_the_same_data_under_another_path_stay_what_the_weights_were_chosen_on(r
     shutil.copytree(run / "best", tmp_path / "best")
     shutil.copytree(run.parent / "data", tmp_path / "moved")
     options = ["--manifest", tmp_path / "moved/valid.csv", "--card", "--resamples", 5]
-    evaluate.main(["--model", str(tmp_path / "best"), *map(str, options)])
+    execute("evaluate", ["--model", str(tmp_path / "best"), *map(str, options)])
     (entry,) = read_record(tmp_path / "best")["evaluations"]
     assert entry["chosen_on"] and entry["resamples"] == 5
     assert same_data(entry["selection"], read_record(run / "best")["settings"]["valid"])
@@ -251,7 +258,7 @@ def test_no_label_makes_a_section_html_or_a_code_of_a_terminal_on_a_card(run):
     record["settings"] |= {"protocol_description": hostile, "shared_with_training": {hostile: {hostile: 1.0}}}
     record["settings"]["train"]["data"] = record["evaluations"][0]["selection"]["data"] = hostile
     record["evaluations"][0]["figures"][f"recall {hostile}"] = record["evaluations"][0]["figures"]["accuracy"]
-    shown = to_markdown(record)
+    shown = card_text(record)
     assert all(line.isprintable() for line in shown.split("\n"))
     assert shown.count("\n## Licences") == 1 and "<img" not in shown.replace(as_code(hostile), "")
     assert all(line.count("|") - line.count(r"\|") == 5 for line in shown.split("\n") if line.startswith("| "))

@@ -55,15 +55,15 @@ from ser.folder import inherited_labels, inherited_vocabulary, is_preset, labels
 from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import LoadReport, find_folder, read_encoder_config
 from ser.recognizer import Recognizer
-from ser.train.checkpoint import CHANGEABLE, SETTINGS, newest_verified, opened_before
-from ser.train.config import TrainConfig, paper_settings
-from ser.train.config import add_arguments as add_training_arguments
-from ser.train.config import from_arguments as training_config
+from ser.train.checkpoint import SETTINGS, newest_verified
+from ser.train.config import TrainConfig, add_training_arguments, paper_settings, training_config
 from ser.train.content import weights_sha256
 from ser.train.distributed import World, joined_world
-from ser.train.loop import FitResult, fit, say
+from ser.train.log import say
+from ser.train.loop import FitResult, fit
 from ser.train.processes import PREEMPTED, launch, one_voice
 from ser.train.resources import SMALLER_MODEL, memory_explained
+from ser.train.runs import CHANGEABLE, opened_before
 
 errors_told = one_voice
 

@@ -182,8 +182,8 @@ def read_file(path: Path) -> Source:
     kind, prefix = recognised(path, state)
     if kind == "hugging-face":
         outer = prefix
-        for own in (row.prefix for row in ARCHITECTURES.values()):
-            outer = outer.removesuffix(own)
+        for row in ARCHITECTURES.values():
+            outer = outer.removesuffix(row.prefix)
         original = {key.removeprefix(outer): state[key] for key in state if key.startswith(outer)}
         unused = [key for key in state if not key.startswith(outer)]
         keys = {canonical_name(key): key for key in original}

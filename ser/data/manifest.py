@@ -216,7 +216,8 @@ def _delimiter(path: Path) -> str:
 
 def _unknown_column(name: str) -> str:
     """Say that a name is none of our columns, and which is the nearest."""
-    return f"no column of ours is called {name!r}{did_you_mean(name, known_columns())}; ours are {', '.join(known_columns())}"
+    ours = known_columns()
+    return f"no column of ours is called {name!r}{did_you_mean(name, ours)}; ours are {', '.join(ours)}"
 
 
 def _quoted(word: str) -> str:

@@ -1,8 +1,8 @@
 """Model cards: what a model was trained on, what it reached, and what it is not for.
 
-Training writes two files into every model folder: training.json, the record, and README.md, the same for people.
-The card is a function of the record, so that it can be checked, and `examples/evaluate.py --verify FOLDER`
-computes its figures again.
+Training writes two files into every model folder: training.json is the record, and README.md is the same for
+people. The card is a function of the record, so it can be checked, and `ser evaluate --verify FOLDER` computes its
+figures again.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from ser.data.selection import Selection
 from ser.errors import ConfigError, ModelFolderError, printable
 from ser.files import replace_file, write_json
 from ser.recognizer import Recognizer
-from ser.scores.report import TITLES, shares
+from ser.scores.report import Report, four_digits, interval_text, shares, title_of
 
 RECORD, CARD = "training.json", "README.md"
+EVALUATE, EARLIER_EVALUATE = "ser evaluate", "python examples/evaluate.py"  # commands that a card names
 MOST_RESAMPLES = 1_000_000  # more would be hours
 KEPT = ("utterances", "speakers", "judged", "figures", "resamples", "seed")  # of a report
 
 
 def counts_of(utterances: Sequence[Utterance]) -> dict[str, Any]:
-    """How many utterances, speakers, and utterances per emotion."""
+    """Count utterances, speakers, and utterances per emotion."""
     return {
         "utterances": len(utterances),
         "speakers": len({u.speaker for u in utterances if u.speaker}),
@@ -50,12 +51,12 @@ def training_record(
     lengths: Sequence[int],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What is known of a model before it is trained.
+    """Return what is known of a model before it is trained.
 
     Args:
         recognizer: the model.
-        utterances: that it is trained on.
-        lengths: of each, in samples.
+        utterances: what it is trained on.
+        lengths: of each utterance, in samples.
         settings: of the run, as its config.json has them.
     """
     return {
@@ -71,7 +72,7 @@ def training_record(
 
 
 def same_data(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
-    """Whether two selections, as `Selection.to_dict` has them, are of the same utterances, wherever they lie."""
+    """Tell whether two selections (`Selection.to_dict`) are of the same utterances, wherever the files are."""
     if not first or not second or not first.get("sha256"):
         return first == second
 
@@ -84,9 +85,9 @@ def same_data(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None)
 
 
 def expected_choice(record: Mapping[str, Any], selection: Mapping[str, Any] | None, *, best: bool) -> bool:
-    """Whether weights were chosen by their figure on ``selection``: those of ``best``, on the validation part.
+    """Tell whether weights were chosen by their figure on ``selection``.
 
-    And on the test part, where the protocol validates on it.
+    The weights of ``best`` were chosen on the validation part, which may be the test part too.
     """
     settings = record["settings"]
     valid = settings.get("valid")
@@ -97,23 +98,24 @@ def expected_choice(record: Mapping[str, Any], selection: Mapping[str, Any] | No
 
 
 def evaluation_entry(
-    found: Mapping[str, Any], selection: Mapping[str, Any] | None, *, chosen_on: bool = False
+    result: Report, selection: Mapping[str, Any] | None, *, chosen_on: bool = False
 ) -> dict[str, Any]:
-    """A report (`ser.scores.report.report`) as a card keeps it.
+    """Return what a record keeps of a report.
 
     Args:
-        found: the report.
-        selection: of what was judged, as `Selection.to_dict`; None: not known, so that nobody can verify it.
+        result: the report.
+        selection: what was evaluated, as `Selection.to_dict`; None: not known, so nobody can verify it.
         chosen_on: whether these weights were chosen because of this very figure.
     """
-    kept = {name: found[name] for name in KEPT}
+    content = result.to_dict()
+    kept = {name: content[name] for name in KEPT}
     return kept | {"selection": selection, "chosen_on": chosen_on}
 
 
 def with_evaluation(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with a further evaluation, in place of an older one of the same data.
+    """Return the record with a further evaluation, in place of an older one of the same data.
 
-    What the weights were once chosen on, they stay chosen on; so they are on the test part where it validates.
+    Weights that were chosen on some data stay chosen on them; where the test part validates, on that part too.
     """
     same = [e for e in record["evaluations"] if same_data(e["selection"], entry["selection"])]
     others = [e for e in record["evaluations"] if not same_data(e["selection"], entry["selection"])]
@@ -140,66 +142,88 @@ def as_code(foreign: object) -> str:
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def to_markdown(record: Mapping[str, Any]) -> str:
-    """The card. Labels, names of data and licences are foreign, and shown as text."""
-    settings, data = record["settings"], record["trained_on"]
-    licences = settings.get("licences", {})
-    # JSON is YAML, which is what model hubs read here.
+def front_matter() -> list[str]:
+    """Return what model hubs read at the top of a card. JSON is YAML."""
     head = {"library_name": "ser", "pipeline_tag": "audio-classification", "tags": ["speech-emotion-recognition"]}
-    lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", ""]
-    lines += ["# Speech emotion recognition model", ""]
+    return ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", ""]
+
+
+def task_lines(record: Mapping[str, Any]) -> list[str]:
+    """Say what the model recognises, and what it began from."""
     tasks = {
         "emotion": "emotion: " + ", ".join(map(as_text, record["emotions"])),
         "dimensions": "dimensions: " + ", ".join(map(as_text, record["dimensions"])),
         "ctc": "transcript (CTC, greedy)",
         "speaker": f"speaker, out of the {record['speakers_known']} in training",
     }
-    lines += ["It recognises, in recordings of one speaker's turn:", ""]
-    lines += [f"- {tasks.get(name, name)}" for name in record["heads"]]
-    init = as_code(settings.get("init", "?"))
-    lines += ["", f"{record['parameters'] / 1e6:.1f} M parameters, begun from {init}.", ""]
+    init = as_code(record["settings"].get("init", "?"))
+    return [
+        "# Speech emotion recognition model",
+        "",
+        "It recognises, in recordings of one speaker's turn:",
+        "",
+        *(f"- {tasks.get(name) or as_text(name)}" for name in record["heads"]),
+        "",
+        f"{record['parameters'] / 1e6:.1f} M parameters, begun from {init}.",
+        "",
+    ]
 
-    lines += ["## Trained on", ""]
-    named = settings.get("train")
-    lines += [as_text(Selection.from_dict(named)) if named else "Data that training was not told the name of.", ""]
+
+def training_lines(record: Mapping[str, Any]) -> list[str]:
+    """Say what the model was trained on, and what other parts share with it."""
+    settings, data = record["settings"], record["trained_on"]
+    selection = settings.get("train")
     counts = ", ".join(f"{as_text(name)} {count}" for name, count in data["per_emotion"].items())
-    lines += [
-        f"{data['utterances']} utterances, {data['hours']:.2f} h, {data['speakers']} speakers; {counts or '-'}."
+    lines = [
+        "## Trained on",
+        "",
+        as_text(Selection.from_dict(selection)) if selection else "Data that training was not told the name of.",
+        "",
+        f"{data['utterances']} utterances, {data['hours']:.2f} h, {data['speakers']} speakers; {counts or '-'}.",
     ]
     if description := settings.get("protocol_description"):
         lines += ["", f"Protocol: {as_text(description)}"]
     if shared := settings.get("shared_with_training"):
         lines += ["", "Of the utterances of each part, training has the same:", ""]
         lines += [f"- {as_text(part)}: {as_text(shares(kinds))}" for part, kinds in shared.items()]
+    return [*lines, ""]
 
-    lines += ["", "## Figures", ""]
+
+def evaluation_lines(entry: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """Show the figures of one evaluation, and what has to be known about them."""
+    selection, utterances, judged = entry["selection"], entry["utterances"], entry["judged"]
+    what = as_text(Selection.from_dict(selection)) if selection else "the validation utterances"
+    lines = [f"On {what}: {utterances} utterances, {entry['speakers']} speakers.", ""]
+    if entry["chosen_on"]:
+        lines += ["**These weights were chosen by their figure on this very part, so it is optimistic.**", ""]
+    if record["settings"].get("valid_is_test") and selection and selection.get("part") == "valid":
+        lines += ["In this protocol that part is also the test part.", ""]
+    lines += ["| | value | 95 % over utterances | over speakers |", "|---|---|---|---|"]
+    for name, figure in entry["figures"].items():
+        cells = [as_text(title_of(name)), four_digits(figure["value"])]
+        cells += [interval_text(figure[f"interval_{over}"]) for over in ("utterances", "speakers")]
+        lines.append(f"| {' | '.join(cells)} |")
+    if 0 < judged["emotion"] < utterances:
+        lines += ["", f"Emotions are judged on the {judged['emotion']} whose label the model knows."]
+    if record["speakers_known"] and judged["speaker"] < utterances:
+        lines += ["", f"Speakers are judged on the {judged['speaker']} utterances by speakers that training knew."]
+    return [*lines, ""]
+
+
+def figures_lines(record: Mapping[str, Any]) -> list[str]:
+    """Show the figures of every evaluation."""
+    lines = ["## Figures", ""]
     if not record["evaluations"]:
-        lines += ["None were measured: there was no validation part. `examples/evaluate.py --card` adds them."]
+        return [*lines, f"None were measured: there was no validation part. `{EVALUATE} --card` adds them."]
     for entry in record["evaluations"]:
-        chosen = entry["selection"]
-        what = as_text(Selection.from_dict(chosen)) if chosen else "the validation utterances"
-        lines += [f"On {what}: {entry['utterances']} utterances, {entry['speakers']} speakers.", ""]
-        if entry["chosen_on"]:
-            lines += ["**These weights were chosen by their figure on this very part, so it is optimistic.**", ""]
-        if settings.get("valid_is_test") and chosen and chosen.get("part") == "valid":
-            lines += ["In this protocol that part is also the test part.", ""]
-        lines += ["| | value | 95 % over utterances | over speakers |", "|---|---|---|---|"]
-        for name, figure in entry["figures"].items():
-            spans = (figure["interval_utterances"], figure["interval_speakers"])
-            shown = " | ".join("-" if s is None else f"{_number(s[0])} to {_number(s[1])}" for s in spans)
-            lines += [f"| {TITLES.get(name) or as_text(name)} | {_number(figure['value'])} | {shown} |"]
-        if 0 < entry["judged"]["emotion"] < entry["utterances"]:
-            lines += ["", f"Emotions are judged on the {entry['judged']['emotion']} whose label the model knows."]
-        judged = entry["judged"]["speaker"]
-        if record["speakers_known"] and judged < entry["utterances"]:
-            lines += ["", f"Speakers are judged on the {judged} utterances by speakers that training knew."]
-        lines += [""]
+        lines += evaluation_lines(entry, record)
+    return lines
 
-    lines += [
+
+def closing_lines(record: Mapping[str, Any]) -> list[str]:
+    """Say what the model is for, under which licences, and how its figures are computed again."""
+    licences = record["settings"].get("licences", {})
+    return [
         "## Use and limits",
         "",
         "For research on speech like that it was trained on: the same language, kind of recording and way of "
@@ -218,18 +242,28 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "compute these figures again:",
         "",
         "```sh",
-        "python examples/evaluate.py --verify FOLDER",
+        f"{EVALUATE} --verify FOLDER",
         "```",
         "",
     ]
-    return "\n".join(lines)
+
+
+def card_text(record: Mapping[str, Any]) -> str:
+    """Write the card. Labels, names of data and licences are foreign, and shown as text."""
+    sections = (front_matter(), task_lines(record), training_lines(record), figures_lines(record))
+    return "\n".join([line for section in sections for line in section] + closing_lines(record))
+
+
+def is_card_of(text: str, record: Mapping[str, Any]) -> bool:
+    """Tell whether a card says what its record says. Cards of earlier releases name the command of their time."""
+    return text.replace(EARLIER_EVALUATE, EVALUATE) == card_text(record).replace(EARLIER_EVALUATE, EVALUATE)
 
 
 def write_card(folder: Path, record: Mapping[str, Any]) -> None:
     """Write both files, each whole or not at all."""
     write_json(folder / RECORD, record)
     with replace_file(folder / CARD) as file:
-        file.write(to_markdown(record))
+        file.write(card_text(record))
 
 
 def check_numbers(record: Mapping[str, Any]) -> None:
@@ -248,16 +282,16 @@ def check_numbers(record: Mapping[str, Any]) -> None:
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """The record of a model folder; None where there is none, as in folders of others.
+    """Read the record of a model folder; None where there is none, as in folders of others.
 
-    Raises ModelFolderError for one that is damaged.
+    Raises ModelFolderError for a record that is damaged.
     """
     path = Path(folder) / RECORD
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        to_markdown(record)
+        card_text(record)
         check_numbers(record)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise ModelFolderError(f"{path}: is no sound record of a training: {error!r}") from None
@@ -265,9 +299,9 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
 
 
 def trained_on(record: Mapping[str, Any]) -> Selection | None:
-    """What the model was trained on, by name; None where training was not told."""
-    named = record["settings"].get("train")
-    return Selection.from_dict(named) if named else None
+    """Return what the model was trained on; None where training was not told."""
+    selection = record["settings"].get("train")
+    return Selection.from_dict(selection) if selection else None
 
 
 def as_block(text: str) -> list[str]:
@@ -276,11 +310,11 @@ def as_block(text: str) -> list[str]:
     return [fence, printable(text, lines=True), fence]
 
 
-def _numbers(found: Mapping[str, Any]) -> dict[str, float | None]:
-    """Every number of a report, flat."""
-    numbers: dict[str, float | None] = {name: found[name] for name in ("utterances", "speakers")}
-    numbers |= {f"{name} judged": count for name, count in found["judged"].items()}
-    for name, figure in found["figures"].items():
+def flat_numbers(entry: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return every number of an evaluation by a name of its own."""
+    numbers: dict[str, float | None] = {name: entry[name] for name in ("utterances", "speakers")}
+    numbers |= {f"{name} judged": count for name, count in entry["judged"].items()}
+    for name, figure in entry["figures"].items():
         numbers[name] = figure["value"]
         for over in ("utterances", "speakers"):
             for end, value in zip(("from", "to"), figure[f"interval_{over}"] or (), strict=False):
@@ -289,10 +323,10 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def differences(
-    entry: Mapping[str, Any], found: Mapping[str, Any], *, tolerance: float = 1e-6
+    entry: Mapping[str, Any], result: Report, *, tolerance: float = 1e-6
 ) -> list[tuple[str, float | None, float | None, bool]]:
-    """(number, on the card, computed now, equal) of an evaluation and a new report of the same data."""
-    then, now = _numbers(entry), _numbers(found)
+    """Return (number, on the card, computed now, equal) of an evaluation and a new report of the same data."""
+    then, now = flat_numbers(entry), flat_numbers(result.to_dict())
     rows = []
     for name in dict.fromkeys([*then, *now]):
         a, b = then.get(name), now.get(name)

@@ -1,8 +1,9 @@
 """Accuracy, F1 and error rates as counts that can be summed.
 
-A mean of means over unequal parts is wrong, so nothing here is averaged before the end: batches and ranks add
-their integer counts, and the figures are properties of the sum. WA and UA are the field's names for the
-weighted and the unweighted accuracy.
+A mean of means over unequal parts is wrong. So nothing is averaged before the end: batches, ranks and resamples
+add what each utterance counts, and figures are computed from the sums. Validation during training and reports use
+the same formulas: `class_figures`, `ratio` of edits and lengths, and `concordance`. WA and UA are the field's
+names for the weighted and the unweighted accuracy.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from ser.errors import ConfigError
 
 
 def edit_distance(reference: Sequence[Any], hypothesis: Sequence[Any]) -> tuple[int, int, int]:
-    """Substitutions, deletions and insertions of a shortest way from `reference` to `hypothesis`.
+    """Count substitutions, deletions and insertions on a shortest way from `reference` to `hypothesis`.
 
-    Of several shortest ways it is one with the fewest substitutions, so with the most matches. Other programs
-    may choose another one: only the sum is the same everywhere (Levenshtein, 1966).
+    Of several shortest ways, the way with the fewest substitutions is taken, which has the most matches. Other
+    programs may choose another way: only the sum is the same everywhere (Levenshtein, 1966).
 
     Args:
         reference: words, characters or other hashable items, n of them.
         hypothesis: likewise, m of them.
 
-    Time n row operations of m numbers, memory m numbers.
+    The time is n row operations of m numbers; the memory is m numbers.
     """
     n, m = len(reference), len(hypothesis)
     numbers: dict[Any, int] = {}
@@ -54,7 +55,7 @@ def edit_distance(reference: Sequence[Any], hypothesis: Sequence[Any]) -> tuple[
 
 @dataclass(frozen=True)
 class ErrorRateCounts:
-    """The edits between hypotheses and references and the length of the references: WER or CER.
+    """Hold the edits between hypotheses and references, and the length of the references: WER or CER.
 
     Attributes:
         edits: substitutions + deletions + insertions.
@@ -65,40 +66,65 @@ class ErrorRateCounts:
     length: int = 0
 
     def __add__(self, other: ErrorRateCounts) -> ErrorRateCounts:
-        """The counts of both parts together."""
+        """Count both parts together."""
         if not isinstance(other, ErrorRateCounts):
             return NotImplemented
         return ErrorRateCounts(self.edits + other.edits, self.length + other.length)
 
     @property
     def rate(self) -> float:
-        """edits / length: 0 is perfect, insertions can take it above 1. nan without any reference."""
+        """Edits / length: 0 is perfect, insertions can take it above 1; nan without references."""
         return self.edits / self.length if self.length else math.nan
 
 
 def word_errors(reference: str, hypothesis: str) -> ErrorRateCounts:
-    """Counts of the word error rate of one utterance. Words are what whitespace separates; case counts."""
+    """Count the word errors of one utterance. Words are what whitespace separates; case counts."""
     words = reference.split()
     return ErrorRateCounts(sum(edit_distance(words, hypothesis.split())), len(words))
 
 
 def character_errors(reference: str, hypothesis: str) -> ErrorRateCounts:
-    """Counts of the character error rate of one utterance. Spaces count, except at the ends."""
+    """Count the character errors of one utterance. Spaces count, except at the ends."""
     characters = reference.strip()
     return ErrorRateCounts(sum(edit_distance(characters, hypothesis.strip())), len(characters))
 
 
 def ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
-    """part / whole, NaN where the whole is 0."""
+    """Divide ``part`` by ``whole``, with NaN where the whole is 0."""
     return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0)
+
+
+def class_figures(totals: NDArray[Any], num_classes: int) -> dict[str, NDArray[np.float64]]:
+    """Return the figures of a head of classes: (..., 3, C) totals -> name -> (...), NaN without utterances.
+
+    - accuracy: WA, the share of utterances that are right.
+    - unweighted_accuracy: UA, the mean recall over the classes that occur in the reference.
+    - macro_f1: the mean over all classes of F1 = 2 right / (in the reference + predicted). A class that neither
+      occurs nor is predicted counts as 0, as in scikit-learn's ``f1_score(average="macro", labels=range(K),
+      zero_division=0)``. So a part of a corpus that lacks a class scores lower for it: sum the counts of all folds
+      first.
+
+    Args:
+        totals: as `ClassificationCounts` has them. Classes that neither occur nor are predicted may be left out.
+        num_classes: how many classes the head has.
+    """
+    right, reference, predicted = np.moveaxis(totals, -2, 0)
+    count = reference.sum(-1)
+    recall = ratio(right, reference)
+    f1 = np.nan_to_num(ratio(2 * right, reference + predicted)).sum(-1) / max(num_classes, 1)
+    return {
+        "accuracy": ratio(right.sum(-1), count),
+        "unweighted_accuracy": ratio(np.nan_to_num(recall).sum(-1), np.isfinite(recall).sum(-1)),
+        "macro_f1": np.where(count > 0, f1, np.nan),
+    }
 
 
 @dataclass(frozen=True, eq=False)
 class ClassificationCounts:
     """What became of each class's utterances, and the figures that follow from it.
 
-    A few numbers for each class and not one for each pair of classes, so that thousands of classes are few numbers
-    too.
+    There are three numbers for each class and none for each pair of classes, so thousands of classes need little
+    memory.
 
     Attributes:
         totals: (3, K) int64: of each class, the utterances that are recognised rightly, those of the reference
@@ -108,7 +134,7 @@ class ClassificationCounts:
     totals: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        """Takes a copy, so that nobody changes the counts afterwards."""
+        """Check the totals, and copy them, so that nobody changes the counts afterwards."""
         totals = np.asarray(self.totals)
         sound = totals.ndim == 2 and len(totals) == 3 and np.issubdtype(totals.dtype, np.integer)
         if not sound or (totals < 0).any() or (totals[0] > totals[1:]).any():
@@ -122,12 +148,12 @@ class ClassificationCounts:
 
     @classmethod
     def zeros(cls, num_classes: int) -> ClassificationCounts:
-        """No utterance yet: where a sum begins, and what a rank without utterances adds."""
+        """Count no utterance: a sum begins here, and a rank without utterances adds this."""
         return cls(np.zeros((3, num_classes), dtype=np.int64))
 
     @classmethod
     def from_labels(cls, reference: ArrayLike, predicted: ArrayLike, *, num_classes: int) -> ClassificationCounts:
-        """Counts of (B,) reference and (B,) predicted classes, integers in 0..K-1 (arrays or CPU tensors).
+        """Count (B,) reference and (B,) predicted classes, integers in 0..K-1 (arrays or CPU tensors).
 
         Raises:
             ConfigError: different lengths, or a class out of range; utterances without a label are to be left
@@ -144,12 +170,12 @@ class ClassificationCounts:
             wrong = labels[(labels < 0) | (labels >= num_classes) | (labels != labels.astype(np.int64))]
             if wrong.size:
                 raise ConfigError(f"{name} class {wrong[0]} is not one of 0..{num_classes - 1}")
-        true, found = (labels.astype(np.int64) for labels in pairs)
-        counted = (true[true == found], true, found)
+        true, recognised = (labels.astype(np.int64) for labels in pairs)
+        counted = (true[true == recognised], true, recognised)
         return cls(np.stack([np.bincount(classes, minlength=num_classes) for classes in counted]))
 
     def __add__(self, other: ClassificationCounts) -> ClassificationCounts:
-        """The counts of both parts together."""
+        """Count the utterances of both."""
         if not isinstance(other, ClassificationCounts):
             return NotImplemented
         if self.totals.shape != other.totals.shape:
@@ -158,7 +184,7 @@ class ClassificationCounts:
         return ClassificationCounts(self.totals + other.totals)
 
     def __eq__(self, other: object) -> bool:
-        """The same numbers."""
+        """Compare the numbers."""
         if not isinstance(other, ClassificationCounts):
             return NotImplemented
         return np.array_equal(self.totals, other.totals)
@@ -171,47 +197,20 @@ class ClassificationCounts:
         return int(self.totals[1].sum())
 
     @property
-    def accuracy(self) -> float:
-        """WA, 0..1: the share of utterances that are right. nan without utterances."""
-        return int(self.totals[0].sum()) / self.count if self.count else math.nan
-
-    @property
-    def recall(self) -> NDArray[np.float64]:
-        """(K,) in 0..1: the share of each class's utterances that are found. nan for a class that has none."""
-        return ratio(self.totals[0], self.totals[1])
-
-    @property
-    def precision(self) -> NDArray[np.float64]:
-        """(K,) in 0..1: the share of each class's predictions that are right. nan for one never predicted."""
-        return ratio(self.totals[0], self.totals[2])
-
-    @property
-    def unweighted_accuracy(self) -> float:
-        """UA, 0..1: the mean recall over the classes that occur in the reference. nan without utterances."""
-        return float(np.nanmean(self.recall)) if self.count else math.nan
-
-    @property
-    def macro_f1(self) -> float:
-        """The mean over all K classes of F1 = 2 right / (in the reference + predicted). nan without utterances.
-
-        A class that neither occurs nor is predicted counts as 0, as in scikit-learn's
-        ``f1_score(average="macro", labels=range(K), zero_division=0)``. So a part of a corpus that lacks a
-        class scores lower for it: sum the counts of all folds first.
-        """
-        if not self.count:
-            return math.nan
-        return float(np.nan_to_num(ratio(2 * self.totals[0], self.totals[1] + self.totals[2])).mean())
+    def figures(self) -> dict[str, float]:
+        """`class_figures` of these counts: name -> value in 0..1, nan without utterances."""
+        return {name: float(value) for name, value in class_figures(self.totals, self.totals.shape[1]).items()}
 
 
 def weighted(known: Tensor, utterance_weights: Tensor | None) -> Tensor:
-    """known (B, K) bool -> (B, K) float64: the weight of each label that is known, 0 for the others."""
+    """Return the weight of each label that is known, 0 for the others: known (B, K) bool -> (B, K) float64."""
     if utterance_weights is None:
         return known.double()
     return known * utterance_weights.to(known.device, torch.float64, non_blocking=True)[:, None]
 
 
 def ccc_summands(predictions: Tensor, labels: Tensor, utterance_weights: Tensor | None = None) -> Tensor:
-    """What each utterance adds to `ccc_moments`: (6, B, K)."""
+    """Return what each utterance adds to `ccc_moments`: (6, B, K)."""
     known = labels.isfinite()
     weights = weighted(known, utterance_weights)
     p, y = predictions.detach().double(), labels.double().masked_fill(~known, 0.0)
@@ -219,10 +218,10 @@ def ccc_summands(predictions: Tensor, labels: Tensor, utterance_weights: Tensor 
 
 
 def ccc_moments(predictions: Tensor, labels: Tensor, utterance_weights: Tensor | None = None) -> Tensor:
-    """The sums that concordance needs: predictions p and labels y, both (B, K), y NaN where unknown -> (6, K).
+    """Return the sums that concordance needs: predictions p and labels y, both (B, K) -> (6, K) float64.
 
-    n, and the sums of p, y, p^2, y^2 and p y over the labelled utterances, float64. ``utterance_weights`` (B,) are
-    0 for an utterance that only keeps a rank busy.
+    These are n and the sums of p, y, p^2, y^2 and p y over the labelled utterances; an unknown label is NaN.
+    ``utterance_weights`` (B,) are 0 for an utterance that only keeps a rank busy.
     """
     return ccc_summands(predictions, labels, utterance_weights).sum(1)
 
@@ -234,12 +233,12 @@ def labels_vary(n: Tensor, y: Tensor, yy: Tensor) -> Tensor:
 
 
 def concordance(moments: Tensor) -> Tensor:
-    """`ccc_moments`, summed over whatever is judged together -> the CCC of each dimension, (K,) float64, -1 to 1.
+    """Return the CCC of each dimension, from -1 to 1: `ccc_moments` (6, K) of all utterances -> (K,) float64.
 
         CCC = 2 cov(p, y) / (var p + var y + (mean p - mean y)^2)
 
-    with variances divided by n (Lin, Biometrics 1989, eq. 3). NaN where fewer than two utterances have a label or
-    the labels do not vary.
+    Variances are divided by n (Lin, Biometrics 1989, eq. 3). The CCC is NaN where fewer than two utterances have a
+    label, or the labels do not vary.
     """
     n, p, y, pp, yy, py = moments
     varies = labels_vary(n, y, yy)

@@ -1,48 +1,59 @@
 """What all folds of a protocol say together: pooled figures, curves, and ablations side by side.
 
-Pooled means over all utterances (or words) of all folds; the mean over folds stands beside it.
+"Pooled" means over all utterances (or words) of all folds. The mean over folds stands beside the pooled figure.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ser.data.protocols import Protocol
-from ser.data.text import Rewriting
 from ser.files import csv_line, replace_file
 from ser.scores.card import as_block, as_text
-from ser.scores.report import Outcomes, compare, report, shared_line, table
+from ser.scores.report import (
+    PARTS,
+    Outcomes,
+    Report,
+    compare_predictions,
+    four_digits,
+    interval_text,
+    plain,
+    report,
+    shared_line,
+    table,
+)
 
 SHORT = {"WA": "accuracy", "UA": "unweighted_accuracy", "WER": "wer", "speaker": "speaker_accuracy"}
 
 
 def curve_of(run: Path) -> dict[int, dict[str, Any]]:
-    """Epoch (from 1) -> the last evaluation in it on the validation part; empty without one."""
+    """Return epoch (from 1) -> the last evaluation in it on the validation part; empty without one."""
     log = run / "metrics.jsonl"
     entries = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     return {entry["epoch"] + 1: entry for entry in entries if entry["kind"] == "valid"}
 
 
 def pooled_curve(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """Accuracy over all folds' validation utterances and WER over all their words, epoch by epoch."""
+    """Pool accuracy over all folds' validation utterances and WER over all their words, epoch by epoch."""
     curves = [curve_of(run) for run in runs]
-    found = []
+    points = []
     for epoch in sorted(set.intersection(*(set(curve) for curve in curves)) if curves else ()):
         row: dict[str, Any] = {"epoch": epoch}
         for name, weight in (("accuracy", "emotion_utterances"), ("wer", "words")):
             entries = [c[epoch] for c in curves if c[epoch].get(name) is not None and c[epoch].get(weight)]
             total = sum(e[weight] for e in entries)
             row[name] = sum(e[name] * e[weight] for e in entries) / total if total else None
-        found.append(row)
-    return found
+        points.append(row)
+    return points
 
 
 def best_on_test(runs: Sequence[Path]) -> dict[str, float] | None:
-    """WA over all folds if each fold's epoch were chosen by its test part: no result, but what others print."""
+    """Return the WA if each fold's epoch were chosen by its test part: no result, but what others print."""
     chosen = []
     for run in runs:
         entries = [e for e in curve_of(run).values() if e.get("accuracy") is not None]
@@ -53,164 +64,258 @@ def best_on_test(runs: Sequence[Path]) -> dict[str, float] | None:
     return {"accuracy": sum(e["accuracy"] * e["emotion_utterances"] for e in chosen) / total, "utterances": total}
 
 
-def pooled_report(out: Path, folds: Sequence[str], protocol: Protocol, *, resamples: int) -> dict[str, Any]:
-    """All folds as one.
+@dataclass(frozen=True)
+class FoldFigures:
+    """The figures of one fold.
+
+    Attributes:
+        utterances: how many were evaluated.
+        shared: kind -> share of them that training has too; None: not known.
+        shared_line: the same in words.
+        figures: name -> value.
+        known_turns: the speaker head's accuracy on turns that were held out of training; None: not measured.
+    """
+
+    utterances: int
+    shared: dict[str, float | None] | None
+    shared_line: str
+    figures: dict[str, float | None]
+    known_turns: float | None = None
+
+    @classmethod
+    def of(cls, result: Report) -> FoldFigures:
+        """Take them from a fold's report."""
+        figures = {name: figure.value for name, figure in result.figures.items()}
+        turns = result.known_turns
+        on_known = turns.figures["speaker_accuracy"].value if turns else None
+        return cls(result.utterances, result.shared_with_training, shared_line(result), figures, on_known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON holds it."""
+        known = {} if self.known_turns is None else {"speaker_accuracy_on_known_turns": self.known_turns}
+        start = {"utterances": self.utterances, "shared": self.shared, "shared_line": self.shared_line}
+        return start | self.figures | known
+
+
+@dataclass
+class PooledReport:
+    """What all folds of a protocol say together.
+
+    Attributes:
+        pooled: the report of the utterances of all folds.
+        protocol, description: of the protocol.
+        folds: name -> figures.
+        over_folds: figure -> its mean over the folds, its spread (standard deviation) and the number of folds.
+        curve: accuracy and WER on the validation part, epoch by epoch (see `pooled_curve`).
+        validates_on_test: whether each fold's validation part is its test part.
+        best_on_test: the optimistic WA of `best_on_test`, if the folds validate on their test part.
+        known_turns: accuracy of the speaker head on held-out turns, and their number; None: not measured.
+        weights: which weights of each fold were evaluated.
+        audit: what the parts of each fold share, as a table.
+        repeat: what is needed to repeat the run.
+    """
+
+    pooled: Report
+    protocol: str
+    description: str
+    folds: dict[str, FoldFigures]
+    over_folds: dict[str, dict[str, Any]]
+    curve: list[dict[str, Any]]
+    validates_on_test: bool = False
+    best_on_test: dict[str, float] | None = None
+    known_turns: dict[str, Any] | None = None
+    weights: str = ""
+    audit: str = ""
+    repeat: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON holds it."""
+        content = self.pooled.to_dict() | {
+            "protocol": self.protocol,
+            "description": self.description,
+            "folds": {name: fold.to_dict() for name, fold in self.folds.items()},
+            "over_folds": self.over_folds,
+            "curve": self.curve,
+        }
+        content |= {"best_on_test": self.best_on_test} if self.validates_on_test else {}
+        content |= {"speaker_accuracy_on_known_turns": self.known_turns} if self.known_turns else {}
+        return content | {"weights": self.weights, "audit": self.audit, "repeat": self.repeat}
+
+
+def over_folds(folds: Sequence[FoldFigures], name: str) -> dict[str, Any] | None:
+    """Return a figure's mean over the folds that have it, its spread and their number; None without any."""
+    values = [value for fold in folds if (value := fold.figures.get(name)) is not None]
+    if not values:
+        return None
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "spread": spread, "folds": len(values)}
+
+
+def pooled_known_turns(reports: Iterable[Report]) -> dict[str, Any] | None:
+    """Pool the speaker head's accuracy on held-out turns over the folds that have it; None without any."""
+    known = [r.known_turns for r in reports if r.known_turns is not None]
+    if not known:
+        return None
+    turns = sum(k.judged["speaker"] for k in known)
+    right = sum((k.figures["speaker_accuracy"].value or 0.0) * k.judged["speaker"] for k in known)
+    return {"value": right / turns, "utterances": turns}
+
+
+def pooled_report(
+    out: Path, folds: Sequence[str], protocol: Protocol, *, resamples: int, parts: Sequence[str] = PARTS
+) -> PooledReport:
+    """Report all folds as one.
 
     Args:
         out: folder with FOLD/predictions.csv and FOLD/report.json of each, and FOLD/run where it was trained.
         folds: their names.
         protocol: that made them.
         resamples: of the bootstrap.
+        parts: columns of the predictions files by which figures are reported apart.
     """
-    outcomes = Outcomes.joined([Outcomes.read(out / fold / "predictions.csv") for fold in folds])
-    found = report(outcomes, resamples=resamples)
-    by_fold, known, rewriting = {}, [], Rewriting()
-    for fold in folds:
-        judged = json.loads((out / fold / "report.json").read_text())
-        by_fold[fold] = {"utterances": judged["utterances"], "shared": judged.get("shared_with_training")}
-        by_fold[fold]["shared_line"] = shared_line(judged)
-        rewriting += Rewriting.of(judged)
-        by_fold[fold] |= {name: figure["value"] for name, figure in judged["figures"].items()}
-        if turns := judged.get("known_turns"):
-            value = turns["figures"]["speaker_accuracy"]["value"]
-            by_fold[fold]["speaker_accuracy_on_known_turns"] = value
-            known.append((value, turns["judged"]["speaker"]))
-    found |= rewriting.to_dict()
-    over = {}
-    for name in found["figures"]:
-        values = [entry[name] for entry in by_fold.values() if entry.get(name) is not None]
-        if values:
-            spread = statistics.stdev(values) if len(values) > 1 else None
-            over[name] = {"mean": statistics.mean(values), "spread": spread, "folds": len(values)}
-    found |= {"protocol": protocol.name, "description": protocol.description, "folds": by_fold, "over_folds": over}
+    outcomes = Outcomes.joined([Outcomes.read(out / fold / "predictions.csv", parts) for fold in folds])
+    pooled = report(outcomes, resamples=resamples)
+    reports = {fold: Report.read(out / fold / "report.json") for fold in folds}
+    for result in reports.values():
+        pooled.rewriting += result.rewriting
+    by_fold = {fold: FoldFigures.of(result) for fold, result in reports.items()}
+    over = {name: over_folds(list(by_fold.values()), name) for name in pooled.figures}
     runs = [out / fold / "run" for fold in folds]
-    found["curve"] = pooled_curve(runs)
-    if "recordings" in protocol.declares.get(("valid", "test"), ()):
-        found["best_on_test"] = best_on_test(runs)
-    if known:
-        turns = sum(count for _, count in known)
-        value = sum(value * count for value, count in known) / turns
-        found["speaker_accuracy_on_known_turns"] = {"value": value, "utterances": turns}
-    return found
+    validates_on_test = "recordings" in protocol.declares.get(("valid", "test"), ())
+    return PooledReport(
+        pooled,
+        protocol.name,
+        protocol.description,
+        by_fold,
+        {name: figure for name, figure in over.items() if figure is not None},
+        pooled_curve(runs),
+        validates_on_test,
+        best_on_test(runs) if validates_on_test else None,
+        pooled_known_turns(reports.values()),
+    )
 
 
-def show(value: float | None) -> str:
-    """A figure with four digits; a dash for none."""
-    return "-" if value is None else f"{value:.4f}"
-
-
-def to_markdown(found: Mapping[str, Any]) -> str:
-    """The report for people."""
-    names = {short: name for short, name in SHORT.items() if name in found["figures"]}
-    lines = [f"# {as_text(found['protocol'])}: {found['utterances']} utterances, {len(found['folds'])} folds", ""]
-    lines += [as_text(found["description"]), "", f"The {found['weights']} weights of each fold are judged.", ""]
-    lines += ["| fold | utterances | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    for fold, entry in found["folds"].items():
-        cells = " | ".join(show(entry.get(name)) for name in names.values())
-        lines.append(f"| {as_text(fold)} | {entry['utterances']} | {cells} |")
-    over = found["over_folds"]
-    cells = " | ".join(f"{show(over[n]['mean'])} ± {show(over[n]['spread'])}" for n in names.values())
+def fold_table(result: PooledReport) -> list[str]:
+    """Write a row for each fold, their mean and spread, and the pooled figures."""
+    names = {short: name for short, name in SHORT.items() if name in result.pooled.figures}
+    lines = ["| fold | utterances | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for fold, entry in result.folds.items():
+        cells = " | ".join(four_digits(entry.figures.get(name)) for name in names.values())
+        lines.append(f"| {as_text(fold)} | {entry.utterances} | {cells} |")
+    over = [result.over_folds[name] for name in names.values()]
+    cells = " | ".join(f"{four_digits(o['mean'])} ± {four_digits(o['spread'])}" for o in over)
     lines.append(f"| mean ± spread | | {cells} |")
-    pooled = " | ".join(f"**{show(found['figures'][n]['value'])}**" for n in names.values())
-    lines.append(f"| pooled | {found['utterances']} | {pooled} |")
-    lines += ["", "What the judged models know of each fold's test part:", ""]
-    lines += [f"- {as_text(fold)}: {as_text(entry['shared_line'])}" for fold, entry in found["folds"].items()]
-    if best := found.get("best_on_test"):
+    pooled = " | ".join(f"**{four_digits(result.pooled.value(name))}**" for name in names.values())
+    return [*lines, f"| pooled | {result.pooled.utterances} | {pooled} |"]
+
+
+def pooled_markdown(result: PooledReport) -> str:
+    """Write the report for people."""
+    utterances = result.pooled.utterances
+    lines = [f"# {as_text(result.protocol)}: {utterances} utterances, {len(result.folds)} folds", ""]
+    lines += [as_text(result.description), "", f"The {result.weights} weights of each fold are judged.", ""]
+    lines += [*fold_table(result), "", "What the judged models know of each fold's test part:", ""]
+    lines += [f"- {as_text(fold)}: {as_text(entry.shared_line)}" for fold, entry in result.folds.items()]
+    if best := result.best_on_test:
         lines += [
             "",
-            f"Best on test: WA {show(best['accuracy'])}, if each fold's epoch were chosen by its test part. It is "
-            "optimistic and no result; it stands here because others print it.",
+            f"Best on test: WA {four_digits(best['accuracy'])}, if each fold's epoch were chosen by its test "
+            "part. It is optimistic and no result; it stands here because others print it.",
         ]
-    if known := found.get("speaker_accuracy_on_known_turns"):
+    if known := result.known_turns:
         lines += [
             "",
             "No speaker of a test part is in its training, so the speaker head is scored on "
-            f"{known['utterances']} turns that were held out of the training speakers: {show(known['value'])}.",
+            f"{known['utterances']} turns that were held out of the training speakers: "
+            f"{four_digits(known['value'])}.",
         ]
-    for title, text in (("", table(found)), ("What the parts share:", found["audit"].rstrip()),
-                        ("To repeat:", json.dumps(found["repeat"], indent=1))):  # fmt: skip
-        lines += ["", *([title, ""] if title else []), *as_block(text)]
+    lines += ["", *as_block(table(result.pooled))]
+    lines += ["", "What the parts share:", "", *as_block(result.audit.rstrip())]
+    lines += ["", "To repeat:", "", *as_block(json.dumps(result.repeat, indent=1))]
     return "\n".join([*lines, ""])
 
 
 def write_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """value, epoch, accuracy, wer: a row per point of each curve."""
+    """Write value, epoch, accuracy and wer, a row for each point of each curve."""
     with replace_file(path) as file:
         file.write(csv_line(["value", "epoch", "accuracy", "wer"]))
         for value, curve in curves.items():
             file.writelines(csv_line([value, row["epoch"], row["accuracy"], row["wer"]]) for row in curve)
 
 
+def ablation_row(result: PooledReport, against: Mapping[str, Any] | None, first: str) -> dict[str, Any]:
+    """Return what an ablation shows of one cross-validation; ``against`` compares it with the ``first`` value."""
+    figures, over = plain(result.pooled.figures), result.over_folds
+    speaker = figures.get("speaker_accuracy") or result.known_turns
+    return {
+        "accuracy": figures.get("accuracy"),
+        "accuracy_over_folds": over.get("accuracy"),
+        "unweighted_accuracy": figures.get("unweighted_accuracy"),
+        "wer": figures.get("wer"),  # all edits over all words
+        "wer_over_folds": over.get("wer"),  # the mean over folds: the paper's equation 5
+        "speaker_accuracy": None if speaker is None else speaker["value"],
+        "best_on_test": result.best_on_test,
+        f"against {first}": against,
+    }
+
+
 def ablation_summary(
-    name: str, found: Mapping[str, Mapping[str, Any]], predictions: Mapping[str, Outcomes], *, resamples: int
+    name: str, results: Mapping[str, PooledReport], predictions: Mapping[str, Outcomes], *, resamples: int
 ) -> dict[str, Any]:
-    """Several cross-validations of the same folds, side by side, each tested against the first.
+    """Put several cross-validations of the same folds side by side, each tested against the first.
 
     Args:
         name: of what differs.
-        found: value -> its `pooled_report`.
-        predictions: value -> of all folds.
+        results: value -> its report.
+        predictions: value -> those of all folds.
         resamples: of the bootstrap.
     """
-    first = next(iter(found))
+    first = next(iter(results))
     rows = {}
-    for value, one in found.items():
-        figures, over = one["figures"], one["over_folds"]
-        speaker = figures.get("speaker_accuracy") or one.get("speaker_accuracy_on_known_turns")
-        against = compare(predictions[first], predictions[value], resamples=resamples)
-        rows[value] = {
-            "accuracy": figures.get("accuracy"),
-            "accuracy_over_folds": over.get("accuracy"),
-            "unweighted_accuracy": figures.get("unweighted_accuracy"),
-            "wer": figures.get("wer"),  # all edits over all words
-            "wer_over_folds": over.get("wer"),  # the mean over folds: the paper's equation 5
-            "speaker_accuracy": None if speaker is None else speaker["value"],
-            "best_on_test": one.get("best_on_test"),
-            f"against {first}": None if value == first else against,
-        }
-    same = {key: found[first][key] for key in ("protocol", "description", "utterances", "weights", "repeat")}
-    drawn = any(one["curve"] for one in found.values())
-    return same | {"ablation": name, "folds": list(found[first]["folds"]), "values": rows, "drawn": drawn}
+    for value, result in results.items():
+        against = compare_predictions(predictions[first], predictions[value], resamples=resamples)
+        rows[value] = ablation_row(result, None if value == first else against, first)
+    content = results[first].to_dict()
+    same = {key: content[key] for key in ("protocol", "description", "utterances", "weights", "repeat")}
+    drawn = any(result.curve for result in results.values())
+    return same | {"ablation": name, "folds": list(results[first].folds), "values": rows, "drawn": drawn}
+
+
+def ablation_cells(value: str, row: Mapping[str, Any], first: str) -> str:
+    """Write the cells of one value."""
+    low, high = (row["accuracy"] or {}).get("interval_utterances", (None, None))
+    against = row[f"against {first}"]
+    p = "" if against is None else f"p = {against['mcnemar_p']:.3f}"
+    means = [four_digits((row[key] or {}).get("mean")) for key in ("accuracy_over_folds", "wer_over_folds")]
+    pooled = [four_digits((row[key] or {}).get("value")) for key in ("accuracy", "unweighted_accuracy", "wer")]
+    cells = [as_text(value), pooled[0], interval_text((low, high)), means[0], pooled[1], pooled[2], means[1]]
+    return " | ".join([*cells, four_digits(row["speaker_accuracy"]), p])
 
 
 def ablation_markdown(summary: Mapping[str, Any], beside: Sequence[str] = ()) -> str:
-    """An ablation for people, as Table 4 of Cai et al. (2021) is for alpha; ``beside``: more lines."""
+    """Write an ablation for people, as Table 4 of Cai et al. (2021) is for alpha; ``beside``: more lines."""
     name, rows, count = summary["ablation"], summary["values"], len(summary["folds"])
     folds = f"{count} fold{'s' if count > 1 else ''}"
     first = next(iter(rows))
-    lines = [f"# {name} under {as_text(summary['protocol'])}: {summary['utterances']} utterances, {folds}", ""]
-    lines += [
+    columns = [name, "WA", "95 %", "WA, mean over folds", "UA", "WER", "WER, mean over folds", "speaker"]
+    lines = [
+        f"# {name} under {as_text(summary['protocol'])}: {summary['utterances']} utterances, {folds}",
+        "",
         as_text(summary["description"]),
         "",
         f"The {summary['weights']} weights of each fold are judged.",
         "",
-    ]
-    columns = [name, "WA", "95 %", "WA, mean over folds", "UA", "WER", "WER, mean over folds", "speaker"]
-    lines += [f"| {' | '.join([*columns, f'WA against {first}'])} |", "|---" * 9 + "|"]
-    for value, row in rows.items():
-        low, high = (row["accuracy"] or {}).get("interval_utterances", (None, None))
-        against = row[f"against {first}"]
-        p = "" if against is None else f"p = {against['mcnemar_p']:.3f}"
-        means = [show((row[key] or {}).get("mean")) for key in ("accuracy_over_folds", "wer_over_folds")]
-        pooled = [show((row[key] or {}).get("value")) for key in ("accuracy", "unweighted_accuracy", "wer")]
-        cells = [
-            as_text(value),
-            pooled[0],
-            f"{show(low)} to {show(high)}",
-            means[0],
-            pooled[1],
-            pooled[2],
-            means[1],
-        ]
-        lines.append(f"| {' | '.join([*cells, show(row['speaker_accuracy']), p])} |")
-    lines += [
+        f"| {' | '.join([*columns, f'WA against {first}'])} |",
+        "|---" * 9 + "|",
+        *(f"| {ablation_cells(value, row, first)} |" for value, row in rows.items()),
         "",
         "WA, UA and WER are pooled: over all utterances, or words, of all folds. The mean over folds of the WER "
         "is the paper's equation 5. p is McNemar's, exact, for the utterances that only one of the two has right.",
     ]
     if any(row["best_on_test"] for row in rows.values()):
-        best = ", ".join(f"{v}: {show((row['best_on_test'] or {}).get('accuracy'))}" for v, row in rows.items())
-        lines += ["", f"Best on test (WA, each epoch chosen by its test part: optimistic, no result): {best}."]
+        shown = [f"{v}: {four_digits((row['best_on_test'] or {}).get('accuracy'))}" for v, row in rows.items()]
+        note = "Best on test (WA, each epoch chosen by its test part: optimistic, no result)"
+        lines += ["", f"{note}: {', '.join(shown)}."]
     lines += beside
     if summary["drawn"]:
         title = "Accuracy and WER on the validation part, epoch by epoch (the paper's Figure 2; curves.csv):"

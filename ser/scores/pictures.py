@@ -15,17 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ser.errors import ConfigError, pip_line, printable
+from ser.scores.report import Part, Report
 
 LONGEST_LABEL = 30  # characters of a label in a picture
-CELLS = (
-    (12, 0.9, 9),
-    (40, 0.5, 5),
-    (math.inf, 0.2, 0),
-)  # up to so many classes: inches of a cell, size of its text
+# up to so many classes: inches of a cell, size of its text
+CELLS = ((12, 0.9, 9), (40, 0.5, 5), (math.inf, 0.2, 0))
 
 
 def _matplotlib() -> tuple[Any, Any]:
-    """Canvas and Figure, which open no window."""
+    """Return matplotlib's Canvas and Figure, which open no window."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -36,6 +34,7 @@ def _matplotlib() -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG file."""
     canvas, _ = _matplotlib()
     canvas(figure)
     with warnings.catch_warnings():
@@ -45,7 +44,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Accuracy and WER per epoch, a line per curve: Figure 2 of Cai et al. (2021).
+    """Draw accuracy and WER per epoch, a line per curve: Figure 2 of Cai et al. (2021).
 
     Args:
         curves: name -> points with "epoch", "accuracy" and "wer" (None: not measured).
@@ -68,53 +67,65 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
 
 
 def needs_matplotlib() -> None:
-    """Raises ConfigError where it is missing: better before hours of work than after them."""
+    """Raise ConfigError where matplotlib is missing: better before hours of work than after them."""
     _matplotlib()
 
 
 def needs_shaping(character: str) -> bool:
-    """Tell whether a line with it is no row of letters from left to right, one after another."""
+    """Tell whether a line with a character is no row of letters from left to right, one after another."""
     return unicodedata.bidirectional(character) in ("R", "AL") or unicodedata.category(character) in ("Mn", "Mc")
+
+
+def font_characters(path: str, wanted: set[str]) -> set[str]:
+    """Return the wanted characters that the font of a file has."""
+    from matplotlib import font_manager
+
+    try:
+        return wanted.intersection(map(chr, font_manager.get_font(path).get_charmap()))
+    except (OSError, RuntimeError):  # a font of coloured pictures, or a file that is there no more
+        return set()
+
+
+def families_for(wanted: set[str]) -> tuple[list[str], set[str]]:
+    """Return font families that have the wanted characters, and the characters that no font has.
+
+    The families are matplotlib's own and those of the system that have what it lacks (Chinese, say).
+    """
+    from matplotlib import font_manager
+
+    families = ["DejaVu Sans"]
+    missing = wanted - font_characters(font_manager.findfont(families[0]), wanted)
+    # The font of last resort has a box for every character.
+    fonts = [f for f in font_manager.fontManager.ttflist if "lastresort" not in f.name.replace(" ", "").lower()]
+    counts = Counter[str]()
+    for font in fonts if missing else ():
+        counts[font.name] = max(counts[font.name], len(font_characters(font.fname, missing)))
+    for name, count in counts.most_common():
+        # findfont: the file of its regular style
+        if count and (has := font_characters(font_manager.findfont(name), missing)):
+            families.append(name)
+            missing -= has
+    return families, missing
 
 
 def drawable(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return labels as a picture can show them, and the font families to draw them with.
 
-    Families are matplotlib's own and those of the system that have what it lacks (Chinese, say). A label that none
-    has, or whose script has to be shaped or runs from right to left, which matplotlib does not do, is a number:
-    #2 is the second label.
+    A label that no font has is a number: #2 is the second label. So is a label whose script has to be shaped or
+    runs from right to left, which matplotlib does not do.
     """
-    from matplotlib import font_manager
-
-    def has(path: str) -> set[str]:
-        try:
-            return needed.intersection(map(chr, font_manager.get_font(path).get_charmap()))
-        except (OSError, RuntimeError):  # a font of coloured pictures, or a file that is there no more
-            return set()
-
     texts = [printable(name) for name in names]
-    needed = {c for text in texts for c in text if c != " "}
-    families = ["DejaVu Sans"]
-    needed -= has(font_manager.findfont(families[0]))
-    # The font of last resort has a box for every character.
-    fonts = [f for f in font_manager.fontManager.ttflist if "lastresort" not in f.name.replace(" ", "").lower()]
-    counts = Counter[str]()
-    for font in fonts if needed else ():
-        counts[font.name] = max(counts[font.name], len(has(font.fname)))
-    for name, count in counts.most_common():
-        if count and (found := has(font_manager.findfont(name))):  # the file of its regular style
-            families.append(name)
-            needed -= found
+    families, missing = families_for({c for text in texts for c in text if c != " "})
     shown = []
     for number, text in enumerate(texts, 1):
-        if not text.strip() or not needed.isdisjoint(text) or any(map(needs_shaping, text)):
+        if not text.strip() or not missing.isdisjoint(text) or any(map(needs_shaping, text)):
             text = f"#{number}"
         shown.append(text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}…")
     return shown, families
 
 
 def draw_confusion(names: Sequence[str], counts: NDArray[np.int64], path: Path) -> dict[str, str]:
-    """Draw the matrix (K, K), rows the reference. Returns number -> label of those that could not be drawn."""
+    """Draw the matrix (K, K), rows the reference; return number -> label of those that could not be drawn."""
     from matplotlib import rc_context
 
     _, figure_of = _matplotlib()
@@ -138,57 +149,62 @@ def draw_confusion(names: Sequence[str], counts: NDArray[np.int64], path: Path) 
     return {label: name for i, (label, name) in enumerate(zip(shown, names, strict=True), 1) if label == f"#{i}"}
 
 
-def tell(text: str) -> None:
+def draw_reliability(bins: Sequence[Mapping[str, Any]], ece: float | None, path: Path) -> None:
+    """Draw the accuracy of each bin of confidence (`Report.calibration`), and show the calibration error."""
+    _, figure_of = _matplotlib()
+    figure = figure_of(figsize=(4.2, 4))
+    axes = figure.subplots()
+    sizes = np.array([b["count"] for b in bins], dtype=float)
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1, label="perfectly calibrated")
+    axes.scatter(
+        [b["confidence"] for b in bins],
+        [b["accuracy"] for b in bins],
+        s=20 + 200 * sizes / sizes.max(),
+        alpha=0.7,
+        label="bins (area: utterances)",
+    )
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+    axes.set_title("" if ece is None else f"expected calibration error {ece:.3f}", fontsize=10)
+    axes.legend(fontsize=8, loc="upper left")
+    _save(figure, path)
+
+
+def draw_lengths(parts: Mapping[str, Part], path: Path) -> None:
+    """Draw the accuracy of utterances of each length."""
+    _, figure_of = _matplotlib()
+    figure = figure_of(figsize=(5, 3.4))
+    axes = figure.subplots()
+    axes.bar(range(len(parts)), [part.figures["accuracy"] for part in parts.values()], color="tab:blue")
+    labels = [f"{name}\nn = {part.utterances}" for name, part in parts.items()]
+    axes.set_xticks(range(len(parts)), labels, fontsize=8)
+    axes.set(ylim=(0, 1), ylabel="accuracy (WA)")
+    _save(figure, path)
+
+
+def print_warning(text: str) -> None:
     """Print a line on standard error."""
     print(text, file=sys.stderr)
 
 
-def draw(found: Mapping[str, Any], folder: Path, *, say: Callable[[str], None] = tell) -> list[Path]:
-    """Draw the confusion matrix, the reliability diagram and accuracy by part of a report, as PNG files.
+def draw(result: Report, folder: Path, *, say: Callable[[str], None] = print_warning) -> list[Path]:
+    """Draw the confusion matrix, the reliability diagram and accuracy by length of a report, as PNG files.
 
-    Returns the files. ``say`` is told, in a line, of labels that could not be drawn. Raises ConfigError where
-    matplotlib is missing or does not load.
+    Returns the files. ``say`` gets a line on labels that could not be drawn. Raises ConfigError where matplotlib
+    is missing or does not load.
     """
-    _, figure_of = _matplotlib()
+    needs_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
+    confusion, reliability, length = (folder / f"{name}.png" for name in ("confusion", "reliability", "length"))
     written = []
-
-    def finish(figure: Any, name: str) -> None:
-        _save(figure, folder / name)
-        written.append(folder / name)
-
-    if "confusion" in found:
-        numbered = draw_confusion(found["emotions"], np.array(found["confusion"]), folder / "confusion.png")
-        written.append(folder / "confusion.png")
+    if result.confusion is not None:
+        numbered = draw_confusion(result.emotions, np.array(result.confusion), confusion)
         if numbered:
-            listed = ", ".join(f"{number} {printable(name)}" for number, name in numbered.items())
-            say(f"{written[0]}: labels that cannot be drawn here are numbers: {listed}")
-        figure = figure_of(figsize=(4.2, 4))
-        axes = figure.subplots()
-        bins = found["calibration"]
-        sizes = np.array([b["count"] for b in bins], dtype=float)
-        axes.plot([0, 1], [0, 1], color="grey", linewidth=1, label="perfectly calibrated")
-        axes.scatter(
-            [b["confidence"] for b in bins],
-            [b["accuracy"] for b in bins],
-            s=20 + 200 * sizes / sizes.max(),
-            alpha=0.7,
-            label="bins (area: utterances)",
-        )
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-        ece = found["figures"].get("ece", {}).get("value")
-        axes.set_title("" if ece is None else f"expected calibration error {ece:.3f}", fontsize=10)
-        axes.legend(fontsize=8, loc="upper left")
-        finish(figure, "reliability.png")
-
-    lengths = {n.removeprefix("length: "): p for n, p in found["parts"].items() if n.startswith("length")}
-    values = {n: p["figures"].get("accuracy") for n, p in lengths.items()}
-    if lengths and all(v is not None for v in values.values()):
-        figure = figure_of(figsize=(5, 3.4))
-        axes = figure.subplots()
-        axes.bar(range(len(lengths)), list(values.values()), color="tab:blue")
-        labels = [f"{name}\nn = {part['utterances']}" for name, part in lengths.items()]
-        axes.set_xticks(range(len(lengths)), labels, fontsize=8)
-        axes.set(ylim=(0, 1), ylabel="accuracy (WA)")
-        finish(figure, "length.png")
+            labels = ", ".join(f"{number} {printable(name)}" for number, name in numbered.items())
+            say(f"{confusion}: labels that cannot be drawn here are numbers: {labels}")
+        draw_reliability(result.calibration or [], result.value("ece"), reliability)
+        written += [confusion, reliability]
+    lengths = {n.removeprefix("length: "): p for n, p in result.parts.items() if n.startswith("length")}
+    if lengths and all(part.figures.get("accuracy") is not None for part in lengths.values()):
+        draw_lengths(lengths, length)
+        written.append(length)
     return written

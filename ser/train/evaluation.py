@@ -65,9 +65,7 @@ class Evaluation:
         emotion = self.classes.get("emotion")
         if emotion is not None and emotion.count:
             figures["emotion_utterances"] = emotion.count
-            figures["accuracy"] = emotion.accuracy
-            figures["unweighted_accuracy"] = emotion.unweighted_accuracy
-            figures["macro_f1"] = emotion.macro_f1
+            figures |= emotion.figures
         for head, values in self.ccc.items():
             if head == "dimensions":
                 defined = [value for value in values.values() if math.isfinite(value)]
@@ -84,7 +82,7 @@ class Evaluation:
             figures |= {"wer": self.words.rate, "cer": self.characters.rate, "words": self.words.length}
         for head, counts in self.classes.items():
             if counts.count and head != "emotion":
-                figures[f"{head}_accuracy"] = counts.accuracy
+                figures[f"{head}_accuracy"] = counts.figures["accuracy"]
                 figures[f"{head}_utterances"] = counts.count  # of speakers, those that training knew
         return figures
 

@@ -1,6 +1,6 @@
-"""What a model's card says, computed again: from the model, from its data, and from the run beside it.
+"""Compute again what a model's card says: from the model, from its data, and from the run beside it.
 
-Some of it nobody can compute, such as licences: that is named as what it is, claimed.
+Nobody can compute some of it, such as licences. That is named as claimed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ser.data.selection import Selection
 from ser.errors import brief_repr
 from ser.recognizer import Recognizer
 from ser.scores.card import counts_of, expected_choice, hours_of, same_data, trained_on
-from ser.train.checkpoint import CHANGEABLE, describe
+from ser.train.runs import CHANGEABLE, describe
 
 Moved = Callable[[Selection], Selection]  # the same data, where they are now
 
@@ -31,7 +31,7 @@ OF_A_START = CHANGEABLE | {"init", "cache", "versions", "world_size", "device", 
 
 
 class Check(NamedTuple):
-    """Something that the card says, and what it is."""
+    """Something that the card says (told), what it is (now), and whether both are the same."""
 
     name: str
     told: Any
@@ -40,7 +40,7 @@ class Check(NamedTuple):
 
 
 def alike(told: Any, now: Any, *, common: bool = False) -> bool:
-    """Compare two values, floats to a billionth; with ``common``, of objects only what both have."""
+    """Tell whether two values are alike: floats to a billionth, with ``common`` only the keys that both have."""
     if isinstance(told, dict) and isinstance(now, dict):
         names = told.keys() & now.keys()
         return (common or names == told.keys() | now.keys()) and all(
@@ -54,13 +54,13 @@ def alike(told: Any, now: Any, *, common: bool = False) -> bool:
 
 
 def check(name: str, told: Any, now: Any) -> Check:
-    """Compare as JSON holds both."""
+    """Compare two values as JSON holds them."""
     now = json.loads(json.dumps(now))
     return Check(name, told, now, alike(told, now))
 
 
 def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
-    """Check what the model itself tells: heads, labels, size."""
+    """Check what the model itself says: heads, labels, size."""
     symbols = recognizer.vocabulary.tokens if recognizer.vocabulary is not None else []
     facts = {
         "heads": list(recognizer.model.heads),
@@ -89,31 +89,31 @@ def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
 
 
 def of_sharing(
-    record: Mapping[str, Any], named: Selection, training: list[Utterance], moved: Moved
+    record: Mapping[str, Any], trained: Selection, training: list[Utterance], moved: Moved
 ) -> list[Check]:
     """Check what other parts share with training, and whether validation is the test."""
     settings = record["settings"]
     # Of data without a protocol, and without validation, a card has nothing to say.
     facts = dict[str, Any].fromkeys(("protocol_description", "shared_with_training", "valid_is_test"))
-    if named.protocol:
-        chosen = moved(named)
+    if trained.protocol:
+        chosen = moved(trained)
         protocol, (fold, audit) = chosen.find_protocol(), chosen.find_fold(chosen.read(check_files=False))
         facts["protocol_description"] = protocol.description
         facts["shared_with_training"] = {part: audit.fractions(part) for part in fold.parts if part != "train"}
         facts["valid_is_test"] = audit.fractions("test", of="valid").get("recordings") == 1.0
     elif settings.get("valid"):
         valid = moved(Selection.from_dict(settings["valid"])).utterances(check_files=False)
-        shared = {kind: found and found.fraction for kind, found in overlap(training, valid).items()}
+        shared = {kind: share and share.fraction for kind, share in overlap(training, valid).items()}
         facts["shared_with_training"] = {"valid": shared}
     return [check(f"settings.{name}", settings.get(name), value) for name, value in facts.items()]
 
 
 def of_training(record: Mapping[str, Any], recognizer: Recognizer, moved: Moved) -> tuple[list[Check], list[str]]:
-    """Check what the training data tell, and name what they do not, as recordings cannot be read any more."""
-    named = trained_on(record)
-    if named is None:
+    """Check what follows from the training data, and name what does not, as recordings cannot be read any more."""
+    trained = trained_on(record)
+    if trained is None:
         return [], ["trained_on (training was not told the name of its data)"]
-    training = moved(named).utterances(check_files=False)
+    training = moved(trained).utterances(check_files=False)
     lengths, unread = recognizer.dataset(training).read_headers(range(len(training)))
     most = float(record["settings"].get("max_seconds") or math.inf) * SAMPLE_RATE
     kept = [i for i in range(len(training)) if lengths.get(i, 0) <= most]
@@ -125,11 +125,11 @@ def of_training(record: Mapping[str, Any], recognizer: Recognizer, moved: Moved)
     else:
         facts["hours"] = hours_of(lengths[i] for i in kept)
     checks = [check(f"trained_on.{name}", record["trained_on"].get(name), value) for name, value in facts.items()]
-    return checks + of_sharing(record, named, training, moved), claimed
+    return checks + of_sharing(record, trained, training, moved), claimed
 
 
 def of_choice(record: Mapping[str, Any], folder: Path) -> list[Check]:
-    """Check that each evaluation says rightly whether it chose the weights, and that validation has one."""
+    """Check that each evaluation rightly says whether it chose the weights, and that validation was evaluated."""
     place = folder.resolve().name
     weights = record.get("weights", place)
     checks = [check("weights", weights, place)] if place in ("best", "last") else []
@@ -148,30 +148,32 @@ def of_choice(record: Mapping[str, Any], folder: Path) -> list[Check]:
     return checks
 
 
-def of_run(record: Mapping[str, Any], folder: Path) -> tuple[list[Check], list[str]]:
-    """Check what the config.json of the run beside the folder tells, and name the settings that nothing tells."""
-    settings = record["settings"]
+def settings_beside(folder: Path) -> dict[str, Any]:
+    """Return the settings of the run that a model folder stands in; empty where there is none."""
     path = folder.resolve().parent / "config.json"
-    beside: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            beside = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            beside = {}
-        if not isinstance(beside, dict) or "effective_batch" not in beside:
-            beside = {}  # a model's config.json, say
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    # Others are a model's config.json, say.
+    return settings if isinstance(settings, dict) and "effective_batch" in settings else {}
+
+
+def of_run(record: Mapping[str, Any], folder: Path) -> tuple[list[Check], list[str]]:
+    """Check the settings that the run beside the folder has, and name the others."""
+    settings, beside = record["settings"], settings_beside(folder)
     checks, claimed = [], []
     for name in sorted(settings):
         if name not in beside:
             claimed.append(f"settings.{name}")
             continue
-        found = check(f"settings.{name}", settings[name], beside[name])
+        one = check(f"settings.{name}", settings[name], beside[name])
         if name in ("train", "valid"):
-            found = found._replace(same=same_data(found.told, found.now))
-        if not found.same and name in OF_A_START:
-            claimed.append(f"settings.{name} (of the run now: {brief_repr(found.now, 40)})")
+            one = one._replace(same=same_data(one.told, one.now))
+        if not one.same and name in OF_A_START:
+            claimed.append(f"settings.{name} (of the run now: {brief_repr(one.now, 40)})")
         else:
-            checks.append(found)
+            checks.append(one)
     if beside.get("valid") and not settings.get("valid"):
         checks.append(Check("settings.valid", None, beside["valid"], False))
     return checks, claimed
@@ -180,7 +182,7 @@ def of_run(record: Mapping[str, Any], folder: Path) -> tuple[list[Check], list[s
 def checks_of(
     record: Mapping[str, Any], recognizer: Recognizer, folder: Path, moved: Moved
 ) -> tuple[list[Check], list[str]]:
-    """Compare all that a card says but for its figures, and name what is claimed: nobody can compute it.
+    """Compare all that a card says but for its figures, and name what it claims and nobody can compute.
 
     Args:
         record: of the model folder (see `ser.scores.card`).
@@ -195,6 +197,6 @@ def checks_of(
     claimed += [name for name in sorted(record.keys() - OF_A_RECORD) if name not in known]
     if not any("chosen_on" in name for name in known) and record["evaluations"]:
         claimed.append("chosen_on")
-    named = {"settings.train", "settings.valid", "settings.licences", *known}
+    told = {"settings.train", "settings.valid", "settings.licences", *known}
     claimed += [] if "settings.licences" in known else ["licences"]
-    return checks, claimed + [name for name in settings if name not in named]
+    return checks, claimed + [name for name in settings if name not in told]

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_update import run_update
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,7 +20,6 @@ from ser.data.dataset import Example, collate
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.train.distributed import World
 from ser.train.losses import Objective
-from ser.train.update import run_update
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference: see the extra test")
 

@@ -1,0 +1,515 @@
+"""Evaluate a model on labelled recordings: every figure with its interval, by parts, as table, JSON and pictures.
+
+    ser evaluate --model runs/demo/best --manifest data/demo/test.csv --out runs/demo/test
+
+A fold of a protocol, on the part that its model was not trained on:
+
+    ser evaluate --model runs/01F/last --data data/iemocap --root IEMOCAP_full_release \\
+        --protocol paper10 --fold 01F --out runs/01F/test
+
+On two processes (each recording is recognised exactly once):
+
+    torchrun --standalone --nproc-per-node=2 -m ser evaluate --model FOLDER --manifest test.csv
+
+Compute the figures on a model card again (--data, --root where the corpus has moved), and compare two models by
+their predictions of the same recordings:
+
+    ser evaluate --verify runs/01F/last
+    ser evaluate --compare runs/a/predictions.csv runs/b/predictions.csv
+
+Written to --out: report.json, predictions.csv (one row per recording), confusion.png, reliability.png, length.png.
+Intervals are 95 % percentile bootstrap ones, over utterances and over speakers: the second say how few
+people were heard. A model that training wrote says what it was trained on: what it shares with the recordings that
+it is evaluated on is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ser
+from ser.cli import LAUNCHER
+from ser.data.labels import DIMENSIONS
+from ser.data.manifest import Utterance
+from ser.data.protocols import KNOWN, overlap
+from ser.data.selection import Selection, add_data_arguments, selected_data
+from ser.data.spellings import check_spellings, label_lines
+from ser.data.text import Rewriting, clean
+from ser.data.workers import WORKER_SECONDS
+from ser.device import cpu_threads
+from ser.errors import ConfigError, FileError, SerError, brief_repr, printable, summary
+from ser.files import write_json
+from ser.models.pretrained import find_folder
+from ser.recognizer import Recognizer
+from ser.scores import card
+from ser.scores.pictures import draw
+from ser.scores.report import (
+    PARTS,
+    KnownTurns,
+    Outcomes,
+    Report,
+    compare_predictions,
+    number_columns,
+    report,
+    shared_line,
+    table,
+    text_columns,
+    write_rows,
+)
+from ser.train.bad_audio import BadAudio
+from ser.train.distributed import World, joined_world
+from ser.train.evaluation import evaluated_rows
+from ser.train.log import say
+from ser.train.processes import one_voice
+from ser.train.verification import checks_of
+
+errors_told = one_voice
+
+
+# -------------------------------------------------------------------------------------------------- arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command, the common ones first."""
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", help="model folder, or its OWNER/NAME on the Hugging Face hub")
+    add("--manifest", type=Path, help="labelled recordings")
+    add("--out", type=Path, help="folder to write; shows the table alone without it")
+    add("--card", action="store_true", help="put the figures on the model's card")
+    add("--train", type=Path, help="the training manifest, where the model does not name it: what is shared, and "
+        "parts by seen and unseen transcript")  # fmt: skip
+    add_data_arguments(parser)
+    add = parser.add_argument_group("folds").add_argument
+    add("--fold", help="name of the protocol's fold, such as 01F")
+    add("--part", default="test", choices=["test", "valid", "train", KNOWN],
+        help="of the fold (default: %(default)s)")  # fmt: skip
+    add = parser.add_argument_group("figures").add_argument
+    add("--parts", nargs="*", default=[], metavar="COLUMN", help="of the manifest, such as room: figures are "
+        "reported for each of its values, besides those of the column kind")  # fmt: skip
+    add("--resamples", type=int, default=1000, help="of the bootstrap (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    add("--no-pictures", action="store_true", help="do not draw (drawing needs matplotlib)")
+    add = parser.add_argument_group("instead of evaluating").add_argument
+    add("--verify", type=Path, metavar="FOLDER", help="compute the figures on a model's card again")
+    add("--tolerance", type=float, default=1e-6, help="of --verify: on other hardware a few recordings may be "
+        "judged otherwise (default: %(default)s)")  # fmt: skip
+    add("--compare", type=Path, nargs=2, metavar="PREDICTIONS", help="two predictions files: does the second "
+        "differ from the first by more than chance?")  # fmt: skip
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--workers", type=int, default=0, help="processes that decode audio (default: %(default)s)")
+    add("--timeout", type=float, default=WORKER_SECONDS, metavar="SECONDS",
+        help="to wait for another process before giving up (default: %(default)g)")  # fmt: skip
+    add("--on-bad-audio", choices=["fail", "skip"], default="fail", help="recordings that cannot be read end the "
+        "run, or are left out and counted (default: %(default)s)")  # fmt: skip
+    add("--max-bad-audio", type=float, default=0.01, help="largest share that skip may leave out "
+        "(default: %(default)s)")  # fmt: skip
+
+
+def refuse_renaming(arguments: argparse.Namespace) -> None:
+    """Refuse flags that rename labels: --compare reads labels from two files, and --verify as the card says."""
+    flags = ("map", "literal_labels", "columns")
+    given = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name)]
+    if given and (arguments.compare or arguments.verify):
+        how = "labels stand in the files" if arguments.compare else "labels are read as the card says"
+        mode = "--compare" if arguments.compare else "--verify"
+        raise ConfigError(f"{mode} takes no {', '.join(given)}: {how}")
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for arguments that contradict each other or are out of range."""
+    if arguments.resamples < 1 or arguments.seed < 0:
+        raise ConfigError(
+            f"--resamples {arguments.resamples} --seed {arguments.seed}: expected 1 or more, and 0 or more"
+        )
+    refuse_renaming(arguments)
+    if arguments.compare:
+        return
+    if not arguments.verify and (not arguments.model or bool(arguments.manifest) == bool(arguments.data)):
+        raise ConfigError(
+            "give --model and --manifest (or --data with --protocol and --fold), or --verify, or --compare"
+        )
+    if arguments.out is not None and arguments.out.is_file():
+        raise ConfigError(f"--out {arguments.out}: is a file; expected a folder")
+    if not 0 < arguments.timeout < float("inf"):
+        raise ConfigError(f"--timeout {arguments.timeout}: expected seconds, more than 0")
+
+
+def check_parts(named: list[str], utterances: list[Utterance]) -> None:
+    """Raise ConfigError where --parts names no column of texts."""
+    known = {name for u in utterances for name in u.extra} | {*text_columns(PARTS)}
+    known = {name for name in known - number_columns().keys() if not name.startswith("p_")}
+    if unknown := [name for name in named if name not in known]:
+        raise ConfigError(f"--parts {unknown[0]}: is no column of texts here; there are {summary(sorted(known))}")
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class EvaluatedData:
+    """What a model is evaluated on, and what is known of its training.
+
+    Attributes:
+        selection: the name of the utterances.
+        utterances: what is evaluated.
+        training: what the model was trained on; None where nobody knows.
+        about: how a report names the data.
+        training_is_assumed: True where the model does not name its training, and the fold's is taken for it.
+    """
+
+    selection: Selection
+    utterances: list[Utterance]
+    training: list[Utterance] | None
+    about: dict[str, Any] = field(default_factory=dict)
+    training_is_assumed: bool | None = None
+
+    def shared_with_training(self) -> dict[str, float | None] | None:
+        """Return by kind the share of the utterances that training has too; None where nobody knows."""
+        if self.training is None:
+            return None
+        shared = overlap(self.training, self.utterances)
+        return {kind: None if s is None else s.fraction for kind, s in shared.items()}
+
+
+def training_utterances(
+    named: Selection | None, evaluated: Selection, everything: list[Utterance], *, told: bool = False
+) -> list[Utterance] | None:
+    """Return what a model was trained on; None where nobody knows.
+
+    ``everything`` is the manifest of the ``evaluated`` utterances. ``told``: the user named the training data, and
+    wants to hear if they cannot be read.
+    """
+    if named is None:
+        return None
+    if told:
+        return named.read(check_files=False)
+    if named.sha256 == evaluated.sha256:  # the same manifest, wherever it lies now
+        return named.of(named.find_fold(everything)[0], everything) if named.protocol else everything
+    try:
+        return named.utterances(check_files=False)
+    except SerError:
+        return None
+
+
+def same_fold(first: Selection, second: Selection) -> bool:
+    """Tell whether two selections are parts of the same fold of the same manifest."""
+    names = ("sha256", "protocol", "fold", "seed")
+    return all(getattr(first, name) == getattr(second, name) for name in names)
+
+
+def read_manifest_data(
+    arguments: argparse.Namespace, named: Selection | None, tell: Callable[[str], None]
+) -> EvaluatedData:
+    """Read --manifest; ``named`` is what the model was trained on."""
+    if arguments.fold or arguments.known_turns:
+        raise ConfigError("--fold and --known-turns need --protocol, which says how the manifest is divided")
+    chosen = selected_data(arguments, arguments.manifest)
+    utterances = chosen.read(check_files=arguments.on_bad_audio == "fail", tell=tell)
+    training = training_utterances(named, chosen, utterances, told=bool(arguments.train))
+    return EvaluatedData(chosen, utterances, training, {"manifest": chosen.data})
+
+
+def read_fold_data(
+    arguments: argparse.Namespace, named: Selection | None, tell: Callable[[str], None]
+) -> EvaluatedData:
+    """Read --data and take the part of the fold; ``named`` is what the model was trained on."""
+    arguments.data = arguments.data or arguments.manifest
+    chosen = replace(selected_data(arguments), part=arguments.part)
+    if named is not None and same_fold(named, chosen) and arguments.known_turns is None:
+        chosen = replace(chosen, known_turns=named.known_turns)
+    everything = chosen.read(check_files=arguments.on_bad_audio == "fail", tell=tell)
+    protocol, (fold, _) = chosen.find_protocol(), chosen.find_fold(everything)
+    about = {"data": chosen.data, "protocol": protocol.name, "description": protocol.description}
+    about |= {"fold": fold.name, "part": arguments.part}
+    utterances = chosen.of(fold, everything)
+    assumed = named is None
+    named = named or replace(chosen, part="train")  # as the protocol means it
+    training = training_utterances(named, chosen, everything, told=bool(arguments.train))
+    return EvaluatedData(chosen, utterances, training, about, assumed or None)
+
+
+def read_data(
+    arguments: argparse.Namespace, record: Mapping[str, Any] | None, tell: Callable[[str], None]
+) -> EvaluatedData:
+    """Read what the model of a record (see `ser.scores.card`) is evaluated on, as the flags name it."""
+    named = None if record is None else card.trained_on(record)
+    if arguments.train:
+        named = selected_data(arguments, arguments.train)
+    read = read_manifest_data if arguments.manifest and not arguments.protocol else read_fold_data
+    return read(arguments, named, tell)
+
+
+def review(data: EvaluatedData, recognizer: Recognizer, tell: Callable[[str], None]) -> None:
+    """Show the classes before anything is evaluated; refuse two spellings of one."""
+    sets = {data.selection.part or "data": data.utterances}
+    for line in label_lines(sets, emotions=recognizer.emotions):
+        tell(line)
+    check_spellings(
+        sets,
+        emotions=recognizer.emotions,
+        speakers={u.speaker for u in data.training or () if u.speaker is not None},
+        label_map=data.selection.label_map,
+        columns=["emotion", "speaker"] if recognizer.emotions else ["speaker"],
+    )
+
+
+# ------------------------------------------------------------------------------------------------- evaluating
+
+
+def outcomes_of(
+    recognizer: Recognizer,
+    utterances: list[Utterance],
+    training: list[Utterance] | None,
+    arguments: argparse.Namespace,
+    world: World,
+    out: Path | None = None,
+    rewriting: Rewriting | None = None,
+) -> Outcomes | None:
+    """Recognise each utterance; None on ranks that only did their share of it.
+
+    Args:
+        recognizer: the model.
+        utterances: what is evaluated.
+        training: what the model was trained on; None: not known.
+        arguments: of the command.
+        world: the ranks that share the work.
+        out: folder for predictions.csv; None: none is written.
+        rewriting: gets what was changed in the references.
+    """
+    seen = None
+    if training is not None:
+        how: dict[str, Any] = {"orthography": recognizer.orthography, "tags": recognizer.tags}
+        seen = frozenset(clean(u.text or "", **how) for u in training) - {""}
+    rows = evaluated_rows(
+        recognizer, utterances, world=world, seen_texts=seen, workers=arguments.workers,
+        progress=world.is_main and sys.stderr.isatty(),
+        bad_audio=BadAudio(world, policy=arguments.on_bad_audio, limit=arguments.max_bad_audio),
+        timeout=arguments.timeout, rewriting=rewriting,
+    )  # fmt: skip
+    if not world.is_main:
+        for _ in rows:
+            pass
+        return None
+    parts = tuple(dict.fromkeys((*PARTS, *arguments.parts)))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        return write_rows(out / "predictions.csv", rows, recognizer.emotions, parts)
+    return Outcomes.joined([Outcomes.of(recognizer.emotions, chunk, parts) for chunk in rows])
+
+
+def known_turn_outcomes(
+    recognizer: Recognizer, data: EvaluatedData, arguments: argparse.Namespace, world: World
+) -> tuple[Selection, Outcomes | None] | None:
+    """Recognise the turns that were held out of the speakers in training; None where there are none.
+
+    A speaker head is not scored on strangers, but on these.
+    """
+    if not recognizer.speakers or not data.selection.known_turns or arguments.part == KNOWN:
+        return None
+    known = replace(data.selection, part=KNOWN)
+    everything = known.read(check_files=arguments.on_bad_audio == "fail")
+    turns = known.of(known.find_fold(everything)[0], everything)
+    shared = overlap(data.training or [], turns)["recordings"]
+    if shared is not None and shared.utterances:
+        raise ConfigError(
+            f"--known-turns {known.known_turns}: the model was trained on {shared.utterances} of them, "
+            "as it held out others, or none"
+        )
+    return known, outcomes_of(recognizer, turns, data.training, arguments, world)
+
+
+def as_known_turns(result: Report) -> KnownTurns | None:
+    """Keep the speaker head's figure of a report; None where the model knows other speakers."""
+    if not result.judged["speaker"]:
+        return None
+    figures = {"speaker_accuracy": result.figures["speaker_accuracy"]}
+    return KnownTurns(result.utterances, result.speakers, result.judged, figures)
+
+
+def unscored_labels(utterances: list[Utterance], recognizer: Recognizer) -> list[str]:
+    """Say which labels are in no figure, a line a kind: the model has no head for them or does not know them."""
+    lines = []
+    if recognizer.vocabulary is None and (texts := sum(bool(u.text) for u in utterances)):
+        lines.append(f"the model writes no transcripts: the texts of {texts} utterances are in no figure")
+    known = {name.lower() for name in recognizer.dimensions}
+    for name in DIMENSIONS:
+        if name not in known and (labels := sum(getattr(u, name) is not None for u in utterances)):
+            lines.append(f"the model gives no {name}: the labels of {labels} utterances are in no figure")
+    speakers = Counter(u.speaker for u in utterances if u.speaker)
+    if recognizer.speakers and speakers and speakers.keys().isdisjoint(recognizer.speakers):
+        here, there = (summary(map(repr, names), 5) for names in (speakers, recognizer.speakers))
+        lines.append(f"no speaker is one whom the model knows: here are {here}; it knows {there}")
+    return lines
+
+
+def figure_notes(result: Report, recognizer: Recognizer) -> list[str]:
+    """Say what has to be known about the figures."""
+    lines = []
+    if not result.figures:
+        lines.append("no figure: no utterance has a label or text for a head of this model")
+    if result.unread:
+        lines.append(f"{result.unread} recordings could not be read and are in no figure")
+    known, total = result.judged["speaker"], result.utterances
+    if recognizer.speakers and known < total and (known or not result.speakers):  # else `unscored_labels` says it
+        lines.append(f"speakers are judged on {known} of {total} utterances: the others' speakers are not known")
+    if turns := result.known_turns:
+        figure = turns.figures["speaker_accuracy"]
+        low, high = figure.interval_utterances
+        on = f"{turns.utterances} turns that were held out of the {turns.speakers} speakers in training"
+        lines.append(f"speaker accuracy on {on}: {figure.value:.4f} ({low:.4f} to {high:.4f})")
+    return [*lines, shared_line(result)]
+
+
+def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
+    """Evaluate --model: show the table, and write what --out and --card ask for."""
+    tell = partial(say, world)
+    recognizer = ser.load(arguments.model, device=world.device)
+    record = card.read_record(find_folder(arguments.model))
+    if arguments.card and record is None:
+        raise ConfigError(f"--card: {arguments.model} has no {card.RECORD}, as training writes it")
+    data = read_data(arguments, record, tell)
+    check_parts(arguments.parts, data.utterances)
+    review(data, recognizer, tell)
+    rewriting = Rewriting()
+    outcomes = outcomes_of(recognizer, data.utterances, data.training, arguments, world, arguments.out, rewriting)
+    known = known_turn_outcomes(recognizer, data, arguments, world)
+    if outcomes is None:
+        return True
+    score = partial(report, resamples=arguments.resamples, seed=arguments.seed)
+    result = replace(
+        score(outcomes),
+        about={"model": str(arguments.model), "selection": data.selection.to_dict(), **data.about},
+        training_is_assumed=data.training_is_assumed,
+        shared_with_training=data.shared_with_training(),
+        unread=len(data.utterances) - len(outcomes),
+        rewriting=rewriting,
+    )
+    entries = [(data.selection, result)]
+    if known is not None and known[1] is not None and not result.judged["speaker"]:
+        on_known = score(known[1])
+        result.known_turns = as_known_turns(on_known)
+        entries += [(known[0], on_known)] if result.known_turns else []
+    print(table(result))
+    for note in (*unscored_labels(data.utterances, recognizer), *figure_notes(result, recognizer)):
+        print(printable(note))
+    if arguments.card:
+        assert record is not None
+        for selection, one in entries:
+            record = card.with_evaluation(record, card.evaluation_entry(one, selection.to_dict()))
+        card.write_card(find_folder(arguments.model), record)
+    if arguments.out:
+        write_json(arguments.out / "report.json", result.to_dict())
+        if not arguments.no_pictures:
+            draw(result, arguments.out, say=tell)
+        tell(f"written to {arguments.out}")
+    return True
+
+
+# -------------------------------------------------------------------------------------------------- verifying
+
+
+def moved(selection: Selection, arguments: argparse.Namespace) -> Selection:
+    """Return the same utterances, where --data and --root say that they are now."""
+    places = {"data": str(arguments.data) if arguments.data else None, "root": arguments.root}
+    return replace(selection, **{name: value for name, value in places.items() if value})
+
+
+def same_figures(entry: Mapping[str, Any], result: Report, tolerance: float) -> bool:
+    """Show the figures of a card beside those computed now, and tell whether they are the same."""
+    rows = card.differences(entry, result, tolerance=tolerance)
+    for name, then, now, same in rows:
+        if same and ", over " in name:  # the ends of intervals
+            continue
+        values = "  ".join("      -" if v is None else f"{v:7.4f}" for v in (then, now))
+        print(f"  {printable(name):28} card {values} now  {'same' if same else 'DIFFERS'}")
+    return all(same for *_, same in rows)
+
+
+def verify_entry(
+    entry: Mapping[str, Any],
+    record: Mapping[str, Any],
+    recognizer: Recognizer,
+    arguments: argparse.Namespace,
+    world: World,
+) -> bool:
+    """Compute the figures of one evaluation on a card again, and tell whether they are the same."""
+    if entry["selection"] is None:
+        raise ConfigError(
+            f"{arguments.verify}: the card does not name the data of its figures, so they cannot be computed"
+        )
+    selection = moved(Selection.from_dict(entry["selection"]), arguments)
+    bad_audio = {
+        "on_bad_audio": record["settings"].get("on_bad_audio", "fail"),
+        "max_bad_audio": record["settings"].get("max_bad_audio", 0.0),
+    }
+    as_trained = argparse.Namespace(**vars(arguments) | bad_audio)
+    outcomes = outcomes_of(recognizer, selection.utterances(check_files=False), None, as_trained, world)
+    if outcomes is None:
+        return True
+    print(printable(f"{selection}: {len(outcomes)} utterances"))
+    result = report(outcomes, resamples=entry["resamples"], seed=entry["seed"])
+    return same_figures(entry, result, arguments.tolerance)
+
+
+def show_claims(claimed: list[str]) -> None:
+    """Show what a card claims and nobody computes, its settings together."""
+    prefix = "settings."
+    names = [name for name in claimed if not name.startswith(prefix)]
+    settings = ", ".join(name.removeprefix(prefix) for name in claimed if name.startswith(prefix))
+    names += [f"settings ({settings})"] if settings else []
+    print(printable(f"claimed, and not computed here: {', '.join(names) or 'nothing'}"))
+
+
+def verify(arguments: argparse.Namespace, world: World) -> bool:
+    """Tell whether card and record of --verify agree, and all that can be computed comes out again."""
+    folder = arguments.verify
+    record = card.read_record(folder)
+    if record is None:
+        raise ConfigError(f"{folder}: has no {card.RECORD}; only models that training wrote can be verified")
+    recognizer = ser.load(folder, device=world.device)
+    shown = (folder / card.CARD).read_text(encoding="utf-8") if (folder / card.CARD).is_file() else ""
+    good = card.is_card_of(shown, record)
+    if not good:
+        say(world, f"{folder / card.CARD}: is not what {card.RECORD} says: one of them was edited")
+    if not record["evaluations"]:
+        say(world, f"{folder}: the card has no figures to verify")
+        good = False
+    checks, claimed = checks_of(record, recognizer, folder, partial(moved, arguments=arguments))
+    for name, told, now, same in checks:
+        good = good and same
+        if not same:
+            say(world, f"{name}: the card has {brief_repr(told, 100)}, but it is {brief_repr(now, 100)}")
+    for entry in record["evaluations"]:
+        good = verify_entry(entry, record, recognizer, arguments, world) and good
+    if world.is_main:
+        show_claims(claimed)
+        print("the card holds" if good else "the card does not hold")
+    return good
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, verify or compare; the exit status is 1 for a card that does not hold."""
+    check_arguments(arguments)
+    if arguments.compare:
+        first, second = (Outcomes.read(path) for path in arguments.compare)
+        compared = compare_predictions(first, second, resamples=arguments.resamples, seed=arguments.seed)
+        print(json.dumps(compared, indent=2))
+        return 0
+    torch.set_num_threads(cpu_threads())
+    with joined_world(arguments.device, timeout=arguments.timeout, launcher=LAUNCHER) as world:
+        try:
+            good = verify(arguments, world) if arguments.verify else evaluate_model(arguments, world)
+        except OSError as error:
+            raise FileError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
+    return 0 if good else 1
