@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ser.audio import SAMPLE_RATE
+from ser.data.audit import check_learnable, check_training_data
 from ser.data.dataset import Batch, SpeechDataset, collate
 from ser.data.labels import NO_LABEL
 from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler
-from ser.data.text import minimum_frames
 from ser.data.workers import decoded, worker_death_explained
 from ser.device import choose_device, freed_memory_kept, memory_gib
 from ser.errors import ConfigError, RunFolderError, SerError, printable
@@ -53,7 +53,6 @@ from ser.train.config import METRICS, TrainConfig, parse_interval
 from ser.train.content import contents, fingerprint
 from ser.train.distributed import World
 from ser.train.evaluation import Evaluation, evaluate
-from ser.train.learnable import check_learnable
 from ser.train.losses import LOSSES, Objective
 from ser.train.optim import make_optimizer, rate_factor, set_rate
 from ser.train.processes import lost_here, outlive_signals, own_run, stop_on_signals
@@ -105,51 +104,6 @@ def say(world: World, text: str) -> None:
 def short(value: Any) -> str:
     """A number as a progress line shows it."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def check_training_data(
-    recognizer: Recognizer, dataset: SpeechDataset, lengths: Sequence[int], unread: Collection[str] = ()
-) -> list[str]:
-    """Refuse utterances without a frame; say what else is odd, such as transcripts that cannot fit."""
-    minimum = recognizer.model.config.min_samples
-    short = [(u, n) for u, n in zip(dataset.utterances, lengths, strict=True) if n < minimum]
-    if short:
-        listed = "\n  ".join(printable(f"{u.id}: {n} samples") for u, n in short[:50])
-        raise ConfigError(
-            f"{len(short)} training utterances are shorter than one frame ({minimum} samples at 16 kHz); remove "
-            f"them:\n  {listed}"
-        )
-    notes = []
-    if recognizer.vocabulary is not None:
-        empty = sum(not text for text in dataset.texts)
-        if empty:
-            notes.append(f"{empty} of {len(dataset)} utterances have no transcript; trained on their other labels")
-        if any(dataset.texts) and not any(dataset.labels["ctc"]):
-            text = next(text for text in dataset.texts if text)
-            raise ConfigError(
-                f"no training transcript has a character of the vocabulary; the first is {text[:40]!r}, the "
-                f"symbols are {' '.join(recognizer.vocabulary.tokens[:40])}. Try --build-vocab, or --orthography"
-            )
-        if not recognizer.vocabulary.has_delimiter and (words := next((t for t in dataset.texts if " " in t), "")):
-            raise ConfigError(
-                f"the word delimiter {recognizer.vocabulary.word_delimiter!r} is not in the vocabulary of "
-                f"{len(recognizer.vocabulary)} symbols, and a training transcript has spaces: {words[:80]!r}; add "
-                "it, or take the spaces out"
-            )
-        notes += dataset.rewriting().notes()
-        frames = recognizer.model.config.num_frames(torch.tensor(lengths))
-        misfits = []
-        for utterance, target, there in zip(
-            dataset.utterances, dataset.labels["ctc"], frames.tolist(), strict=True
-        ):
-            if (needed := minimum_frames(target)) > there and utterance.id not in unread:
-                misfits.append(printable(f"{utterance.id}: {needed} frames needed, {there} there"))
-        if misfits:
-            shown = "\n  ".join(misfits[:20] + ([f"and {len(misfits) - 20} more"] if len(misfits) > 20 else []))
-            notes.append(
-                f"{len(misfits)} transcripts do not fit their audio; left out of the CTC loss:\n  {shown}"
-            )
-    return notes
 
 
 def due(interval: tuple[int, str], *, step: int, epoch: int, epoch_ended: bool) -> bool:
@@ -333,7 +287,8 @@ def _fit(
         dataset, lengths = recognizer.dataset([train[i] for i in kept]), [lengths[i] for i in kept]
         dataset.lengths = lengths
     unread = bad_audio.skipped["train"]
-    for note in check_training_data(recognizer, dataset, lengths, unread):
+    frames_of = model.config.num_frames
+    for note in check_training_data(dataset, frames_of, min_samples=model.config.min_samples, unread=unread):
         say(world, note)
     batch_samples = int(config.batch_seconds * SAMPLE_RATE) or None
     sampler = LengthBucketBatchSampler(
@@ -346,7 +301,15 @@ def _fit(
         rank=world.rank,
         world_size=world.size,
     )
-    for note in check_learnable(recognizer, dataset, sampler.plan, trained, epochs=config.epochs, unread=unread):
+    for note in check_learnable(
+        dataset,
+        sampler.plan,
+        trained,
+        frames_of,
+        concordant=[head for head, loss in LOSSES.items() if loss.sums is None],
+        epochs=config.epochs,
+        unread=unread,
+    ):
         say(world, note)
 
     metric = choose_metric(config, recognizer, validation)
