@@ -81,7 +81,9 @@ def paper_update(model, groups, alpha):
             torch.tensor([len(example.labels["ctc"]) for example in group]),
             reduction="sum",
         )
-        emotion = F.cross_entropy(reference.cls_head(hidden.mean(1)), torch.tensor([e.labels["emotion"] for e in group]))
+        emotion = F.cross_entropy(
+            reference.cls_head(hidden.mean(1)), torch.tensor([e.labels["emotion"] for e in group])
+        )
         loss = (emotion + alpha * ctc) / len(groups)
         loss.backward()
         whole = whole + loss.detach()
