@@ -490,10 +490,9 @@ class Wav2Vec2(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """Encode as `forward`, but return the transformer's input and each layer's output, and num_frames.
 
-        These are num_hidden_layers + 1 tensors. With ``num_layers`` only so many layers are computed, and no final
-        norm. ``final_norm=False`` leaves a pre-norm model's final norm away from the last one too. ``features``
-        (B, T, C), the feature encoder's output for utterances of ``num_samples``, may stand in place of the
-        waveforms.
+        These are num_hidden_layers + 1 tensors, of which the last has a pre-norm model's final norm, unless
+        ``final_norm`` is False. With ``num_layers`` only so many layers are computed. ``features`` (B, T, C), the
+        feature encoder's output for utterances of ``num_samples``, may stand in place of the waveforms.
         """
         if features is None:
             assert waveforms is not None
