@@ -231,7 +231,7 @@ class Attention(nn.Module):
         return None
 
     def mask(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """Return what `kernels.attention` takes: ``attend``, or the bias, minus infinity where a key is padding."""
+        """Return the mask of attention: ``attend``, or the bias, minus infinity where a key is padding."""
         if bias is None:
             return attend
         bias = bias[..., : hidden.shape[1], : hidden.shape[1]]  # an utterance may be shorter than the longest
