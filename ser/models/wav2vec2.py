@@ -231,7 +231,7 @@ class Attention(nn.Module):
         return None
 
     def mask(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """Return the mask of `kernels.attention`: ``attend``, or the bias with minus infinity for padded keys."""
+        """Return the mask of attention: ``attend``, or the bias, minus infinity where a key is padding."""
         if bias is None:
             return attend
         bias = bias[..., : hidden.shape[1], : hidden.shape[1]]  # an utterance may be shorter than the longest
@@ -490,10 +490,9 @@ class Wav2Vec2(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """Encode as `forward`, but return the transformer's input and each layer's output, and num_frames.
 
-        These are num_hidden_layers + 1 tensors. With ``num_layers`` only so many layers are computed, and no final
-        norm. ``final_norm=False`` leaves a pre-norm model's final norm away from the last one too. ``features``
-        (B, T, C), the feature encoder's output for utterances of ``num_samples``, may stand in place of the
-        waveforms.
+        These are num_hidden_layers + 1 tensors, of which the last has a pre-norm model's final norm, unless
+        ``final_norm`` is False. With ``num_layers`` only so many layers are computed. ``features`` (B, T, C), the
+        feature encoder's output for utterances of ``num_samples``, may stand in place of the waveforms.
         """
         if features is None:
             assert waveforms is not None
