@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from ser.data.dataset import Batch, SpeechDataset, collate
 from ser.data.manifest import read_manifest
 from ser.recognizer import Recognizer
-from ser.train.update import Objective
+from ser.train.losses import Objective
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -56,14 +56,15 @@ class PaperModel(transformers.Wav2Vec2ForCTC):
     def loss(self, batch: Batch, emotion: Tensor, symbols: Tensor) -> Tensor:
         """Mean of the emotion loss plus alpha times the sum of the CTC loss, as the paper's code has it."""
         log_probs = symbols.log_softmax(-1, dtype=torch.float32).transpose(0, 1)
+        symbols_of = batch.labels["ctc"]
         ctc = F.ctc_loss(
             log_probs,
-            batch.targets.to(log_probs.device),
+            symbols_of.clamp(min=0).to(log_probs.device),
             torch.full((len(batch.indices),), len(log_probs)),
-            batch.target_lengths,
+            (symbols_of >= 0).sum(1),
             reduction="sum",
         )
-        return F.cross_entropy(emotion.float(), batch.emotions) + ALPHA * ctc
+        return F.cross_entropy(emotion.float(), batch.labels["emotion"]) + ALPHA * ctc
 
 
 def load(folder: Path, *, device: str, attention: str = "sdpa") -> PaperModel:

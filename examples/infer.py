@@ -47,9 +47,11 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from ser.audio import OTHER_SUFFIXES, SUFFIXES, audio_info
+from ser.audio import audio_info
+from ser.containers import OTHER_SUFFIXES, SUFFIXES
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, parse_columns, read_manifest
 from ser.data.workers import AGAIN, WORKER_SECONDS, worker_death_explained
+from ser.device import freed_memory_kept
 from ser.errors import AudioError, ConfigError, SerError, printable
 from ser.files import check_can_write, csv_line, files_below, finite, replace_file, written
 from ser.recognizer import MAX_SECONDS, Prediction, Recognizer
@@ -418,7 +420,8 @@ def main() -> int:
                 reached = end
             yield record
 
-    with bar, opened(arguments.output, as_table=arguments.format == "table") as file:
+    as_table = arguments.format == "table"
+    with freed_memory_kept(recognizer.device), bar, opened(arguments.output, as_table=as_table) as file:
         for text in FORMATS[arguments.format](records(), recognizer):
             # Names that are not UTF-8 hold lone surrogates: \udc80, which JSON reads back.
             file.write(text.encode("utf-8", "backslashreplace").decode("utf-8"))

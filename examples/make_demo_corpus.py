@@ -114,7 +114,9 @@ class Turn:
         """The row as a manifest in `folder` has it."""
         extra = {name: str(getattr(self, name)) for name in ("voice", "rate", "pitch", "range", "volume")}
         file = folder / self.file
-        return Utterance(file.stem, file.absolute(), self.emotion, self.text, self.speaker, extra=extra)
+        return Utterance(
+            file.stem, file.absolute(), emotion=self.emotion, text=self.text, speaker=self.speaker, extra=extra
+        )
 
 
 # --- what is said ----------------------------------------------------------------------------------------------

@@ -37,7 +37,6 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +45,8 @@ from typing import Any
 import torch
 
 import ser
-from ser.data.manifest import DIMENSIONS, Utterance, check_labels, check_overlap
+from ser.data.labels import LABELS, labelled_heads, names_in
+from ser.data.manifest import Utterance, check_labels, check_overlap
 from ser.data.protocols import overlap, to_table, usual_known_turns
 from ser.data.selection import Selection, from_arguments
 from ser.data.selection import add_arguments as add_data_arguments
@@ -54,9 +54,10 @@ from ser.data.spellings import check_spellings, label_lines
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean, did_you_mean
 from ser.device import cpu_threads
 from ser.errors import ConfigError, ModelFolderError, brief_repr, summary
+from ser.folder import inherited_labels, inherited_vocabulary, is_preset, labels_of
 from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import find_folder, read_encoder_config
-from ser.recognizer import Recognizer, inherited_labels, inherited_vocabulary, is_preset, labels_of
+from ser.recognizer import Recognizer
 from ser.train.checkpoint import CHANGEABLE, SETTINGS, newest_verified, opened_before
 from ser.train.config import TrainConfig, add_arguments, paper_settings
 from ser.train.config import from_arguments as training_settings
@@ -252,25 +253,15 @@ def data_licence(arguments: argparse.Namespace) -> str | None:
     return arguments.data_licence
 
 
-def dimensions_of(train: list) -> list[str]:
-    """Those of arousal, dominance and valence that a training utterance has a number for."""
-    return [name for name in DIMENSIONS if any(getattr(u, name) is not None for u in train)]
-
-
 def chosen_heads(config: TrainConfig, train: list) -> list[str]:
     """The tasks to train; an error where the data lacks one that was asked for."""
-    has = {
-        "emotion": any(u.emotion is not None for u in train),
-        "ctc": any(u.text is not None for u in train),
-        "speaker": any(u.speaker is not None for u in train),
-        "dimensions": bool(dimensions_of(train)),
-    }
+    has = labelled_heads(u.labels for u in train)
     if config.heads == "auto":
         wanted = ["emotion", "ctc", *(["speaker"] if config.beta > 0 else [])]
-        return [name for name in wanted if has[name]]
+        return [name for name in wanted if name in has]
     heads = config.heads.split(",")
     for name in heads:
-        if not has[name]:
+        if name not in has:
             raise ConfigError(f"--heads names {name}, but no training utterance has a label for it; see --columns")
     return heads
 
@@ -317,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
             say(world, f"--init is gone: labels, vocabulary and configuration are those of {arguments.init}")
         train, valid, about = read_parts(arguments, config, world)
         heads = chosen_heads(config, train)
-        for line in emotions_of_init(labels_of(arguments.init, "emotions"), train) if "emotion" in heads else ():
+        for line in emotions_of_init(labels_of(arguments.init, "emotion"), train) if "emotion" in heads else ():
             say(world, line)
         texts = [clean(u.text or "", orthography=arguments.orthography, tags=arguments.tags) for u in train]
         if arguments.verbose:
@@ -325,15 +316,15 @@ def main(argv: list[str] | None = None) -> None:
                 if text != (utterance.text or ""):
                     say(world, f"{utterance.id}: {utterance.text!r} is trained as {text!r}")
 
-        def label_set(head: str, kind: str, labels: Iterable[str]) -> list[str]:
-            return inherited_labels(arguments.init, kind, labels) if head in heads else []
-
+        usual = [head for head in heads if LABELS[head].kind != "text"]
+        names = {
+            head: inherited_labels(arguments.init, head, names_in(head, (u.labels for u in train)))
+            for head in usual
+        }
         with memory_explained(SMALLER_MODEL, doing="when the model was loaded"):
             recognizer, report = Recognizer.create(
                 arguments.init,
-                emotions=label_set("emotion", "emotions", (u.emotion for u in train if u.emotion)),
-                speakers=label_set("speaker", "speakers", (u.speaker for u in train if u.speaker)),
-                dimensions=label_set("dimensions", "dimensions", dimensions_of(train)),
+                names=names,
                 vocabulary=chosen_vocabulary(arguments, texts) if "ctc" in heads else None,
                 orthography=arguments.orthography,
                 tags=arguments.tags,

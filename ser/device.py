@@ -22,7 +22,7 @@ except ImportError:  # Windows
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device called ``name`` ("auto": a GPU where there is one), one GPU per local rank."""
+    """Return the device called ``name``, one GPU for each local rank; "auto" is a GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -43,9 +43,9 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 
 
 def cpu_threads() -> int:
-    """Threads for this process: its share of the cores, or OMP_NUM_THREADS where one process runs alone.
+    """Count the threads for this process: its share of the cores, or OMP_NUM_THREADS where it runs alone.
 
-    torchrun sets that to 1 for several processes whatever the cores, so there it tells nothing.
+    torchrun sets OMP_NUM_THREADS to 1 for several processes, however many cores there are, so there it is ignored.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if processes == 1 and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
@@ -58,25 +58,27 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def has_fast_bf16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether products of bf16 matrices are faster than of float32.
+    """Tell whether products of bf16 matrices are faster than products of float32 matrices.
 
-    On GPUs from compute capability 8 on. On CPUs with AMX, and on AMD's with AVX512_BF16; Intel's without AMX run
-    that instruction at half the rate, so that bf16 took twice the time of float32 there (docs/performance.md).
+    They are on GPUs from compute capability 8 on, on CPUs with AMX, and on AMD's CPUs with AVX512_BF16. Intel's
+    CPUs without AMX run that instruction at half the rate: bf16 took twice the time of float32 there
+    (docs/performance.md).
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu" or not cpuinfo.is_file():
         return False
-    found = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
-    values = {name.strip(): value.split() for name, value in found.items()}
+    lines = cpuinfo.read_text().split("\n\n")[0].splitlines()  # of the first processor
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    values = {name.strip(): value.split() for name, value in pairs}
     flags = values.get("flags", [])
     return "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in values.get("vendor_id", []))
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The type called "float32" or "bf16"; of "auto", bf16 where the device has fast instructions for it.
+    """Return the type called "float32" or "bf16"; "auto" is bf16 where the device has fast instructions for it.
 
-    A function of the device alone, so the same machine always gives the same answer.
+    The answer depends on the device alone, so the same machine always gives the same one.
     """
     if name == "auto":
         return torch.bfloat16 if has_fast_bf16(device) else torch.float32
@@ -86,7 +88,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def memory_gib(device: torch.device) -> float | None:
-    """Peak memory: of the GPU, or of this process; None where the system does not tell."""
+    """Return the peak memory of the GPU, or else of this process; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if resource is None:
@@ -96,7 +98,7 @@ def memory_gib(device: torch.device) -> float | None:
 
 
 _lock = threading.Lock()
-_inside = 0  # contexts that are open, in any thread: the setting is one of the process
+_inside = 0  # contexts that are open, in any thread: the setting is the whole process's
 
 
 def glibc() -> ctypes.CDLL | None:
@@ -104,19 +106,21 @@ def glibc() -> ctypes.CDLL | None:
     if platform.libc_ver()[0] != "glibc":
         return None
     try:
-        found = ctypes.CDLL(None)
+        library = ctypes.CDLL(None)
     except (OSError, TypeError):  # Windows
         return None
-    return found if hasattr(found, "mallopt") and hasattr(found, "malloc_trim") else None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 
 
 @contextmanager
 def freed_memory_kept(device: torch.device) -> Iterator[None]:
-    """On a CPU: what tensors give back in here is kept for the next ones, and given back at the end.
+    """Keep the memory of freed CPU tensors for the next ones in here, and return it to the system at the end.
 
-    glibc returns large blocks to the system at once and has them again as pages that are mapped and zeroed one by
-    one: 170,000 page faults for an update of base, which cost it 3 % on a quiet machine and a quarter on a virtual
-    one. Other libraries of C, and GPUs, whose memory torch keeps itself, are left as they are.
+    glibc returns large blocks to the system at once. When it needs them again, their pages are mapped and zeroed
+    one by one: 170,000 page faults for an update of base, which cost 3 % of its time on a quiet machine and a
+    quarter on a virtual one. The setting is one of the whole process, so training and the commands enter this
+    context, and `Recognizer.predict` does not; whoever serves predictions may. Nothing changes with other C
+    libraries, nor on a GPU, whose memory torch keeps itself.
     """
     global _inside
     libc = glibc() if device.type == "cpu" else None

@@ -1,8 +1,16 @@
-"""What can go wrong, as exceptions that say what was found, what was expected and what to do.
+"""Define the kinds of errors, and the few ways in which their messages show foreign values and texts.
 
-Every error that `ser` raises on purpose is a `SerError`, so one ``except ser.SerError`` is enough
-to tell bad input from a defect. They carry a single message string, which keeps them picklable:
-an error in a data-loader worker reaches the user with its text.
+Every error that `ser` raises on purpose is a `SerError`, so one ``except ser.SerError`` is enough to tell bad
+input from a defect. Its message says what was found, what was expected and what to do. It is a single string,
+which keeps errors picklable: an error in a data-loader worker reaches the user with its text.
+
+What a file holds is shown by one of five functions, so that a message stays short and commands no terminal:
+
+    brief_repr   a value that is no text, whatever it is
+    shorten      a text that may be long
+    printable    a text that may hold control characters
+    summary      names, in one line
+    indented     messages, each on a line of its own
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,6 +18,7 @@ from typing import Any
 
 
 def _pieces(value: Any, most: int, depth: int = 0) -> Iterator[str]:
+    """Give the parts of a value's ``repr`` one by one, so that who takes them may stop."""
     if isinstance(value, str | bytes):
         yield repr(value[: most + 1])
     elif isinstance(value, int) and value.bit_length() > 4 * most:
@@ -34,8 +43,9 @@ def _pieces(value: Any, most: int, depth: int = 0) -> Iterator[str]:
 def brief_repr(value: Any, most: int = 200) -> str:
     """Return the ``repr`` of a foreign value, cut at about ``most`` characters.
 
-    It takes no longer than that, whatever the value is: nested deep or in itself, a list that holds itself
-    twice 60 times over, a number of a million digits. Of what is no plain data stands the type alone.
+    The time that this takes is bounded too, whatever the value is: nested deep or in itself, a list that holds
+    itself twice 60 times over, a number of a million digits. Of a value that is no plain data the type alone is
+    shown.
     """
     text = ""
     for piece in _pieces(value, most):
@@ -51,10 +61,10 @@ def shorten(text: str, most: int = 500) -> str:
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Replace what would command a terminal: names of files, labels and transcripts are foreign.
+    """Replace the characters that would command a terminal in a foreign text, such as a file's name or a label.
 
     Control and format characters, separators other than a space and surrogates (bytes of a file name that are not
-    UTF-8) become U+FFFD. With `lines` the ends of lines stay: for a message of ours that has several.
+    UTF-8) become U+FFFD. With ``lines`` the ends of lines stay, for a message of ours that has several lines.
     """
     kept = "\n" if lines else ""
     return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -67,8 +77,15 @@ def summary(names: Iterable[str], most: int = 8) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def indented(messages: Iterable[str], most: int = 50) -> str:
+    """Put each of the first messages on an indented line of its own, and say how many more there are."""
+    lines = [printable(message) for message in messages]
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "".join(f"\n  {line}" for line in [*lines[:most], *more])
+
+
 class SerError(Exception):
-    """Base of all errors about input, configuration or files. The message names file and cause."""
+    """An error about input, configuration or files: the base of all others. The message names file and cause."""
 
 
 class AudioError(SerError):
@@ -76,7 +93,7 @@ class AudioError(SerError):
 
 
 class MissingLibraryError(AudioError):
-    """What reads or resamples sound is not installed or does not load: no fault of the recording."""
+    """A library that reads or resamples sound is not installed or does not load: no fault of the recording."""
 
 
 class ManifestError(SerError):

@@ -1,16 +1,17 @@
-"""Writing files and folders: whatever happens meanwhile, the old one or the new one is there, whole.
+"""Write files and folders whole or not at all: whatever happens meanwhile, the old one or the new one is there.
 
-Everything is built under a hidden name of its own beside its target and takes its place at the end, in this order:
+Everything is built under a hidden name beside its target, and takes the target's place at the end, in this order:
 
     write, fsync of every file, [a manifest, fsync,] fsync of the folder, rename, fsync of the parent
 
-So several processes may write the same at once: each puts a whole one into its place, and the last one stays. A
-folder changes places with the one that stands there in one step where the system can (Linux); elsewhere that takes
-two renames, between which the old one is at `.NAME.PID-RANDOM.old`, and the next writing puts it back.
+So several processes may write the same target at once: each puts a whole one into its place, and the last one
+stays. On Linux a folder changes places with the one that stands there in one step. Elsewhere that takes two
+renames. Between them the old folder is at `.NAME.PID-RANDOM.old`, and if the process dies there, the next writing
+puts it back.
 
 What a killed process leaves is hidden (`.NAME.PID-RANDOM.new`, `.old`, `.tmp`, `.NAME.gone`) and is never read.
-The next writing of NAME removes it, as nobody holds its lock any more (not on Windows, and not where folders
-cannot be locked, as on NFS); `clear_remains` removes it at once.
+The next writing of NAME removes it, since nobody holds its lock any more. It stays on Windows, and where folders
+cannot be locked, as on NFS; `clear_remains` removes it at once.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ from torch import Tensor
 
 from ser.errors import FileError
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # with which its files of some 130 bytes begin
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # pointer files of some 130 bytes begin so
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST}  # where a folder stands already
 READER_SECONDS = 30.0  # how long a named pipe may be without a reader
 
 
 def cannot_write(path: Path, error: OSError, size: int = 0) -> FileError:
-    """The error to raise where ``path``, of about ``size`` bytes (0: not known), could not be written."""
+    """Word the error for a path that could not be written; it takes about ``size`` bytes, 0: unknown."""
     cause = error.strerror or str(error) or error.__class__.__name__
     if error.errno not in NO_ROOM:
         return FileError(f"{path}: cannot be written: {cause}")
@@ -61,7 +62,7 @@ def cannot_write(path: Path, error: OSError, size: int = 0) -> FileError:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Tell whether the file is a pointer of git-lfs, which stands where the file itself was not fetched."""
+    """Tell whether a file is a pointer of git-lfs, which stands where the file itself was not fetched."""
     with path.open("rb") as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
@@ -74,7 +75,7 @@ def digest(path: Path) -> str:
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """The path of a file that is being written; a disk that does not take it is a FileError."""
+    """Raise FileError where a file cannot be written in this block, with its path and what to do."""
     try:
         yield path
     except BrokenPipeError:  # who read from it has enough
@@ -87,9 +88,9 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def lock(path: Path, *, wait: bool) -> int | None:
-    """A handle that holds the lock of a file or folder; None where another process has it, or there are no locks.
+    """Lock a file or folder and return the handle; None where another process has the lock, or there are no locks.
 
-    The system frees it when its process ends, however it ends.
+    The system frees the lock when this process ends, however it ends.
     """
     try:
         import fcntl  # not on Windows
@@ -106,7 +107,7 @@ def lock(path: Path, *, wait: bool) -> int | None:
 
 
 def unlock(handle: int | None) -> None:
-    """Give a lock back, also in the name of processes that were forked meanwhile and have the handle too."""
+    """Give a lock back, also for processes that were forked meanwhile and have a copy of the handle."""
     if handle is not None:
         import fcntl
 
@@ -115,7 +116,7 @@ def unlock(handle: int | None) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there, as far as that can be done."""
+    """Remove a file or folder if it is there, as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -125,12 +126,12 @@ def remove(path: Path) -> None:
 
 def clear_ended(target: Path) -> None:
     """Remove what writers of ``target`` that have ended left beside it. What cannot be locked may be in use."""
-    name = re.compile(re.escape(f".{target.name}.") + r"\d+-[0-9a-f]{8}\.(new|old|tmp|gone)")
+    hidden = re.compile(re.escape(f".{target.name}.") + r"\d+-[0-9a-f]{8}\.(new|old|tmp|gone)")
     try:
-        found = [each for each in os.listdir(target.parent) if name.fullmatch(each)]  # noqa: PTH208
+        names = [name for name in os.listdir(target.parent) if hidden.fullmatch(name)]  # noqa: PTH208
     except OSError:  # a folder may be written into and yet not be listed
         return
-    for remains in map(target.with_name, found):
+    for remains in map(target.with_name, names):
         handle = lock(remains, wait=False)
         if handle is not None and (remains.suffix != ".old" or target.exists()):
             gone = remains.with_suffix(".gone")  # no part of a folder has a name that is put back
@@ -142,7 +143,7 @@ def clear_ended(target: Path) -> None:
 
 @contextmanager
 def new_beside(target: Path, kind: str, make: Callable[[Path], object]) -> Iterator[Path]:
-    """A hidden file or folder of our own beside ``target``, made by ``make``; at the end what is there goes."""
+    """Let ``make`` create a file or folder under a hidden name beside ``target``; remove it at the end."""
     clear_ended(target)
     while True:
         path = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.{kind}")
@@ -150,7 +151,7 @@ def new_beside(target: Path, kind: str, make: Callable[[Path], object]) -> Itera
         handle = lock(path, wait=True)
         if path.exists():
             break
-        unlock(handle)  # another cleared up and took it for a remain, as it had no lock yet
+        unlock(handle)  # another process removed it as a remain, since it had no lock yet
     try:
         yield path
     finally:
@@ -159,7 +160,7 @@ def new_beside(target: Path, kind: str, make: Callable[[Path], object]) -> Itera
 
 
 def keep_mode(old: Path, new: Path) -> None:
-    """Give ``new`` the mode of what stands at ``old``, and its owner and group where we may."""
+    """Give ``new`` the mode of what stands at ``old``, and its owner and group where that is permitted."""
     try:
         before, now = old.stat(), new.stat()
     except FileNotFoundError:
@@ -176,7 +177,7 @@ def keep_mode(old: Path, new: Path) -> None:
 
 
 def descriptor(path: Path) -> int | None:
-    """N where ``path`` is, or links to, /dev/fd/N or /proc/self/fd/N of this process, as /dev/stdout does."""
+    """Return N where a path is, or links to, /dev/fd/N or /proc/self/fd/N of this process, as /dev/stdout does."""
     own = {os.path.realpath("/dev/fd"), os.path.realpath("/proc/self/fd")}
     for _ in range(40):  # links that lead to links, as the system follows them
         folder = os.path.realpath(path.parent)
@@ -205,8 +206,8 @@ def check_can_write(path: Path) -> None:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, "is a folder; give a file", str(path))
         if stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
-            found = "a socket" if stat.S_ISSOCK(mode) else "a block device, such as a disk"
-            raise OSError(errno.EINVAL, f"is {found}; give a file, a pipe or a character device", str(path))
+            kind = "a socket" if stat.S_ISSOCK(mode) else "a block device, such as a disk"
+            raise OSError(errno.EINVAL, f"is {kind}; give a file, a pipe or a character device", str(path))
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, "is read-only; make it writable or give another file", str(path))
     if stat.S_ISREG(mode) and not os.access(folder, os.W_OK | os.X_OK):
@@ -214,7 +215,7 @@ def check_can_write(path: Path) -> None:
 
 
 def open_as_it_is(path: Path) -> int:
-    """A handle to write to a descriptor, a character device or a named pipe; waits a while for its reader."""
+    """Open a descriptor, a character device or a named pipe to write to; wait a while for a pipe's reader."""
     number = descriptor(path)
     if number is not None:
         return os.dup(number)  # at the place it is at: what it leads to may be a file that others write to
@@ -237,15 +238,18 @@ def open_as_it_is(path: Path) -> int:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 file to write into, which takes the place of `path` when the block ends, whole or not at all.
+    """Open a UTF-8 file that takes the place of ``path`` when the block ends, whole or not at all.
 
     A byte of a file name that is not UTF-8 is written as its escape, \\udce9, which JSON reads back.
 
-    It stands in the same folder until then, and is removed when the block fails. A file that was there passes on
-    its mode, and its owner where we may; a new one has the mode of the user's umask, and not the 0600 of
-    `tempfile`. A link stays one, and what it leads to is replaced; another name of a file (a hard link) keeps the
-    old content. What is no file cannot be replaced: a pipe or character device, /dev/stdout included, is written
-    into as it is. Raises OSError where it cannot be written.
+    The file stands in the same folder until then, and is removed when the block fails. It takes over the mode of
+    the file that was there, and its owner where that is permitted. A new file has the mode of the user's umask,
+    and not the 0600 of `tempfile`. A link stays one, and the file that it leads to is replaced; another name of
+    that file (a hard link) keeps the old content. A pipe or character device, /dev/stdout included, cannot be
+    replaced and is written into as it is.
+
+    Raises:
+        OSError: the path cannot be written.
     """
     check_can_write(path)
     how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
@@ -265,9 +269,9 @@ def replace_file(path: Path) -> Iterator[TextIO]:
 
 
 def csv_line(cells: Iterable[object], delimiter: str = ",") -> str:
-    """A row of a CSV file with its end. Whatever the cells hold, `csv.reader` reads it back as it was.
+    """Write a row of a CSV file with its end; `csv.reader` reads the cells back as they were, whatever they hold.
 
-    Python 3.11 quotes a carriage return in a cell only where the ends of lines hold one.
+    The row is first written with the end \\r\\n: Python 3.11 quotes a carriage return in a cell only then.
     """
     text = io.StringIO(newline="")
     csv.writer(text, delimiter=delimiter, lineterminator="\r\n").writerow(cells)
@@ -275,7 +279,7 @@ def csv_line(cells: Iterable[object], delimiter: str = ",") -> str:
 
 
 def finite(value: Any) -> Any:
-    """As JSON can hold it: None for NaN and infinity, at any depth."""
+    """Replace NaN and infinity, which JSON cannot hold, by None at any depth."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -284,13 +288,13 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON that people can read, whole or not at all."""
+    """Write JSON that people can read, whole or not at all."""
     with replace_file(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file with the mode that other new files have. `write_folder_atomically` waits for the disk."""
+    """Write a safetensors file with the mode of other new files. `write_folder_atomically` waits for the disk."""
     path.touch()
     mode = path.stat().st_mode  # save_file makes it 0600
     try:
@@ -303,7 +307,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def open_tensors(path: Path) -> Any:
-    """`safetensors.safe_open`, and also for a path that is not UTF-8. Raises its SafetensorError and OSError."""
+    """Open a file as `safetensors.safe_open` does, with its errors, but also where its path is not UTF-8."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -313,7 +317,7 @@ def open_tensors(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
+    """Read all tensors of a safetensors file."""
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -321,7 +325,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's own entries, are on the disk.
 
-    Windows opens no folders, so there the entries are its own affair, and waits only for what it may write.
+    Windows opens no folders, so there is no wait for their entries, and it waits only for files that are open for
+    writing.
     """
     on_windows = hasattr(os, "O_BINARY")
     if on_windows and path.is_dir():
@@ -337,15 +342,15 @@ def sync(path: Path) -> None:
 
 
 def files_below(folder: Path, *, hidden: bool, say: Callable[[str], object]) -> Iterator[str]:
-    """The paths of all that lies in a folder and in those below it, but for folders themselves.
+    """Give the paths of all files in a folder and in the folders below it.
 
-    Links to folders are followed, and no folder is entered twice: not by a link to one that is entered without it,
-    nor by a circle of links. A link to a folder that holds it, and is not below ``folder``, would bring in all
-    that stands there, so it is not followed, and ``say`` is told.
+    Links to folders are followed, but no folder is entered twice, neither by a link to a folder that is entered
+    anyway nor by a circle of links. A link to a folder that holds the link, and is not below ``folder``, would
+    bring in everything there. Such a link is not followed, and ``say`` gets a line about it.
 
     Args:
         folder: where to begin.
-        hidden: whether what has a name that begins with a dot is among them.
+        hidden: whether to include names that begin with a dot.
         say: takes a line for the user.
 
     Raises:
@@ -381,7 +386,7 @@ def files_below(folder: Path, *, hidden: bool, say: Callable[[str], object]) -> 
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Let two names change places in one step, so that nobody ever finds nothing there; False where that fails."""
+    """Let two names change places in one step, so that neither is ever missing; False where that fails."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2  # of Linux
     except (OSError, AttributeError, TypeError):
@@ -392,9 +397,9 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
-    """Give the folder ``temporary`` the name ``target``, and what stood there the name ``temporary``.
+    """Give the folder ``temporary`` the name ``target``, and the folder that stood there the name ``temporary``.
 
-    Others may do the same meanwhile.
+    Other processes may do the same meanwhile.
     """
     old = temporary.with_suffix(".old")
     while True:
@@ -417,8 +422,8 @@ def recover_folder(target: Path) -> None:
     """Undo a replacement that was interrupted between its two renames."""
     if target.exists():
         return
-    found = target.parent.glob(f".{glob.escape(target.name)}.*old")
-    olds = [old for old in found if re.fullmatch(r"(\d+-[0-9a-f]{8}\.)?old", old.name[len(target.name) + 2 :])]
+    hidden = target.parent.glob(f".{glob.escape(target.name)}.*old")
+    olds = [old for old in hidden if re.fullmatch(r"(\d+-[0-9a-f]{8}\.)?old", old.name[len(target.name) + 2 :])]
     for old in sorted(olds, key=lambda old: old.stat().st_mtime, reverse=True):
         with suppress(OSError):  # another has put one there
             old.rename(target)
@@ -435,16 +440,16 @@ def write_folder_atomically(
     """Let ``write`` fill a new folder, then put it in the place of ``target`` at once.
 
     A crash leaves the old folder or the new one. Where the system cannot swap two names, replacing a folder takes
-    two renames, and between them the old one has a hidden name; `recover_folder` puts it back.
+    two renames. Between them the old folder has a hidden name, and `recover_folder` puts it back.
 
     Args:
         target: the folder; its parents are made.
-        write: puts files into the folder it is given.
+        write: puts files into the folder that it is given.
         seal: adds a last file, when all others are on the disk.
-        size: about how many bytes it takes, for the message where the disk is full.
+        size: about how many bytes the folder takes, for the message where the disk is full.
 
     Raises:
-        FileError: the disk does not take it.
+        FileError: the folder cannot be written.
     """
     given = target
     target = target.resolve()  # a link to a folder stays one

@@ -14,17 +14,31 @@ What no file says, and what they contradict each other in, becomes a note with w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ser.audio import SAMPLE_RATE
-from ser.data.manifest import DIMENSIONS
-from ser.data.text import BLANKS, MAX_SYMBOLS, ORTHOGRAPHIES, Vocabulary
+from ser.data.labels import DIMENSIONS, LABELS, PLURALS, Labels
+from ser.data.text import BLANKS, MAX_SYMBOLS, ORTHOGRAPHIES, SPECIALS, Vocabulary
 from ser.errors import ConfigError, ModelFolderError, TextError, brief_repr, shorten
-from ser.models.multitask import HeadsConfig
-from ser.models.pretrained import PREPROCESSORS, TensorFiles, read_json, resolve_inside, stands_in
+from ser.files import write_json, write_tensors
+from ser.models.config import Wav2Vec2Config
+from ser.models.heads import HEADS
+from ser.models.multitask import HeadsConfig, MultiTaskModel
+from ser.models.pretrained import (
+    PREPROCESSORS,
+    TensorFiles,
+    exists,
+    find_folder,
+    read_json,
+    resolve_inside,
+    stands_in,
+    written_names,
+)
 
 FORMAT = 1  # of the "ser" part of config.json
 
@@ -37,13 +51,26 @@ PROBLEMS = {
 POOLING_MODES = ("mean", "sum", "max")  # of ForSpeechClassification
 
 
+# Settings of `HeadsConfig` that stand in the "ser" part of config.json; its sizes follow from the labels.
+READS = ("layers", "weighted_final_norm", "pooling", "emotion_head", "dimension_head")
+# head -> where a folder has the names of its outputs
+WHERE_LABELS_STAND = {
+    "emotion": "id2label in config.json",
+    "ctc": "vocab.json, with tokenizer_config.json beside it",
+    "speaker": "ser.speakers in config.json",
+    "dimensions": "id2label in config.json, with problem_type regression or of arousal, dominance and valence",
+}
+
+
 @dataclass
 class FolderSettings:
-    """What was read. ``reads`` are settings of `HeadsConfig`: what the heads read, and their form."""
+    """Collect what is read of a folder, before it is known which of it the heads need.
 
-    emotions: list[str] = field(default_factory=list)
-    speakers: list[str] = field(default_factory=list)
-    dimensions: list[str] = field(default_factory=list)
+    ``names`` are those of heads that a folder has or had; ``reads`` are settings of `HeadsConfig`: what the heads
+    read, and their form. ``notes`` say what was assumed.
+    """
+
+    names: dict[str, list[str]] = field(default_factory=dict)
     multi_label: bool = False
     vocabulary: Vocabulary | None = None  # read by itself, where there is a CTC head (`read_vocabulary`)
     reads: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +78,17 @@ class FolderSettings:
     tags: str = "remove"
     do_normalize: bool = True
     notes: list[str] = field(default_factory=list)
+
+    def labels(self, heads: Collection[str]) -> Labels:
+        """Return the labels of a model that has these heads."""
+        return Labels(
+            {head: self.names.get(head, []) for head in heads if LABELS[head].kind != "text"},
+            self.vocabulary if "ctc" in heads else None,
+            self.multi_label,
+            self.orthography,
+            self.tags,
+            self.do_normalize,
+        )
 
 
 # ---------------------------------------------------------------------------------------------- labels
@@ -120,13 +158,13 @@ def label_classifier(path: Path, values: Mapping, files: TensorFiles, found: Fol
         )
     kind = answer_kind(path, values, names, found.notes)
     if kind == "regression":
-        found.dimensions = found.dimensions or names
+        found.names["dimensions"] = found.names.get("dimensions") or names
         if form == "linear":
             files.move("cls_head", "dimension_head")
         if form is not None:
             found.reads["dimension_head"] = form
     else:
-        found.emotions, found.multi_label = names, kind == "multi-label"
+        found.names["emotion"], found.multi_label = names, kind == "multi-label"
         if form == "dense":
             files.move("dimension_head", "cls_head")
             found.reads["emotion_head"] = form
@@ -142,6 +180,19 @@ def own_entries(path: Path, values: Mapping) -> dict:
             f"{path}: ser.format is {brief_repr(own['format'])}, this version reads {FORMAT}; update ser"
         )
     return own
+
+
+def names_of_others(path: Path, own: Mapping) -> dict[str, list[str]]:
+    """Return the names of the outputs of heads that somebody added to `HEADS`."""
+    names = own.get("names", {})
+    if not isinstance(names, dict):
+        raise ModelFolderError(f"{path}: ser.names is {brief_repr(names)}; expected an object")
+    if missing := [head for head in names if head not in HEADS or head not in LABELS]:
+        raise ModelFolderError(
+            f"{path}: ser.names has the head {brief_repr(missing[0], 80)}, which is not known here; add its rows "
+            "to HEADS and LABELS before the folder is loaded"
+        )
+    return {head: check_names(path, f"ser.names of {head}", value) for head, value in names.items()}
 
 
 def what_heads_read(path: Path, values: Mapping, own: Mapping, form: str | None, notes: list[str]) -> dict:
@@ -237,8 +288,9 @@ def read_settings(folder: Path, values: dict, files: TensorFiles) -> FolderSetti
     """
     path = folder / "config.json"
     own, found = own_entries(path, values), FolderSettings()
-    found.speakers = check_names(path, "ser.speakers", own.get("speakers", []))
-    found.dimensions = check_names(path, "ser.dimensions", own.get("dimensions", []))
+    found.names["speaker"] = check_names(path, "ser.speakers", own.get("speakers", []))
+    found.names["dimensions"] = check_names(path, "ser.dimensions", own.get("dimensions", []))
+    found.names |= names_of_others(path, own)
     found.reads = what_heads_read(path, values, own, classifier_form(files), found.notes)
     for name, known in (("orthography", [*ORTHOGRAPHIES]), ("tags", ["remove", "keep-letters"])):
         choice = own.get(name, getattr(found, name))
@@ -428,3 +480,236 @@ def read_vocabulary(
         )
     except TextError as error:
         raise TextError(f"{folder / 'vocab.json'}: not a vocabulary: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------- whole folders
+
+
+def head_config(labels: Labels, reads: Mapping[str, Any]) -> HeadsConfig:
+    """Return the configuration of heads for these labels; ``reads`` are its settings of what heads read."""
+    usual = {
+        "emotion": "num_emotions",
+        "ctc": "vocab_size",
+        "speaker": "num_speakers",
+        "dimensions": "num_dimensions",
+    }
+    sizes: dict[str, Any] = {field: labels.sizes.get(head, 0) for head, field in usual.items()}
+    others = {head: size for head, size in labels.sizes.items() if head not in usual}
+    return HeadsConfig(**sizes, others=others, **reads)
+
+
+def head_rows(files: TensorFiles) -> int | None:
+    """Return the number of outputs of a folder's CTC head, None without one."""
+    shape = files.shapes.get("lm_head.weight", ())
+    return shape[0] if len(shape) == 2 else None
+
+
+def projection_size(files: TensorFiles) -> int:
+    """Return the size of a folder's projector, 0 without one."""
+    shape = files.shapes.get("projector.weight", ())
+    return shape[0] if len(shape) == 2 else 0
+
+
+def read_own_vocabulary(folder: Path, own: FolderSettings, files: TensorFiles, values: Mapping) -> None:
+    """Read the symbols of a folder's CTC head into its settings.
+
+    Raises:
+        ModelFolderError: there are more or fewer symbols than the head has rows.
+    """
+    rows = head_rows(files)
+    vocabulary = read_vocabulary(folder, own.orthography, rows=rows, values=values, notes=own.notes)
+    own.vocabulary = vocabulary
+    if vocabulary is not None and rows is not None and len(vocabulary) != rows:
+        raise ModelFolderError(
+            f"{folder}: vocab.json and what completes it have {len(vocabulary)} symbols, the CTC head "
+            f"(lm_head.weight) has {rows} rows: they do not belong together"
+        )
+    if "ser" not in values and vocabulary is not None and not vocabulary.case:
+        own.orthography = "none"  # of others, with letters of both cases or none: texts keep theirs
+
+
+def check_classifier(folder: Path, files: TensorFiles) -> None:
+    """Raise ModelFolderError for a classifier without the projector before it."""
+    if classifier_form(files) == "linear" and "projector.weight" not in files.names:
+        raise ModelFolderError(
+            f"{folder}: has classifier.weight without projector.weight: no ForSequenceClassification, but a "
+            "model that judges each frame perhaps, which is not supported"
+        )
+
+
+def heads_of(files: TensorFiles) -> list[str]:
+    """Return the names of the heads that a folder has tensors of."""
+    there = {name.split(".")[0] for name in files.names}
+    return [head for head, row in HEADS.items() if row.key in there]
+
+
+def check_heads(folder: Path, heads: Collection[str], labels: Labels) -> None:
+    """Raise ModelFolderError where there is no head, or a head whose outputs have no names."""
+    if not heads:
+        raise ModelFolderError(
+            f"{folder}: holds an encoder without heads, which recognises nothing; "
+            f"ser.load_encoder reads it, or train heads on it with --init {folder}"
+        )
+    for head in heads:
+        if head not in labels.sizes:
+            advice = "examples/convert.py makes a folder with them"
+            if LABELS[head].kind == "text":
+                advice = "put the files of its tokenizer there"
+            where = WHERE_LABELS_STAND.get(head, f"ser.names of {head} in config.json")
+            raise ModelFolderError(
+                f"{folder}: has {HEADS[head].key} but no names for its classes ({where}); {advice}"
+            )
+
+
+def is_preset(init: str | Path) -> bool:
+    """Tell whether ``init`` names random weights, such as "small". A folder of that name comes first.
+
+    Raises ConfigError for what is neither that, nor a path, nor a name on the hub.
+    """
+    if exists(Path(init)) or "/" in str(init):
+        return False
+    try:
+        Wav2Vec2Config.named(str(init))
+    except ConfigError as error:
+        raise ConfigError(f"{init}: there is no such model folder, and {error}") from None
+    return True
+
+
+def labels_of(init: str | Path, head: str) -> list[str]:
+    """Return the names of a head's outputs in the folder ``init``, in their order; none of a preset."""
+    if is_preset(init):
+        return []
+    folder = find_folder(init)
+    return read_settings(folder, read_json(folder, "config.json"), TensorFiles(folder)).names.get(head, [])
+
+
+def inherited_labels(init: str | Path, head: str, training: Iterable[str]) -> list[str]:
+    """Return the names to train a head with: the folder's if it has all of training's, else those sorted.
+
+    With the folder's own names its head can be kept (`Recognizer.create`). Speakers must be the very same: nobody
+    is scored on a speaker whom this training lacks.
+    """
+    wanted, own = sorted(set(training)), labels_of(init, head)
+    kept = set(wanted) == set(own) if head == "speaker" else set(wanted) <= set(own)
+    return own if wanted and kept else wanted
+
+
+def inherited_vocabulary(init: str | Path, orthography: str) -> Vocabulary | None:
+    """Return the symbols of the folder ``init``, with the orthography's delimiter where it has one of its own.
+
+    None for a preset, and for a folder without any.
+    """
+    if is_preset(init):
+        return None
+    folder = find_folder(init)
+    return read_vocabulary(
+        folder, orthography, rows=head_rows(TensorFiles(folder)), values=read_json(folder, "config.json")
+    )
+
+
+# --------------------------------------------------------------------------------------------- writing
+
+
+def classifier_of(heads: HeadsConfig) -> str | None:
+    """Return the part that is written as the head of ForSequenceClassification: cls_head or dimension_head."""
+    if heads.projection and heads.num_emotions and heads.emotion_head == "linear":
+        return "cls_head"
+    alone = heads.num_dimensions and not heads.num_emotions
+    return "dimension_head" if heads.projection and alone and heads.dimension_head == "linear" else None
+
+
+def class_of(model: MultiTaskModel) -> str:
+    """Return the name of the class in `transformers` that loads most of a model."""
+    heads = model.heads_config
+    # What that class computes: transformers 5 sums layers without a pre-norm encoder's final norm.
+    raw = not (heads.weighted_final_norm and model.config.do_stable_layer_norm)
+    theirs = heads.layers == "last" or (heads.layers == "weighted" and raw)
+    if classifier_of(heads) and heads.pooling == "mean" and theirs:
+        task = "ForSequenceClassification"
+    else:
+        task = "ForCTC" if heads.vocab_size else "Model"
+    return model.config.architecture.classes + task
+
+
+def config_json(model: MultiTaskModel, labels: Labels) -> dict[str, Any]:
+    """Return the content of config.json."""
+    heads, classifier = model.heads_config, classifier_of(model.heads_config)
+    config: dict[str, Any] = {
+        "architectures": [class_of(model)],
+        **model.config.to_dict(),
+        "hidden_act": "gelu",
+        "feat_extract_activation": "gelu",
+        "ctc_loss_reduction": "sum",
+    }
+    if names := labels.dimensions if classifier == "dimension_head" else labels.emotions:
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    if labels.multi_label or classifier == "dimension_head":
+        config["problem_type"] = "multi_label_classification" if labels.multi_label else "regression"
+    if labels.vocabulary is not None:
+        config |= {"vocab_size": len(labels.vocabulary), "pad_token_id": labels.vocabulary.blank}
+    if heads.projection:
+        config["classifier_proj_size"] = heads.projection
+    config["use_weighted_layer_sum"] = heads.layers == "weighted"
+    others = {head: names for head, names in labels.names.items() if head not in PLURALS}
+    config["ser"] = {
+        "format": FORMAT,
+        **{name: value for name, value in heads.to_dict().items() if name in READS},
+        "speakers": labels.speakers,
+        "dimensions": labels.dimensions,
+        **({"names": others} if others else {}),
+        "orthography": labels.orthography,
+        "tags": labels.tags,
+    }
+    return config
+
+
+def tokenizer_json(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """Return the contents of tokenizer_config.json and special_tokens_map.json."""
+    tokens, specials = vocabulary.tokens, vocabulary.specials
+    special: dict[str, str | None] = {
+        "pad_token": tokens[vocabulary.blank],
+        "unk_token": None if vocabulary.unknown is None else tokens[vocabulary.unknown],
+        "bos_token": "<s>" if "<s>" in tokens else None,
+        "eos_token": "</s>" if "</s>" in tokens else None,
+    }
+    tokenizer: dict[str, Any] = {
+        "tokenizer_class": "Wav2Vec2CTCTokenizer",
+        "do_lower_case": vocabulary.lower_case,
+        **special,
+        "word_delimiter_token": vocabulary.word_delimiter,
+    }
+    if vocabulary.separator != " ":
+        tokenizer["replace_word_delimiter_char"] = vocabulary.separator
+    if others := [t for t in tokens if t in specials - SPECIALS and t not in special.values()]:
+        tokenizer["additional_special_tokens"] = others
+    return tokenizer, special
+
+
+def written_keys(model: MultiTaskModel) -> dict[str, str]:
+    """Return the names of a model's tensors -> their keys in ``model.safetensors``."""
+    return written_names(model.state_dict(), model.config, classifier=classifier_of(model.heads_config))
+
+
+def write_model_files(folder: Path, model: MultiTaskModel, labels: Labels, tensors: Mapping[str, Tensor]) -> None:
+    """Write the files of a model folder into an existing folder; ``tensors`` are named as the model's."""
+    write_json(folder / "config.json", config_json(model, labels))
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+            "feature_size": 1,
+            "sampling_rate": SAMPLE_RATE,
+            "do_normalize": labels.do_normalize,
+            "padding_side": "right",
+            "padding_value": 0.0,
+            "return_attention_mask": model.config.feat_extract_norm == "layer",
+        },
+    )
+    if labels.vocabulary is not None:
+        tokenizer, special = tokenizer_json(labels.vocabulary)
+        write_json(folder / "vocab.json", {token: i for i, token in enumerate(labels.vocabulary.tokens)})
+        write_json(folder / "tokenizer_config.json", tokenizer)
+        write_json(folder / "special_tokens_map.json", special)
+    keys = written_keys(model)
+    write_tensors(folder / "model.safetensors", {keys[name]: tensor for name, tensor in tensors.items()})

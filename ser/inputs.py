@@ -19,23 +19,25 @@ from ser.data.manifest import Utterance
 from ser.data.sampler import evaluation_batches
 from ser.errors import AudioError, SerError, shorten
 
-WINDOW = 512  # recordings that are sorted by length together; results come at least so often
-PATIENCE = 1.0  # seconds that recordings wait for more of a source that is slow, once they fill a batch
-MOST_FIRST = 64  # recordings that a generator gives before the first result, however short they are
-# A path, a manifest row, samples, or a dict of `datasets` (array, sampling_rate, path)
+WINDOW = 512  # at most so many recordings are sorted by length together before results come
+PATIENCE = 1.0  # seconds that recordings which fill a batch wait for more from a slow source
+MOST_FIRST = 64  # at most so many recordings are asked of a generator before the first result
+# A path, a manifest row, samples, or a dict of `datasets` (array, sampling_rate, path).
 Input = str | os.PathLike[str] | Utterance | np.ndarray | Tensor | Mapping[str, Any]
 
 
 def is_pair(item: Sequence[Any]) -> bool:
-    """Whether an input is samples with their rate, as `librosa.load`, `torchaudio.load` and scipy return them."""
+    """Tell whether an input is samples with their rate, as librosa, torchaudio and scipy return them."""
     kinds = [isinstance(part, np.ndarray | Tensor) - isinstance(part, Real) for part in item[:3]]
     return sorted(kinds) == [-1, 1]
 
 
 def no_recording(item: Any) -> str:
-    """What an input is that cannot be taken, what was expected, and what to do."""
-    found = f"of type {type(item).__name__}"
-    expected = f"{found}; expected a path, a manifest row, or samples as a numpy array or torch tensor"
+    """Say what an input is that cannot be taken, what was expected, and what to do."""
+    expected = (
+        f"of type {type(item).__name__}; expected a path, a manifest row, or samples as a numpy array or torch "
+        "tensor"
+    )
     if isinstance(item, tuple | list) and is_pair(item):
         return (
             "a pair of samples and their rate, as librosa and torchaudio load them; pass predict(samples, rate), "
@@ -52,7 +54,7 @@ def no_recording(item: Any) -> str:
 
 
 def each_of(inputs: Input | Iterable[Input]) -> Iterable[Input]:
-    """What was passed to `predict`, one by one: a recording alone is a list of one."""
+    """Return what was passed to `predict` as an iterable of recordings; one recording becomes a list of one."""
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OUST":  # of paths, or of samples
         if inputs.ndim > 1 and inputs.shape[1:] != (1,):
             raise AudioError(f"inputs are an array of shape {inputs.shape}; expected samples, or (N,) of paths")
@@ -66,13 +68,13 @@ def each_of(inputs: Input | Iterable[Input]) -> Iterable[Input]:
         return [inputs]  # type: ignore[list-item]
     try:
         iter(inputs)
-    except TypeError:  # what it is stands in its error
+    except TypeError:  # `no_recording` will say what it is
         return [inputs]  # type: ignore[list-item]
     return inputs
 
 
 def unpacked(item: Any, sampling_rate: int | None, name: str) -> tuple[Any, Any, str | None]:
-    """An input, its rate and the name of its file: of a dict of `datasets` its parts, else as they are."""
+    """Return an input's sound, its rate and the name of its file; a dict of `datasets` is taken apart."""
     if not isinstance(item, Mapping):
         return item, sampling_rate, None
     array, rate, path = item.get("array"), item.get("sampling_rate"), item.get("path")
@@ -93,7 +95,7 @@ def unpacked(item: Any, sampling_rate: int | None, name: str) -> tuple[Any, Any,
 
 
 def check_is_array(samples: Any, rate: Any, name: str) -> None:
-    """Raise AudioError for what is neither array nor tensor, or has no rate."""
+    """Raise AudioError for samples that are neither array nor tensor, or have no rate."""
     if not isinstance(samples, np.ndarray | Tensor):
         raise AudioError(f"{name} is {no_recording(samples)}")
     if rate is None:
@@ -101,7 +103,7 @@ def check_is_array(samples: Any, rate: Any, name: str) -> None:
 
 
 def checked_samples(samples: Any, rate: Any, name: str) -> tuple[Tensor, str | None]:
-    """Samples that were passed, as (S,) at 16 kHz, and a warning. Raises AudioError with the input's name."""
+    """Return samples that were passed as (S,) at 16 kHz, with a warning; an AudioError names the input."""
     check_is_array(samples, rate, name)
     try:
         return read_samples(samples, rate)
@@ -111,15 +113,15 @@ def checked_samples(samples: Any, rate: Any, name: str) -> tuple[Tensor, str | N
 
 @dataclass(frozen=True)
 class Recording:
-    """One input: its place, where its sound is, and its length from the header, or why it cannot be read."""
+    """Describe one input: its place, where its sound is, its length by the header, or why it cannot be read."""
 
     index: int
     file: str | None = None  # None for samples that were passed in memory
     start: float | None = None  # of an excerpt, in seconds
     end: float | None = None
-    samples: np.ndarray | None = None  # (S,) float32 at 16 kHz; numpy, for tensors cost a worker a descriptor each
+    samples: np.ndarray | None = None  # (S,) float32 at 16 kHz; numpy, as each tensor costs a worker a descriptor
     num_samples: int = 0  # S
-    warning: str | None = None  # what is wrong with its sound, once that was read
+    warning: str | None = None  # what is wrong with its sound, once it was read
     error: SerError | None = None
 
 
@@ -156,7 +158,7 @@ def find_recording(index: int, item: Input, sampling_rate: int | None, max_secon
 def open_windows(
     source: Input, sampling_rate: int | None, *, window: float, hop: float
 ) -> tuple[str | None, Iterator[tuple[float, float, Tensor, str | None]]]:
-    """The name of a recording's file, and its windows, as `read_windows` gives them."""
+    """Return the name of a recording's file, and its windows as `read_windows` gives them."""
     name = "the recording"
     sound, rate, file = unpacked(source, sampling_rate, name)
     if isinstance(sound, Utterance):
@@ -169,10 +171,13 @@ def open_windows(
 
 
 def gather(recordings: Iterator[Recording], seconds: float | None) -> Iterator[list[Recording]]:
-    """Runs of at most `WINDOW` recordings that are sorted by length together; None: of so many each.
+    """Divide recordings into runs of at most `WINDOW`, each of which is sorted by length.
 
-    Else the first one ends with ``seconds`` of sound, so that there are results soon, and each other one with
-    twice as much as the one before, so that little is padded; with ``seconds`` again where the source is slow.
+    Args:
+        recordings: in their order, from a source that may be slow.
+        seconds: the first run ends at so much sound, so that results come soon. Each further run has twice as much
+            as the one before, so that little is padded; where the source is slow, a run ends at ``seconds`` again.
+            None: every run but the last has `WINDOW` recordings.
     """
     limit = seconds
     while True:
@@ -194,7 +199,7 @@ def gather(recordings: Iterator[Recording], seconds: float | None) -> Iterator[l
 
 
 def plan_batches(runs: Iterable[list[Recording]], seconds: float) -> Iterator[list[Recording]]:
-    """Batches of like length, so that little is padded; recordings with errors in batches of their own."""
+    """Form batches of like length, so that little is padded; recordings with errors get batches of their own."""
     for run in runs:
         good = [r for r in run if r.error is None]
         if len(good) < len(run):
@@ -205,7 +210,7 @@ def plan_batches(runs: Iterable[list[Recording]], seconds: float) -> Iterator[li
 
 
 class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):
-    """Reads the sound of recordings, in a worker process perhaps; the batch sampler brings the recordings."""
+    """A dataset that reads the sound of recordings, which the batch sampler brings; it may run in a worker."""
 
     def __getitem__(self, recording: Recording) -> tuple[Recording, Tensor | SerError]:
         if recording.error is not None:
@@ -222,7 +227,7 @@ class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):
 
 
 class Packed(NamedTuple):
-    """A decoded batch. One tensor for all, since each costs a worker a file descriptor."""
+    """A decoded batch. Its samples are in one tensor, since each tensor costs a worker a file descriptor."""
 
     recordings: list[tuple[int, str | None, str | None]]  # (index, file, warning) of those that could be read
     lengths: list[int]
@@ -230,12 +235,12 @@ class Packed(NamedTuple):
     errors: dict[int, SerError]  # by index
 
 
-def pack(items: list[tuple[Recording, Tensor | SerError]]) -> Packed:
-    """One after the other, without padding."""
-    good = [(r, found) for r, found in items if isinstance(found, Tensor)]
+def pack_decoded(items: list[tuple[Recording, Tensor | SerError]]) -> Packed:
+    """Put the waveforms of a batch one after the other, without padding."""
+    good = [(recording, sound) for recording, sound in items if isinstance(sound, Tensor)]
     return Packed(
-        [(r.index, r.file, r.warning) for r, _ in good],
+        [(recording.index, recording.file, recording.warning) for recording, _ in good],
         [len(waveform) for _, waveform in good],
         torch.cat([waveform for _, waveform in good]) if good else torch.empty(0),
-        {r.index: found for r, found in items if isinstance(found, SerError)},
+        {recording.index: sound for recording, sound in items if isinstance(sound, SerError)},
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,31 @@ from ser.audio import (
     normalise,
 )
 from ser.data.dataset import SpeechDataset, pad
+from ser.data.labels import LABELS, Labels
 from ser.data.manifest import Utterance
-from ser.data.text import ORTHOGRAPHIES, SPECIALS, Vocabulary
+from ser.data.text import ORTHOGRAPHIES
 from ser.data.workers import AGAIN, WORKER_SECONDS, decoded, worker_death_explained
-from ser.device import choose_precision, freed_memory_kept
-from ser.errors import AudioError, ConfigError, ModelFolderError, SerError, brief_repr, shorten
-from ser.files import write_folder_atomically, write_json, write_tensors
-from ser.folder import FORMAT, classifier_form, read_settings, read_vocabulary
-from ser.inputs import Decoder, Input, each_of, find_recording, gather, open_windows, pack, plan_batches
-from ser.models.config import MODEL_TYPES, Wav2Vec2Config
-from ser.models.multitask import HEADS, HeadsConfig, MultiTaskModel, Outputs
+from ser.device import choose_precision
+from ser.errors import AudioError, ConfigError, ModelFolderError, SerError, shorten
+from ser.files import write_folder_atomically
+from ser.folder import (
+    check_classifier,
+    check_heads,
+    head_config,
+    head_rows,
+    heads_of,
+    is_preset,
+    projection_size,
+    read_own_vocabulary,
+    read_settings,
+    read_vocabulary,
+    write_model_files,
+    written_keys,
+)
+from ser.inputs import Decoder, Input, each_of, find_recording, gather, open_windows, pack_decoded, plan_batches
+from ser.models.config import ARCHITECTURES, Wav2Vec2Config
+from ser.models.heads import HEADS
+from ser.models.multitask import HeadsConfig, MultiTaskModel, Outputs
 from ser.models.pretrained import (
     LoadReport,
     TensorFiles,
@@ -49,26 +64,12 @@ from ser.models.pretrained import (
     materialise,
     read_encoder_config,
     read_json,
-    written_names,
 )
 
 LOG = logging.getLogger("ser")  # where loading says what a folder lacks; on standard error unless it is set up
 MAX_SECONDS = 120.0  # attention's memory grows with the square of the length
 # Padded seconds per forward pass in inference. On a CPU more do not stay in its caches: 64 took a quarter longer.
 BATCH_SECONDS = {"cpu": 16.0, "cuda": 64.0}
-
-# head -> the attribute of a Recognizer that names its classes, and where a folder has those names
-LABELS = {"emotion": "emotions", "ctc": "vocabulary", "speaker": "speakers", "dimensions": "dimensions"}
-WHERE_LABELS_STAND = {
-    "emotion": "id2label in config.json",
-    "ctc": "vocab.json, with tokenizer_config.json beside it",
-    "speaker": "ser.speakers in config.json",
-    "dimensions": "id2label in config.json, with problem_type regression or of arousal, dominance and valence",
-}
-# Settings of `HeadsConfig` that stand in the "ser" part of config.json; its sizes follow from the labels.
-READS = ("layers", "weighted_final_norm", "pooling", "emotion_head", "dimension_head")
-# model_type -> how its classes in `transformers` begin
-ARCHITECTURES = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM", "data2vec-audio": "Data2VecAudio"}
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,13 @@ class Prediction:
     speaker: str | None = None  # the most likely of the speakers in training
     speaker_probability: float | None = None
     warning: str | None = None  # why it may mean nothing, such as silence; sentences between "; "
+    # What heads that somebody added to `HEADS` say: numbers by their names, or the likeliest class.
+    others: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
-        """As plain data, for JSON."""
-        return asdict(self)
+        """Return plain data for JSON; ``others`` only where there are any."""
+        values = asdict(self)
+        return values if self.others else {name: values[name] for name in values if name != "others"}
 
 
 def build(config: Wav2Vec2Config, sizes: HeadsConfig) -> MultiTaskModel:
@@ -102,54 +106,13 @@ def build(config: Wav2Vec2Config, sizes: HeadsConfig) -> MultiTaskModel:
     return model
 
 
-def head_sizes(labels: dict[str, Any], reads: dict[str, Any]) -> HeadsConfig:
-    """The `HeadsConfig` for these labels; ``reads`` are its settings of what heads read."""
-    return HeadsConfig(
-        num_emotions=len(labels["emotions"]),
-        vocab_size=len(labels["vocabulary"]) if labels["vocabulary"] is not None else 0,
-        num_speakers=len(labels["speakers"]),
-        num_dimensions=len(labels["dimensions"]),
-        **reads,
-    )
-
-
-def head_rows(files: TensorFiles) -> int | None:
-    """Outputs of the CTC head in a folder, None without one."""
-    shape = files.shapes.get("lm_head.weight", ())
-    return shape[0] if len(shape) == 2 else None
-
-
-def projection_size(files: TensorFiles) -> int:
-    """Of the projector in a folder, 0 without one."""
-    shape = files.shapes.get("projector.weight", ())
-    return shape[0] if len(shape) == 2 else 0
-
-
-def is_preset(init: str | Path) -> bool:
-    """Whether ``init`` names random weights, such as "small". A folder of that name comes first.
-
-    Raises ConfigError for what is neither that, nor a path, nor a name on the hub.
-    """
-    if exists(Path(init)) or "/" in str(init):
-        return False
-    try:
-        Wav2Vec2Config.named(str(init))
-    except ConfigError as error:
-        raise ConfigError(f"{init}: there is no such model folder, and {error}") from None
-    return True
-
-
 class Recognizer:
     """A multi-task model with its labels, vocabulary and preprocessing.
 
     Attributes:
         model: the `MultiTaskModel`.
-        emotions, speakers: class names in the order of the heads; empty without such a head.
-        dimensions: names such as arousal, likewise.
-        multi_label: whether emotions are judged one by one, so that several can be likely at once.
-        vocabulary: CTC symbols, or None without a CTC head.
-        orthography, tags: how training cleaned its text (see `ser.data.text`).
-        do_normalize: whether waveforms are made zero mean and unit variance.
+        labels: its `Labels`. Their fields are attributes too: emotions, speakers, dimensions, multi_label,
+            vocabulary, orthography, tags, do_normalize.
         precision: in which the model predicts: torch.float32, or torch.bfloat16, which is faster where the
             processor has the instructions, and leaves scores two to three digits. Loaded so, the encoder's
             weights are rounded: for predictions and evaluation, and not to be saved or trained. Call the model
@@ -158,36 +121,37 @@ class Recognizer:
 
     precision = torch.float32
 
-    def __init__(
-        self,
-        model: MultiTaskModel,
-        *,
-        emotions: Sequence[str] = (),
-        speakers: Sequence[str] = (),
-        dimensions: Sequence[str] = (),
-        multi_label: bool = False,
-        vocabulary: Vocabulary | None = None,
-        orthography: str = "librispeech",
-        tags: str = "remove",
-        do_normalize: bool = True,
-    ) -> None:
-        self.model, self.multi_label = model, multi_label
-        self.emotions, self.speakers, self.vocabulary = list(emotions), list(speakers), vocabulary
-        self.dimensions = list(dimensions)
-        self.orthography, self.tags, self.do_normalize = orthography, tags, do_normalize
-        symbols = vocabulary.tokens if vocabulary is not None else ()
-        found = (len(self.emotions), len(symbols), len(self.speakers), len(self.dimensions))
-        heads = model.heads_config
-        expected = (heads.num_emotions, heads.vocab_size, heads.num_speakers, heads.num_dimensions)
+    def __init__(self, model: MultiTaskModel, labels: Labels | None = None, **fields: Any) -> None:
+        """Put a model and its labels together.
+
+        ``fields`` in place of ``labels`` are those of `Labels.of`: emotions, speakers, dimensions, vocabulary ...
+
+        Raises:
+            ConfigError: the labels are not as many as the heads' outputs.
+        """
+        self.model, self.labels = model, labels if labels is not None else Labels.of(**fields)
+        expected = model.heads_config.sizes
+        found = {head: self.labels.sizes.get(head, 0) for head in expected}
         if found != expected:
+            usual = {"emotion": "emotions", "ctc": "symbols", "speaker": "speakers"}
+            what = ", ".join(usual.get(head, head) for head in expected)
             raise ConfigError(
-                f"labels and heads disagree: (emotions, symbols, speakers, dimensions) are {found}, the heads "
-                f"have {expected}"
+                f"labels and heads disagree: ({what}) are {tuple(found.values())}, the heads "
+                f"have {tuple(expected.values())}"
             )
-        named = {"emotions": self.emotions, "speakers": self.speakers, "dimensions": self.dimensions}
-        for kind, names in named.items():
-            if len(set(names)) < len(names):
-                raise ConfigError(f"{kind} {brief_repr(names)} name a class twice")
+
+    emotions = property(
+        lambda self: self.labels.emotions, doc="Names of the emotion head's classes, in their order."
+    )
+    speakers = property(
+        lambda self: self.labels.speakers, doc="Names of the speaker head's classes, in their order."
+    )
+    dimensions = property(lambda self: self.labels.dimensions, doc="Names of the dimension head's numbers.")
+    multi_label = property(lambda self: self.labels.multi_label, doc="Whether several emotions can be right.")
+    vocabulary = property(lambda self: self.labels.vocabulary, doc="The CTC symbols, or None without a CTC head.")
+    orthography = property(lambda self: self.labels.orthography, doc="How training wrote its text.")
+    tags = property(lambda self: self.labels.tags, doc="What training did with tags in its text.")
+    do_normalize = property(lambda self: self.labels.do_normalize, doc="Whether waveforms are normalised.")
 
     @property
     def kind(self) -> str | None:
@@ -215,55 +179,52 @@ class Recognizer:
     def create(
         cls,
         init: str | Path,
+        labels: Labels | None = None,
         *,
-        emotions: Sequence[str] = (),
-        speakers: Sequence[str] = (),
-        dimensions: Sequence[str] = (),
-        vocabulary: Vocabulary | None = None,
-        orthography: str = "librispeech",
-        tags: str = "remove",
         pooling: str | None = None,
         layers: str | None = None,
         seed: int = 0,
+        **fields: Any,
     ) -> tuple[Recognizer, LoadReport]:
-        """A recognizer to train: the encoder of ``init`` and heads for these labels.
+        """Make a recognizer to train: the encoder of ``init`` and heads for these labels.
 
         ``init`` is a preset (small, base, large, large-lv60: random weights) or a model folder. Of a folder, a
-        head is kept when its labels (or symbols) and what it reads are the same; others are new. Random weights
-        depend on ``seed`` alone. ``pooling`` and ``layers`` are those of `HeadsConfig`; None: as in the folder,
-        else mean and last.
+        head is kept when its labels (or symbols) and what it reads are the same; others are new, and sound is
+        normalised as the folder says. Random weights depend on ``seed`` alone. ``pooling`` and ``layers`` are
+        those of `HeadsConfig`; None: as in the folder, else mean and last. ``fields`` in place of ``labels`` are
+        those of `Labels.of`.
         """
-        labels: dict[str, Any] = {
-            "emotions": list(emotions),
-            "speakers": list(speakers),
-            "dimensions": list(dimensions),
-            "vocabulary": vocabulary,
-        }
+        labels = labels if labels is not None else Labels.of(**fields)
         reads = {name: value for name, value in (("pooling", pooling), ("layers", layers)) if value is not None}
-        if is_preset(init):
-            config = Wav2Vec2Config.named(str(init))
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = MultiTaskModel(config, head_sizes(labels, reads))
-            new = [name for name in model.state_dict() if not name.startswith("wav2vec2.")]
-            return cls(model, orthography=orthography, tags=tags, **labels), LoadReport(Path(init), new=new)
+        if not is_preset(init):
+            return cls.from_encoder(find_folder(init), labels, reads, seed=seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = MultiTaskModel(Wav2Vec2Config.named(str(init)), head_config(labels, reads))
+        new = [name for name in model.state_dict() if not name.startswith("wav2vec2.")]
+        return cls(model, labels), LoadReport(Path(init), new=new)
 
-        folder = find_folder(init)
+    @classmethod
+    def from_encoder(
+        cls, folder: Path, labels: Labels, reads: dict[str, Any], *, seed: int
+    ) -> tuple[Recognizer, LoadReport]:
+        """Make a recognizer to train on the encoder of a folder; see `create`."""
         config, values = read_encoder_config(folder)
         files = TensorFiles(folder)
         own = read_settings(folder, values, files)
-        if vocabulary is not None:
+        if labels.vocabulary is not None:
             rows = head_rows(files)
             own.vocabulary = read_vocabulary(folder, own.orthography, rows=rows, values=values, notes=own.notes)
         there = own.reads | {"projection": projection_size(files)}
-        sizes = head_sizes(labels, there | reads)
-        same_input = head_sizes(labels, there) == sizes
-        kept = {HEADS[name]: same_input and getattr(own, kind) == labels[kind] for name, kind in LABELS.items()}
-        kept["lm_head"] = own.vocabulary is not None and own.vocabulary == vocabulary
-        if own.multi_label and labels["emotions"]:
+        heads = head_config(labels, there | reads)
+        same_input = head_config(labels, there) == heads
+        before = own.labels([*HEADS])
+        kept = {row.key: same_input and before.of_head(h) == labels.of_head(h) for h, row in HEADS.items()}
+        kept["lm_head"] = own.vocabulary is not None and own.vocabulary == labels.vocabulary
+        if own.multi_label and labels.emotions:
             kept["cls_head"] = False
             own.notes.append("the emotion head there is of several labels at once (multi-label): it is made anew")
-        model, report = build(config, sizes), LoadReport(folder, notes=own.notes)
+        model, report = build(config, heads), LoadReport(folder, notes=own.notes)
         parts: dict[str, list[str]] = {}  # what stands on the encoder: heads, and what they read
         for name in model.state_dict():
             if not name.startswith("wav2vec2."):
@@ -276,9 +237,9 @@ class Recognizer:
                     fill(model, files, report, names)
                     report.unused = [name for name in report.unused if name not in names]
                 else:
-                    model.renew(part)
+                    model.initialise(part)
                     report.new += names
-        return cls(model, orthography=orthography, tags=tags, do_normalize=own.do_normalize, **labels), report
+        return cls(model, replace(labels, do_normalize=own.do_normalize)), report
 
     @classmethod
     def load(
@@ -294,52 +255,16 @@ class Recognizer:
         folder = find_folder(folder, revision=revision)
         config, values = read_encoder_config(folder)
         files = TensorFiles(folder)
-        if classifier_form(files) == "linear" and "projector.weight" not in files.names:
-            raise ModelFolderError(
-                f"{folder}: has classifier.weight without projector.weight: no ForSequenceClassification, but a "
-                "model that judges each frame perhaps, which is not supported"
-            )
+        check_classifier(folder, files)
         own = read_settings(folder, values, files)
-        there = {name.split(".")[0] for name in files.names}
-        heads = [name for name, part in HEADS.items() if part in there]
-        if not heads:
-            raise ModelFolderError(
-                f"{folder}: holds an encoder without heads, which recognises nothing; "
-                f"ser.load_encoder reads it, or train heads on it with --init {folder}"
-            )
+        heads = heads_of(files)
         if "ctc" in heads:  # others may leave any vocab.json behind
-            rows = head_rows(files)
-            vocabulary = read_vocabulary(folder, own.orthography, rows=rows, values=values, notes=own.notes)
-            own.vocabulary = vocabulary
-            if vocabulary is not None and rows is not None and len(vocabulary) != rows:
-                raise ModelFolderError(
-                    f"{folder}: vocab.json and what completes it have {len(vocabulary)} symbols, the CTC head "
-                    f"(lm_head.weight) has {rows} rows: they do not belong together"
-                )
-            if "ser" not in values and vocabulary is not None and not vocabulary.case:
-                own.orthography = "none"  # of others, with letters of both cases or none: texts keep theirs
-        labels: dict[str, Any] = {"emotions": [], "speakers": [], "dimensions": [], "vocabulary": None}
-        for name in heads:
-            kind = LABELS[name]
-            labels[kind] = getattr(own, kind)
-            if not labels[kind]:
-                advice = "examples/convert.py makes a folder with them"
-                if name == "ctc":
-                    advice = "put the files of its tokenizer there"
-                where = WHERE_LABELS_STAND[name]
-                raise ModelFolderError(
-                    f"{folder}: has {HEADS[name]} but no names for its classes ({where}); {advice}"
-                )
+            read_own_vocabulary(folder, own, files, values)
         try:
-            sizes = head_sizes(labels, own.reads | {"projection": projection_size(files)})
-            recognizer = cls(
-                build(config, sizes),
-                multi_label=own.multi_label,
-                orthography=own.orthography,
-                tags=own.tags,
-                do_normalize=own.do_normalize,
-                **labels,
-            )
+            labels = own.labels(heads)
+            check_heads(folder, heads, labels)
+            sizes = head_config(labels, own.reads | {"projection": projection_size(files)})
+            recognizer = cls(build(config, sizes), labels)
         except ConfigError as error:
             raise ModelFolderError(f"{folder / 'config.json'}: {shorten(str(error))}") from None
         recognizer.precision = dtype
@@ -386,7 +311,7 @@ class Recognizer:
         folder = Path(folder)
         if exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             try:
-                ours = read_json(check_folder(folder), "config.json").get("model_type") in MODEL_TYPES
+                ours = read_json(check_folder(folder), "config.json").get("model_type") in list(ARCHITECTURES)
             except ModelFolderError:
                 ours = False
             if not ours:
@@ -403,100 +328,18 @@ class Recognizer:
 
     def write_files(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write the files of a model folder into an existing folder; ``tensors`` as in `save`."""
-        heads = self.model.heads_config
-        architecture = "ForCTC" if self.vocabulary is not None else "Model"
-        # What that class computes: transformers 5 sums layers without a pre-norm encoder's final norm.
-        raw = not (heads.weighted_final_norm and self.model.config.do_stable_layer_norm)
-        theirs = heads.layers == "last" or (heads.layers == "weighted" and raw)
-        if self.classifier and heads.pooling == "mean" and theirs:
-            architecture = "ForSequenceClassification"
-        config: dict[str, Any] = {
-            "architectures": [ARCHITECTURES[self.model.config.model_type] + architecture],
-            **self.model.config.to_dict(),
-            "hidden_act": "gelu",
-            "feat_extract_activation": "gelu",
-            "ctc_loss_reduction": "sum",
-        }
-        if names := self.dimensions if self.classifier == "dimension_head" else self.emotions:
-            config["id2label"] = {str(i): name for i, name in enumerate(names)}
-            config["label2id"] = {name: i for i, name in enumerate(names)}
-        if self.multi_label or self.classifier == "dimension_head":
-            config["problem_type"] = "multi_label_classification" if self.multi_label else "regression"
-        if self.vocabulary is not None:
-            config |= {"vocab_size": len(self.vocabulary), "pad_token_id": self.vocabulary.blank}
-        if heads.projection:
-            config["classifier_proj_size"] = heads.projection
-        config["use_weighted_layer_sum"] = heads.layers == "weighted"
-        config["ser"] = {
-            "format": FORMAT,
-            **{name: value for name, value in heads.to_dict().items() if name in READS},
-            "speakers": self.speakers,
-            "dimensions": self.dimensions,
-            "orthography": self.orthography,
-            "tags": self.tags,
-        }
-        write_json(folder / "config.json", config)
-        write_json(
-            folder / "preprocessor_config.json",
-            {
-                "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-                "feature_size": 1,
-                "sampling_rate": SAMPLE_RATE,
-                "do_normalize": self.do_normalize,
-                "padding_side": "right",
-                "padding_value": 0.0,
-                "return_attention_mask": self.model.config.feat_extract_norm == "layer",
-            },
-        )
-        if self.vocabulary is not None:
-            tokens = self.vocabulary.tokens
-            write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
-            specials = self.vocabulary.specials
-            special: dict[str, str | None] = {
-                "pad_token": tokens[self.vocabulary.blank],
-                "unk_token": None if self.vocabulary.unknown is None else tokens[self.vocabulary.unknown],
-                "bos_token": "<s>" if "<s>" in tokens else None,
-                "eos_token": "</s>" if "</s>" in tokens else None,
-            }
-            delimiter = {"word_delimiter_token": self.vocabulary.word_delimiter}
-            if self.vocabulary.separator != " ":
-                delimiter["replace_word_delimiter_char"] = self.vocabulary.separator
-            lower = {"do_lower_case": self.vocabulary.lower_case}
-            tokenizer: dict[str, Any] = {"tokenizer_class": "Wav2Vec2CTCTokenizer"} | lower | special | delimiter
-            if others := [t for t in tokens if t in specials - SPECIALS and t not in special.values()]:
-                tokenizer["additional_special_tokens"] = others
-            write_json(folder / "tokenizer_config.json", tokenizer)
-            write_json(folder / "special_tokens_map.json", special)
-        tensors, keys = self.model.state_dict() if tensors is None else tensors, self.keys()
-        write_tensors(folder / "model.safetensors", {keys[name]: tensor for name, tensor in tensors.items()})
+        tensors = self.model.state_dict() if tensors is None else tensors
+        write_model_files(folder, self.model, self.labels, tensors)
 
     def keys(self) -> dict[str, str]:
-        """The names of the model's tensors -> their keys in ``model.safetensors``."""
-        return written_names(self.model.state_dict(), self.model.config, classifier=self.classifier)
-
-    @property
-    def classifier(self) -> str | None:
-        """The part that is written as the head of ForSequenceClassification: cls_head or dimension_head."""
-        heads = self.model.heads_config
-        if heads.projection and heads.num_emotions and heads.emotion_head == "linear":
-            return "cls_head"
-        alone = heads.num_dimensions and not heads.num_emotions
-        return "dimension_head" if heads.projection and alone and heads.dimension_head == "linear" else None
+        """Return the names of the model's tensors -> their keys in ``model.safetensors``."""
+        return written_keys(self.model)
 
     # ------------------------------------------------------------------------------------ using one
 
     def dataset(self, utterances: Sequence[Utterance]) -> SpeechDataset:
         """Utterances with this model's labels, vocabulary and preprocessing: to train on, or to be judged by."""
-        return SpeechDataset(
-            utterances,
-            emotions=self.emotions,
-            speakers=self.speakers,
-            dimensions=self.dimensions,
-            vocabulary=self.vocabulary,
-            orthography=self.orthography,
-            tags=self.tags,
-            do_normalize=self.do_normalize,
-        )
+        return SpeechDataset(utterances, self.labels)
 
     @property
     def device(self) -> torch.device:
@@ -566,11 +409,11 @@ class Recognizer:
         there = hasattr(items, "__len__") and hasattr(items, "__getitem__")  # and not only when they are asked for
         runs = gather(recordings, None if there else self.batch_seconds)
         batches = plan_batches(runs, self.batch_seconds)  # of recordings, not of numbers
-        loader = decoded(Decoder(), batches, pack, workers=workers, timeout=timeout, then=AGAIN)
+        loader = decoded(Decoder(), batches, pack_decoded, workers=workers, timeout=timeout, then=AGAIN)
         # Batches come by length, results go out in the order of the inputs.
         waiting: dict[int, Prediction | SerError] = {}
         position = 0
-        with freed_memory_kept(self.device), worker_death_explained(AGAIN), closing(loader):
+        with worker_death_explained(AGAIN), closing(loader):
             for batch in loader:
                 waiting.update(batch.errors)
                 if batch.recordings:
@@ -619,19 +462,18 @@ class Recognizer:
         file, windows = open_windows(source, sampling_rate, window=window, hop=window if hop is None else hop)
         at_once = max(1, int(self.batch_seconds // window))
         damage: AudioError | None = None
-        with freed_memory_kept(self.device):
-            while damage is None:
-                group: list[tuple[float, float, Tensor, str | None]] = []
-                try:
-                    group.extend(islice(windows, at_once))  # those before the damage stay in it
-                except AudioError as error:
-                    damage = error
-                if not group:
-                    break
-                predictions = self.predict_waveforms([waveform for _, _, waveform, _ in group])
-                for (start, end, _, warning), prediction in zip(group, predictions, strict=True):
-                    warning = joined_warnings(warning, prediction.warning)
-                    yield replace(prediction, file=file, start=start, end=end, warning=warning)
+        while damage is None:
+            group: list[tuple[float, float, Tensor, str | None]] = []
+            try:
+                group.extend(islice(windows, at_once))  # those before the damage stay in it
+            except AudioError as error:
+                damage = error
+            if not group:
+                break
+            predictions = self.predict_waveforms([waveform for _, _, waveform, _ in group])
+            for (start, end, _, warning), prediction in zip(group, predictions, strict=True):
+                warning = joined_warnings(warning, prediction.warning)
+                yield replace(prediction, file=file, start=start, end=end, warning=warning)
         if damage is not None:
             raise damage
 
@@ -660,29 +502,47 @@ class Recognizer:
         ]
 
     def decode(self, outputs: Outputs) -> list[Prediction]:
-        """Scores of a batch to names and text; ``file`` and ``seconds`` are left empty."""
-        scores = None if outputs.emotion is None else outputs.emotion.float()
-        emotion = None if scores is None else (scores.sigmoid() if self.multi_label else scores.softmax(-1)).cpu()
-        speaker = None if outputs.speaker is None else outputs.speaker.float().softmax(-1).cpu()
-        dimensions = None if outputs.dimensions is None else outputs.dimensions.float().cpu()
-        symbols = None if outputs.ctc is None else outputs.ctc.argmax(-1).cpu()
-        predictions = []
-        for row, frames in enumerate(outputs.num_frames.tolist()):
-            found: dict[str, Any] = {"kind": self.kind}
-            if emotion is not None:
-                values = emotion[row].tolist()
-                found["probabilities"] = dict(zip(self.emotions, values, strict=True))
-                found["emotion"] = self.emotions[int(emotion[row].argmax())]
-            if dimensions is not None:
-                found["dimensions"] = dict(zip(self.dimensions, dimensions[row].tolist(), strict=True))
-            if symbols is not None and self.vocabulary is not None:
-                text = self.vocabulary.decode(symbols[row, :frames].tolist())
-                found["transcript"] = ORTHOGRAPHIES[self.orthography].present(text)
-            if speaker is not None:
-                best = int(speaker[row].argmax())
-                found["speaker"], found["speaker_probability"] = self.speakers[best], float(speaker[row, best])
-            predictions.append(Prediction(file=None, seconds=0.0, **found))
-        return predictions
+        """Turn the scores of a batch into names and text; ``file`` and ``seconds`` are left empty."""
+        answers: list[dict[str, Any]] = [{"kind": self.kind} for _ in outputs.num_frames]
+        for head, scores in outputs.scores.items():
+            kind = LABELS[head].kind
+            if kind == "text":
+                self.decode_text(scores.argmax(-1).cpu(), outputs.num_frames, answers)
+            elif kind == "numbers":
+                self.decode_numbers(head, scores.float().cpu(), answers)
+            else:
+                independent = head == "emotion" and self.multi_label
+                shares = scores.float().sigmoid() if independent else scores.float().softmax(-1)
+                self.decode_classes(head, shares.cpu(), answers)
+        return [Prediction(file=None, seconds=0.0, **answer) for answer in answers]
+
+    def decode_text(self, symbols: Tensor, num_frames: Tensor, answers: list[dict[str, Any]]) -> None:
+        """Add the transcripts of the likeliest symbols (B, T) to the answers."""
+        assert self.vocabulary is not None
+        present = ORTHOGRAPHIES[self.orthography].present
+        for answer, row, frames in zip(answers, symbols, num_frames.tolist(), strict=True):
+            answer["transcript"] = present(self.vocabulary.decode(row[:frames].tolist()))
+
+    def decode_numbers(self, head: str, values: Tensor, answers: list[dict[str, Any]]) -> None:
+        """Add numbers (B, K) with their names to the answers."""
+        for answer, row in zip(answers, values, strict=True):
+            numbers = dict(zip(self.labels.names[head], row.tolist(), strict=True))
+            answer |= {"dimensions": numbers} if head == "dimensions" else {}
+            if head != "dimensions":
+                answer.setdefault("others", {})[head] = numbers
+
+    def decode_classes(self, head: str, shares: Tensor, answers: list[dict[str, Any]]) -> None:
+        """Add the likeliest class of each row of probabilities (B, K) to the answers."""
+        names = self.labels.names[head]
+        for answer, row in zip(answers, shares, strict=True):
+            best = int(row.argmax())
+            if head == "emotion":
+                answer["probabilities"] = dict(zip(names, row.tolist(), strict=True))
+                answer["emotion"] = names[best]
+            elif head == "speaker":
+                answer["speaker"], answer["speaker_probability"] = names[best], float(row[best])
+            else:
+                answer.setdefault("others", {})[head] = names[best]
 
 
 def load(
@@ -711,35 +571,3 @@ def load(
         ModelFolderError: the folder is incomplete or not what it claims to be.
     """
     return Recognizer.load(folder, device=device, revision=revision, precision=precision)
-
-
-def labels_of(init: str | Path, kind: str) -> list[str]:
-    """The "emotions", "speakers" or "dimensions" of the folder ``init``, in its order; none of a preset."""
-    if is_preset(init):
-        return []
-    folder = find_folder(init)
-    return getattr(read_settings(folder, read_json(folder, "config.json"), TensorFiles(folder)), kind)
-
-
-def inherited_labels(init: str | Path, kind: str, training: Iterable[str]) -> list[str]:
-    """The labels to train with: those of the folder ``init`` if all of training's are there, else those sorted.
-
-    ``kind`` is "emotions", "speakers" or "dimensions". With the folder's own set its head can be kept
-    (`Recognizer.create`). Speakers must be the very same: nobody is scored on a speaker whom this training lacks.
-    """
-    wanted, own = sorted(set(training)), labels_of(init, kind)
-    kept = set(wanted) == set(own) if kind == "speakers" else set(wanted) <= set(own)
-    return own if wanted and kept else wanted
-
-
-def inherited_vocabulary(init: str | Path, orthography: str) -> Vocabulary | None:
-    """The symbols of the folder ``init``, with the orthography's delimiter where it has one of its own.
-
-    None for a preset, and for a folder without any.
-    """
-    if is_preset(init):
-        return None
-    folder = find_folder(init)
-    return read_vocabulary(
-        folder, orthography, rows=head_rows(TensorFiles(folder)), values=read_json(folder, "config.json")
-    )

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 import torch
 
-from ser import audio
+from ser import audio, containers
 from ser.audio import SAMPLE_RATE, as_waveform, audio_info, load_audio, normalise, resample, resampled_length
 from ser.errors import AudioError, SerError
 
@@ -64,7 +64,7 @@ def bare_mp3(path, seconds=3.0, rate=24_000, mode="CONSTANT"):
     ) as file:
         file.write(noise(seconds, rate))
     data = path.read_bytes()
-    path.write_bytes(data[audio._mp3_frame(data[:4])[0] :])
+    path.write_bytes(data[containers.mp3_frame(data[:4])[0] :])
     return path
 
 
@@ -329,7 +329,7 @@ def test_where_a_container_declares_no_length_an_end_in_the_manifest_finds_the_c
     stream, constant = tmp_path / "stream.wav", bare_mp3(tmp_path / "constant.mp3")
     stream.write_bytes(wav_header(0xFFFFFFFF, riff_size=0xFFFFFFFF) + bytes(32_000))
     data = constant.read_bytes()
-    frame = audio._mp3_frame(data[:4])[0]
+    frame = containers.mp3_frame(data[:4])[0]
     constant.write_bytes(data[: 20 * frame])
     for path, seconds in ((stream, 1.0), (constant, 20 * 576 / 24_000)):
         assert audio_info(path).seconds == seconds  # which nothing in the file contradicts

@@ -24,7 +24,9 @@ from toy import toy_recognizer, toy_rows, write_corpus
 
 import ser.errors
 from ser.data.dataset import SpeechDataset
+from ser.data.labels import Labels
 from ser.data.manifest import Utterance, read_manifest
+from ser.data.text import Vocabulary
 from ser.data.workers import worker_death_explained
 from ser.errors import AudioError, FileError, ResourceError, RunFolderError, SerError
 from ser.train import loop
@@ -261,7 +263,10 @@ def unread(folder: Path, index: int):
         soundfile.write(file, np.random.default_rng(0).normal(size=len(examples()[index].waveform)) / 9, 16_000)
         cut_behind_its_header(file)
     row = Utterance("corrupt", file, emotion="a", speaker="s", text="AB", arousal=1.0)
-    found = SpeechDataset([row], emotions="abcd", speakers="stu", dimensions=["arousal", "b", "c"])[0]
+    labels = Labels.of(
+        emotions="abcd", speakers="stu", dimensions=["arousal", "b", "c"], vocabulary=Vocabulary.build(["AB"])
+    )
+    found = SpeechDataset([row], labels)[0]
     assert found.error and len(found.waveform) == len(examples()[index].waveform)
     return replace(found, index=index, waveform=found.waveform.double())
 

@@ -73,15 +73,15 @@ def test_a_rival_with_other_weights_is_refused(folder, monkeypatch):
 def test_a_side_that_loses_more_in_bf16_is_refused(folder, monkeypatch):
     import torch
 
-    from ser.models import convolution
+    from ser.models import kernels
 
-    right = convolution.GroupedConv.apply
+    right = kernels.GroupedConv.apply
 
     def wrong(x, *arguments):
         y = right(x, *arguments)
         return y if y.dtype == torch.float32 else y * 1.5
 
-    monkeypatch.setattr(convolution.GroupedConv, "apply", wrong)
+    monkeypatch.setattr(kernels.GroupedConv, "apply", wrong)
     with pytest.raises(RuntimeError, match="loses more in bf16"):
         rival.check(folder=folder, shape="tiny", threads=1, device="cpu")
 

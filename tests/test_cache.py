@@ -22,7 +22,8 @@ from test_update import run_ranks
 from toy import toy_recognizer, toy_rows
 
 from ser.data import dataset as dataset_module
-from ser.data.dataset import NO_LABEL, collate
+from ser.data.dataset import collate
+from ser.data.labels import NO_LABEL
 from ser.data.manifest import read_manifest
 from ser.errors import AudioError, ConfigError, FileError
 from ser.train import cache as cache_module
@@ -383,7 +384,7 @@ def test_recordings_that_cannot_be_read_are_treated_as_without_a_cache(tmp_path,
     dataset = toy_recognizer().dataset(train)
     dataset.stored = fill(opened(tmp_path / "c", toy_recognizer().model), dataset, World(), print, "train")
     example = dataset[4]
-    assert (example.weight, example.emotion, example.target) == (0.0, NO_LABEL, [])
+    assert (example.weight, example.labels["emotion"], example.labels["ctc"]) == (0.0, NO_LABEL, [])
     assert "train4.wav" in example.error and not example.stored.any()
     config = settings(freeze="feature-encoder", cache=str(tmp_path / "cache"), max_bad_audio=0.2)
     with pytest.raises(AudioError, match=r"train4\.wav"):

@@ -568,7 +568,7 @@ def test_an_error_of_the_thread_ends_training_and_what_follows_it_is_not_written
     assert not checkpoints(run.folder), "a checkpoint that speaks of a best model that is not there"
     (run.folder / "best").unlink()
 
-    monkeypatch.setattr("ser.recognizer.write_tensors", lambda *_: files.sync(tmp_path / "nowhere"))
+    monkeypatch.setattr("ser.folder.write_tensors", lambda *_: files.sync(tmp_path / "nowhere"))
     with Saver() as saver:
         saver.model(run.folder / "best", model, step=1)
         with pytest.raises(FileError):

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from ser import audio
+from ser import audio, containers
 from ser.audio import SAMPLE_RATE, audio_info, load_audio, load_windows, read_audio
 from ser.errors import AudioError
 
@@ -42,7 +42,7 @@ def encoded(format, seconds=0.5, rate=SAMPLE_RATE, channels=1, seed=0, **options
 
 def bare(mp3: bytes) -> bytes:
     """An MP3 of constant bit rate without the frame that declares its length."""
-    return mp3[audio._mp3_frame(mp3[:4]).size :]
+    return mp3[containers.mp3_frame(mp3[:4]).size :]
 
 
 def written(path, data: bytes):
@@ -253,7 +253,7 @@ def test_a_wav_of_an_odd_size_may_lack_its_byte_of_padding(tmp_path):
 
 
 def test_the_second_of_joined_flacs_is_found_wherever_it_begins(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio, "_second_flac", audio._second_flac.__wrapped__)
+    monkeypatch.setattr(containers, "second_flac", containers.second_flac.__wrapped__)
     one, two = encoded("FLAC", 0.2), encoded("FLAC", 0.1)
     for more in range(1 << 20, (1 << 20) + 12):  # about the end of a block that is searched
         padding = b"\x01" + struct.pack(">I", more - len(one) - 4)[1:] + bytes(more - len(one) - 4)
@@ -284,7 +284,7 @@ def test_an_mp3_that_declares_its_length_otherwise_is_whole(tmp_path, mode, decl
     elif declared == "one more":
         data[place + 8 : place + 12] = struct.pack(">I", frames + 1)
     elif declared == "bytes without the first frame":
-        data[place + 12 : place + 16] = struct.pack(">I", sound - audio._mp3_frame(data[:4]).size)
+        data[place + 12 : place + 16] = struct.pack(">I", sound - containers.mp3_frame(data[:4]).size)
     path = written(tmp_path / "a.mp3", bytes(data) + ID3V1)
     if declared == "one more":
         assert audio_info(path).frames >= audio_info(plain).frames
@@ -296,7 +296,7 @@ def test_an_mp3_that_declares_its_length_otherwise_is_whole(tmp_path, mode, decl
 def test_vbri_and_empty_xing_headers_do_not_change_what_is_read(tmp_path):
     mp3 = encoded("MP3", 2.0, 24_000)
     plain = bare(mp3)
-    first = bytearray(mp3[: audio._mp3_frame(mp3[:4]).size])
+    first = bytearray(mp3[: containers.mp3_frame(mp3[:4]).size])
     first[4:] = bytes(len(first) - 4)
     frames = audio_info(written(tmp_path / "plain.mp3", plain)).frames
     vbri = bytes(first[:36]) + b"VBRI" + struct.pack(">HHHII", 1, 0, 75, len(mp3), frames // 576)
@@ -309,7 +309,7 @@ def test_vbri_and_empty_xing_headers_do_not_change_what_is_read(tmp_path):
 
 def test_a_damaged_frame_in_the_middle_of_an_mp3_is_no_second_file(tmp_path):
     data = bytearray(bare(encoded("MP3", 2.0)))
-    size = audio._mp3_frame(data[:4]).size
+    size = containers.mp3_frame(data[:4]).size
     data[10 * size : 10 * size + 2] = b"xx"
     refused(written(tmp_path / "a.mp3", bytes(data)), "damaged MP3", f"byte {10 * size}")
     refused(written(tmp_path / "b.mp3", bytes(data[: 10 * size]) + b"x" * 5000), "damaged MP3")
@@ -400,5 +400,18 @@ def test_an_excerpt_late_in_a_long_mp3_decodes_seconds_alone(tmp_path, monkeypat
     monkeypatch.setattr(audio, "_decoded", counted)
     load_audio(path, start=118, end=119)
     assert count < 4 * SAMPLE_RATE
-    assert audio._mp3_lead(24_000) == 258 * 576, "of which a frame may hold a single byte of sound"
-    assert audio._mp3_lead(48_000) == 12 * 1152
+    assert containers.mp3_lead(24_000) == 258 * 576, "of which a frame may hold a single byte of sound"
+    assert containers.mp3_lead(48_000) == 12 * 1152
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
+def test_sound_is_known_by_its_first_bytes_whatever_it_is_called(tmp_path, format):
+    assert containers.begins_as_sound(written(tmp_path / "notes.txt", encoded(format)))
+
+
+def test_what_is_no_sound_does_not_begin_as_sound(tmp_path):
+    for number, data in enumerate((b"", b"\xff", b"\xff\xfe a text", b"RIFF    AVI ", b"file,emotion\n")):
+        assert not containers.begins_as_sound(written(tmp_path / str(number), data))
+    assert not containers.begins_as_sound(tmp_path) and not containers.begins_as_sound(tmp_path / "nothing")
+    (tmp_path / "broken").symlink_to(tmp_path / "nothing")
+    assert containers.begins_as_sound(tmp_path / "broken"), "so that its error is shown"

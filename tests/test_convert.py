@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ser
-from ser import convert as converting
+from ser.convert import convert as converting
 from ser.convert import pickles
 from ser.convert.foreign import conv_layers, derived_values
 from ser.data.text import Vocabulary

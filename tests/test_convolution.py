@@ -7,9 +7,9 @@ import torch
 from compare import NAN, assert_close, sound
 from torch.nn import functional as F
 
-from ser.models import wav2vec2
+from ser.models import kernels
 from ser.models.config import PRESETS
-from ser.models.convolution import Kernel, StridedConv, grouped_conv, strided_conv, windows_of
+from ser.models.kernels import Kernel, StridedConv, conv1d, strided_conv, windows_of
 from ser.models.wav2vec2 import Wav2Vec2
 
 GEOMETRIES = [(10, 5), (3, 2), (2, 2), (3, 1), (7, 3), (2, 3), (1, 1)]  # kernel, stride
@@ -115,7 +115,7 @@ def test_features_in_pieces_are_those_of_the_whole(monkeypatch, randomise, norm,
     x = sound(4, 16_319)
     whole, frames = model.feature_extractor(x, lengths)
     assert whole.requires_grad
-    monkeypatch.setattr(wav2vec2, "PIECE", piece)
+    monkeypatch.setattr(kernels, "PIECE", piece)
     with torch.no_grad():
         pieces, again = model.feature_extractor(x, lengths)
     assert torch.equal(frames, again)
@@ -132,7 +132,7 @@ def test_a_grouped_convolution_and_its_gradients_are_torch_s(size, groups, frame
     conv = torch.nn.Conv1d(8, 12, size, padding=size // 2, groups=groups).double()
     x = sound(2, frames, 8).double().requires_grad_()
     expected = conv(x.transpose(1, 2)).transpose(1, 2)
-    found = grouped_conv(x, conv)
+    found = conv1d(x, conv)
     assert found.shape == expected.shape
     assert_close(found, expected, 1e-12)
     weights = sound(*expected.shape, seed=3).double()
@@ -154,7 +154,7 @@ def test_a_grouped_convolution_of_real_size_is_torch_s(channels, size, batch, fr
     weights = sound(*expected.shape, seed=3)
     wanted = torch.autograd.grad(expected, [x, conv.weight], weights)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        found = grouped_conv(x, conv)
+        found = conv1d(x, conv)
     grads = torch.autograd.grad(found, [x, conv.weight], weights.to(found.dtype))
     for mine, reference in zip([found, *grads], [expected, *wanted], strict=True):
         assert_close(mine.float(), reference, tolerance)
@@ -164,7 +164,7 @@ def test_a_grouped_convolution_runs_in_the_precision_of_autocast():
     conv = torch.nn.Conv1d(8, 8, 4, padding=2, groups=2)
     x = sound(2, 20, 8).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = grouped_conv(x, conv)
+        found = conv1d(x, conv)
     found.float().sum().backward()
     assert found.dtype == torch.bfloat16
     assert x.grad.dtype == conv.weight.grad.dtype == torch.float32

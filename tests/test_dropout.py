@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ser.models.attention import attention
 from ser.models.config import Wav2Vec2Config
-from ser.models.dropout import PERIOD, Dropout, dropout, gelu_dropout_linear
+from ser.models.kernels import PERIOD, Dropout, attention, dropout, gelu_dropout_linear
 from ser.models.wav2vec2 import TransformerLayer, Wav2Vec2
 
 
@@ -115,7 +114,7 @@ def test_nothing_is_dropped_in_evaluation_and_all_at_probability_one():
 def long(request, monkeypatch):
     """Whether attention computes its weights again in the backward pass."""
     if request.param:
-        monkeypatch.setattr("ser.models.attention.LONG", 1)
+        monkeypatch.setattr("ser.models.kernels.LONG", 1)
     return request.param
 
 

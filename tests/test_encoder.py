@@ -2,8 +2,10 @@
 
 import json
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ser.errors import AudioError, ConfigError
+from ser.models import kernels
 from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.heads import Pooling
+from ser.models.kernels import pack_frames, unpack_frames
 from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.models.wav2vec2 import ConvLayer, Wav2Vec2, pack, padding_mask, unpack
+from ser.models.wav2vec2 import ConvLayer, Wav2Vec2, padding_mask
 from ser.train.losses import classification_loss, ctc_loss
 
 HEADS = HeadsConfig(num_emotions=4, vocab_size=9, num_speakers=3, pooling="mean+std")
@@ -33,12 +37,20 @@ def batch_of(rows, *, padding=0.0, extra=0):
     return batch, lengths
 
 
+def computed_by(path: str) -> AbstractContextManager:
+    """Our kernels, as on a CPU, or torch's operations, as on a GPU."""
+    return nullcontext() if path == "kernels" else mock.patch.object(kernels, "in_use", lambda x: False)
+
+
+both_paths = pytest.mark.parametrize("path", ["kernels", "torch"])
+
 # ---------------------------------------------------------------------------------------- company
 
 
+@both_paths
 @quick
 @given(data=st.data())
-def test_an_utterance_gives_the_same_output_alone_and_in_any_batch(config, randomise, data):
+def test_an_utterance_gives_the_same_output_alone_and_in_any_batch(config, randomise, path, data):
     """Every layer, the pooled vector and every head's scores; NaN stands in the padding."""
     lengths = data.draw(
         st.lists(st.integers(400, 5000) | st.sampled_from([400, 719, 720]), min_size=1, max_size=4)
@@ -47,7 +59,7 @@ def test_an_utterance_gives_the_same_output_alone_and_in_any_batch(config, rando
     model = randomise(MultiTaskModel(config, HEADS)).eval()
     rows = [sound(n, seed=i) * 10.0 ** (i - 1) + i for i, n in enumerate(lengths)]  # of unlike loudness and offset
     batch, num_samples = batch_of(rows, padding=NAN, extra=extra)
-    with torch.no_grad():
+    with torch.no_grad(), computed_by(path):
         together, num_frames = model.wav2vec2.layers(batch, num_samples)
         scores = model(batch, num_samples)
         assert num_frames.tolist() == scores.num_frames.tolist() == config.num_frames(num_samples).tolist()
@@ -83,6 +95,7 @@ def gradient(model, *args, **masks):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@both_paths
 @settings(quick, max_examples=6)
 @given(
     length=st.integers(2000, 4000),
@@ -90,8 +103,13 @@ def gradient(model, *args, **masks):
     extra=st.sampled_from([0, 7, 700]),
 )
 def test_the_gradient_of_an_utterance_depends_neither_on_company_nor_on_padding(
-    config, randomise, length, others, extra
+    config, randomise, path, length, others, extra
 ):
+    with computed_by(path):
+        assert_the_gradient_is_that_of_the_utterance_alone(config, randomise, length, others, extra)
+
+
+def assert_the_gradient_is_that_of_the_utterance_alone(config, randomise, length, others, extra):
     model = randomise(MultiTaskModel(config, HEADS)).double().eval()
     rows = [sound(n, seed=i).double() for i, n in enumerate([length, *others])]
     alone = gradient(model, rows[0][None], None, 0)
@@ -103,6 +121,58 @@ def test_the_gradient_of_an_utterance_depends_neither_on_company_nor_on_padding(
     for name, wanted in alone.items():
         error = (zeros[name] - wanted).norm()
         assert error <= 1e-9 * wanted.norm() + 1e-12 * whole, f"{name}: {error:.2e} of {wanted.norm():.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_kernels_give_the_outputs_and_gradients_of_torch_s_operations(config, randomise, checkpointing, dtype):
+    """Dropout apart, whose masks are drawn in another way; where nothing is padded, too."""
+    quiet = {name: 0.0 for name in config.to_dict() if name.endswith(("dropout", "drop"))}
+    model = randomise(MultiTaskModel(replace(config, **quiet), HEADS)).to(dtype).train()
+    model.wav2vec2.activation_checkpointing(checkpointing)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    rows = [sound(n, seed=n).to(dtype) for n in (6000, 400, 2500)]
+    for batch, num_samples in (batch_of(rows, padding=NAN), batch_of(rows[:1])):
+        outputs, gradients = [], []
+        for path in ("kernels", "torch"):
+            with computed_by(path):
+                outputs.append(model(batch, num_samples))
+                gradients.append(gradient(model, batch, num_samples, 0))
+        assert_close(outputs[1].emotion, outputs[0].emotion, tolerance)
+        for row, frames in enumerate(outputs[0].num_frames.tolist()):
+            assert_close(outputs[1].ctc[row, :frames], outputs[0].ctc[row, :frames], tolerance)
+        whole = torch.stack([g.norm() for g in gradients[0].values()]).norm()
+        assert gradients[0].keys() == gradients[1].keys()
+        for name, wanted in gradients[0].items():
+            assert (gradients[1][name] - wanted).norm() <= tolerance * (wanted.norm() + whole), name
+
+
+def test_a_frozen_feature_encoder_gives_the_same_features_by_kernels_and_by_torch(config, randomise):
+    model = randomise(Wav2Vec2(config)).eval()
+    batch, num_samples = batch_of([sound(n) + 3 for n in (40_000, 400, 9000)])
+    with torch.no_grad():
+        features, num_frames = model.feature_extractor(batch, num_samples)
+        with computed_by("torch"):
+            found, frames = model.feature_extractor(batch, num_samples)
+    assert torch.equal(num_frames, frames)
+    for row, count in enumerate(frames.tolist()):
+        assert_close(found[row, :count], features[row, :count])
+
+
+def test_training_with_dropout_on_torch_s_operations_is_what_checkpointing_repeats(config, randomise):
+    model = randomise(Wav2Vec2(config)).train()
+    batch, num_samples = batch_of([sound(6000), sound(3000)])
+    found = []
+    for enabled in (False, True):
+        model.activation_checkpointing(enabled)
+        model.zero_grad()
+        torch.manual_seed(0)
+        with computed_by("torch"):
+            hidden, _ = model(batch, num_samples)
+            hidden.square().sum().backward()
+        found.append([hidden, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][0], model.eval()(batch, num_samples)[0]), "dropout was on"
 
 
 def test_spec_augment_masks_change_nothing_for_the_neighbours(config, randomise):
@@ -130,13 +200,13 @@ def test_a_bfloat16_model_takes_padded_batches_too(config, randomise):
     assert_close(together.ctc[0, : alone.num_frames[0]].float(), alone.ctc[0].float(), 0.1)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_company_matters_little_under_autocast(config, randomise, dtype):
+@both_paths
+def test_company_matters_little_under_autocast(config, randomise, path):
     model = randomise(MultiTaskModel(config, HEADS)).eval()
     batch, num_samples = batch_of([sound(3000), sound(5000, seed=2)], padding=NAN)
     with torch.no_grad():
         exact = model(batch[:1, :3000])
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast("cpu", dtype=torch.bfloat16), computed_by(path):
             together, alone = model(batch, num_samples), model(batch[:1, :3000])
     for found in (together, alone):
         assert_close(found.emotion[0].float(), exact.emotion[0], 0.1)
@@ -161,12 +231,13 @@ def test_utterances_one_after_another_attend_as_in_a_padded_batch(config, random
     attention, lengths = model.encoder.layers[0].attention, [7, 12, 1]
     padded = sound(3, 12, config.hidden_size)
     attend = ~padding_mask(torch.tensor(lengths), 12, padded.device)[:, None, None]
-    bias = attention.position_bias(12) if config.model_type == "wavlm" else None
-    expected = pack(attention(padded, attend, bias), lengths)
-    found = attention(pack(padded, lengths), None, bias, lengths)
+    bias = attention.position_bias(12)
+    expected = pack_frames(attention(padded, attend, bias), lengths)
+    found = attention(pack_frames(padded, lengths), None, bias, lengths)
     assert found.shape == (1, 20, config.hidden_size)
     assert_close(found, expected)
-    for row, length, again in zip(padded, lengths, unpack(pack(padded, lengths), lengths, 12), strict=True):
+    unpacked = unpack_frames(pack_frames(padded, lengths), lengths, 12)
+    for row, length, again in zip(padded, lengths, unpacked, strict=True):
         assert torch.equal(again[:length], row[:length]) and not again[length:].any()
 
 

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from ser.errors import brief_repr
+from ser.errors import brief_repr, indented, summary
 
 
 def laughs(times: int) -> list:
@@ -70,3 +70,13 @@ def test_any_value_is_shown_at_once_and_in_few_characters(value):
 def test_a_small_value_is_shown_as_repr_shows_it(text):
     value = json.loads(text)
     assert brief_repr(value) == repr(value)
+
+
+def test_names_stand_in_one_line_and_messages_on_lines_of_their_own_and_the_rest_is_counted():
+    foreign = [f"\x1b[2J{i}" for i in range(60)]
+    assert summary(foreign, 2) == "\N{REPLACEMENT CHARACTER}[2J0, \N{REPLACEMENT CHARACTER}[2J1 and 58 more"
+    lines = indented(foreign).split("\n  ")
+    assert len(lines) == 52 and not lines[0] and lines[1] == "\N{REPLACEMENT CHARACTER}[2J0"
+    assert lines[-1] == "and 10 more"
+    assert indented(["one"]) == "\n  one" and not indented([]) and not summary([])
+    assert len(summary(["x" * 10**6])) < 210

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ser.errors import ConfigError
-from ser.models.heads import POOLINGS, DenseHead, Pooling, mix_layers, new_linear
-from ser.models.multitask import HEADS, HeadsConfig, MultiTaskModel
+from ser.models.heads import HEADS, POOLINGS, DenseHead, Pooling, mix_layers, new_linear
+from ser.models.multitask import HeadsConfig, MultiTaskModel
 
 NAN = float("nan")
 LENGTHS = [7, 1, 4]
@@ -221,7 +221,7 @@ def test_a_model_has_the_heads_that_are_asked_for_and_no_weights_of_others(style
     assert model.heads == present
     for name in HEADS:
         assert (getattr(outputs, name) is not None) == (name in present)
-        assert any(key.startswith(f"{HEADS[name]}.") for key in model.state_dict()) == (name in present)
+        assert any(key.startswith(f"{HEADS[name].key}.") for key in model.state_dict()) == (name in present)
 
 
 @pytest.mark.parametrize("value", [-1, 10**9, 2.0, True, "4", None])

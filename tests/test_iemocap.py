@@ -162,7 +162,7 @@ def test_a_turn_becomes_an_utterance_of_its_own_file(release, corpus):
     assert u.file == release / "Session1/sentences/wav/Ses01F_script01_1/Ses01F_script01_1_M001.wav"
     assert u.file.is_file()
     assert (u.speaker, u.start, u.end) == ("01M", None, None), "the dialogue's times are not the file's"
-    assert (u.valence, u.arousal, u.dominance) == (2.0, 3.0, 4.5)
+    assert [u.labels[name] for name in ("valence", "arousal", "dominance")] == [2.0, 3.0, 4.5]
     assert {k: u.extra[k] for k in ("dialogue", "session", "side", "kind")} == {
         "dialogue": "Ses01F_script01_1", "session": "1", "side": "01F", "kind": "script",
     }  # fmt: skip

@@ -21,7 +21,7 @@ from ser.errors import ConfigError, ManifestError
 
 def said(*emotions, speakers=()) -> list[Utterance]:
     """An utterance of each emotion, and of each speaker."""
-    found = [Utterance(f"e{i}", f"e{i}.wav", emotion) for i, emotion in enumerate(emotions)]
+    found = [Utterance(f"e{i}", f"e{i}.wav", emotion=emotion) for i, emotion in enumerate(emotions)]
     return found + [Utterance(f"s{i}", f"s{i}.wav", speaker=name) for i, name in enumerate(speakers)]
 
 
@@ -196,7 +196,10 @@ def test_many_spellings_are_counted_and_cut():
 
 
 def test_classes_are_listed_with_counts_per_set_and_what_is_lacking():
-    train = [*said("happy", "sad", "happy", None, speakers=["s"]), Utterance("t", "t.wav", "sad", "text", "s")]
+    train = [
+        *said("happy", "sad", "happy", None, speakers=["s"]),
+        Utterance("t", "t.wav", emotion="sad", text="text", speaker="s"),
+    ]
     lines = label_lines({"train": train, "valid": said("happy", "sad", "sad")})
     assert lines == [
         "train: 6 utterances; emotions happy 2, sad 2; 1 speakers; 2 without emotion; 5 without text; "

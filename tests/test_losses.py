@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ser.data.dataset import NO_LABEL
+from ser.data.labels import NO_LABEL
 from ser.errors import TextError
 from ser.scores.counts import ccc_moments, concordance
 from ser.train.losses import ccc_loss, classification_loss, ctc_feasible, ctc_loss

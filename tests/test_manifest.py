@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ser.data.cells import MAX_LINE_BYTES, MISSING_LABELS, MISSING_TEXTS, find_quoting, whole
+from ser.data.labels import label_columns
 from ser.data.manifest import (
     COLUMNS,
     PAPER_EMOTIONS,
@@ -69,7 +70,14 @@ def test_a_row_becomes_an_utterance(folder):
     )
     first, second = read_manifest(path)
     assert first == Utterance(
-        "u1", folder / "wav/a.wav", "happy", 'Yes, "you"', "S1", start=0.5, end=2.0, extra={"age": "31"}
+        "u1",
+        folder / "wav/a.wav",
+        emotion="happy",
+        text='Yes, "you"',
+        speaker="S1",
+        start=0.5,
+        end=2.0,
+        extra={"age": "31"},
     )
     assert second == Utterance(f"{folder}/wav/b.wav", folder / "wav/b.wav")
 
@@ -435,7 +443,7 @@ def test_cells_that_stand_for_nothing_are_no_label_and_are_counted(folder, name)
 def test_in_numbers_too_but_what_is_no_number_stays_an_error(folder):
     for cell in NOTHING:
         utterances, told = read_with_notes(column(folder / "m.csv", "arousal", [cell, "2.5"]))
-        assert [u.arousal for u in utterances] == [None, 2.5]
+        assert [u.labels.get("arousal") for u in utterances] == [None, 2.5]
         assert ("taken as empty" in told) == bool(cell)
     for cell in [*SOMETHING, "inf"]:
         assert "expected a number" in refusal(column(folder / "m.csv", "valence", [cell]), check_files=False)
@@ -926,7 +934,7 @@ def test_the_longest_text_that_can_be_written_can_be_read(folder):
 
 
 def speech(name: str, emotion: str | None = None, speaker: str | None = None, **times: float) -> Utterance:
-    return Utterance(name, Path("/corpus") / f"{name[0]}.wav", emotion, None, speaker, **times)
+    return Utterance(name, Path("/corpus") / f"{name[0]}.wav", emotion=emotion, speaker=speaker, **times)
 
 
 def test_unknown_labels_are_listed_for_all_utterances_with_the_nearest_name():
@@ -1036,7 +1044,7 @@ def test_the_labels_of_the_iemocap_list_become_names(tmp_path):
 
 
 def test_our_columns_are_the_fields_of_an_utterance():
-    assert {*COLUMNS, "extra"} == set(Utterance.__slots__)
+    assert {*COLUMNS} == {*Utterance.__slots__, *label_columns()} - {"labels", "extra"}
 
 
 @pytest.mark.parametrize("indent", [None, 2])

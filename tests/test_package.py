@@ -15,9 +15,9 @@ import torch
 from toy import toy_recognizer
 
 import ser
-from ser.data.dataset import listed
 from ser.data.manifest import Utterance
 from ser.errors import AudioError, ManifestError, printable
+from ser.folder import listed
 from ser.models.pretrained import LoadReport
 from ser.recognizer import Prediction
 from ser.scores.folds import FoldFigures, PooledReport, pooled_markdown

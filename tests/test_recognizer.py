@@ -3,7 +3,8 @@
 import io
 import json
 import os
-import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,9 @@ from toy import toy_rows
 from tqdm import tqdm
 
 import ser
-from ser import device as memory
 from ser.data.manifest import Utterance
 from ser.data.text import Vocabulary
-from ser.device import has_fast_bf16
+from ser.device import freed_memory_kept, has_fast_bf16
 from ser.errors import AudioError, ConfigError, FileError, ModelFolderError, SerError
 from ser.inputs import MOST_FIRST, WINDOW, Recording, gather, plan_batches
 from ser.models.multitask import HeadsConfig, MultiTaskModel
@@ -120,20 +120,64 @@ def test_weights_rounded_at_loading_predict_as_those_that_autocast_rounds(make, 
     assert {p.dtype for p in once.model.wav2vec2.encoder.layers.parameters()} == {torch.float32, torch.bfloat16}
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
-def test_freed_memory_is_kept_while_predictions_go_on_and_no_longer(recognizer, tmp_path):
+class CountedLibc:
+    """Stands for glibc, and counts the calls that change how it treats freed memory."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def mallopt(self, *_: int) -> None:
+        self.calls += 1
+
+    def malloc_trim(self, _: int) -> None:
+        self.calls += 1
+
+
+def test_predictions_leave_the_memory_of_their_host_process_alone(recognizer, tmp_path, monkeypatch):
+    libc = CountedLibc()
+    monkeypatch.setattr("ser.device.glibc", lambda: libc)
     soundfile.write(tmp_path / "long.wav", noise(64_000), 16_000)
-    streams = [
+    recognizer.predict([noise(9000), noise(9000)], 16_000)
+    for stream in (
         recognizer.stream([noise(9000), noise(9000)], 16_000),
         recognizer.predict_windows(tmp_path / "long.wav", window=1),
-    ]
-    assert memory._inside == 0
-    for count, stream in enumerate(streams, 1):
-        next(stream)
-        assert memory._inside == count
-    assert len(list(streams[0])) == 1 and memory._inside == 1
-    streams[1].close()
-    assert memory._inside == 0, "one that is given up gives it back too"
+    ):
+        next(stream)  # between two results other work of the process goes on
+        assert libc.calls == 0
+        assert list(stream) and libc.calls == 0
+
+
+def test_who_serves_predictions_may_keep_freed_memory_for_a_while(recognizer, monkeypatch):
+    libc = CountedLibc()
+    monkeypatch.setattr("ser.device.glibc", lambda: libc)
+    with freed_memory_kept(recognizer.device):
+        recognizer.predict(noise(9000), 16_000)
+        inside = libc.calls
+        with freed_memory_kept(recognizer.device):
+            recognizer.predict(noise(9000), 16_000)
+        assert libc.calls == 2 * inside, "which an inner context sets again, and does not undo"
+    assert inside == 2 and libc.calls == 4 + 3
+
+
+@pytest.mark.parametrize(
+    "command", ["infer.py {0}/0.wav --model {0}/m", "evaluate.py --manifest {0}/rows.csv --model {0}/m"]
+)
+def test_commands_keep_freed_memory(recognizer, recordings, tmp_path, command):
+    """In a process of its own, with the command's `main` as anybody runs it."""
+    recognizer.save(tmp_path / "m")
+    rows = [f"{path.name},{EMOTIONS[i % 3]}" for i, path in enumerate(recordings)]
+    (tmp_path / "rows.csv").write_text("\n".join(["file,emotion", *rows]) + "\n")
+    name, *arguments = command.format(tmp_path).split()
+    program = f"""
+import runpy, sys, ser.device
+found = ser.device.glibc
+ser.device.glibc = lambda: print("kept", file=sys.stderr) or found()
+sys.argv = [{name!r}, *{arguments!r}, "--device", "cpu"]
+runpy.run_path({str(Path(__file__).parents[1] / "examples" / name)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines().count("kept") == 1
 
 
 def test_a_model_loaded_in_bf16_is_evaluated_in_it_and_neither_saved_nor_trained(make, tmp_path):
@@ -221,7 +265,7 @@ def test_a_save_that_fails_in_the_middle_leaves_the_old_model_and_no_rest(recogn
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"ser.recognizer.{at}", full)
+    monkeypatch.setattr(f"ser.folder.{at}", full)
     with pytest.raises(FileError, match=r"model: cannot be written: No space left .* bytes needed, .* free"):
         recognizer.save(tmp_path / "model")
     assert ser.load(tmp_path / "model").predict(noise(3000), 16000) == before

@@ -11,7 +11,6 @@ import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import jiwer
 import numpy as np
@@ -20,14 +19,15 @@ from sklearn import metrics as oracle
 from test_update import run_ranks
 from toy import toy_recognizer, write_corpus
 
+import ser.scores.report as figures_module
 from ser.audio import audio_info
+from ser.data.labels import LABELS, Labels, LabelSpec
 from ser.data.manifest import Utterance, read_manifest
 from ser.data.protocols import PROTOCOLS
 from ser.data.text import Rewriting, Vocabulary
 from ser.errors import ConfigError
 from ser.files import write_json
 from ser.recognizer import Prediction
-from ser.scores import report as figures_module
 from ser.scores.folds import pooled_markdown, pooled_report
 from ser.scores.pictures import draw, draw_confusion, drawable
 from ser.scores.report import (
@@ -41,14 +41,12 @@ from ser.scores.report import (
     expected_calibration_error,
     intervals,
     mcnemar,
-    measure_of_classes,
-    measure_of_numbers,
     report,
     table,
     write_rows,
 )
 from ser.train import evaluation as module
-from ser.train.evaluation import judge
+from ser.train.evaluation import evaluated_rows
 
 EMOTIONS = ["angry", "happy", "neutral", "sad"]
 
@@ -429,16 +427,15 @@ def test_figures_are_reported_by_any_column_that_is_named(tmp_path):
         Outcomes.read(tmp_path / "p.csv", ("kind", "side"))
 
 
-def test_a_further_head_is_a_further_row_of_the_table(monkeypatch, tmp_path):
-    monkeypatch.setitem(figures_module.MEASURES, "age", measure_of_numbers("age", ["age"]))
-    monkeypatch.setitem(figures_module.MEASURES, "gender", measure_of_classes("gender"))
+def test_a_head_that_somebody_adds_has_figures_by_the_kind_of_its_labels(monkeypatch, tmp_path):
+    monkeypatch.setitem(LABELS, "age", LabelSpec("numbers", ("age",)))
+    monkeypatch.setitem(LABELS, "gender", LabelSpec("class", ("gender",)))
     generator = np.random.default_rng(4)
     rows = []
     for i, row in enumerate(drawn(80)):
         age = None if i % 9 == 0 else float(generator.normal(40, 9))
-        label, answer = ("f", "m")[i % 2], ("f", "m")[i % 5 > 2]
         row |= {"age": age, "age_predicted": (age or 30) + generator.normal(0, 4)}
-        rows.append(row | {"gender": label, "gender_predicted": answer, "gender_confidence": 0.75})
+        rows.append(row | {"gender": ("f", "m")[i % 2], "gender_predicted": ("f", "m")[i % 5 > 2]})
     found = report(write_rows(tmp_path / "p.csv", [rows], EMOTIONS), resamples=5)
     assert report(Outcomes.read(tmp_path / "p.csv"), resamples=5) == found
     y, p = np.array([(r["age"], r["age_predicted"]) for r in rows if r["age"] is not None]).T
@@ -451,13 +448,11 @@ def test_a_further_head_is_a_further_row_of_the_table(monkeypatch, tmp_path):
     assert found.judged["gender"] == 80 and found.figures["gender accuracy"].interval_speakers is not None
     usual = report(Outcomes.of(EMOTIONS, drawn(80)), resamples=5)
     assert found.value("accuracy") == usual.value("accuracy") and found.confusion == usual.confusion
-    unknown = dict.fromkeys(("speaker", "emotion", "arousal", "dominance", "valence"))
-    utterance = SimpleNamespace(id="a", file="a.wav", extra={"room": "hall"}, age=41.0, gender="f", **unknown)
-    unknown = dict.fromkeys(("emotion", "probabilities", "transcript", "speaker", "dimensions"))
-    answers = {"age": {"age": 39.5}, "gender": "m", "gender_probability": 0.6}
-    row = as_row(toy_recognizer(), utterance, "", SimpleNamespace(seconds=1.0, **answers, **unknown))
+    utterance = Utterance("a", Path("a.wav"), labels={"age": 41.0, "gender": "f"}, extra={"room": "hall"})
+    prediction = Prediction("a.wav", 1.0, others={"age": {"age": 39.5}, "gender": "m"})
+    row = as_row(toy_recognizer(), utterance, "", prediction)
     assert (row["age"], row["age_predicted"], row["room"]) == (41.0, 39.5, "hall")
-    assert (row["gender"], row["gender_predicted"], row["gender_confidence"]) == ("f", "m", 0.6)
+    assert (row["gender"], row["gender_predicted"]) == ("f", "m")
 
 
 # ---------------------------------------------------------------------------------------------- comparison
@@ -493,7 +488,7 @@ def test_mcnemar_is_the_exact_binomial_test():
 
 
 def judged_on_ranks(world, manifest):
-    return [row for rows in judge(toy_recognizer(), read_manifest(manifest), world=world) for row in rows]
+    return [row for rows in evaluated_rows(toy_recognizer(), read_manifest(manifest), world=world) for row in rows]
 
 
 def test_every_utterance_is_judged_exactly_once_on_any_number_of_ranks_in_chunks(tmp_path, monkeypatch):
@@ -504,7 +499,7 @@ def test_every_utterance_is_judged_exactly_once_on_any_number_of_ranks_in_chunks
     assert [row["seconds"] for row in expected] == [audio_info(u.file).num_samples / 16_000 for u in utterances]
     assert [row["file"] for row in expected] == [str(u.file) for u in utterances]
     monkeypatch.setattr(module, "CHUNK", 4)
-    sizes = [len(rows) for rows in judge(toy_recognizer(), utterances)]
+    sizes = [len(rows) for rows in evaluated_rows(toy_recognizer(), utterances)]
     assert sizes == [4, 4, 3], "what is held at once is bounded"
     for found in run_ranks(judged_on_ranks, 2, tmp_path, manifest):
         assert [row["id"] for row in found] == [row["id"] for row in expected]
@@ -515,7 +510,8 @@ def test_every_utterance_is_judged_exactly_once_on_any_number_of_ranks_in_chunks
 
 def test_a_speaker_whom_training_did_not_know_is_not_scored(tmp_path):
     utterances = read_manifest(write_corpus(tmp_path, 8, speakers=4))  # the model knows s0 to s2
-    rows = [row for chunk in judge(toy_recognizer(), utterances, seen_texts=frozenset({"AB"})) for row in chunk]
+    chunks = evaluated_rows(toy_recognizer(), utterances, seen_texts=frozenset({"AB"}))
+    rows = [row for chunk in chunks for row in chunk]
     assert [row["speaker_right"] is None for row in rows] == [row["speaker"] == "s3" for row in rows]
     assert [row["seen_text"] for row in rows[:4]] == ["seen", "unseen", "unseen", ""]
     prediction = toy_recognizer(heads=["emotion"]).predict(utterances[0].file)[0]
@@ -561,7 +557,7 @@ def test_pictures_need_matplotlib_and_say_so(tmp_path, monkeypatch):
 
 def test_dimensions_of_a_model_that_spells_them_with_capitals_are_judged():
     recognizer = toy_recognizer(heads=["dimensions"])
-    recognizer.dimensions = ["Arousal", "Valence"]
+    recognizer.labels = Labels.of(dimensions=["Arousal", "Valence"])
     utterance = Utterance("a", Path("a.wav"), arousal=3.0, valence=2.0)
     row = as_row(recognizer, utterance, "", Prediction("a.wav", 1.0, dimensions={"Arousal": 2.5, "Valence": 1.0}))
     assert (row["arousal"], row["arousal_predicted"], row["valence_predicted"]) == (3.0, 2.5, 1.0)
@@ -570,7 +566,8 @@ def test_dimensions_of_a_model_that_spells_them_with_capitals_are_judged():
 def test_a_lower_case_model_that_is_right_in_every_letter_has_no_errors(tmp_path):
     utterances = read_manifest(write_corpus(tmp_path, 4))
     recognizer = toy_recognizer(heads=["ctc"])
-    recognizer.vocabulary = lower = Vocabulary({t.lower(): i for i, t in enumerate(recognizer.vocabulary.tokens)})
+    lower = Vocabulary({t.lower(): i for i, t in enumerate(recognizer.vocabulary.tokens)})
+    recognizer.labels = replace(recognizer.labels, vocabulary=lower)
     heard = recognizer.predict([u.file for u in utterances])
     assert lower.case == "lower" and any(p.transcript for p in heard)
     texts = [(p.transcript or "a").capitalize() + ", 7" for p in heard]
@@ -580,7 +577,7 @@ def test_a_lower_case_model_that_is_right_in_every_letter_has_no_errors(tmp_path
     assert found["wer"] == pytest.approx((4 - right) / found["words"])
     assert found["characters_outside_vocabulary"] == 8 and found["references_recased"] == 4
     total = Rewriting()
-    for _ in judge(recognizer, rows, rewriting=total):
+    for _ in evaluated_rows(recognizer, rows, rewriting=total):
         pass
     assert total.to_dict() == {
         "references_recased": {"lower": 4},

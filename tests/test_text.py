@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ser.data.dataset import SpeechDataset
+from ser.data.labels import Labels
 from ser.data.manifest import Utterance
 from ser.data.text import MAX_VOCABULARY_BYTES, ORTHOGRAPHIES, Rewriting, Vocabulary, clean, minimum_frames
 from ser.errors import ConfigError, TextError
@@ -445,14 +446,14 @@ def symbols(letters: str, **options) -> Vocabulary:
 
 def written(text: str, letters: str, **options) -> str:
     """The reference that this text becomes."""
-    dataset = SpeechDataset([Utterance("a", Path("a"), text=text)], vocabulary=symbols(letters), **options)
+    dataset = SpeechDataset([Utterance("a", Path("a"), text=text)], Labels(vocabulary=symbols(letters), **options))
     return dataset.references[0]
 
 
 def changes(letters: str, *texts: str, **options) -> dict:
     """What was changed in texts for these letters, as a report has it."""
     rows = [Utterance(str(i), Path("a"), text=text) for i, text in enumerate(texts)]
-    return SpeechDataset(rows, vocabulary=symbols(letters), **options).rewriting().to_dict()
+    return SpeechDataset(rows, Labels(vocabulary=symbols(letters), **options)).rewriting().to_dict()
 
 
 @pytest.mark.parametrize(
@@ -521,7 +522,8 @@ def test_every_change_of_a_reference_is_counted_and_said():
     assert changes(LOWER, "it\u2010s", orthography="none") == {"characters_outside_vocabulary": {"\u2010": 1}}
     assert changes(LOWER + "-", "a\u2010b", orthography="none") == {"characters_replaced": {"\u2010": 1}}
     notes = SpeechDataset(
-        [Utterance("a", Path("a"), text="Ö 7 ab"), Utterance("b", Path("a"), text="7")], vocabulary=symbols(LOWER)
+        [Utterance("a", Path("a"), text="Ö 7 ab"), Utterance("b", Path("a"), text="7")],
+        Labels(vocabulary=symbols(LOWER)),
     ).rewriting()
     shown = "\n".join(notes.notes())
     for piece in ("lower-case letters alone: 1 texts", "removed: '7' x2, 'ö' x1", "1 texts have no character"):
@@ -531,7 +533,7 @@ def test_every_change_of_a_reference_is_counted_and_said():
 def test_without_a_word_delimiter_the_spaces_are_left_out_and_counted():
     vocabulary = tiny("<pad>", *"你好世界")
     rows = [Utterance("a", Path("a"), text="你好 世界"), Utterance("b", Path("b"), text="你好")]
-    dataset = SpeechDataset(rows, vocabulary=vocabulary)
+    dataset = SpeechDataset(rows, Labels(vocabulary=vocabulary))
     assert dataset.references == ["你好世界", "你好"]
     assert dataset.rewriting().to_dict() == {"characters_outside_vocabulary": {" ": 1}}
 
@@ -541,8 +543,8 @@ def test_changes_of_parts_sum_to_those_of_all():
     rows = [Utterance(str(i), Path("a"), text=text) for i, text in enumerate(texts)]
     total = Rewriting()
     for part in (rows[:2], rows[2:]):
-        total += SpeechDataset(part, vocabulary=symbols(LOWER)).rewriting()
-    whole = SpeechDataset(rows, vocabulary=symbols(LOWER))
+        total += SpeechDataset(part, Labels(vocabulary=symbols(LOWER))).rewriting()
+    whole = SpeechDataset(rows, Labels(vocabulary=symbols(LOWER)))
     assert total == whole.rewriting() and total.emptied == 1
     assert Rewriting.of(json.loads(json.dumps(total.to_dict()))) == total and not Rewriting.of({}).notes()
     assert whole.rewriting(without={0, 1}).removed == Counter()

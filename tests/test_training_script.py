@@ -17,7 +17,7 @@ import ser
 from ser.data.manifest import read_manifest
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError
-from ser.recognizer import labels_of
+from ser.folder import labels_of
 from ser.train.config import TrainConfig
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_iemocap.py"
@@ -217,8 +217,8 @@ def test_the_label_set_is_that_of_init_where_it_has_every_training_label(corpus,
 )
 def test_what_becomes_of_the_emotions_of_init_is_said(corpus, renamed, told):
     rows = [replace(u, emotion=renamed.get(u.emotion, u.emotion)) for u in read_manifest(corpus / "train.csv")]
-    known = labels_of(corpus / "init", "emotions")
-    assert known == ["angry", "happy", "neutral", "sad"] and labels_of("small", "emotions") == []
+    known = labels_of(corpus / "init", "emotion")
+    assert known == ["angry", "happy", "neutral", "sad"] and labels_of("small", "emotion") == []
     lines = train_iemocap.emotions_of_init(known, rows)
     assert len(lines) == bool(told) and told in "".join(lines)
     assert not train_iemocap.emotions_of_init([], rows), "a preset knows none"
@@ -229,7 +229,8 @@ def test_texts_follow_the_case_of_the_vocabulary_of_init_and_every_change_is_sai
 ):
     recognizer = toy_recognizer(heads=("emotion", "ctc"))
     letters = [token.lower() for token in recognizer.vocabulary.tokens]
-    recognizer.vocabulary = Vocabulary({token: i for i, token in enumerate(letters)})
+    lower = Vocabulary({token: i for i, token in enumerate(letters)})
+    recognizer.labels = replace(recognizer.labels, vocabulary=lower)
     recognizer.save(tmp_path / "lower")
     rows = [row for row in csv.DictReader((corpus / "train.csv").open()) if row["text"]]
     for name in ("train", "valid"):

@@ -5,6 +5,7 @@ import platform
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -12,14 +13,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ser.data.dataset import NO_LABEL, Example, collate
+from ser.data.dataset import Example, collate
+from ser.data.labels import NO_LABEL
 from ser.data.sampler import cut_update
 from ser.errors import ConfigError
 from ser.models.config import Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.train.distributed import World
+from ser.train.losses import Objective
 from ser.train.optim import make_optimizer, set_rate
-from ser.train.update import Objective, run_update
+from ser.train.update import run_update
 
 LENGTHS = [9000, 7000, 6500, 5000, 4000, 3000, 1200, 800]
 
@@ -69,14 +72,16 @@ def examples(*, without=(), dtype=torch.float64):
                 index=i,
                 weight=1.0,
                 waveform=torch.randn(length, generator=generator, dtype=dtype),
-                emotion=NO_LABEL if i in (1, 6) or "emotion" in without else i % 4,
-                speaker=NO_LABEL if i in (0, 3, 4) or "speaker" in without else i % 3,
-                dimensions=dimensions_of(i) if "dimensions" not in without else [math.nan] * 3,
-                target=[]
-                if i == 2 or "ctc" in without
-                else [1, 1, 2, 3, 3, 5][: 2 + i % 5]
-                if i < 7
-                else [4] * 30,
+                labels={
+                    "emotion": NO_LABEL if i in (1, 6) or "emotion" in without else i % 4,
+                    "speaker": NO_LABEL if i in (0, 3, 4) or "speaker" in without else i % 3,
+                    "dimensions": dimensions_of(i) if "dimensions" not in without else [math.nan] * 3,
+                    "ctc": []
+                    if i == 2 or "ctc" in without
+                    else [1, 1, 2, 3, 3, 5][: 2 + i % 5]
+                    if i < 7
+                    else [4] * 30,
+                },
             )
         )
     return found
@@ -333,9 +338,9 @@ def test_the_gradient_of_dimensions_is_that_of_the_concordance_of_the_whole_upda
     predictions = torch.cat([model(e.waveform[None]).dimensions for e in pool])
     loss = torch.zeros((), dtype=torch.float64)
     for d in range(2):  # the third does not vary
-        rows = [i for i in ALL if math.isfinite(pool[i].dimensions[d])]
+        rows = [i for i in ALL if math.isfinite(pool[i].labels["dimensions"][d])]
         p = predictions[rows, d]
-        y = torch.tensor([pool[i].dimensions[d] for i in rows], dtype=torch.float64)
+        y = torch.tensor([pool[i].labels["dimensions"][d] for i in rows], dtype=torch.float64)
         covariance = ((p - p.mean()) * (y - y.mean())).mean()
         ccc = 2 * covariance / (p.var(correction=0) + y.var(correction=0) + (p.mean() - y.mean()) ** 2)
         loss = loss + (1 - ccc) / 3
@@ -367,7 +372,7 @@ def test_a_label_that_is_no_class_is_refused_before_any_forward_pass(kind, label
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
     optimizer = make_optimizer(model, rate=0.0, head_rate=0.0, weight_decay=0.0, beta2=0.999)
     pool = examples()
-    pool[5] = Example(**vars(pool[5]) | {kind: label})
+    pool[5] = replace(pool[5], labels=pool[5].labels | {kind: label})
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with pytest.raises(ConfigError, match=rf"utterance 5 .*{kind} {label}\b"):
         run_update(model, model, optimizer, [collate(pool)], OBJECTIVE, World(), scaler=scaler)

@@ -59,8 +59,8 @@ from ser.data.selection import from_arguments as selected_data
 from ser.data.spellings import check_spellings, label_lines
 from ser.errors import ConfigError, FileError, printable
 from ser.files import digest, write_json
+from ser.folder import is_preset
 from ser.models.pretrained import find_folder
-from ser.recognizer import is_preset
 from ser.scores.folds import (
     SHORT,
     PooledReport,

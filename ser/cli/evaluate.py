@@ -39,7 +39,8 @@ import torch
 
 import ser
 from ser.cli import LAUNCHER
-from ser.data.manifest import DIMENSIONS, Utterance
+from ser.data.labels import DIMENSIONS
+from ser.data.manifest import Utterance
 from ser.data.protocols import KNOWN, overlap
 from ser.data.selection import Selection
 from ser.data.selection import add_arguments as add_data_arguments
@@ -47,7 +48,7 @@ from ser.data.selection import from_arguments as selected_data
 from ser.data.spellings import check_spellings, label_lines
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
-from ser.device import cpu_threads
+from ser.device import cpu_threads, freed_memory_kept
 from ser.errors import ConfigError, FileError, SerError, brief_repr, printable, summary
 from ser.files import write_json
 from ser.models.pretrained import find_folder
@@ -69,7 +70,7 @@ from ser.scores.report import (
 )
 from ser.train.bad_audio import BadAudio
 from ser.train.distributed import World, joined_world
-from ser.train.evaluation import judge
+from ser.train.evaluation import evaluated_rows
 from ser.train.loop import say
 from ser.train.processes import one_voice
 from ser.train.verification import checks_of
@@ -292,7 +293,7 @@ def outcomes_of(
     if training is not None:
         how: dict[str, Any] = {"orthography": recognizer.orthography, "tags": recognizer.tags}
         seen = frozenset(clean(u.text or "", **how) for u in training) - {""}
-    rows = judge(
+    rows = evaluated_rows(
         recognizer, utterances, world=world, seen_texts=seen, workers=arguments.workers,
         progress=world.is_main and sys.stderr.isatty(),
         bad_audio=BadAudio(world, policy=arguments.on_bad_audio, limit=arguments.max_bad_audio),
@@ -345,7 +346,7 @@ def unscored_labels(utterances: list[Utterance], recognizer: Recognizer) -> list
         lines.append(f"the model writes no transcripts: the texts of {texts} utterances are in no figure")
     known = {name.lower() for name in recognizer.dimensions}
     for name in DIMENSIONS:
-        if name not in known and (labels := sum(getattr(u, name) is not None for u in utterances)):
+        if name not in known and (labels := sum(u.labels.get(name) is not None for u in utterances)):
             lines.append(f"the model gives no {name}: the labels of {labels} utterances are in no figure")
     speakers = Counter(u.speaker for u in utterances if u.speaker)
     if recognizer.speakers and speakers and speakers.keys().isdisjoint(recognizer.speakers):
@@ -508,7 +509,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(compared, indent=2))
         return 0
     torch.set_num_threads(cpu_threads())
-    with joined_world(arguments.device, timeout=arguments.timeout, launcher=LAUNCHER) as world:
+    joined = joined_world(arguments.device, timeout=arguments.timeout, launcher=LAUNCHER)
+    with joined as world, freed_memory_kept(world.device):
         try:
             good = verify(arguments, world) if arguments.verify else evaluate_model(arguments, world)
         except OSError as error:

@@ -38,11 +38,9 @@ from ser.data.text import Vocabulary
 from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
 from ser.files import digest, read_tensors, write_folder_atomically, write_json, write_tensors
 from ser.folder import check_names, class_names, classifier_form, read_do_normalize, read_vocabulary
-from ser.models.config import MODEL_TYPES, Wav2Vec2Config
+from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.models.pretrained import (
-    HEAD_PARTS,
-    PREFIXES,
     PRETRAINING_PARTS,
     LoadReport,
     TensorFiles,
@@ -52,6 +50,7 @@ from ser.models.pretrained import (
     fill,
     fill_encoder,
     find_folder,
+    head_parts,
     is_hub_name,
     load_encoder,
     materialise,
@@ -183,7 +182,7 @@ def read_file(path: Path) -> Source:
     kind, prefix = recognised(path, state)
     if kind == "hugging-face":
         outer = prefix
-        for own in PREFIXES.values():
+        for own in (row.prefix for row in ARCHITECTURES.values()):
             outer = outer.removesuffix(own)
         original = {key.removeprefix(outer): state[key] for key in state if key.startswith(outer)}
         unused = [key for key in state if not key.startswith(outer)]
@@ -412,7 +411,7 @@ def check_tensors(source: Source, folder: Path) -> int:
 
 def encoder_tensors(source: Source) -> dict[str, Tensor]:
     """Those of the encoder, by our names, in float32."""
-    others = HEAD_PARTS + PRETRAINING_PARTS
+    others = head_parts() + PRETRAINING_PARTS
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in source.tensors.items()
@@ -472,8 +471,8 @@ def check_paths(source: Path, target: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ModelFolderError(f"{target}: exists; choose another folder, or --overwrite")
-    ours = target.is_dir() and read_json(check_folder(target), "config.json").get("model_type") in MODEL_TYPES
-    if not ours:
+    kind = read_json(check_folder(target), "config.json").get("model_type") if target.is_dir() else None
+    if kind not in list(ARCHITECTURES):
         raise ModelFolderError(f"{target}: exists and is not a model folder; it is not replaced")
 
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ser.errors import ModelFolderError
+from ser.errors import ModelFolderError, shorten, summary
 from ser.models.pretrained import refuse_lfs_pointer
 
 MAX_FILE_BYTES = 20 * 2**30  # the largest public checkpoints of this family, of 2 billion parameters, have 8 GB
@@ -188,8 +188,7 @@ def read_pickle(path: Path) -> Any:
     found = globals_of_zip(path) if zipped else globals_of_legacy(path)
     refused = sorted(name.replace(" ", ".") for name in found - GLOBALS)
     if refused:
-        listed = ", ".join(refused[:8]) + (f" and {len(refused) - 8} more" if len(refused) > 8 else "")
-        raise ModelFolderError(f"{path}: names {listed[:500]}; {ADVICE}")
+        raise ModelFolderError(f"{path}: names {shorten(summary(refused))}; {ADVICE}")
     try:
         with torch.serialization.safe_globals([Namespace, Dictionary]):
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)

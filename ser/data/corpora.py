@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ser.audio import OTHER_SUFFIXES, SUFFIXES
-from ser.data.manifest import MAX_LISTED, Utterance
-from ser.errors import ManifestError
+from ser.containers import OTHER_SUFFIXES, SUFFIXES
+from ser.data.manifest import Utterance
+from ser.errors import ManifestError, indented
 from ser.files import files_below
 
 # What their publishers say; for data sheets and model cards.
@@ -60,13 +60,6 @@ class Corpus:
     def reasons(self) -> dict[str, int]:
         """Why things were dropped, and how many of each, the most frequent first."""
         return dict(Counter(d.why for d in self.dropped).most_common())
-
-
-def listed(items: Iterable[str]) -> str:
-    """The items as indented lines, the first 50 of them."""
-    items = list(items)
-    more = [f"and {len(items) - MAX_LISTED} more"] if len(items) > MAX_LISTED else []
-    return "".join(f"\n  {item}" for item in [*items[:MAX_LISTED], *more])
 
 
 # ---------------------------------------------------------------------------------------------------- by name
@@ -246,6 +239,6 @@ def read_named(folder: str | os.PathLike[str], parse: Callable[[str], Named | No
     if not utterances:
         raise ManifestError(
             f"{folder}: none of its {len(dropped)} sound files is a WAV file with a name of this corpus"
-            + listed(f"{d.what}: {d.why}" for d in dropped)
+            + indented(f"{d.what}: {d.why}" for d in dropped)
         )
     return Corpus(folder, [utterances[name] for name in sorted(utterances)], dropped, warnings)

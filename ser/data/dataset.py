@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ser.audio import audio_info, load_audio, normalise
-from ser.data.manifest import DIMENSIONS, Utterance
+from ser.data.labels import LABELS, Labels, collate_labels, encoder, unknown
+from ser.data.manifest import Utterance
 from ser.data.sampler import Item
-from ser.data.text import ORTHOGRAPHIES, Rewriting, Vocabulary, clean
-from ser.errors import AudioError, MissingLibraryError, printable
-
-NO_LABEL = -100  # what torch's cross entropy ignores
+from ser.data.text import ORTHOGRAPHIES, Rewriting, clean
+from ser.errors import AudioError, MissingLibraryError, indented
 
 
 @dataclass
@@ -28,11 +26,7 @@ class Batch:
 
     waveforms: Tensor  # (B, S) float32, zero past num_samples
     num_samples: Tensor  # (B,) int64
-    emotions: Tensor  # (B,) int64, NO_LABEL where unknown
-    speakers: Tensor  # (B,) int64, NO_LABEL where unknown
-    dimensions: Tensor  # (B, K) float64 of arousal, dominance, valence as the model has them, NaN where unknown
-    targets: Tensor  # (B, max(L, 1)) int64, 0 past target_lengths
-    target_lengths: Tensor  # (B,) int64, 0 where there is no transcript
+    labels: dict[str, Tensor]  # head -> labels of its kind; see `ser.data.labels.LabelSpec`
     weights: Tensor  # (B,) float32, 0 for an utterance that only keeps a rank busy, or could not be read
     indices: list[int] = field(default_factory=list)  # positions in the dataset
     errors: dict[int, str] = field(default_factory=dict)  # position -> why its recording could not be read
@@ -57,15 +51,11 @@ class Batch:
             self,
             waveforms=self.waveforms.to(device, non_blocking=True),
             stored=None if self.stored is None else self.stored.to(device, non_blocking=True).float(),
-            emotions=self.emotions.to(device, non_blocking=True),
-            speakers=self.speakers.to(device, non_blocking=True),
-            dimensions=self.dimensions.to(device, non_blocking=True),
+            labels={
+                head: labels if LABELS[head].kind == "text" else labels.to(device, non_blocking=True)
+                for head, labels in self.labels.items()
+            },
         )
-
-
-def dimension(utterance: Utterance, name: str) -> float | None:
-    """The label called ``name`` (as a model spells it: Arousal is arousal); None where unknown."""
-    return getattr(utterance, name.lower()) if name.lower() in DIMENSIONS else None
 
 
 @dataclass(frozen=True)
@@ -75,10 +65,7 @@ class Example:
     index: int
     weight: float
     waveform: Tensor  # (S,)
-    emotion: int
-    speaker: int
-    dimensions: list[float]
-    target: list[int]
+    labels: dict[str, Any]  # head -> a class's number, a list of numbers, or a list of symbols
     error: str = ""  # why the recording could not be read; then all the rest is a stand-in that counts for nothing
     num_samples: int = 0  # S; 0: those of the waveform
     stored: Tensor | None = None  # in place of a waveform: see `Batch`
@@ -94,53 +81,40 @@ class StoredInputs(Protocol):
         """What is kept for an utterance, or zeros of its shape and why there is nothing."""
 
 
-def listed(messages: Iterable[str], most: int = 50) -> str:
-    """One message per line, whatever a file's name holds, and how many more there are."""
-    lines = [printable(message) for message in messages]
-    return "\n  ".join(lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else []))
-
-
 class SpeechDataset(Dataset[Example]):
     """Utterances with their labels as numbers and their audio read on demand.
 
-    ``emotions`` and ``speakers`` are label names in the order of the model's classes; a label that is not
-    among them counts as unknown (`NO_LABEL`). ``dimensions`` are names as in a manifest. ``vocabulary`` None: no
-    transcripts. An item is asked for by its number or by a (number, weight) pair as the samplers yield.
+    ``labels`` are those of the model: a class that is not among them counts as unknown, and without a vocabulary
+    there are no transcripts. An item is asked for by its number or as the samplers yield it.
 
     A recording that cannot be read is no exception here, which a loader worker would bury in its own traceback,
     but an Example with `error`: silence of the planned length at weight 0, without labels, in the utterance's
     place. What is to be done about it is decided where the batch arrives (`ser.train.bad_audio`), on all
     ranks alike.
+
+    Attributes:
+        utterances: the rows.
+        labels: head -> the label of each utterance, as `Example` has it.
+        texts: the cleaned transcripts as the vocabulary writes them; empty without one.
+        references: what word error rates compare with: the transcripts as far as the vocabulary can write them.
     """
 
-    def __init__(
-        self,
-        utterances: Sequence[Utterance],
-        *,
-        emotions: Sequence[str] = (),
-        speakers: Sequence[str] = (),
-        dimensions: Sequence[str] = (),
-        vocabulary: Vocabulary | None = None,
-        orthography: str = "librispeech",
-        tags: str = "remove",
-        do_normalize: bool = True,
-    ) -> None:
-        self.utterances = list(utterances)
-        self.do_normalize = do_normalize
+    def __init__(self, utterances: Sequence[Utterance], labels: Labels | None = None) -> None:
+        self.utterances, self.model_labels = list(utterances), labels or Labels()
         # Where what a model makes of the recordings is kept, it is read in their place (`ser.train.cache`).
         self.stored: StoredInputs | None = None
-        emotion_ids = {name: i for i, name in enumerate(emotions)}
-        speaker_ids = {name: i for i, name in enumerate(speakers)}
-        self.emotions = [emotion_ids.get(u.emotion or "", NO_LABEL) for u in self.utterances]
-        self.speakers = [speaker_ids.get(u.speaker or "", NO_LABEL) for u in self.utterances]
-        # (N, K), NaN where unknown; also where a model has a dimension that manifests do not know.
-        self.dimensions = [
-            [math.nan if (value := dimension(u, name)) is None else value for name in dimensions]
-            for u in self.utterances
-        ]
+        self.labels: dict[str, list[Any]] = {}
+        for head, names in self.model_labels.names.items():
+            label_of = encoder(head, names)
+            self.labels[head] = [label_of(u.labels) for u in self.utterances]
+        self.write_texts()
+
+    def write_texts(self) -> None:
+        """Clean the transcripts, and write them with the vocabulary as far as it can."""
+        vocabulary, orthography = self.model_labels.vocabulary, self.model_labels.orthography
+        tags = self.model_labels.tags
         # What is learnt and compared: the cleaned text as the vocabulary writes it. Empty (tags alone, or none
         # given) is no text. Beside it what was changed: whether the case, and which characters.
-        self.vocabulary, self.orthography = vocabulary, orthography
         self.texts = [clean(u.text or "", orthography=orthography, tags=tags) for u in self.utterances]
         self.recased, self.replaced = [False] * len(self.texts), [""] * len(self.texts)
         if vocabulary is not None and not ORTHOGRAPHIES[orthography].script:
@@ -153,25 +127,27 @@ class SpeechDataset(Dataset[Example]):
             self.texts, self.replaced = [text for text, _ in spelt], [characters for _, characters in spelt]
         joined = vocabulary is not None and not vocabulary.has_delimiter
         spelt_texts = ["".join(text.split()) for text in self.texts] if joined else self.texts
-        self.targets = [vocabulary.encode(text) if vocabulary is not None else [] for text in spelt_texts]
         # What WER compares with: the transcript as far as the vocabulary can write it, as the paper does.
         self.references = [""] * len(self.texts)
         if vocabulary is not None:
             present = ORTHOGRAPHIES[orthography].present
-            self.references = [present(vocabulary.spelt(target)) for target in self.targets]
+            self.labels["ctc"] = [vocabulary.encode(text) for text in spelt_texts]
+            self.references = [present(vocabulary.spelt(symbols)) for symbols in self.labels["ctc"]]
 
     def __len__(self) -> int:
         return len(self.utterances)
 
     def rewriting(self, without: Container[int] = ()) -> Rewriting:
         """What was changed in the texts so that the vocabulary can write them, but for positions ``without``."""
-        if self.vocabulary is None:
+        if self.model_labels.vocabulary is None:
             return Rewriting()
         kept = [i for i, text in enumerate(self.texts) if text and i not in without]
-        removed = self.vocabulary.unknown_characters(self.texts[i] for i in kept)
-        spaces = 0 if self.vocabulary.has_delimiter else sum(len(self.texts[i].split()) - 1 for i in kept)
+        removed = self.model_labels.vocabulary.unknown_characters(self.texts[i] for i in kept)
+        spaces = (
+            0 if self.model_labels.vocabulary.has_delimiter else sum(len(self.texts[i].split()) - 1 for i in kept)
+        )
         return Rewriting(
-            case=self.vocabulary.case,
+            case=self.model_labels.vocabulary.case,
             recased=sum(self.recased[i] for i in kept),
             replaced=Counter(c for i in kept for c in self.replaced[i]),
             removed=removed + Counter({" ": spaces}),
@@ -187,7 +163,7 @@ class SpeechDataset(Dataset[Example]):
         else:
             try:
                 waveform, error = load_audio(utterance.file, start=utterance.start, end=utterance.end), ""
-                waveform = normalise(waveform) if self.do_normalize else waveform
+                waveform = normalise(waveform) if self.model_labels.do_normalize else waveform
             except MissingLibraryError:
                 raise  # nothing is wrong with the recording
             except AudioError as bad:
@@ -196,15 +172,20 @@ class SpeechDataset(Dataset[Example]):
             index,
             0.0 if error else weight,
             waveform,
-            NO_LABEL if error else self.emotions[index],
-            NO_LABEL if error else self.speakers[index],
-            [math.nan] * len(self.dimensions[index]) if error else self.dimensions[index],
-            [] if error else self.targets[index],
+            self.labels_of(index) if not error else self.no_labels(),
             error,
             self.lengths[index] if kind else 0,
             stored,
             kind,
         )
+
+    def labels_of(self, index: int) -> dict[str, Any]:
+        """Return an utterance's label for each head."""
+        return {head: labels[index] for head, labels in self.labels.items()}
+
+    def no_labels(self) -> dict[str, Any]:
+        """Return what stands for the labels of a recording that cannot be read."""
+        return {head: unknown(head, len(self.model_labels.names.get(head, ()))) for head in self.labels}
 
     def read_headers(self, indices: Iterable[int]) -> tuple[dict[int, int], dict[int, str]]:
         """From file headers alone: samples at 16 kHz of these utterances, and why others cannot be used."""
@@ -227,13 +208,13 @@ class SpeechDataset(Dataset[Example]):
         """
         found, bad = self.read_headers(range(len(self)))
         if bad:
-            raise AudioError(f"{len(bad)} of {len(self)} recordings cannot be used:\n  {listed(bad.values())}")
+            raise AudioError(f"{len(bad)} of {len(self)} recordings cannot be used:{indented(bad.values())}")
         return list(found.values())
 
 
-def pad(rows: Sequence[Tensor], *, at_least: int = 0) -> Tensor:
+def pad(rows: Sequence[Tensor]) -> Tensor:
     """(S_i, ...) each -> (B, max S_i, ...), zeros on the right."""
-    out = rows[0].new_zeros(len(rows), max(at_least, *(len(row) for row in rows)), *rows[0].shape[1:])
+    out = rows[0].new_zeros(len(rows), max(len(row) for row in rows), *rows[0].shape[1:])
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
@@ -246,11 +227,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         num_samples=torch.tensor([e.num_samples or len(e.waveform) for e in examples]),
         stored=pad([e.stored for e in examples if e.stored is not None]) if examples[0].kind else None,
         kind=examples[0].kind,
-        emotions=torch.tensor([e.emotion for e in examples]),
-        speakers=torch.tensor([e.speaker for e in examples]),
-        dimensions=torch.tensor([e.dimensions for e in examples], dtype=torch.float64),
-        targets=pad([torch.tensor(e.target, dtype=torch.int64) for e in examples], at_least=1),
-        target_lengths=torch.tensor([len(e.target) for e in examples]),
+        labels={head: collate_labels(head, [e.labels[head] for e in examples]) for head in examples[0].labels},
         weights=torch.tensor([e.weight for e in examples]),
         indices=[e.index for e in examples],
         errors={e.index: e.error for e in examples if e.error},

@@ -12,10 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ser.audio import audio_info, load_audio
-from ser.data.corpora import Corpus, Dropped, listed
+from ser.data.corpora import Corpus, Dropped
 from ser.data.manifest import Utterance
 from ser.data.text import clean
-from ser.errors import AudioError
+from ser.errors import AudioError, indented
 
 SILENT = 0.001  # peak, full scale being 1: -60 dB. Speech that was recorded at all is louder.
 FULL_SCALE = 0.999
@@ -86,7 +86,7 @@ def listen(corpus: Corpus, *, partial: bool = False, progress: bool = True) -> t
     if bad and not (partial and utterances):
         raise AudioError(
             f"{corpus.root}: {len(bad)} of {len(corpus.utterances)} recordings cannot be used:"
-            f"{listed(bad.values())}\nReplace them, or pass --partial to leave them out"
+            f"{indented(bad.values())}\nReplace them, or pass --partial to leave them out"
         )
     dropped = [*corpus.dropped, *(Dropped(id_, "unusable recording") for id_ in bad)]
     warnings = [*corpus.warnings, *bad.values()]

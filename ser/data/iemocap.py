@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ser.data.corpora import Corpus, Dropped, listed
+from ser.data.corpora import Corpus, Dropped
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, read_manifest
-from ser.errors import ManifestError
+from ser.errors import ManifestError, indented
 
 # The release's codes. xxx: the annotators had no majority, so the turn has a transcript but no label.
 EMOTIONS: dict[str, str | None] = {
@@ -289,7 +289,7 @@ def _utterance(label: Label, text: str, root: Path) -> Utterance:
 def four_classes(utterances: Iterable[Utterance]) -> list[Utterance]:
     """Those of the four-class protocol, in which excited is happy: neutral, happy, angry, sad."""
     return [
-        replace(u, emotion=FOUR_CLASSES[u.extra["code"]]) for u in utterances if u.extra["code"] in FOUR_CLASSES
+        u.relabelled(emotion=FOUR_CLASSES[u.extra["code"]]) for u in utterances if u.extra["code"] in FOUR_CLASSES
     ]
 
 
@@ -367,7 +367,8 @@ def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_f
     if wrong and not partial:
         raise ManifestError(
             f"{root}: not the whole release as it is known, these are the differences ({len(wrong)}):"
-            f"{listed(wrong)}\nWhat was dropped:{listed(f'{n} x {why}' for why, n in corpus.reasons().items())}\n"
+            f"{indented(wrong)}\nWhat was dropped:"
+            f"{indented(f'{n} x {why}' for why, n in corpus.reasons().items())}\n"
             "Copy what is missing, or pass --partial to go on with what is there"
         )
     return replace(corpus, warnings=wrong + warnings)
@@ -414,9 +415,11 @@ def read_paper_csv(
         elif check_files and not file.is_file():
             problems.append(f"{name.id}: no recording {str(file)!r}")
         else:
-            utterances.append(replace(u, id=name.id, file=file, speaker=name.speaker, extra=name.columns()))
+            utterances.append(
+                replace(u.relabelled(speaker=name.speaker), id=name.id, file=file, extra=name.columns())
+            )
     if problems:
-        raise ManifestError(f"{path}: these rows cannot be used ({len(problems)}):{listed(problems)}")
+        raise ManifestError(f"{path}: these rows cannot be used ({len(problems)}):{indented(problems)}")
     return utterances
 
 
@@ -464,7 +467,7 @@ def read_paper_folds(
         for line in notes:
             tell(line)
     if problems:
-        raise ManifestError(f"{folder}: not the paper's folds ({len(problems)}):{listed(problems)}")
+        raise ManifestError(f"{folder}: not the paper's folds ({len(problems)}):{indented(problems)}")
     warnings = [] if root is not None else ["without a root, the recordings are where the CSV files say"]
     return Corpus(
         folder if root is None else Path(root).absolute(), [turns[i] for i in sorted(turns)], [], warnings

@@ -39,11 +39,11 @@ from ser.data.cells import (
     swallowed,
     whole,
 )
+from ser.data.labels import DIMENSIONS, label_columns
 from ser.data.text import did_you_mean, nfc, unique_names
 from ser.errors import ConfigError, ManifestError, brief_repr, shorten, summary
 from ser.files import csv_line, replace_file
 
-DIMENSIONS = ("arousal", "dominance", "valence")
 NUMBERS = ("start", "end", *DIMENSIONS)
 COLUMNS = ("file", "emotion", "text", "speaker", "id", *NUMBERS)
 
@@ -65,33 +65,72 @@ MAX_LISTED = 50
 OVERLAPS = ("none", "speakers", "utterances")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Utterance:
     """One row: a recording or an excerpt of it, and what is known about it.
+
+        Utterance("turn-1", Path("a.wav"), emotion="happy", text="SO IT IS", end=2.5)
 
     Attributes:
         id: unique in its manifest.
         file: the recording.
-        emotion: name of the class, None if unlabelled.
-        text: transcript as the corpus has it, None if there is none.
-        speaker: name, None if unknown.
         start: of the excerpt in seconds, None: from the beginning.
         end: of the excerpt in seconds, None: to the end.
-        arousal, dominance, valence: numbers on the corpus's scale, None if unlabelled.
+        labels: column -> label, of the columns in `ser.data.labels.LABELS` that are known; never None.
         extra: the other columns that are not empty.
     """
 
     id: str
     file: Path
-    emotion: str | None = None
-    text: str | None = None
-    speaker: str | None = None
-    start: float | None = None
-    end: float | None = None
-    arousal: float | None = None
-    dominance: float | None = None
-    valence: float | None = None
-    extra: dict[str, str] = field(default_factory=dict, hash=False)
+    start: float | None
+    end: float | None
+    labels: dict[str, Any] = field(hash=False)
+    extra: dict[str, str] = field(hash=False)
+
+    def __init__(
+        self,
+        id: str,
+        file: Path,
+        *,
+        start: float | None = None,
+        end: float | None = None,
+        labels: Mapping[str, Any] | None = None,
+        extra: dict[str, str] | None = None,
+        **columns: str | float | None,
+    ) -> None:
+        """Make a row; ``columns`` are labels by name, which count before ``labels``, and None is no label."""
+        for name in columns.keys() - label_columns():
+            raise TypeError(f"Utterance has no {name!r}{did_you_mean(name, label_columns())}")
+        every = {**(labels or {}), **columns}
+        values = (id, file, start, end, {name: v for name, v in every.items() if v is not None}, extra or {})
+        for name, value in zip(self.__slots__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    def relabelled(self, **columns: str | float | None) -> Utterance:
+        """Return the same row with these labels in place of its own; None takes a label away."""
+        return Utterance(
+            self.id, self.file, start=self.start, end=self.end, labels=self.labels, extra=self.extra, **columns
+        )
+
+    @property
+    def emotion(self) -> str | None:
+        """The name of the class, None if unlabelled."""
+        return self.labels.get("emotion")
+
+    @property
+    def text(self) -> str | None:
+        """The transcript as the corpus has it, None if there is none."""
+        return self.labels.get("text")
+
+    @property
+    def speaker(self) -> str | None:
+        """The speaker's name, None if unknown."""
+        return self.labels.get("speaker")
+
+
+def value_of(utterance: Utterance, column: str) -> Any:
+    """Return what stands in a column of ours, None for nothing."""
+    return getattr(utterance, column) if column in utterance.__slots__ else utterance.labels.get(column)
 
 
 @dataclass(frozen=True)
@@ -443,12 +482,9 @@ def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], mis
     return Utterance(
         id=full.pop("id", None) or name + _excerpt(start, end),
         file=folder / name,
-        emotion=emotion,
-        text=text,
-        speaker=speaker,
         start=start,
         end=end,
-        **dimensions,
+        labels={"emotion": emotion, "text": text, "speaker": speaker, **dimensions},
         extra=dict(full),  # a copy is as small as what is left
     )
 
@@ -505,7 +541,7 @@ def _with_names(
     Each name is looked at once, however many rows have it. What a user should know goes to `lines`.
     """
     for column in ("emotion", "speaker"):
-        counts: Counter[str] = Counter(name for u in utterances if (name := getattr(u, column)) is not None)
+        counts: Counter[str] = Counter(name for u in utterances if (name := u.labels.get(column)) is not None)
         new = _new_names(column, counts, map_for(label_map, column), missing, lines)
         labels = {new.get(name, name) for name in counts} - {None}
         if column == "emotion" and labels and labels <= PAPER_EMOTIONS.keys():
@@ -513,7 +549,7 @@ def _with_names(
         if new:
             changes: dict[str | None, Any] = {name: {column: to} for name, to in new.items()}
             utterances = [
-                replace(u, **changes[n]) if (n := getattr(u, column)) in changes else u for u in utterances
+                u.relabelled(**changes[n]) if (n := u.labels.get(column)) in changes else u for u in utterances
             ]
     return utterances
 
@@ -685,7 +721,7 @@ def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
     """Which labels a reader would take for something else."""
     advice = "write and read it with literal_labels"
     for column in ("emotion", "speaker", "text"):
-        value = getattr(utterance, column)
+        value = utterance.labels.get(column)
         if value is None:
             continue
         if missing(column, value):
@@ -697,7 +733,7 @@ def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
 def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
     """name -> value of what is known."""
     file = utterance.file.absolute()
-    cells: dict[str, str | float | None] = {name: getattr(utterance, name) for name in COLUMNS}
+    cells: dict[str, str | float | None] = {name: value_of(utterance, name) for name in COLUMNS}
     cells["file"] = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
     return {name: value for name, value in {**utterance.extra, **cells}.items() if value is not None}
 
@@ -734,7 +770,7 @@ def write_manifest(
     utterances = list(utterances)
     if not utterances:
         raise ManifestError(f"{path}: there are no utterances to write")
-    used = {"file", "id", *(name for name in COLUMNS for u in utterances if getattr(u, name) is not None)}
+    used = {"file", "id", *(name for name in COLUMNS for u in utterances if value_of(u, name) is not None)}
     others = dict.fromkeys(name for u in utterances for name in u.extra)
     names = [*(name for name in COLUMNS if name in used), *others]
     delimiter = _delimiter(path)
@@ -805,7 +841,7 @@ def check_labels(
     }
     for utterance in utterances:
         for kind, names in known.items():
-            label = getattr(utterance, kind)
+            label = utterance.labels.get(kind)
             if label is not None and label not in names:
                 near = did_you_mean(label, names) if problems.count < MAX_LISTED else ""
                 problems.add(f"utterance {brief_repr(utterance.id)}", f"unknown {kind} {brief_repr(label)}{near}")
@@ -854,11 +890,10 @@ def check_overlap(
     found = {"speakers": overlap.speakers, "utterances": overlap.utterances}
     for kind, shared in found.items():
         if shared and OVERLAPS.index(allow) < OVERLAPS.index(kind):
-            shown = ", ".join(map(brief_repr, shared[:MAX_LISTED]))
-            more = f" and {len(shared) - MAX_LISTED} more" if len(shared) > MAX_LISTED else ""
+            shown = summary(map(brief_repr, shared), MAX_LISTED)
             need = "utterances" if overlap.utterances else "speakers"
             raise ManifestError(
-                f"{name}: {len(shared)} {kind} stand in training too: {shown}{more}. Figures would be too good. "
+                f"{name}: {len(shared)} {kind} stand in training too: {shown}. Figures would be too good. "
                 f"Split the manifests by speaker, or allow it with --allow-overlap {need}"
             )
     return overlap

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from ser.data.manifest import MAX_LISTED, Utterance
+from ser.data.manifest import Utterance
 from ser.data.text import clean, did_you_mean, unique_names
-from ser.errors import ConfigError, ManifestError, printable
+from ser.errors import ConfigError, ManifestError, indented, printable
 from ser.files import write_json
 
 PARTS = ("train", "valid", "test")
@@ -581,8 +581,7 @@ def check_fold(fold: Fold, utterances: Iterable[Utterance], protocol: Protocol) 
                 )
     if problems:
         raise ManifestError(
-            f"fold {fold.name}: the protocol {protocol.name} does not permit this:"
-            + "".join(f"\n  {problem}" for problem in problems[:MAX_LISTED])
+            f"fold {fold.name}: the protocol {protocol.name} does not permit this:{indented(problems)}"
         )
     return found
 

@@ -18,7 +18,7 @@ from typing import Any
 from ser.data.cells import MAX_SHOWN, whole
 from ser.data.manifest import Utterance, check_regular, map_for
 from ser.data.text import did_you_mean, nfc, unique_names
-from ser.errors import ConfigError, ManifestError, brief_repr, shorten, summary
+from ser.errors import ConfigError, ManifestError, brief_repr, indented, shorten, summary
 
 MAX_MAP_BYTES = 16 * 1024 * 1024
 MAX_EXAMPLE = 1000  # characters
@@ -183,7 +183,7 @@ def check_spellings(
         meant = {old for old, new in map_for(label_map or {}, column).items() if old == new}
         where: dict[str, list[str]] = {name: [] for name in right}
         for title, utterances in sets.items():
-            counts = Counter(getattr(u, column) for u in utterances)
+            counts = Counter(u.labels.get(column) for u in utterances)
             for name, count in counts.items():
                 if name is not None:
                     where.setdefault(name, []).append(f"{title} {count}")
@@ -195,13 +195,12 @@ def check_spellings(
             if len(names) > 1 and not set(names) <= set(right):
                 found.append(_twins(column, names, where, right))
     if found:
-        more = [f"and {len(found) - MAX_SHOWN} more"] if len(found) > MAX_SHOWN else []
-        listed = "\n  ".join([*(line for line, _ in found[:MAX_SHOWN]), *more])
         advice = "old name: new name, or null to drop the label; a name that maps to itself is meant as it is"
         raise ManifestError(
             "these names differ in case, spaces, invisible characters or Unicode form alone, and would be several "
-            f"classes or speakers:\n  {listed}\nwrite each in one way, or give --map labels.json ({advice}), such "
-            f"as {_example([one for _, one in found])}"
+            f"classes or speakers:{indented((line for line, _ in found), MAX_SHOWN)}\nwrite each in one way, or "
+            f"give --map labels.json ({advice}), such as "
+            f"{_example([one for _, one in found])}"
         )
 
 

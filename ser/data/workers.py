@@ -1,8 +1,8 @@
-"""Batches that other processes decode ahead: every wait for them has a limit, and none of them is left behind.
+"""Let other processes decode batches ahead: every wait for them has a limit, and none of them is left behind.
 
 torch's own limit (DataLoader's ``timeout``) covers its queue alone. A batch that was announced is fetched from its
-worker through a socket without one; and at its end a process waits without one for its workers, for ever if one is
-stopped or stuck. So here a thread counts the seconds of every wait, and kills.
+worker through a socket, without a limit. At its end a process waits for its workers without a limit, for ever if
+one is stopped or stuck. So here a thread counts the seconds of every wait, and kills the workers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ AGAIN = "give the same command again"  # where nothing is kept of what was done
 
 
 def worker_died(error: BaseException, then: str) -> ResourceError:
-    """The error to raise where torch, or a lost connection, says that a worker has ended; ``then``: what to do."""
+    """Word the error for a worker that has ended, as torch or a lost connection tells; ``then``: what to do."""
     reason = (str(error).splitlines() or ["its connection ended"])[0].strip().rstrip(".")
     return ResourceError(
         f"a process that decodes audio died: {reason}. If the system killed it for lack of memory, lower "
@@ -36,7 +36,10 @@ def worker_died(error: BaseException, then: str) -> ResourceError:
 
 @contextmanager
 def worker_death_explained(then: str = CONTINUE) -> Iterator[None]:
-    """Around all that uses `decoded`: torch tells of a worker's death wherever this process happens to be."""
+    """Raise ResourceError for a worker's death around all that uses `decoded`.
+
+    torch raises its own error wherever this process happens to be, which need not be in `decoded`.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -46,15 +49,15 @@ def worker_death_explained(then: str = CONTINUE) -> Iterator[None]:
 
 
 def kill(workers: Iterable[BaseProcess]) -> None:
-    """SIGKILL, which ends a stopped process too. Those that have ended are left alone."""
+    """Send SIGKILL, which ends a stopped process too. Workers that have ended are left alone."""
     for worker in workers:
         worker.kill()
 
 
 class Patience(threading.Thread):
-    """Kills workers when they give nothing for some seconds while they are waited for.
+    """A thread that kills workers which give nothing for some seconds while this process waits for them.
 
-    It counts ticks and not the clock: while this process itself is stopped (Ctrl-Z) nobody waits.
+    It counts its own ticks and reads no clock: while this process itself is stopped (Ctrl-Z) nobody waits.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -68,16 +71,28 @@ class Patience(threading.Thread):
         self.fault: Exception | None = None  # of planning: no worker's
 
     def begin(self) -> None:
-        """From now on the workers are waited for."""
+        """Note that a wait for the workers begins."""
         self.waits += 1
         self.waiting = True
 
     def end(self) -> None:
-        """From now on they are not."""
+        """Note that the wait is over."""
         self.waiting = False
 
+    def wait_for(self, loader: Iterator[Any]) -> Any:
+        """Return the loader's next batch, or None behind the last; raise EOFError where the wait was too long."""
+        self.begin()
+        batch = next(loader, None)
+        self.end()
+        if self.given_up:
+            raise EOFError("it did not end in time")
+        return batch
+
     def planned(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """What a loader asks for amid a wait. The time that planning takes (a live source's, say) is no wait."""
+        """Give the batches that a loader asks for in the middle of a wait, and do not count that time as waiting.
+
+        Planning may take long, with a live source for example.
+        """
         self.end()
         try:
             for batch in batches:
@@ -103,7 +118,7 @@ class Patience(threading.Thread):
 
 @contextmanager
 def all_or_none(patience: Patience, then: str) -> Iterator[None]:
-    """Around the start of workers: where one fails, the others are killed, for Python's end waits for them."""
+    """Kill all workers that start in this block if one of them cannot start: Python's end would wait for them."""
     there = set(multiprocessing.active_children())
     try:
         yield
@@ -117,6 +132,48 @@ def all_or_none(patience: Patience, then: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def all_ended(loader: Any, patience: Patience) -> Iterator[None]:
+    """End all workers of a DataLoader's iterator with this block, or with Python if that ends first."""
+    owner = os.getpid()
+
+    def end_all() -> None:
+        if os.getpid() == owner:  # not in a copy that somebody forked
+            kill(patience.workers)
+
+    # An error may keep a generator until Python ends, and there multiprocessing waits for its processes.
+    atexit.register(end_all)
+    try:
+        yield
+    finally:
+        patience.over.set()
+        with suppress(RuntimeError):  # torch tells of the death that a lost connection has told of already
+            loader._shutdown_workers()
+        end_all()
+        atexit.unregister(end_all)
+
+
+@contextmanager
+def lost_worker_explained(patience: Patience, then: str) -> Iterator[None]:
+    """Raise ResourceError where a worker was killed by ``patience``, or died while this process waited for it.
+
+    What a dead worker had sent is fetched from it through a socket, and that may fail before torch tells of its
+    death.
+    """
+    try:
+        yield
+    except Exception as error:
+        if patience.given_up:
+            raise ResourceError(
+                f"a process that decodes audio gave nothing within --timeout: stopped or stuck, it was killed "
+                f"after {patience.seconds} seconds. If the file system answers, {then}"
+            ) from error
+        lost = isinstance(error, ConnectionError | EOFError) and error is not patience.fault
+        if lost or str(error).startswith("DataLoader worker"):
+            raise worker_died(error, then) from error
+        raise
+
+
 def decoded(
     dataset: Dataset[Any],
     batches: Iterable[Any],
@@ -127,15 +184,15 @@ def decoded(
     then: str = CONTINUE,
     **options: Any,
 ) -> Generator[Any, None, None]:
-    """The batches of a dataset in their order, decoded ahead by worker processes.
+    """Give the batches of a dataset in their order, decoded ahead by worker processes.
 
     Args:
         dataset: gives an item of a batch.
-        batches: what each holds, asked ahead.
+        batches: what each batch holds, asked for ahead.
         collate: makes a batch of its items.
-        workers: how many; 0: this process decodes.
+        workers: the number of processes; with 0 this process decodes.
         timeout: seconds to wait for one of them.
-        then: what the errors say is to be done.
+        then: what the errors advise to do.
         options: further ones of DataLoader.
 
     Raises:
@@ -153,39 +210,8 @@ def decoded(
         return
     with all_or_none(patience, then):
         loader: Any = iter(given)
-    patience.workers, owner = loader._workers, os.getpid()
-
-    def end_all() -> None:
-        if os.getpid() == owner:  # not in a copy that somebody forked
-            kill(patience.workers)
-
-    # An error may keep this generator until Python ends, and there multiprocessing waits for its processes.
-    atexit.register(end_all)
-    try:
+    patience.workers = loader._workers
+    with all_ended(loader, patience), lost_worker_explained(patience, then):
         patience.start()
-        while True:
-            patience.begin()
-            batch = next(loader, None)
-            patience.end()
-            if patience.given_up:
-                raise EOFError("it did not end in time")
-            if batch is None:
-                return
+        while (batch := patience.wait_for(loader)) is not None:
             yield batch
-    except Exception as error:
-        # What a dead worker had sent is fetched from it through a socket, which may fail before torch tells of it.
-        if patience.given_up:
-            raise ResourceError(
-                f"a process that decodes audio gave nothing within --timeout: stopped or stuck, it was killed "
-                f"after {timeout} seconds. If the file system answers, {then}"
-            ) from error
-        lost = isinstance(error, ConnectionError | EOFError) and error is not patience.fault
-        if lost or str(error).startswith("DataLoader worker"):
-            raise worker_died(error, then) from error
-        raise
-    finally:
-        patience.over.set()
-        with suppress(RuntimeError):  # torch tells of the death that a lost connection has told of already
-            loader._shutdown_workers()
-        end_all()
-        atexit.unregister(end_all)

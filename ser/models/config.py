@@ -1,6 +1,6 @@
 """What decides the computation of the encoder, and the presets: names and defaults are those of config.json.
 
-One dataclass describes four published architectures, which share almost everything:
+One dataclass describes published architectures that share almost everything; `ARCHITECTURES` says what differs:
 
     wav2vec2        Baevski et al., wav2vec 2.0, NeurIPS 2020
     hubert          Hsu et al., HuBERT, TASLP 2021
@@ -12,22 +12,43 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ser.errors import ConfigError, brief_repr
 
-MODEL_TYPES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
 
-# Fields that one architecture alone has. Of the others, a config.json may set such a key to its default.
-OWN_FIELDS = {
-    "feat_proj_layer_norm": "hubert",
-    "conv_pos_batch_norm": "hubert",
-    "num_buckets": "wavlm",
-    "max_bucket_distance": "wavlm",
-    "conv_pos_kernel_size": "data2vec-audio",
+@dataclass(frozen=True)
+class Architecture:
+    """Describe what one model_type has of its own: a row of `ARCHITECTURES`."""
+
+    classes: str  # how the names of its classes in `transformers` begin
+    prefix: str  # what stands before the encoder's keys where a class with heads saved them
+    attention: str = "plain"  # its layer in `ATTENTIONS` of ser.models.wav2vec2
+    positions: str = "convolution"  # its layer in `POSITIONS` of ser.models.wav2vec2
+    # Fields of the configuration that are its own. Of others, a config.json may set such a key to its default.
+    fields: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of its config.json, where they are not ours
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # what holds whatever a config.json says
+
+
+# model_type -> all that differs. Who adds a row does so before the configuration is made (docs/extending.md).
+ARCHITECTURES: dict[str, Architecture] = {
+    "wav2vec2": Architecture("Wav2Vec2", "wav2vec2."),
+    "hubert": Architecture("Hubert", "hubert.", fields=("feat_proj_layer_norm", "conv_pos_batch_norm")),
+    "wavlm": Architecture("WavLM", "wavlm.", attention="gated", fields=("num_buckets", "max_bucket_distance")),
+    "data2vec-audio": Architecture(
+        "Data2VecAudio",
+        "data2vec_audio.",
+        positions="stack",
+        fields=("conv_pos_kernel_size",),
+        defaults={"num_conv_pos_embeddings": 5},
+        fixed={"feat_extract_norm": "layer", "do_stable_layer_norm": False},
+    ),
 }
 
 # Keys that would change the computation in a way this package does not implement, and the values at which
@@ -41,30 +62,77 @@ NEUTRAL_VALUES: dict[str, tuple] = {
     "add_cross_attention": (False, None),
 }
 
-# Fields that are sizes, and so at least 1.
-SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "num_conv_pos_embeddings",
-    "num_conv_pos_embedding_groups",
-    "num_buckets",
-    "max_bucket_distance",
-    "conv_pos_kernel_size",
-    "mask_time_length",
-    "mask_feature_length",
+
+def are_sizes(value: int | tuple[int, ...]) -> bool:
+    """Tell whether a number, or each of up to 64 numbers, is a size that can be built."""
+    values = value if isinstance(value, tuple) else (value,)
+    return 0 < len(values) <= 64 and all(1 <= size <= 65_536 for size in values)
+
+
+def is_depth(value: int) -> bool:
+    """Tell whether so many layers can be built."""
+    return value <= 512
+
+
+def is_norm(value: str) -> bool:
+    """Tell whether the feature encoder has such a norm."""
+    return value in ("group", "layer")
+
+
+def is_share(value: float) -> bool:
+    """Tell whether a number is from 0 to 1."""
+    return 0 <= value <= 1
+
+
+def is_positive(value: float) -> bool:
+    """Tell whether a number is above 0."""
+    return value > 0
+
+
+def is_count(value: int) -> bool:
+    """Tell whether a number is 0 or more."""
+    return value >= 0
+
+
+# (fields, what each of their values has to be, the message where one is not), in the order of checking
+FIELD_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "hidden_size num_hidden_layers num_attention_heads intermediate_size num_conv_pos_embeddings "
+        "num_conv_pos_embedding_groups num_buckets max_bucket_distance conv_pos_kernel_size mask_time_length "
+        "mask_feature_length conv_dim conv_kernel conv_stride",
+        are_sizes,
+        "{name} is {value}; sizes from 1 to 65,536 can be built",
+    ),
+    ("num_hidden_layers", is_depth, "{name} is {value}; at most 512 can be built"),
+    ("feat_extract_norm", is_norm, "{name} is {value}; expected 'group' or 'layer'"),
+    (
+        "feat_proj_dropout hidden_dropout attention_dropout activation_dropout final_dropout layerdrop "
+        "mask_time_prob mask_feature_prob",
+        is_share,
+        "{name} is {value}; expected a share from 0 to 1",
+    ),
+    ("layer_norm_eps initializer_range", is_positive, "layer_norm_eps and initializer_range must be above 0"),
+    (
+        "mask_time_min_masks mask_feature_min_masks",
+        is_count,
+        "mask_time_min_masks and mask_feature_min_masks must be 0 or more",
+    ),
 )
 
 
 def conv_length(length: Tensor, kernel: int, stride: int) -> Tensor:
-    """Positions at which a window of ``kernel`` fits into ``length``, every ``stride``; 0 if none does."""
+    """Count the positions, one every ``stride``, at which a window of ``kernel`` fits into ``length``."""
     return (torch.div(length - kernel, stride, rounding_mode="floor") + 1).clamp(min=0)
+
+
+def owners_of(name: str) -> list[str]:
+    """Return the architectures that have a field of the configuration as their own; none if all share it."""
+    return [model_type for model_type, row in ARCHITECTURES.items() if name in row.fields]
 
 
 @dataclass(frozen=True)
 class Wav2Vec2Config:
-    """What decides the computation of the encoder; names and defaults are those of config.json."""
+    """Hold what decides the computation of the encoder; names and defaults are those of config.json."""
 
     model_type: str = "wav2vec2"
     # feature encoder (paper section 2, "Feature encoder")
@@ -82,7 +150,7 @@ class Wav2Vec2Config:
     layer_norm_eps: float = 1e-5
     num_conv_pos_embeddings: int = 128  # kernel of the positional convolution, in frames
     num_conv_pos_embedding_groups: int = 16
-    # what one architecture alone has, see OWN_FIELDS
+    # what one architecture alone has, see ARCHITECTURES
     feat_proj_layer_norm: bool = True  # HuBERT: a norm before the feature projection
     conv_pos_batch_norm: bool = False  # HuBERT: a batch norm in the place of the weight norm
     num_buckets: int = 320  # WavLM: classes of relative positions, half of them for each direction
@@ -108,52 +176,58 @@ class Wav2Vec2Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built, with the numbers; nothing is allocated before this."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, tuple):
-                ok = isinstance(value, list | tuple) and all(type(v) is int for v in value)
-                if ok:
-                    object.__setattr__(self, field.name, tuple(value))
-            elif isinstance(field.default, float):
-                ok = type(value) in (int, float) and math.isfinite(value)
+        self._check_types()
+        self._check_architecture()
+        for names, is_allowed, message in FIELD_RULES:
+            for name in names.split():
+                value = getattr(self, name)
+                if not is_allowed(value):
+                    raise ConfigError(message.format(name=name, value=brief_repr(value)))
+        self._check_together()
+
+    def _check_types(self) -> None:
+        """Refuse values of another type than the default's; make tuples of lists."""
+        for declared in fields(self):
+            name, default, value = declared.name, declared.default, getattr(self, declared.name)
+            kind = type(default).__name__
+            if isinstance(default, tuple):
+                kind = "a list of whole numbers"
+                fits = isinstance(value, list | tuple) and all(type(v) is int for v in value)
+            elif isinstance(default, float):
+                fits = type(value) in (int, float) and math.isfinite(value)
             else:
-                ok = type(value) is type(field.default)
-            if not ok:
-                kind = (
-                    "a list of whole numbers" if isinstance(field.default, tuple) else type(field.default).__name__
-                )
-                raise ConfigError(
-                    f"{field.name} is {brief_repr(value)}; expected {kind}, such as {field.default!r}"
-                )
-        if self.model_type not in MODEL_TYPES:
+                fits = type(value) is type(default)
+            if not fits:
+                raise ConfigError(f"{name} is {brief_repr(value)}; expected {kind}, such as {default!r}")
+            if isinstance(default, tuple):
+                object.__setattr__(self, name, tuple(value))
+
+    def _check_architecture(self) -> None:
+        """Refuse a model_type without a row, and fields that this architecture has not or that are fixed in it."""
+        if self.model_type not in ARCHITECTURES:
             raise ConfigError(
-                f"model_type is {brief_repr(self.model_type)}; expected one of {', '.join(MODEL_TYPES)}"
+                f"model_type is {brief_repr(self.model_type)}; expected one of {', '.join(ARCHITECTURES)}"
             )
-        for field in fields(self):
-            owner, value = OWN_FIELDS.get(field.name, self.model_type), getattr(self, field.name)
-            if owner != self.model_type and value != field.default:
+        for declared in fields(self):
+            owners, value = owners_of(declared.name), getattr(self, declared.name)
+            if owners and self.model_type not in owners and value != declared.default:
                 raise ConfigError(
-                    f"{field.name} is {brief_repr(value)} in a configuration of {self.model_type}; "
-                    f"only {owner} has a choice"
+                    f"{declared.name} is {brief_repr(value)} in a configuration of {self.model_type}; "
+                    f"only {' or '.join(owners)} has a choice"
                 )
-        sizes = {name: (getattr(self, name),) for name in SIZES}
-        sizes |= {n: getattr(self, n) for n in ("conv_dim", "conv_kernel", "conv_stride")}
-        for name, values in sizes.items():
-            if not values or len(values) > 64 or not all(1 <= v <= 65_536 for v in values):
-                raise ConfigError(
-                    f"{name} is {brief_repr(getattr(self, name))}; sizes from 1 to 65,536 can be built"
-                )
-        if self.num_hidden_layers > 512:
-            raise ConfigError(f"num_hidden_layers is {self.num_hidden_layers}; at most 512 can be built")
-        if self.model_type == "data2vec-audio":
-            if self.feat_extract_norm != "layer" or self.do_stable_layer_norm:
-                raise ConfigError("data2vec-audio has feat_extract_norm 'layer' and do_stable_layer_norm false")
-            if self.num_conv_pos_embeddings > 64:
-                raise ConfigError(
-                    f"num_conv_pos_embeddings is {self.num_conv_pos_embeddings}; in data2vec-audio it counts "
-                    "layers, of which at most 64 can be built"
-                )
-        if self.model_type == "wavlm" and not 4 <= self.num_buckets < 4 * self.max_bucket_distance:
+        fixed = self.architecture.fixed
+        if any(getattr(self, name) != value for name, value in fixed.items()):
+            told = (f"{name} {str(v).lower() if isinstance(v, bool) else repr(v)}" for name, v in fixed.items())
+            raise ConfigError(f"{self.model_type} has {' and '.join(told)}")
+
+    def _check_together(self) -> None:
+        """Refuse values that do not fit each other, each of which is a value by itself."""
+        if self.architecture.positions == "stack" and self.num_conv_pos_embeddings > 64:
+            raise ConfigError(
+                f"num_conv_pos_embeddings is {self.num_conv_pos_embeddings}; in {self.model_type} it counts "
+                "layers, of which at most 64 can be built"
+            )
+        if self.architecture.attention == "gated" and not 4 <= self.num_buckets < 4 * self.max_bucket_distance:
             raise ConfigError(
                 f"num_buckets is {self.num_buckets} and max_bucket_distance {self.max_bucket_distance}; expected "
                 "at least 4 buckets, and a distance above a quarter of their number"
@@ -168,17 +242,6 @@ class Wav2Vec2Config:
                 raise ConfigError(
                     f"hidden_size {self.hidden_size} is not a multiple of {name} {getattr(self, name)}"
                 )
-        if self.feat_extract_norm not in ("group", "layer"):
-            raise ConfigError(
-                f"feat_extract_norm is {brief_repr(self.feat_extract_norm)}; expected 'group' or 'layer'"
-            )
-        for name in (field.name for field in fields(self) if field.name.endswith(("dropout", "prob", "drop"))):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
-        if self.layer_norm_eps <= 0 or self.initializer_range <= 0:
-            raise ConfigError("layer_norm_eps and initializer_range must be above 0")
-        if min(self.mask_time_min_masks, self.mask_feature_min_masks) < 0:
-            raise ConfigError("mask_time_min_masks and mask_feature_min_masks must be 0 or more")
 
     @classmethod
     def from_dict(cls, values: dict) -> Wav2Vec2Config:
@@ -188,24 +251,21 @@ class Wav2Vec2Config:
         values of a wrong type or size.
         """
         model_type = values.get("model_type", "wav2vec2")
-        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-            raise ConfigError(f"model_type is {brief_repr(model_type)}; supported: {', '.join(MODEL_TYPES)}")
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+            raise ConfigError(f"model_type is {brief_repr(model_type)}; supported: {', '.join(ARCHITECTURES)}")
         for key, neutral in NEUTRAL_VALUES.items():
             if key in values and values[key] not in neutral:
                 raise ConfigError(
                     f"the configuration sets {key} = {brief_repr(values[key])}, which changes the computation and "
                     f"is not supported in {model_type}; supported: {' or '.join(repr(v) for v in neutral)}"
                 )
-        names = {field.name for field in fields(cls)}
+        row, names = ARCHITECTURES[model_type], {declared.name for declared in fields(cls)}
         values = {key: value for key, value in values.items() if key in names}
-        if model_type == "data2vec-audio":  # the reference too ignores what stands there
-            values = {"num_conv_pos_embeddings": 5} | values
-            values |= {"feat_extract_norm": "layer", "do_stable_layer_norm": False}
-        return cls(**values)
+        return cls(**{**row.defaults, **values, **row.fixed})  # the reference too ignores a value of what is fixed
 
     @classmethod
     def named(cls, name: str) -> Wav2Vec2Config:
-        """The preset called ``name``, such as "base"."""
+        """Return the preset called ``name``, such as "base"."""
         if name not in PRESETS:
             close = difflib.get_close_matches(name, PRESETS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -213,15 +273,20 @@ class Wav2Vec2Config:
         return PRESETS[name]
 
     def to_dict(self) -> dict:
-        """The fields as config.json holds them: those that this architecture has."""
+        """Return the fields as config.json holds them: those that this architecture has."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
-            if OWN_FIELDS.get(name, self.model_type) == self.model_type
+            if self.model_type in (owners_of(name) or [self.model_type])
         }
 
+    @property
+    def architecture(self) -> Architecture:
+        """The row of `ARCHITECTURES` for this model_type."""
+        return ARCHITECTURES[self.model_type]
+
     def num_frames(self, num_samples: Tensor) -> Tensor:
-        """Frames that ``num_samples`` (any shape, int64) give: 0 below `min_samples`, then one per hop."""
+        """Count the frames of ``num_samples`` (any shape, int64): 0 below `min_samples`, then one per hop."""
         for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
             num_samples = conv_length(num_samples, kernel, stride)
         return num_samples

@@ -5,20 +5,22 @@ Shapes: B batch, T frames, D hidden size, K classes or dimensions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ser.errors import ConfigError
-from ser.models.dropout import Dropout
+from ser.models.kernels import Dropout
 
 # name -> how many times the hidden size it gives
 POOLINGS = {"mean": 1, "mean+std": 2, "attentive": 2, "sum": 1, "max": 1}
-HEAD_FORMS = ("linear", "dense")  # of an emotion or dimension head: one linear layer, or a `DenseHead`
 ATTENTION_SIZE = 128  # of attentive pooling's hidden layer, as in the paper
 
 
-def renew(module: nn.Module, initializer_range: float) -> None:
-    """Draw the linear layers of ``module`` anew."""
+def initialise(module: nn.Module, initializer_range: float) -> None:
+    """Draw the weights of the linear layers of ``module`` from normal(0, initializer_range); biases are zero."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=initializer_range)
@@ -44,7 +46,7 @@ class Pooling(nn.Module):
         if method == "attentive":
             self.dense = nn.Linear(size, ATTENTION_SIZE)
             self.score = nn.Linear(ATTENTION_SIZE, 1, bias=False)  # a bias would shift all scores alike
-            renew(self, initializer_range)
+            initialise(self, initializer_range)
 
     def forward(self, hidden: Tensor, num_frames: Tensor) -> Tensor:
         """hidden (B, T, D), num_frames (B,) -> (B, D) or (B, 2D), in float32 or wider.
@@ -76,7 +78,7 @@ class Pooling(nn.Module):
 def new_linear(inputs: int, outputs: int, initializer_range: float) -> nn.Linear:
     """A head: normal(0, initializer_range) weights and zero bias."""
     layer = nn.Linear(inputs, outputs)
-    renew(layer, initializer_range)
+    initialise(layer, initializer_range)
     return layer
 
 
@@ -111,8 +113,35 @@ def mix_layers(layers: list[Tensor], layer_weights: Tensor) -> Tensor:
     return mixed
 
 
-def new_head(form: str, inputs: int, outputs: int, *, dropout: float, initializer_range: float) -> nn.Module:
-    """Make a head of a form in `HEAD_FORMS`, initialised at random."""
-    if form == "dense":
-        return DenseHead(inputs, outputs, dropout=dropout, initializer_range=initializer_range)
+def linear_head(inputs: int, outputs: int, *, dropout: float, initializer_range: float) -> nn.Module:
+    """Make the simplest head, one linear layer; it has no dropout of its own."""
     return new_linear(inputs, outputs, initializer_range)
+
+
+# form -> what makes a head of this form, called with (inputs, outputs, dropout=, initializer_range=)
+HEAD_FORMS: dict[str, Callable[..., nn.Module]] = {"linear": linear_head, "dense": DenseHead}
+
+
+@dataclass(frozen=True)
+class Head:
+    """Describe a head.
+
+    Attributes:
+        key: the model's attribute, and so the first part of the head's keys in a checkpoint.
+        reads: "pooled", one vector per utterance, or "frames", every frame of the last layer.
+        form: one of `HEAD_FORMS`.
+    """
+
+    key: str
+    reads: str = "pooled"
+    form: str = "linear"
+
+
+# head -> what it is. lm_head is called as in Wav2Vec2ForCTC, cls_head as in the paper's code. The labels of a head
+# are a row of `ser.data.labels.LABELS`, its loss is a row of `ser.train.losses.LOSSES`.
+HEADS = {
+    "emotion": Head("cls_head"),
+    "ctc": Head("lm_head", reads="frames"),
+    "speaker": Head("speaker_head"),
+    "dimensions": Head("dimension_head", form="dense"),
+}

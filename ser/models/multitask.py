@@ -13,8 +13,8 @@ Shapes: B batch, S samples, T frames, D hidden size, K classes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ser.errors import ConfigError, brief_repr
 from ser.models.config import Wav2Vec2Config
-from ser.models.dropout import Dropout
-from ser.models.heads import HEAD_FORMS, POOLINGS, Pooling, mix_layers, new_head, new_linear, renew
+from ser.models.heads import HEAD_FORMS, HEADS, POOLINGS, Pooling, initialise, mix_layers, new_linear
+from ser.models.kernels import Dropout
 from ser.models.wav2vec2 import Wav2Vec2
 
 
@@ -47,11 +47,16 @@ class HeadsConfig:
     # One of `HEAD_FORMS` each. Published models have all four: see docs/inference.md.
     emotion_head: str = "linear"
     dimension_head: str = "dense"
+    others: Mapping[str, int] = field(default_factory=dict, hash=False)  # sizes of heads that were added to HEADS
 
     def __post_init__(self) -> None:
         """Refuse sizes and names that cannot be built."""
-        for name in (f.name for f in fields(self) if isinstance(f.default, int) and f.type == "int"):
-            value = getattr(self, name)
+        if missing := [name for name in self.others if name not in HEADS]:
+            raise ConfigError(
+                f"there is no head called {missing[0]!r}; add its row to ser.models.heads.HEADS first"
+            )
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
+        for name, value in {**sizes, **self.others}.items():
             if type(value) is not int or not 0 <= value <= 1_000_000:
                 raise ConfigError(f"{name} is {brief_repr(value)}; expected a whole number from 0 to 1,000,000")
         if not isinstance(self.pooling, str) or self.pooling not in POOLINGS:
@@ -74,23 +79,50 @@ class HeadsConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields; those that earlier versions lacked, only where they differ from what those did."""
         default = HeadsConfig()
-        later = ("emotion_head", "dimension_head")
+        later = ("emotion_head", "dimension_head", "others")
         return {k: v for k, v in asdict(self).items() if k not in later or v != getattr(default, k)}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Head -> the number of its outputs, in the order of `HEADS`; 0 where the model has no such head."""
+        usual = {
+            "emotion": self.num_emotions,
+            "ctc": self.vocab_size,
+            "speaker": self.num_speakers,
+            "dimensions": self.num_dimensions,
+        }
+        return {name: usual.get(name, self.others.get(name, 0)) for name in HEADS}
+
+    def form(self, head: str) -> str:
+        """Return the form of a head, one of `HEAD_FORMS`."""
+        return {"emotion": self.emotion_head, "dimensions": self.dimension_head}.get(head, HEADS[head].form)
 
 
 class Outputs(NamedTuple):
-    """Unnormalised scores; None where the model has no such head."""
+    """Unnormalised scores of the heads that the model has."""
 
-    emotion: Tensor | None  # (B, K)
-    ctc: Tensor | None  # (B, T, V)
-    speaker: Tensor | None  # (B, K)
-    dimensions: Tensor | None  # (B, K), on the scale of the labels
-    num_frames: Tensor  # (B,) int64 on the CPU: valid frames of ctc
+    scores: dict[str, Tensor]  # head -> (B, K), or (B, T, V) of a head that reads frames
+    num_frames: Tensor  # (B,) int64 on the CPU: valid frames
 
+    @property
+    def emotion(self) -> Tensor | None:
+        """(B, K), None without an emotion head."""
+        return self.scores.get("emotion")
 
-# head name -> attribute, which is the checkpoint's key: lm_head as in Wav2Vec2ForCTC, cls_head as in the
-# paper's code
-HEADS = {"emotion": "cls_head", "ctc": "lm_head", "speaker": "speaker_head", "dimensions": "dimension_head"}
+    @property
+    def ctc(self) -> Tensor | None:
+        """(B, T, V), None without a CTC head."""
+        return self.scores.get("ctc")
+
+    @property
+    def speaker(self) -> Tensor | None:
+        """(B, K), None without a speaker head."""
+        return self.scores.get("speaker")
+
+    @property
+    def dimensions(self) -> Tensor | None:
+        """(B, K) on the scale of the labels, None without a dimension head."""
+        return self.scores.get("dimensions")
 
 
 class MultiTaskModel(nn.Module):
@@ -119,40 +151,42 @@ class MultiTaskModel(nn.Module):
         self.projector = new_linear(config.hidden_size, width, spread) if heads.projection else None
         self.pooling = Pooling(heads.pooling, width, spread)
         pooled = self.pooling.output_size
-        make = partial(new_head, dropout=config.final_dropout, initializer_range=spread)
-        self.cls_head = make(heads.emotion_head, pooled, heads.num_emotions) if heads.num_emotions else None
-        self.lm_head = new_linear(config.hidden_size, heads.vocab_size, spread) if heads.vocab_size else None
-        self.speaker_head = new_linear(pooled, heads.num_speakers, spread) if heads.num_speakers else None
-        self.dimension_head = (
-            make(heads.dimension_head, pooled, heads.num_dimensions) if heads.num_dimensions else None
-        )
+        for name, outputs in heads.sizes.items():
+            inputs = pooled if HEADS[name].reads == "pooled" else config.hidden_size
+            make = partial(HEAD_FORMS[heads.form(name)], dropout=config.final_dropout, initializer_range=spread)
+            setattr(self, HEADS[name].key, make(inputs, outputs) if outputs else None)
 
     def head(self, name: str) -> nn.Module | None:
-        """The head called "emotion", "ctc", "speaker" or "dimensions", or None."""
-        return getattr(self, HEADS[name])
+        """Return the head called "emotion", "ctc" or another name in `HEADS`, or None."""
+        return getattr(self, HEADS[name].key, None)
 
     @property
     def heads(self) -> list[str]:
         """Names of the heads that exist."""
         return [name for name in HEADS if self.head(name) is not None]
 
-    def renew(self, part: str) -> None:
-        """Draw a head, or "projector", "pooling" or "layer_weights", anew; it may be on the meta device."""
+    @property
+    def reads_frames(self) -> bool:
+        """Whether a head reads the frames of the last layer."""
+        return any(HEADS[name].reads == "frames" for name in self.heads)
+
+    def initialise(self, part: str) -> None:
+        """Draw the weights of a head, "projector", "pooling" or "layer_weights"; it may be on the meta device."""
         if part == "layer_weights":
             self.layer_weights = nn.Parameter(torch.zeros(self.config.num_hidden_layers + 1))
         else:
-            renew(getattr(self, part).to_empty(device="cpu"), self.config.initializer_range)
+            initialise(getattr(self, part).to_empty(device="cpu"), self.config.initializer_range)
 
     def untrained_by(self, tasks: Collection[str]) -> Iterator[nn.Parameter]:
         """The parameters that have no gradient when only ``tasks`` (names of heads) have a loss."""
         parts: list[nn.Module | None] = [self.head(name) for name in HEADS if name not in tasks]
-        if not set(tasks) - {"ctc"}:  # nothing is pooled
+        if not any(HEADS[task].reads == "pooled" for task in tasks):
             parts += [self.projector, self.pooling]
             if self.layer is None:
                 yield self.layer_weights
         if not tasks:
             parts.append(self.wav2vec2)
-        elif "ctc" not in tasks:  # what stands after the last layer that is read
+        elif all(HEADS[task].reads == "pooled" for task in tasks):  # what stands after the last layer that is read
             transformer, deepest = self.wav2vec2.encoder, self.config.num_hidden_layers
             used = deepest if self.layer is None else self.layer
             parts.append(transformer.layers[used:])
@@ -205,15 +239,19 @@ class MultiTaskModel(nn.Module):
             weights = self.layer_weights.softmax(-1) if self.layer is None else pooled.new_ones(1)
             vector = (weights[:, None] * pooled).sum(1)  # (B, D)
             vector = vector if self.projector is None else self.projector(vector)
-            return self.judge(vector, None, self.config.num_frames(num_samples))
+            return Outputs(self.score("pooled", vector), self.config.num_frames(num_samples))
         outputs, raw, num_frames = self.encode(
             waveforms, num_samples, features=features, mask_time=mask_time, mask_feature=mask_feature
         )
         last = self.dropout(outputs[-1])
-        ctc = self.lm_head(last) if self.lm_head is not None else None
-        if self.cls_head is None and self.speaker_head is None and self.dimension_head is None:
-            return Outputs(None, ctc, None, None, num_frames)
-        return self.judge(self.pool(outputs, raw, last, num_frames), ctc, num_frames)
+        scores = self.score("frames", last)
+        if any(HEADS[name].reads == "pooled" for name in self.heads):
+            scores |= self.score("pooled", self.pool(outputs, raw, last, num_frames))
+        return Outputs(scores, num_frames)
+
+    def score(self, reads: str, hidden: Tensor) -> dict[str, Tensor]:
+        """Return the scores of the heads that read "pooled", hidden (B, D), or "frames", hidden (B, T, D)."""
+        return {name: self.head(name)(hidden) for name in self.heads if HEADS[name].reads == reads}  # type: ignore[misc]
 
     def encode(
         self, waveforms: Tensor | None, num_samples: Tensor | None, **rest: Tensor | None
@@ -223,23 +261,13 @@ class MultiTaskModel(nn.Module):
             waveforms,
             num_samples,
             **rest,
-            num_layers=self.layer if self.lm_head is None else None,
+            num_layers=None if self.reads_frames else self.layer,
             final_norm=False,
         )  # (B, T, D) each
         raw = outputs[-1]
         if len(outputs) > self.config.num_hidden_layers:
             outputs[-1] = self.wav2vec2.encoder.final_norm(raw)
         return outputs, raw, num_frames
-
-    def judge(self, pooled: Tensor, ctc: Tensor | None, num_frames: Tensor) -> Outputs:
-        """The scores that a vector per utterance is given, pooled (B, D)."""
-        return Outputs(
-            emotion=self.cls_head(pooled) if self.cls_head is not None else None,
-            ctc=ctc,
-            speaker=self.speaker_head(pooled) if self.speaker_head is not None else None,
-            dimensions=self.dimension_head(pooled) if self.dimension_head is not None else None,
-            num_frames=num_frames,
-        )
 
     def read_layers(self, outputs: list[Tensor], raw: Tensor) -> list[Tensor]:
         """Those that the heads but CTC's read: one, or all of a weighted mean."""

@@ -28,20 +28,13 @@ from torch.overrides import TorchFunctionMode
 
 from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
 from ser.files import is_lfs_pointer, open_tensors
-from ser.models.config import Wav2Vec2Config
+from ser.models.config import ARCHITECTURES, Wav2Vec2Config
+from ser.models.heads import HEADS
 from ser.models.wav2vec2 import Wav2Vec2
 
 MAX_JSON_BYTES = 4 * 2**20
 MAX_HEADER_BYTES = 4 * 2**20  # of a safetensors file; a model of 1,000 tensors has 0.1 MB
 MAX_PARAMETERS = 2_500_000_000  # 10 GB in float32; the largest public encoder, XLS-R 2B, has 2.2 * 10^9
-
-# What stands before the encoder's keys where a class with heads saved them, by model_type.
-PREFIXES = {
-    "wav2vec2": "wav2vec2.",
-    "hubert": "hubert.",
-    "wavlm": "wavlm.",
-    "data2vec-audio": "data2vec_audio.",
-}
 
 # Weight norm before it was a parametrization -> as it is now, which we write.
 WEIGHT_NORM = {
@@ -71,17 +64,6 @@ SPELLINGS = WEIGHT_NORM | {
     "spk_head.weight": "speaker_head.weight",
     "spk_head.bias": "speaker_head.bias",
 }
-
-# What stands on the encoder.
-HEAD_PARTS = (
-    "layer_weights",
-    "projector.",
-    "pooling.",
-    "lm_head.",
-    "cls_head.",
-    "speaker_head.",
-    "dimension_head.",
-)
 
 # Where folders say how sound is prepared; the first that says it counts (`ser.folder`).
 PREPROCESSORS = ("processor_config.json", "preprocessor_config.json")
@@ -339,8 +321,8 @@ def unwrapped(key: str) -> str:
 def canonical_name(key: str) -> str:
     """Our name for a checkpoint's key: without the prefix of the base model, in the spelling that we write."""
     key = unwrapped(key)
-    for prefix in PREFIXES.values():
-        key = key.removeprefix(prefix)
+    for architecture in ARCHITECTURES.values():
+        key = key.removeprefix(architecture.prefix)
     return SPELLINGS.get(key, key)
 
 
@@ -431,7 +413,7 @@ def written_names(names: Iterable[str], config: Wav2Vec2Config, *, classifier: s
 
     ``classifier`` is the part that is the head of its ForSequenceClassification, such as cls_head.
     """
-    keys = {name: name.replace("wav2vec2.", PREFIXES[config.model_type], 1) for name in names}
+    keys = {name: name.replace("wav2vec2.", config.architecture.prefix, 1) for name in names}
     if classifier:
         head = f"{classifier}."
         keys |= {name: name.replace(head, "classifier.", 1) for name in keys if name.startswith(head)}
@@ -477,11 +459,16 @@ def fill(module: nn.Module, files: TensorFiles, report: LoadReport, names: Itera
     module.load_state_dict(tensors, assign=True, strict=names is None)
 
 
+def head_parts() -> tuple[str, ...]:
+    """Return how the names of tensors begin that stand on the encoder."""
+    return ("layer_weights", "projector.", "pooling.", *(f"{row.key}." for row in HEADS.values()))
+
+
 def fill_encoder(encoder: Wav2Vec2, files: TensorFiles, report: LoadReport) -> None:
     """`fill` for the encoder; also refuses encoder tensors that the configuration does not ask for."""
     own = set(encoder.state_dict())
     left = [name for name in files.names if name not in own]
-    strange = [n for n in left if n != "masked_spec_embed" and not n.startswith(HEAD_PARTS + PRETRAINING_PARTS)]
+    strange = [n for n in left if n != "masked_spec_embed" and not n.startswith(head_parts() + PRETRAINING_PARTS)]
     if strange:
         raise ModelFolderError(
             f"{files.folder}: {len(strange)} tensors that config.json does not ask for (does it belong to these "

@@ -2,9 +2,9 @@
 
 Baevski et al., *wav2vec 2.0: A Framework for Self-Supervised Learning of Speech Representations*,
 NeurIPS 2020 (section 2 for the model, appendix A for masking, B for the sizes). HuBERT, WavLM and data2vec
-differ in the positional convolution, in WavLM's attention (`ser.models.attention`) and in which norms there
-are; `ser.models.config` says what is what. Read it from the top: feature encoder, positional convolutions,
-transformer layer, and the whole last.
+differ in the positional convolution, in WavLM's attention and in which norms there are; `ARCHITECTURES` in
+`ser.models.config` says what is what. A forward pass reads as the file does: feature encoder, feature projection,
+positional convolution, attention, feed-forward, transformer layer, and the whole last.
 
 Shapes:
     B batch    S samples at 16 kHz    T frames (one per 320 samples = 20 ms)
@@ -18,6 +18,8 @@ Conventions:
   * An utterance gives the same output alone and in any padded batch. Where the reference
     implementations let padding in (the first group norm's statistics, the mean over time), this one
     does not; on a single unpadded utterance the two agree.
+  * `ser.models.kernels` has torch's operations under torch's names; on a CPU it computes them faster.
+  * ``torch.export`` records what a GPU computes, for any lengths (tests/test_export.py).
 """
 
 from __future__ import annotations
@@ -29,45 +31,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ser.errors import AudioError, ConfigError
-from ser.models.attention import Attention, GatedAttention
+from ser.models import kernels
 from ser.models.config import Wav2Vec2Config, conv_length
-from ser.models.convolution import Kernel, grouped_conv, strided_conv
-from ser.models.dropout import Dropout, gelu_dropout_linear
-
-# Numbers of the first convolution's output that are computed at a time where no gradient is needed: 4 MiB, of the
-# size of a core's cache. Twice or half of it cost 1 to 3 % more at base size, and all at once 7 %.
-PIECE = 1 << 20
+from ser.models.kernels import Dropout
 
 
 def padding_mask(lengths: Tensor, size: int, device: torch.device) -> Tensor | None:
-    """(B, size) bool, True past each length; None where nothing is padded. ``lengths`` is on the CPU."""
-    if bool((lengths >= size).all()):
+    """Return (B, size) bool, True past each length; None where nothing is padded. ``lengths`` is on the CPU.
+
+    A recorded graph (``torch.export``) serves all lengths, so it has the mask always.
+    """
+    if not torch.compiler.is_compiling() and bool((lengths >= size).all()):
         return None
     return torch.arange(size, device=device) >= lengths.to(device, non_blocking=True)[:, None]
 
 
-def pack(padded: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(B, T, D) -> (1, sum of lengths, D), valid frames alone."""
-    return torch.cat([row[:length] for row, length in zip(padded.unbind(), lengths, strict=True)])[None]
-
-
-def unpack(packed: Tensor, lengths: Sequence[int], size: int) -> Tensor:
-    """(1, sum of lengths, D) -> (B, size, D), zero where an utterance has ended."""
-    rows = packed[0].split(lengths)
-    return torch.stack([F.pad(row, (0, 0, 0, size - length)) for row, length in zip(rows, lengths, strict=True)])
+def zero_padding(hidden: Tensor, padding: Tensor | None) -> Tensor:
+    """Set hidden (B, T, D) to zero where padding (B, T), or None, is True."""
+    return hidden if padding is None else hidden.masked_fill(padding[..., None], 0.0)
 
 
 def untouched(module: nn.Module) -> Tensor:
-    """A zero that depends on every parameter of ``module``.
+    """Return a zero that depends on every parameter of ``module``.
 
     Adding it keeps the graph of a step the same for DistributedDataParallel when a module is skipped: its
     parameters then have a gradient, which is zero. The sum is over an empty slice, so it costs nothing and
     stays 0 whatever the weights hold.
     """
     return sum((p.flatten()[:0].sum() for p in module.parameters() if p.requires_grad), torch.zeros(()))
+
+
+# ---------------------------------------------------------------------------------------------- feature encoder
 
 
 class ConvLayer(nn.Module):
@@ -91,21 +87,60 @@ class ConvLayer(nn.Module):
         else:
             self.layer_norm = nn.Identity()
 
-    def kernel(self, x: Tensor, lengths: Tensor) -> Kernel:
-        """Its weights; with those of the group norm folded in, which needs whole utterances, x (B, S, 1)."""
+    def forward(self, x: Tensor, num_frames: Tensor) -> Tensor:
+        """Compute x (B, T, C) -> (B, T', C'), of which num_frames (B,) are valid."""
+        x = kernels.conv1d(x, self.conv)
         if isinstance(self.layer_norm, nn.GroupNorm):
-            return Kernel.normalised(self.conv, self.layer_norm, x, lengths)
-        return Kernel.of(self.conv)
-
-    def forward(self, x: Tensor, kernel: Kernel) -> Tensor:
-        """x (B, T, C) -> (B, T', C')."""
-        x = strided_conv(x, kernel)
-        return F.gelu(self.layer_norm(x) if isinstance(self.layer_norm, nn.LayerNorm) else x)
+            return F.gelu(kernels.group_norm(x, num_frames, self.layer_norm))
+        return F.gelu(self.layer_norm(x))
 
 
-def zero_padding(hidden: Tensor, padding: Tensor | None) -> Tensor:
-    """hidden (B, T, D), padding (B, T) or None -> the same with zeros where there is padding."""
-    return hidden if padding is None else hidden.masked_fill(padding[..., None], 0.0)
+class FeatureEncoder(nn.Module):
+    """Seven convolutions: 16,000 samples a second become 50 feature vectors (paper section 2)."""
+
+    def __init__(self, config: Wav2Vec2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.conv_layers = nn.ModuleList(ConvLayer(config, i) for i in range(len(config.conv_dim)))
+        self.activation_checkpointing = False
+
+    def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute waveforms (B, S), num_samples (B,) -> features (B, T, C), num_frames (B,).
+
+        Every valid frame is made of valid samples alone: a window that reaches into the padding starts
+        past the last frame that `conv_length` counts.
+        """
+        x, num_frames = waveforms[..., None], num_samples  # (B, S, 1)
+        recompute = self.activation_checkpointing and self.training
+        layers: list[Any] = [*self.conv_layers]
+        if kernels.in_use(x):  # the same, with the group norm folded into the first convolution
+            convs, norms = [layer.conv for layer in layers], [layer.layer_norm for layer in layers]
+            features = kernels.feature_encoder(self.config, convs, norms, x, num_samples, recompute=recompute)
+            return features, self.config.num_frames(num_samples)
+        for layer in layers:
+            num_frames = conv_length(num_frames, layer.conv.kernel_size[0], layer.conv.stride[0])
+            x = kernels.recomputed(layer, x, num_frames, enabled=recompute)
+        return x, num_frames
+
+
+class FeatureProjection(nn.Module):
+    """From conv channels to the hidden size: norm, linear, dropout."""
+
+    def __init__(self, config: Wav2Vec2Config) -> None:
+        super().__init__()
+        if config.feat_proj_layer_norm:
+            self.layer_norm: nn.Module = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
+        else:
+            self.layer_norm = nn.Identity()
+        self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
+        self.dropout = Dropout(config.feat_proj_dropout)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project (B, T, C) -> (B, T, D)."""
+        return self.dropout(self.projection(self.layer_norm(features)))
+
+
+# ---------------------------------------------------------------------------------------------- transformer
 
 
 class PositionalConvolution(nn.Module):
@@ -126,15 +161,15 @@ class PositionalConvolution(nn.Module):
             self.conv = nn.utils.parametrizations.weight_norm(self.conv, dim=2)
 
     def forward(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
-        """hidden (B, T, D), padding (B, T) -> (B, T, D)."""
+        """Compute hidden (B, T, D), padding (B, T) -> (B, T, D)."""
         if self.batch_norm is not None:
-            # Always with the running statistics: those of a batch would let its make-up matter. It moves zeros
-            # away from zero, so padding is zeroed after it.
+            # Always with the running statistics: those of a batch would let its composition matter. The norm moves
+            # zeros away from zero, so padding is zeroed after it.
             norm = self.batch_norm
             hidden = F.batch_norm(
                 hidden.transpose(1, 2), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
             ).transpose(1, 2)
-        x = grouped_conv(zero_padding(hidden, padding), self.conv)
+        x = kernels.conv1d(zero_padding(hidden, padding), self.conv)
         return F.gelu(x[:, : hidden.shape[1]])  # an even kernel gives one frame too many
 
 
@@ -152,8 +187,8 @@ class PositionalLayer(nn.Module):
         )
 
     def forward(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
-        """hidden (B, T, D), padding (B, T) -> (B, T, D)."""
-        x = grouped_conv(zero_padding(hidden, padding), self.conv)[:, : hidden.shape[1]]
+        """Compute hidden (B, T, D), padding (B, T) -> (B, T, D)."""
+        x = kernels.conv1d(zero_padding(hidden, padding), self.conv)[:, : hidden.shape[1]]
         return F.gelu(F.layer_norm(x, x.shape[2:]))
 
 
@@ -165,10 +200,121 @@ class PositionalStack(nn.Module):
         self.layers = nn.ModuleList(PositionalLayer(config) for _ in range(config.num_conv_pos_embeddings))
 
     def forward(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
-        """hidden (B, T, D), padding (B, T) -> (B, T, D)."""
+        """Compute hidden (B, T, D), padding (B, T) -> (B, T, D)."""
         for layer in self.layers:
             hidden = layer(hidden, padding)
         return hidden
+
+
+# What a row of `ARCHITECTURES` may name. Each class takes (config), and hidden and padding in its forward pass.
+POSITIONS: dict[str, type[nn.Module]] = {"convolution": PositionalConvolution, "stack": PositionalStack}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the valid frames; one of the layers that `ARCHITECTURES` may name."""
+
+    def __init__(self, config: Wav2Vec2Config, index: int) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Reshape (B, T, D) -> (B, H, T, D/H)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def position_bias(self, frames: int) -> Tensor | None:
+        """Return what all layers add to the scores for relative positions, (1, H, T, T); here nothing."""
+        return None
+
+    def mask(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """Return the mask for `scaled_dot_product_attention`: here a boolean one, without position bias."""
+        return attend
+
+    def forward(
+        self,
+        hidden: Tensor,
+        attend: Tensor | None,
+        bias: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Compute hidden (B, T, D), attend (B, 1, 1, T) or None, bias (1, H, T, T) or None -> (B, T, D).
+
+        ``attend`` is True where a frame is valid. With ``lengths`` hidden is (1, sum of lengths, D), utterances
+        one after another, each of which attends to itself (`kernels.pack_frames`).
+        """
+        if torch.is_autocast_enabled(hidden.device.type):  # once, and not for each of the three
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        q, k, v = (self.split_heads(p(hidden)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B,H,T,D/H)
+        if lengths is None:
+            x = self.attended(attend, bias, hidden, q, k, v).transpose(1, 2)  # (B, T, H, D/H)
+        else:
+            parts = zip(hidden.split(lengths, 1), *(each.split(lengths, 2) for each in (q, k, v)), strict=True)
+            x = torch.cat([self.attended(None, bias, *part).transpose(1, 2) for part in parts], dim=1)
+        return self.out_proj(x.flatten(2))
+
+    def attended(
+        self, attend: Tensor | None, bias: Tensor | None, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """Compute `kernels.attention` of whole utterances, (B, H, T, D/H), with this layer's mask and dropout."""
+        mask = self.mask(hidden, attend, bias)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)  # half precision under autocast
+        return kernels.attention(q, k, v, mask, self.dropout if self.training else 0.0)
+
+
+class GatedAttention(Attention):
+    """WavLM's attention: a learnt bias for each relative position, gated by each query frame.
+
+    Chen et al., *WavLM: Large-Scale Self-Supervised Pre-Training for Full Stack Speech Processing*, JSTSP 2022,
+    section III-B. The bias comes from an embedding that the first layer owns; each layer has gates of its own.
+    """
+
+    def __init__(self, config: Wav2Vec2Config, index: int) -> None:
+        super().__init__(config, index)
+        self.num_buckets, self.max_distance = config.num_buckets, config.max_bucket_distance
+        self.gru_rel_pos_const = nn.Parameter(torch.ones(1, self.num_heads, 1, 1))
+        self.gru_rel_pos_linear = nn.Linear(config.hidden_size // self.num_heads, 8)
+        if index == 0:
+            self.rel_attn_embed = nn.Embedding(self.num_buckets, self.num_heads)
+
+    def buckets(self, offsets: Tensor) -> Tensor:
+        """Classify relative positions: key minus query in frames -> 0..num_buckets-1, of the same shape.
+
+        Half of the classes are for each direction. Of a half, the first half has a class per distance and the
+        others grow logarithmically up to max_distance (Raffel et al., T5, JMLR 2020, section 2.1).
+        """
+        each = self.num_buckets // 2
+        exact = each // 2
+        distance = offsets.abs()
+        # In the reference's order of operations: a boundary would else fall on its other side.
+        share = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        far = (exact + (share * (each - exact)).long()).clamp(max=each - 1)
+        return torch.where(distance < exact, distance, far) + each * (offsets > 0)
+
+    def position_bias(self, frames: int) -> Tensor:
+        """Return the bias of all layers before their gates, (1, H, T, T); the first layer has its embedding."""
+        device = self.rel_attn_embed.weight.device
+        values = self.rel_attn_embed(self.buckets(torch.arange(1 - frames, frames, device=device)))  # (2T-1, H)
+        position = torch.arange(frames, device=device)
+        offsets = position[None, :] - position[:, None]  # key minus query
+        return F.embedding(offsets + frames - 1, values).permute(2, 0, 1)[None]
+
+    def mask(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """Return the gated bias, (B, H, T, T), which is minus infinity where a key is padding."""
+        assert bias is not None
+        bias = bias[..., : hidden.shape[1], : hidden.shape[1]]  # that of a shorter utterance
+        gates = self.gru_rel_pos_linear(self.split_heads(hidden)).unflatten(-1, (2, 4)).sum(-1)  # (B, H, T, 2)
+        update, reset = gates.sigmoid().split(1, dim=-1)  # (B, H, T, 1)
+        mask = (update * (reset * self.gru_rel_pos_const - 1.0) + 2.0) * bias  # (B, H, T, T)
+        return mask if attend is None else mask.masked_fill(~attend, -math.inf)
+
+
+# What a row of `ARCHITECTURES` may name. Each class takes (config, index of its layer).
+ATTENTIONS: dict[str, type[Attention]] = {"plain": Attention, "gated": GatedAttention}
 
 
 class FeedForward(nn.Module):
@@ -182,10 +328,10 @@ class FeedForward(nn.Module):
         self.output_dropout = Dropout(config.hidden_dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D), (B, T, F) between."""
+        """Compute (B, T, D) -> (B, T, D), with (B, T, F) between."""
         hidden = self.intermediate_dense(hidden)
         p = self.intermediate_dropout.p if self.training else 0.0
-        return self.output_dropout(gelu_dropout_linear(hidden, p, self.output_dense))
+        return self.output_dropout(kernels.gelu_dropout_linear(hidden, p, self.output_dense))
 
 
 class TransformerLayer(nn.Module):
@@ -194,17 +340,14 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: Wav2Vec2Config, index: int) -> None:
         super().__init__()
         self.pre_norm = config.do_stable_layer_norm
-        if config.model_type == "wavlm":
-            self.attention: Attention = GatedAttention(config, owns_embedding=index == 0)
-        else:
-            self.attention = Attention(config)
+        self.attention = ATTENTIONS[config.architecture.attention](config, index)
         self.dropout = Dropout(config.hidden_dropout)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Tensor, *context: Any) -> Tensor:
-        """hidden (B, T, D), and the rest of what `Attention` takes -> (B, T, D)."""
+        """Compute hidden (B, T, D), and the rest of what `Attention` takes -> (B, T, D)."""
         if self.pre_norm:
             hidden = hidden + self.dropout(self.attention(self.layer_norm(hidden), *context))
             return hidden + self.feed_forward(self.final_layer_norm(hidden))
@@ -219,19 +362,18 @@ class Transformer(nn.Module):
         super().__init__()
         self.pre_norm = config.do_stable_layer_norm
         self.layerdrop = config.layerdrop
-        stacked = config.model_type == "data2vec-audio"
-        self.pos_conv_embed = PositionalStack(config) if stacked else PositionalConvolution(config)
+        self.pos_conv_embed = POSITIONS[config.architecture.positions](config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(TransformerLayer(config, i) for i in range(config.num_hidden_layers))
         self.activation_checkpointing = False
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """The norm after the last layer, which pre-norm transformers alone have. (B, T, D) -> (B, T, D)."""
+        """Apply the norm after the last layer, which pre-norm transformers alone have. (B, T, D) -> (B, T, D)."""
         return self.layer_norm(hidden) if self.pre_norm else hidden
 
     def forward(self, hidden: Tensor, padding: Tensor | None, num_layers: int | None = None) -> list[Tensor]:
-        """hidden (B, T, D), padding (B, T) -> the input of the first layer and the output of each, (B, T, D).
+        """Compute hidden (B, T, D), padding (B, T) -> the first layer's input and each layer's output, (B, T, D).
 
         `final_norm` of the last is the result. With ``num_layers`` only so many layers are computed.
         """
@@ -241,98 +383,25 @@ class Transformer(nn.Module):
             hidden = self.layer_norm(hidden)
         hidden = self.dropout(hidden)
         attend = None if padding is None else ~padding[:, None, None, :]  # (B, 1, 1, T)
-        first = self.layers[0].attention
-        # WavLM: computed once from the first layer's embedding, for all layers.
-        bias = first.position_bias(hidden.shape[1]) if isinstance(first, GatedAttention) else None  # (1, H, T, T)
+        layers: list[Any] = [*self.layers]
+        bias = layers[0].attention.position_bias(hidden.shape[1])  # (1, H, T, T) or None, for all layers
+        recompute = self.activation_checkpointing and self.training
 
-        # On a CPU the layers see no padding. A GPU would have a launch for each utterance and shapes ever new.
-        size, lengths = hidden.shape[1], None
-        if padding is not None and padding.device.type == "cpu":
-            lengths = (~padding).sum(1).tolist()
-            hidden, attend = pack(hidden, lengths), None
+        size, lengths = hidden.shape[1], kernels.packed_lengths(hidden, padding)
+        if lengths is not None:  # the layers see no padding
+            hidden, attend = kernels.pack_frames(hidden, lengths), None
         outputs = [hidden]
-        for layer in self.layers[:num_layers]:
+        for layer in layers[:num_layers]:
             # LayerDrop (Fan et al., 2020). A skipped layer still takes part in the graph, so that
             # DistributedDataParallel need not search for unused parameters; the draw is on the CPU.
             if self.training and self.layerdrop > 0 and float(torch.rand(())) < self.layerdrop:
                 hidden = hidden + untouched(layer).to(hidden.device)
             else:
-                hidden = maybe_checkpoint(self, layer, hidden, attend, bias, lengths)
+                hidden = kernels.recomputed(layer, hidden, attend, bias, lengths, enabled=recompute)
             outputs.append(hidden)
-        return outputs if lengths is None else [unpack(output, lengths, size) for output in outputs]
-
-
-def maybe_checkpoint(owner: FeatureEncoder | Transformer, layer: nn.Module, *inputs: Any):
-    """``layer(*inputs)``, recomputed in the backward pass where the owner says so and a gradient is needed."""
-    if owner.activation_checkpointing and owner.training and torch.is_grad_enabled():
-        return checkpoint(layer, *inputs, use_reentrant=False)
-    return layer(*inputs)
-
-
-class FeatureEncoder(nn.Module):
-    """Seven convolutions: 16,000 samples a second become 50 feature vectors (paper section 2)."""
-
-    def __init__(self, config: Wav2Vec2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.conv_layers = nn.ModuleList(ConvLayer(config, i) for i in range(len(config.conv_dim)))
-        self.activation_checkpointing = False
-
-    def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        """waveforms (B, S), num_samples (B,) -> features (B, T, C), num_frames (B,).
-
-        Every valid frame is made of valid samples alone: a window that reaches into the padding starts
-        past the last frame that `conv_length` counts.
-        """
-        x, num_frames = waveforms[..., None], self.config.num_frames(num_samples)  # (B, S, 1)
-        counts = conv_length(num_samples, self.config.conv_kernel[0], self.config.conv_stride[0])
-        layers: list[Any] = [*self.conv_layers]
-        kernels = [layer.kernel(x, counts) for layer in layers]
-        trained = torch.is_grad_enabled() and any(k.matrix.requires_grad for k in kernels)
-        if x.device.type == "cpu" and not trained:
-            return self.in_pieces(x, num_frames, kernels), num_frames
-        for layer, kernel in zip(self.conv_layers, kernels, strict=True):
-            x = maybe_checkpoint(self, layer, x, kernel)
-        return x, num_frames
-
-    def in_pieces(self, x: Tensor, num_frames: Tensor, kernels: list[Kernel]) -> Tensor:
-        """As the layers one after the other, x (B, S, 1), but a piece of time of one utterance after the other.
-
-        A piece stays in the processor's cache from the first layer to the last, whose frames see nothing of each
-        other, and padding costs nothing. Memory does not grow with the length but for the result.
-        """
-        hop, field = math.prod(self.config.conv_stride), self.config.min_samples
-        frames = max(1, PIECE // (self.config.conv_dim[0] * hop // self.config.conv_stride[0]))
-        features: Tensor | None = None
-        for row, count in enumerate(num_frames.tolist()):
-            own = [kernel.row(row) for kernel in kernels]
-            for start in range(0, count, frames):
-                end = min(start + frames, count)
-                piece = x[row, None, start * hop : (end - 1) * hop + field]
-                for layer, kernel in zip(self.conv_layers, own, strict=True):
-                    piece = layer(piece, kernel)
-                if features is None:
-                    features = piece.new_zeros(len(x), int(num_frames.max()), piece.shape[-1])
-                features[row, start:end] = piece[0]
-        assert features is not None
-        return features
-
-
-class FeatureProjection(nn.Module):
-    """From conv channels to the hidden size: norm, linear, dropout."""
-
-    def __init__(self, config: Wav2Vec2Config) -> None:
-        super().__init__()
-        if config.feat_proj_layer_norm:
-            self.layer_norm: nn.Module = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
-        else:
-            self.layer_norm = nn.Identity()
-        self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
-        self.dropout = Dropout(config.feat_proj_dropout)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, D)."""
-        return self.dropout(self.projection(self.layer_norm(features)))
+        if lengths is None:
+            return outputs
+        return [kernels.unpack_frames(output, lengths, size) for output in outputs]
 
 
 class Wav2Vec2(nn.Module):
@@ -418,12 +487,12 @@ class Wav2Vec2(nn.Module):
         num_layers: int | None = None,
         final_norm: bool = True,
     ) -> tuple[list[Tensor], Tensor]:
-        """As `forward`, but the transformer's input and each layer's output: num_hidden_layers + 1 tensors.
+        """Encode as `forward`, but return the transformer's input and each layer's output, and num_frames.
 
-        With ``num_layers`` no more than so many layers are computed, and their outputs are all as they are.
-        ``final_norm=False`` leaves the last one too as the layer gives it, without a pre-norm model's final norm.
-        ``features`` (B, T, C), the feature encoder's output for utterances of ``num_samples``, may stand in place
-        of the waveforms.
+        These are num_hidden_layers + 1 tensors. With ``num_layers`` only so many layers are computed, and no final
+        norm. ``final_norm=False`` leaves a pre-norm model's final norm away from the last one too. ``features``
+        (B, T, C), the feature encoder's output for utterances of ``num_samples``, may stand in place of the
+        waveforms.
         """
         if features is None:
             assert waveforms is not None
@@ -476,6 +545,7 @@ class Wav2Vec2(nn.Module):
         return outputs[-1], num_frames
 
     def _check(self, waveforms: Tensor, num_samples: Tensor | Iterable[int] | None) -> Tensor:
+        """Return num_samples as (B,) int64 on the CPU, or raise AudioError for a wrong shape, type or length."""
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
             raise AudioError(
                 f"waveforms have shape {tuple(waveforms.shape)} and type {waveforms.dtype}; expected (B, S) floats"
@@ -495,6 +565,8 @@ class Wav2Vec2(nn.Module):
             raise AudioError(
                 f"num_samples has shape {tuple(num_samples.shape)}; expected ({batch},), one per waveform"
             )
+        if torch.compiler.is_compiling():  # a recorded graph knows no values: its caller checks the lengths
+            return num_samples
         for row, count in enumerate(num_samples.tolist()):
             if not self.config.min_samples <= count <= size:
                 raise AudioError(
@@ -504,7 +576,7 @@ class Wav2Vec2(nn.Module):
         return num_samples
 
     def _mask(self, hidden: Tensor, mask_time: Tensor | None, mask_feature: Tensor | None) -> Tensor:
-        """SpecAugment (Park et al., 2019) on the projected features, hidden (B, T, D)."""
+        """Apply SpecAugment (Park et al., 2019) to the projected features, hidden (B, T, D)."""
         if mask_time is not None:
             if not self.config.has_mask_embedding:
                 raise ConfigError("mask_time needs a mask embedding: mask_time_prob or mask_feature_prob above 0")

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ser.data.dataset import Batch, SpeechDataset, listed
-from ser.errors import AudioError, FileError, printable
+from ser.data.dataset import Batch, SpeechDataset
+from ser.errors import AudioError, FileError, indented, printable
 from ser.files import replace_file, written
 from ser.train.distributed import World
 
@@ -85,8 +85,8 @@ class BadAudio:
         advice = " or leave them out with --on-bad-audio skip" if self.run is not None else ""
         if self.policy == "fail":
             raise AudioError(
-                f"{len(found)} of {len(dataset)} recordings cannot be used; mend or remove them{advice}:\n  "
-                f"{listed(found.values())}"
+                f"{len(found)} of {len(dataset)} recordings cannot be used; mend or remove them{advice}:"
+                f"{indented(found.values())}"
             )
         skipped = self.skipped[name]
         new = [i for i in sorted(found) if dataset.utterances[i].id not in skipped]
@@ -103,7 +103,7 @@ class BadAudio:
         if len(skipped) > self.limit * len(dataset) or len(skipped) == len(dataset):
             raise AudioError(
                 f"{len(skipped)} of {len(dataset)} recordings of {name} cannot be used; "
-                f"--max-bad-audio {self.limit:g} allows {100 * self.limit:g} %:\n  {listed(skipped.values())}"
+                f"--max-bad-audio {self.limit:g} allows {100 * self.limit:g} %:{indented(skipped.values())}"
             )
         return found
 

@@ -515,13 +515,7 @@ def describe(recognizer: Recognizer) -> dict[str, Any]:
     return {
         "encoder": recognizer.model.config.to_dict(),
         "heads": recognizer.model.heads_config.to_dict(),
-        "emotions": recognizer.emotions,
-        "speakers": recognizer.speakers,
-        "dimensions": recognizer.dimensions,
-        "symbols": recognizer.vocabulary.tokens if recognizer.vocabulary is not None else [],
-        "orthography": recognizer.orthography,
-        "tags": recognizer.tags,
-        "do_normalize": recognizer.do_normalize,
+        **recognizer.labels.to_dict(),
     }
 
 

@@ -16,8 +16,7 @@ from typing import Any
 
 from ser.audio import SAMPLE_RATE
 from ser.errors import ConfigError
-from ser.models.heads import POOLINGS
-from ser.models.multitask import HEADS
+from ser.models.heads import HEADS, POOLINGS
 
 # metric -> whether larger is better
 METRICS = {

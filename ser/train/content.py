@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ser.data.dataset import SpeechDataset
+from ser.data.labels import DIMENSIONS, label_columns
 from ser.data.manifest import Utterance
 from ser.data.text import nfc
 from ser.errors import brief_repr
@@ -56,8 +57,13 @@ def contents(utterances: Sequence[Utterance], lengths: Sequence[int] | None = No
         "emotions": (u.emotion for u in utterances),
         "texts": (u.text for u in utterances),
         "speakers": (u.speaker for u in utterances),
-        "dimensions": ((u.arousal, u.dominance, u.valence) for u in utterances),
+        "dimensions": (tuple(map(u.labels.get, DIMENSIONS)) for u in utterances),
     }
+    for column in label_columns():
+        if column not in ("emotion", "text", "speaker", *DIMENSIONS) and any(
+            column in u.labels for u in utterances
+        ):
+            columns[column] = (u.labels.get(column) for u in utterances)
     if lengths is not None:
         columns["lengths"] = lengths
     digests = {name: rows_sha256((row,) for row in rows) for name, rows in columns.items()}
@@ -67,7 +73,7 @@ def contents(utterances: Sequence[Utterance], lengths: Sequence[int] | None = No
 def fingerprint(dataset: SpeechDataset) -> str:
     """What earlier releases recorded in place of `contents`. Ids are in it, and so may be paths."""
     return rows_sha256(
-        (u.id, u.start, u.end, u.emotion, u.text, u.speaker, u.arousal, u.dominance, u.valence, length)
+        (u.id, u.start, u.end, u.emotion, u.text, u.speaker, *map(u.labels.get, DIMENSIONS), length)
         for u, length in zip(dataset.utterances, dataset.lengths, strict=True)
     )
 

@@ -1,26 +1,27 @@
-"""A model judged on utterances, each counted exactly once on any number of ranks."""
+"""Evaluate a model on utterances, each counted exactly once on any number of ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
 from ser.audio import SAMPLE_RATE
-from ser.data.dataset import NO_LABEL, Batch, SpeechDataset, collate
+from ser.data.dataset import Batch, SpeechDataset, collate
+from ser.data.labels import LABELS, NO_LABEL
 from ser.data.manifest import Utterance
 from ser.data.sampler import evaluation_batches
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS, decoded, worker_death_explained
-from ser.models.multitask import HEADS
+from ser.models.heads import HEADS
+from ser.models.multitask import Outputs
 from ser.recognizer import Prediction, Recognizer
 from ser.scores.counts import (
     ClassificationCounts,
@@ -33,9 +34,9 @@ from ser.scores.counts import (
 from ser.scores.report import CHUNK, MAX_COUNTS, as_row
 from ser.train.bad_audio import BadAudio
 from ser.train.distributed import World
+from ser.train.losses import LOSSES, Objective
 from ser.train.processes import StopRequest, outlive_signals
 from ser.train.resources import memory_explained
-from ser.train.update import Objective
 
 
 @dataclass
@@ -45,9 +46,10 @@ class Evaluation:
     utterances: int = 0
     unread: int = 0  # utterances that were left out, as their recordings cannot be read
     rewriting: Rewriting = field(default_factory=Rewriting)  # of the references, as the vocabulary writes them
-    emotion: ClassificationCounts | None = None
-    speaker: ClassificationCounts | None = None
-    ccc: dict[str, float] = field(default_factory=dict)  # by dimension; NaN where it is undefined
+    classes: dict[str, ClassificationCounts] = field(default_factory=dict)  # head of classes -> its counts
+    ccc: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # head of numbers -> name -> CCC; NaN: undefined
     words: ErrorRateCounts | None = None
     characters: ErrorRateCounts | None = None
     loss: float = math.nan
@@ -56,48 +58,125 @@ class Evaluation:
     interrupted: bool = False  # a rank was asked to stop before the end: there are no figures
 
     def metrics(self) -> dict[str, Any]:
-        """By name; only what the model has heads for and the data labels for."""
-        found: dict[str, Any] = {"utterances": self.utterances, "loss": self.loss}
-        found |= {"bad_audio": self.unread} if self.unread else {}
-        found |= {f"loss_{name}": value for name, value in self.losses.items()}
-        if self.emotion is not None and self.emotion.count:
-            found["emotion_utterances"] = self.emotion.count
-            found |= self.emotion.figures
-        if self.ccc:
-            defined = [value for value in self.ccc.values() if math.isfinite(value)]
-            found["ccc"] = sum(defined) / len(defined) if defined else math.nan
-            found |= {f"ccc_{name.lower()}": value for name, value in self.ccc.items()}
+        """Return the figures by name; only what the model has heads for and the data labels for."""
+        figures: dict[str, Any] = {"utterances": self.utterances, "loss": self.loss}
+        figures |= {"bad_audio": self.unread} if self.unread else {}
+        figures |= {f"loss_{name}": value for name, value in self.losses.items()}
+        emotion = self.classes.get("emotion")
+        if emotion is not None and emotion.count:
+            figures["emotion_utterances"] = emotion.count
+            figures |= emotion.figures
+        for head, values in self.ccc.items():
+            if head == "dimensions":
+                defined = [value for value in values.values() if math.isfinite(value)]
+                figures["ccc"] = sum(defined) / len(defined) if defined else math.nan
+            figures |= {f"ccc_{name.lower()}": value for name, value in values.items()}
         changes = {
             "references_recased": self.rewriting.recased,
             "characters_replaced": self.rewriting.replaced.total(),
             "characters_outside_vocabulary": self.rewriting.removed.total(),
             "references_left_empty": self.rewriting.emptied,
         }
-        found |= {name: count for name, count in changes.items() if count}
+        figures |= {name: count for name, count in changes.items() if count}
         if self.words is not None and self.characters is not None and self.words.length:
-            found |= {"wer": self.words.rate, "cer": self.characters.rate, "words": self.words.length}
-        if self.speaker is not None and self.speaker.count:
-            found["speaker_accuracy"] = self.speaker.figures["accuracy"]
-            found["speaker_utterances"] = self.speaker.count  # those of speakers that training knew
-        return found
-
-
-def add_outcome(totals: NDArray[np.int64], reference: int, predicted: int) -> None:
-    """Add an utterance to (3, K) totals as `ClassificationCounts` has them; not one without a label."""
-    if reference != NO_LABEL:
-        totals[0, reference] += reference == predicted
-        totals[1, reference] += 1
-        totals[2, predicted] += 1
+            figures |= {"wer": self.words.rate, "cer": self.characters.rate, "words": self.words.length}
+        for head, counts in self.classes.items():
+            if counts.count and head != "emotion":
+                figures[f"{head}_accuracy"] = counts.figures["accuracy"]
+                figures[f"{head}_utterances"] = counts.count  # of speakers, those that training knew
+        return figures
 
 
 def collate_at_least(examples: list[Any], min_samples: int) -> Batch:
-    """`collate`, with utterances shorter than one frame padded to it: evaluation drops none."""
+    """Return `collate`, with utterances shorter than one frame padded to it: evaluation drops none."""
     batch = collate(examples)
     missing = min_samples - batch.waveforms.shape[1]
     if missing > 0:
         batch.waveforms = nn.functional.pad(batch.waveforms, (0, missing))
     batch.num_samples = batch.num_samples.clamp(min=min_samples)
     return batch
+
+
+class Tally:
+    """Count what one rank sees of an evaluation; `summed` adds the counts of all ranks."""
+
+    def __init__(self, recognizer: Recognizer, dataset: SpeechDataset) -> None:
+        self.dataset = dataset
+        names = recognizer.labels.names
+        self.numbers = {
+            head: {name: i for i, name in enumerate(names[head])} for head in names if LABELS[head].kind == "class"
+        }
+        # Right, of the reference, recognised as it: of each class, see `ClassificationCounts`.
+        self.classes = {head: np.zeros((3, len(ids)), dtype=np.int64) for head, ids in self.numbers.items()}
+        self.edits = np.zeros(4, dtype=np.int64)  # word edits, words, character edits, characters
+        self.losses = torch.zeros(2, len(HEADS), dtype=torch.float64)  # sums and counts
+        self.moments = {
+            head: torch.zeros(6, len(names[head]), dtype=torch.float64)
+            for head in HEADS
+            if head in names and LABELS[head].kind == "numbers"
+        }
+
+    def add_scores(self, objective: Objective, outputs: Outputs, batch: Batch) -> None:
+        """Count a batch's losses, and what concordance needs."""
+        for head, (total, count) in objective.sums(outputs, batch).items():
+            place = list(HEADS).index(head)
+            self.losses[0, place] += total.double().cpu()
+            self.losses[1, place] += count.double().cpu()
+        for head, moments in self.moments.items():
+            moments += ccc_moments(outputs.scores[head], batch.labels[head], batch.weights).cpu()
+
+    def add_prediction(self, index: int, prediction: Prediction) -> None:
+        """Compare what was recognised in an utterance with its labels."""
+        answers = {**prediction.others, "emotion": prediction.emotion, "speaker": prediction.speaker}
+        for head, totals in self.classes.items():
+            reference = self.dataset.labels[head][index]
+            if reference != NO_LABEL:
+                predicted = self.numbers[head][answers[head]]
+                totals[0, reference] += reference == predicted
+                totals[1, reference] += 1
+                totals[2, predicted] += 1
+        reference = self.dataset.references[index]
+        if prediction.transcript is not None and reference:
+            words = word_errors(reference, prediction.transcript)
+            characters = character_errors(reference, prediction.transcript)
+            self.edits += (words.edits, words.length, characters.edits, characters.length)
+
+    def summed(self, world: World, *, stop: bool) -> bool:
+        """Add the counts of all ranks; return whether one was asked to stop, and then nothing is added."""
+        flat = np.concatenate([*(totals.ravel() for totals in self.classes.values()), [stop], self.edits])
+        flat = world.sum(torch.from_numpy(flat)).numpy()
+        if flat[-5]:
+            return True
+        self.edits, first = flat[-4:], 0
+        for head, totals in self.classes.items():
+            self.classes[head] = flat[first : first + totals.size].reshape(totals.shape)
+            first += totals.size
+        world.sum(self.losses)
+        for moments in self.moments.values():
+            world.sum(moments)
+        return False
+
+    def evaluation(self, recognizer: Recognizer, objective: Objective, unread: Collection[int]) -> Evaluation:
+        """Return the figures that follow from the counts."""
+        result = Evaluation(utterances=len(self.dataset) - len(unread), unread=len(unread))
+        result.classes = {head: ClassificationCounts(totals) for head, totals in self.classes.items()}
+        if recognizer.vocabulary is not None:
+            result.rewriting = self.dataset.rewriting(without=unread)
+            result.words = ErrorRateCounts(int(self.edits[0]), int(self.edits[1]))
+            result.characters = ErrorRateCounts(int(self.edits[2]), int(self.edits[3]))
+        for place, head in enumerate(HEADS):
+            if self.losses[1, place]:
+                result.losses[head] = float(self.losses[0, place] / self.losses[1, place])
+        for head, moments in self.moments.items():
+            if not moments[0].any():
+                continue
+            ccc = concordance(moments)
+            result.ccc[head] = dict(zip(recognizer.labels.names[head], ccc.tolist(), strict=True))
+            if objective.weights.get(head) and LOSSES[head].sums is None:
+                result.losses[head] = float((1 - ccc).nan_to_num().mean())  # as in an update
+        if result.losses:
+            result.loss = sum(objective.weights.get(head, 0.0) * value for head, value in result.losses.items())
+        return result
 
 
 @torch.no_grad()
@@ -136,8 +215,7 @@ def evaluate(
     recognizer.require_single_label("for an evaluation")
     world = world or World(device=recognizer.device)
     bad_audio = bad_audio or BadAudio(world)
-    model = recognizer.model
-    vocabulary = recognizer.vocabulary
+    model, vocabulary = recognizer.model, recognizer.vocabulary
     objective = objective or Objective(dict.fromkeys(HEADS, 1.0), blank=vocabulary.blank if vocabulary else 0)
     dataset = utterances if isinstance(utterances, SpeechDataset) else recognizer.dataset(utterances)
     if "lengths" not in vars(dataset):
@@ -157,14 +235,7 @@ def evaluate(
         pin_memory=world.device.type == "cuda",
         worker_init_fn=outlive_signals,
     )
-    result = Evaluation()
-    # Right, of the reference, recognised as it: of each class, see `ClassificationCounts`.
-    emotion = np.zeros((3, len(recognizer.emotions)), dtype=np.int64)
-    speaker = np.zeros((3, len(recognizer.speakers)), dtype=np.int64)
-    numbers = [{name: i for i, name in enumerate(names)} for names in (recognizer.emotions, recognizer.speakers)]
-    edits = np.zeros(4, dtype=np.int64)  # word edits, words, character edits, characters
-    sums = torch.zeros(2 * len(HEADS), dtype=torch.float64)
-    moments = torch.zeros(6, len(recognizer.dimensions), dtype=torch.float64)
+    tally = Tally(recognizer, dataset)
     rows: dict[int, Prediction] = {}
     errors: dict[int, str] = {}
     names = [u.id for u in dataset.utterances]
@@ -179,104 +250,53 @@ def evaluate(
             batch = batch.to(world.device)
             with recognizer.autocast():
                 outputs = model(**batch.inputs)
-        for name, (total, count) in objective.sums(outputs, batch).items():
-            place = list(HEADS).index(name)
-            sums[place] += total.double().cpu()
-            sums[len(HEADS) + place] += count.double().cpu()
-        if outputs.dimensions is not None:
-            moments += ccc_moments(outputs.dimensions, batch.dimensions, batch.weights).cpu()
+        tally.add_scores(objective, outputs, batch)
         for index, prediction in zip(batch.indices, recognizer.decode(outputs), strict=True):
-            if index in errors:
-                continue
-            if prediction.emotion is not None:
-                add_outcome(emotion, dataset.emotions[index], numbers[0][prediction.emotion])
-            if prediction.speaker is not None:
-                add_outcome(speaker, dataset.speakers[index], numbers[1][prediction.speaker])
-            reference = dataset.references[index]
-            if prediction.transcript is not None and reference:
-                words = word_errors(reference, prediction.transcript)
-                characters = character_errors(reference, prediction.transcript)
-                edits += (words.edits, words.length, characters.edits, characters.length)
-            if keep_rows:
-                seconds = dataset.lengths[index] / SAMPLE_RATE
-                rows[index] = replace(prediction, file=str(dataset.utterances[index].file), seconds=seconds)
+            if index not in errors:
+                tally.add_prediction(index, prediction)
+                if keep_rows:
+                    seconds = dataset.lengths[index] / SAMPLE_RATE
+                    rows[index] = replace(prediction, file=str(dataset.utterances[index].file), seconds=seconds)
     loader.close()
     model.train(was_training)
     unread = bad_audio.agree("valid", dataset, errors)
-
-    flat = np.concatenate([emotion.ravel(), speaker.ravel(), [bool(stop)], edits])
-    flat = world.sum(torch.from_numpy(flat)).numpy()
-    if flat[-5]:
+    if tally.summed(world, stop=bool(stop)):
         return Evaluation(interrupted=True)
-    emotion = flat[: emotion.size].reshape(emotion.shape)
-    speaker = flat[emotion.size : -5].reshape(speaker.shape)
-    edits = flat[-4:]
-    world.sum(sums)
-    world.sum(moments)
-    result.utterances, result.unread = len(dataset) - len(unread), len(unread)
-    if vocabulary is not None:
-        result.rewriting = dataset.rewriting(without=unread)
-    if recognizer.emotions:
-        result.emotion = ClassificationCounts(emotion)
-    if recognizer.speakers:
-        result.speaker = ClassificationCounts(speaker)
-    if vocabulary is not None:
-        result.words = ErrorRateCounts(int(edits[0]), int(edits[1]))
-        result.characters = ErrorRateCounts(int(edits[2]), int(edits[3]))
-    for place, name in enumerate(HEADS):
-        if sums[len(HEADS) + place]:
-            result.losses[name] = float(sums[place] / sums[len(HEADS) + place])
-    if moments[0].any():
-        result.ccc = dict(zip(recognizer.dimensions, concordance(moments).tolist(), strict=True))
-        if objective.weights.get("dimensions"):
-            result.losses["dimensions"] = float((1 - concordance(moments)).nan_to_num().mean())  # as in an update
-    if result.losses:
-        result.loss = sum(objective.weights.get(name, 0.0) * value for name, value in result.losses.items())
+    result = tally.evaluation(recognizer, objective, unread)
     if keep_rows:
         merged = {i: p for part in world.gather(rows) for i, p in part.items()}
-        found = [(i, u) for i, u in enumerate(dataset.utterances) if i not in unread]
-        result.rows = [(u, dataset.references[i], merged[i]) for i, u in found]
+        read = [(i, u) for i, u in enumerate(dataset.utterances) if i not in unread]
+        result.rows = [(u, dataset.references[i], merged[i]) for i, u in read]
     return result
 
 
-def judge(
+def evaluated_rows(
     recognizer: Recognizer,
     utterances: Sequence[Utterance],
     *,
-    world: World | None = None,
     seen_texts: frozenset[str] | None = None,
-    workers: int = 0,
-    progress: bool = False,
-    bad_audio: BadAudio | None = None,
-    timeout: float = WORKER_SECONDS,
     rewriting: Rewriting | None = None,
+    **options: Any,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows of the predictions file, in the order of the utterances, a chunk at a time: memory is bounded.
+    """Yield rows of the predictions file, in the order of the utterances, a chunk at a time: memory is bounded.
 
     Every rank calls this and gets every row; each utterance is recognised exactly once.
 
     Args:
         recognizer: the model.
         utterances: rows of a manifest.
-        world: the ranks that share the work.
         seen_texts: transcripts that training had, cleaned as the model cleans; None: not known.
-        workers: processes per rank that decode audio.
-        progress: show a bar per chunk.
-        bad_audio: as for `evaluate`; a recording that is skipped has no row.
-        timeout: seconds to wait for a worker.
-        rewriting: gets what was changed in the references, chunk by chunk.
+        rewriting: is given what was changed in the references, chunk by chunk.
+        options: those of `evaluate`; a recording that is skipped has no row.
     """
     size = max(1, min(CHUNK, MAX_COUNTS // (4 * max(len(recognizer.emotions), 1))))
     for first in range(0, len(utterances), size):
         chunk = utterances[first : first + size]
-        found = evaluate(
-            recognizer, chunk, world=world, workers=workers, keep_rows=True, progress=progress,
-            bad_audio=bad_audio, timeout=timeout,
-        )  # fmt: skip
+        result = evaluate(recognizer, chunk, keep_rows=True, **options)
         if rewriting is not None:
-            rewriting += found.rewriting
+            rewriting += result.rewriting
         rows = []
-        for utterance, reference, prediction in found.rows:
+        for utterance, reference, prediction in result.rows:
             row = as_row(recognizer, utterance, reference, prediction)
             if seen_texts is not None:
                 text = clean(utterance.text or "", orthography=recognizer.orthography, tags=recognizer.tags)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ser.data.dataset import NO_LABEL, SpeechDataset
+from ser.data.dataset import SpeechDataset
+from ser.data.labels import NO_LABEL
 from ser.data.text import minimum_frames
 from ser.errors import ConfigError
 from ser.recognizer import Recognizer
@@ -32,20 +33,20 @@ def usable_labels(
     found: dict[str, tuple[Tensor, str]] = {}
     none = "no training utterance has a label"
     if "emotion" in heads:
-        found["emotion"] = torch.tensor(dataset.emotions) != NO_LABEL, none
+        found["emotion"] = torch.tensor(dataset.labels["emotion"]) != NO_LABEL, none
     if "ctc" in heads:
         frames = recognizer.model.config.num_frames(torch.tensor(dataset.lengths))
-        needed = torch.tensor([minimum_frames(target) for target in dataset.targets])
+        needed = torch.tensor([minimum_frames(target) for target in dataset.labels["ctc"]])
         why = "no transcript fits its audio" if bool(needed.any()) else "no training utterance has a transcript"
         found["ctc"] = (needed > 0) & (needed <= frames), why
     if "speaker" in heads:
         several = len(recognizer.speakers) > 1
-        known = (torch.tensor(dataset.speakers) != NO_LABEL) & several
+        known = (torch.tensor(dataset.labels["speaker"]) != NO_LABEL) & several
         found["speaker"] = known, none if several else "all of training is by one speaker"
     labels = {name: values & read for name, (values, _) in found.items()}
     never = {name: found[name][1] for name, values in labels.items() if not values.any()}
     if "dimensions" in heads:
-        rated = torch.tensor(dataset.dimensions, dtype=torch.float64).reshape(len(dataset), -1)
+        rated = torch.tensor(dataset.labels["dimensions"], dtype=torch.float64).reshape(len(dataset), -1)
         for name, values in zip(recognizer.dimensions, rated.unbind(1), strict=True):
             values = labels[name] = values.masked_fill(~read, torch.nan)
             known = values[values.isfinite()]

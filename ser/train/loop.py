@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ser.audio import SAMPLE_RATE
-from ser.data.dataset import NO_LABEL, Batch, SpeechDataset, collate
+from ser.data.dataset import Batch, SpeechDataset, collate
+from ser.data.labels import NO_LABEL
 from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler
 from ser.data.text import minimum_frames
@@ -53,10 +54,11 @@ from ser.train.content import contents, fingerprint
 from ser.train.distributed import World
 from ser.train.evaluation import Evaluation, evaluate
 from ser.train.learnable import check_learnable
+from ser.train.losses import LOSSES, Objective
 from ser.train.optim import make_optimizer, rate_factor, set_rate
 from ser.train.processes import lost_here, outlive_signals, own_run, stop_on_signals
 from ser.train.resources import SMALLER_MODEL, memory_explained
-from ser.train.update import Objective, UpdateResult, run_update
+from ser.train.update import UpdateResult, run_update
 
 
 @dataclass
@@ -122,7 +124,7 @@ def check_training_data(
         empty = sum(not text for text in dataset.texts)
         if empty:
             notes.append(f"{empty} of {len(dataset)} utterances have no transcript; trained on their other labels")
-        if any(dataset.texts) and not any(dataset.targets):
+        if any(dataset.texts) and not any(dataset.labels["ctc"]):
             text = next(text for text in dataset.texts if text)
             raise ConfigError(
                 f"no training transcript has a character of the vocabulary; the first is {text[:40]!r}, the "
@@ -137,7 +139,9 @@ def check_training_data(
         notes += dataset.rewriting().notes()
         frames = recognizer.model.config.num_frames(torch.tensor(lengths))
         misfits = []
-        for utterance, target, there in zip(dataset.utterances, dataset.targets, frames.tolist(), strict=True):
+        for utterance, target, there in zip(
+            dataset.utterances, dataset.labels["ctc"], frames.tolist(), strict=True
+        ):
             if (needed := minimum_frames(target)) > there and utterance.id not in unread:
                 misfits.append(printable(f"{utterance.id}: {needed} frames needed, {there} there"))
         if misfits:
@@ -185,32 +189,32 @@ def fetch_updates(
 
 def trained_heads(recognizer: Recognizer, config: TrainConfig) -> dict[str, float]:
     """Weight of each head's loss, for the heads that the model has; 0 means not trained."""
-    weights = {"emotion": 1.0, "ctc": config.alpha, "speaker": config.beta, "dimensions": config.gamma}
     heads = recognizer.model.heads
+    named = {head: LOSSES[head].weight for head in heads}
+    weights = {head: getattr(config, w) if isinstance(w, str) else w for head, w in named.items()}
     if len(heads) == 1:  # nothing to weigh it against
         weights[heads[0]] = 1.0
-    found = {name: weights[name] for name in heads}
     if not heads:
         raise ConfigError("nothing would be trained: no training utterance has emotion or text; see --columns")
-    if not any(found.values()):
+    if not any(weights.values()):
         raise ConfigError(
             f"nothing would be trained: the weights of all heads ({', '.join(heads)}) are 0; see --alpha, --beta, "
             "--gamma"
         )
-    return found
+    return weights
 
 
 def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: SpeechDataset) -> str:
     """The metric that decides which model is best: one that the validation data has labels for."""
     possible = []
-    if any(label != NO_LABEL for label in validation.emotions):
+    if any(label != NO_LABEL for label in validation.labels.get("emotion", ())):
         possible += ["unweighted_accuracy", "accuracy", "macro_f1"]
-    for labels in zip(*validation.dimensions, strict=True):
+    for labels in zip(*validation.labels.get("dimensions", ()), strict=True):
         if "ccc" not in possible and len({value for value in labels if math.isfinite(value)}) > 1:
             possible += ["ccc"]  # which is not defined for equal labels
     if any(validation.references):
         possible += ["wer", "cer"]
-    if any(label != NO_LABEL for label in validation.speakers):
+    if any(label != NO_LABEL for label in validation.labels.get("speaker", ())):
         possible += ["speaker_accuracy"]
     if not len(validation):
         return "none" if config.metric == "auto" else config.metric
@@ -395,7 +399,7 @@ def _fit(
     objective = Objective(
         weights=trained,
         label_smoothing=config.label_smoothing,
-        class_weights=inverse_frequencies(dataset.emotions, len(recognizer.emotions))
+        class_weights=inverse_frequencies(dataset.labels["emotion"], len(recognizer.emotions))
         if config.class_weights and recognizer.emotions
         else None,
         ctc_per_character=config.ctc_per_character,

@@ -20,12 +20,19 @@ device computes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ser.data.dataset import NO_LABEL
-from ser.errors import TextError
+from ser.data.dataset import Batch
+from ser.data.labels import LABELS, NO_LABEL
+from ser.errors import ConfigError, TextError
+from ser.models.heads import HEADS
+from ser.models.multitask import MultiTaskModel, Outputs
 from ser.scores.counts import concordance, weighted
 
 
@@ -172,3 +179,157 @@ def ccc_loss(
     slope = 2 / (n * denominator) * (wanted - ccc * (predictions.detach().double() - y))  # (B, K)
     coefficients = -(weights * slope).masked_fill(~known, 0.0) / labels.shape[1]
     return (coefficients.to(predictions.dtype) * predictions).sum()
+
+
+def check_classes(model: MultiTaskModel, batch: Batch) -> None:
+    """Refuse a label that is no class (ConfigError): a kernel would end the process, far from here."""
+    sizes = model.heads_config.sizes
+    for head, labels in batch.labels.items():
+        if LABELS[head].kind != "class":
+            continue
+        wrong = (labels != NO_LABEL) & ((labels < 0) | (labels >= sizes[head]))
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            index = batch.indices[row] if batch.indices else row
+            raise ConfigError(
+                f"utterance {index} has {head} {int(labels[row])}; the model's {sizes[head]} are 0 to "
+                f"{sizes[head] - 1}, {NO_LABEL} is unknown"
+            )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Hold what is minimised: the sum of each head's loss divided by its count, by these weights.
+
+    The loss of dimensions is no such sum; see `ser.train.update.run_update`.
+    """
+
+    weights: dict[str, float]  # by head; 0: not trained
+    label_smoothing: float = 0.0
+    class_weights: Tensor | None = None  # (K,) of the emotion loss
+    ctc_per_character: bool = False
+    blank: int = 0
+
+    def class_weights_on(self, device: torch.device) -> Tensor | None:
+        """Return the weights of classes on a device."""
+        return None if self.class_weights is None else self.class_weights.to(device, non_blocking=True)
+
+    def sums(self, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return (sum, count) of a micro-batch for each head whose loss is a sum and has a weight above 0."""
+        sums = {}
+        for head, loss in LOSSES.items():
+            if head in outputs.scores and self.weights.get(head) and loss.sums is not None:
+                sums[head] = loss.sums(
+                    outputs.scores[head],
+                    batch.labels[head],
+                    weights=batch.weights,
+                    num_frames=outputs.num_frames,
+                    objective=self,
+                )
+        return sums
+
+    def counts(self, model: MultiTaskModel, batches: Sequence[Batch]) -> Tensor:
+        """Return what `sums` will return as counts, added up over micro-batches, from labels alone.
+
+        (len(HEADS),) float64, in the order of `HEADS`; of dimensions the number of labels.
+        """
+        total = torch.zeros(len(HEADS), dtype=torch.float64)
+        for batch in batches:
+            check_classes(model, batch)
+            frames = model.config.num_frames(batch.num_samples)
+            nothing = torch.zeros(len(frames), dtype=torch.float64)
+            each = [
+                LOSSES[head].counts(batch.labels[head].cpu(), frames, self) if head in batch.labels else nothing
+                for head in HEADS
+            ]  # (B,) of each head
+            total += (torch.stack(each) * batch.weights.double()).sum(1)
+        return total
+
+
+class HeadLoss(Protocol):
+    """Compute a head's summed loss over a micro-batch, and what the sum is to be divided by."""
+
+    def __call__(
+        self, scores: Tensor, labels: Tensor, *, weights: Tensor, num_frames: Tensor, objective: Objective
+    ) -> tuple[Tensor, Tensor]:
+        """Return (sum, count).
+
+        Args:
+            scores: (B, K) or (B, T, V), what the head says.
+            labels: `Batch.labels` of the head.
+            weights: (B,), 0 for an utterance that only keeps a rank busy.
+            num_frames: (B,) valid frames, on the CPU.
+            objective: the options of losses.
+        """
+
+
+def emotion_loss(scores: Tensor, labels: Tensor, *, weights: Tensor, num_frames: Tensor, objective: Objective):
+    """Return `classification_loss` with the weights of classes and the label smoothing of the objective."""
+    return classification_loss(
+        scores,
+        labels,
+        class_weights=objective.class_weights_on(scores.device),
+        label_smoothing=objective.label_smoothing,
+        utterance_weights=weights,
+    )
+
+
+def speaker_loss(scores: Tensor, labels: Tensor, *, weights: Tensor, num_frames: Tensor, objective: Objective):
+    """Return `classification_loss` without options."""
+    return classification_loss(scores, labels, utterance_weights=weights)
+
+
+def transcript_loss(scores: Tensor, labels: Tensor, *, weights: Tensor, num_frames: Tensor, objective: Objective):
+    """Return `ctc_loss` of symbols (B, L)."""
+    return ctc_loss(
+        scores,
+        num_frames,
+        labels,
+        (labels != NO_LABEL).sum(1),
+        blank=objective.blank,
+        per_character=objective.ctc_per_character,
+        utterance_weights=weights,
+    )
+
+
+def count_emotions(labels: Tensor, num_frames: Tensor, objective: Objective) -> Tensor:
+    """Return 1 for each known class, or the weight of the class where classes are weighted, (B,)."""
+    known = (labels != NO_LABEL).double()
+    if objective.class_weights is None:
+        return known
+    return known * objective.class_weights.double()[labels.clamp(min=0)]
+
+
+def count_transcripts(labels: Tensor, num_frames: Tensor, objective: Objective) -> Tensor:
+    """Return 1 for each transcript that fits its audio, (B,)."""
+    return ctc_feasible(labels, (labels != NO_LABEL).sum(1), num_frames).double()
+
+
+def count_labels(labels: Tensor, num_frames: Tensor, objective: Objective) -> Tensor:
+    """Return the number of known labels of each utterance, (B,): of a class 1, of numbers up to K."""
+    return labels.isfinite().double().sum(1) if labels.is_floating_point() else (labels != NO_LABEL).double()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Describe how a head learns.
+
+    Attributes:
+        sums: its loss. None: concordance, which needs the whole update; see `ser.train.update.run_update`.
+        counts: (labels, num_frames, objective) -> (B,) float64, what each utterance adds to the count of
+            ``sums``. It is asked before the scores are there, so that the count of a whole update is known first.
+        weight: of the loss, or the field of `TrainConfig` that holds it.
+    """
+
+    sums: HeadLoss | None
+    counts: Callable[[Tensor, Tensor, Objective], Tensor] = count_labels
+    weight: float | str = 1.0
+
+
+# head -> how it learns
+LOSSES = {
+    "emotion": Loss(emotion_loss, count_emotions),
+    "ctc": Loss(transcript_loss, count_transcripts, weight="alpha"),
+    "speaker": Loss(speaker_loss, weight="beta"),
+    "dimensions": Loss(None, weight="gamma"),
+}

@@ -1,12 +1,12 @@
-"""What reaches a run from outside its own arithmetic: signals, the end of its launcher, a second run in its
-folder, and errors of one process among several.
+"""Answer what reaches a run from outside: signals, its launcher's end, a second run, one process's error.
 
-    SIGTERM, SIGUSR1, SIGHUP, Ctrl-C -> the update is finished on all ranks, a checkpoint saved, status 75
-    the launcher is killed   -> the same, within seconds
-    a second run             -> refused, with the name of the process that trains in the folder
-    an error on one rank     -> told once, with its cause, by the process that met it
+    SIGTERM, SIGUSR1, SIGHUP, Ctrl-C -> all ranks finish the update, a checkpoint is saved, the status is 75
+    the launcher is killed           -> the same, within seconds
+    a second run in the folder       -> it is refused, with the name of the process that trains there
+    an error on one rank             -> it is reported once, with its cause, by the process that met it
 
-Not every system has all of this: what one lacks is looked for here, and `lost_here` says what is lost with it.
+Not every system has all of this. This file looks for what a system lacks, and `lost_here` says what is lost with
+it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ORPHAN_GRACE = 3.5  # seconds in which a process without a launcher may finish i
 
 
 def lost_here() -> list[str]:
-    """Say, a line each, what a run on this system has to do without. Linux has it all."""
+    """Say in a line each what a run on this system has to do without. Linux lacks nothing."""
     missing = [name for name in ASKS if not hasattr(signal, name)]
     reasons = {
         "no lock of the run's folder (no fcntl): nothing but you keeps a second run out of it": fcntl is None,
@@ -64,7 +64,7 @@ def lost_here() -> list[str]:
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and by what."""
+    """Hold the name of the signal that asked this process to stop; false while there is none."""
 
     def __init__(self) -> None:
         self.signal = ""
@@ -75,12 +75,12 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """SIGTERM, SIGUSR1, SIGHUP and Ctrl-C become a request that the training loop reads once per update.
+    """Turn SIGTERM, SIGUSR1, SIGHUP and Ctrl-C into a request that the training loop reads once per update.
 
-    Again, they change nothing, but for Ctrl-C: a second one interrupts at once. Outside the context, and so before
-    training begins, they do what they did before: there is nothing to save. A SIGHUP that is ignored stays so:
-    that is what nohup asks for. In a thread that is not the main one signals cannot be handled, and nothing is
-    changed.
+    A second signal changes nothing, except a second Ctrl-C, which interrupts at once. Outside the context, and so
+    before training begins, signals do what they did before, since there is nothing to save. A SIGHUP that is
+    ignored stays ignored: nohup asks for that. In a thread that is not the main one signals cannot be handled, so
+    nothing is changed there.
     """
     request = StopRequest()
 
@@ -104,10 +104,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 def outlive_signals(_: int = 0) -> None:
-    """For a data-loader worker: signals to the whole job are the training process's to answer.
+    """Ignore the signals that ask to stop, in a data-loader worker: the training process answers them.
 
-    torchrun signals the process group, a scheduler every process of the job. A worker that ended would end the
-    update that is being finished. Its own process tells it to end through a queue, and kills it at last.
+    torchrun signals the process group, and a scheduler signals every process of the job. A worker that ended would
+    end the update that is being finished. The training process tells its workers to end through a queue, and kills
+    them at last.
     """
     for name in ASKS:
         if hasattr(signal, name):
@@ -115,7 +116,7 @@ def outlive_signals(_: int = 0) -> None:
 
 
 def store_answers() -> bool:
-    """Whether torchrun's key-value store is there, where torchrun holds it itself, from before it starts us."""
+    """Tell whether torchrun's key-value store answers, where torchrun itself holds it from the start."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     try:
@@ -131,12 +132,13 @@ def store_answers() -> bool:
 
 
 def end_with_launcher(launcher: int | None = None) -> None:
-    """Under torchrun: a thread that ends this process soon after its launcher has gone.
+    """Start a thread, under torchrun, that ends this process soon after its launcher has gone.
 
-    Killed, torchrun leaves its workers behind, and they would hold the GPUs and the run. They get the same signal
-    as in a pre-emption, and `ORPHAN_GRACE` to answer it.
+    A torchrun that is killed leaves its processes behind, and they would hold the GPUs and the run. They get the
+    same signal as in a pre-emption, and `ORPHAN_GRACE` seconds to answer it.
 
-    ``launcher`` is the parent as a script asked for it before its imports, which take seconds; None: that of now.
+    ``launcher`` is the parent process as a script asked for it before its imports, which take seconds. None means
+    the parent now.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
@@ -163,7 +165,7 @@ FOLLOW = (
 def following(command: list[str]) -> list[str]:
     """Wrap a command so that it gets SIGTERM when this process ends in any way, SIGKILL included.
 
-    Linux alone does that; elsewhere the command is left as it is. The thread that starts it has to outlive it.
+    Linux alone does that; elsewhere the command is returned as it is. The thread that starts it has to outlive it.
     """
     try:
         ctypes.CDLL(None).prctl  # noqa: B018
@@ -175,15 +177,15 @@ def following(command: list[str]) -> list[str]:
 def run_command(command: list[str], environment: dict[str, str]) -> int:
     """Run a command that ends with this process, and return its exit status.
 
-    Asked to stop, this process asks the command to, and ends after it with the status of that signal.
+    When this process is asked to stop, it asks the command to stop, and then ends with the status of that signal.
     """
     with stop_on_signals() as asked:
         process = subprocess.Popen(following(command), env=environment)
-        told = False
+        passed_on = False
         try:
             while process.poll() is None:
-                if asked and not told:
-                    told = True
+                if asked and not passed_on:
+                    passed_on = True
                     process.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(LAUNCHER_POLL)
@@ -197,16 +199,16 @@ def run_command(command: list[str], environment: dict[str, str]) -> int:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, or empty."""
+    """Tell whether a folder is a run's, or empty."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
     return not names or not names.isdisjoint({OWNER, "config.json"})
 
 
 def holder(text: str) -> str:
-    """Who wrote an `OWNER` file."""
+    """Name the process that wrote an `OWNER` file."""
     try:
-        found = json.loads(text)
-        return f"process {found['pid']} on {found['host']} (since {found['since']})"
+        owner = json.loads(text)
+        return f"process {owner['pid']} on {owner['host']} (since {owner['since']})"
     except (ValueError, KeyError, TypeError):
         return "another process"
 
@@ -218,11 +220,12 @@ def holder(text: str) -> str:
 def own_run(run: Path) -> Iterator[None]:
     """Be the one process that trains in a folder.
 
-    A lock of the operating system on `OWNER`, which tells who holds it: any end of the process frees it, SIGKILL
-    included. Nothing is locked where the folder is not a run's, or the system or its file system has no locks.
+    The process takes a lock of the operating system on `OWNER`, a file that says which process it is. Any end of
+    the process frees the lock, SIGKILL included. Nothing is locked where the folder is not a run's, or where the
+    system or its file system has no locks.
 
     Raises:
-        RunFolderError: another process holds it; with its host, process and time.
+        RunFolderError: another process holds the lock; the message has its host, number and time.
     """
     if run.exists() and not is_run(run):
         yield  # somebody's thesis: it will be refused, and nothing is left in it
@@ -250,17 +253,17 @@ def own_run(run: Path) -> Iterator[None]:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error says no more than that another process went away."""
+    """Tell whether an error says no more than that another process went away."""
     return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def attempt() -> str:
-    """How often torchrun has restarted the processes."""
+    """Return how often torchrun has restarted the processes, as it says."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def error_store() -> dist.Store | None:
-    """A connection of its own to torchrun's key-value store; None without torchrun."""
+    """Open a connection of our own to torchrun's key-value store; None without torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_PORT" not in os.environ:
         return None
     try:
@@ -271,10 +274,11 @@ def error_store() -> dist.Store | None:
         return None
 
 
-def tell(text: str, *, consequence: bool = False) -> None:
-    """Print an error, unless another rank has printed the same, or for a consequence any.
+def print_once(text: str, *, consequence: bool = False) -> None:
+    """Print an error, unless another rank has printed the same one; of a consequence, unless one has printed any.
 
-    Names of files and tensors that stand in it are foreign: they command no terminal.
+    A consequence is an error that only follows from another rank's. Control characters in the text are replaced,
+    since the names of files and tensors in it are foreign.
     """
     text = printable(text, lines=True)
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
@@ -302,36 +306,36 @@ def tell(text: str, *, consequence: bool = False) -> None:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Around a script's main: an error ends the process with status 1 and is told once over all ranks.
+    """End the process with status 1 after an error in a command's main, and print it once over all ranks.
 
-    A `SerError` is its message alone, anything else a traceback. Processes that end because another one did stay
-    silent after that one has told why.
+    Of a `SerError` the message is printed, of any other error the traceback. Processes that end because another
+    one ended print nothing after that one has printed why.
     """
     try:
         yield
     except KeyboardInterrupt:
-        tell("interrupted")
+        print_once("interrupted")
         sys.exit(130)
     except SerError as error:
-        tell(f"error: {error}")
+        print_once(f"error: {error}")
         sys.exit(1)
     except Exception as error:
         if lost_peer(error):
-            tell(
+            print_once(
                 "error: another process of this run was lost: it was killed, its machine ended, or it did not "
                 "answer within --timeout seconds. What it said stands above. The same command continues from the "
                 f"last checkpoint. ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
                 consequence=True,
             )
         else:
-            tell(traceback.format_exc().rstrip())
+            print_once(traceback.format_exc().rstrip())
         sys.exit(1)
 
 
 def launch() -> str:
-    """Name this launch of torchrun, by the same words in all its attempts; empty without torchrun.
+    """Name this launch of torchrun, by the same words in all its attempts; the name is empty without torchrun.
 
-    Over several nodes it is the launchers' common --rdzv-id alone.
+    Over several nodes the name is the launchers' common --rdzv-id alone.
     """
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if not name or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":

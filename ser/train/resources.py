@@ -1,4 +1,4 @@
-"""How much memory a run has taken, and in words what to do where it runs short."""
+"""Word the error for a run whose memory runs out: on which utterances, and what helps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ser.audio import SAMPLE_RATE
 from ser.data.dataset import Batch
 from ser.errors import ResourceError
 
-# What helps where no utterances are at work.
+# Advice where no utterances are at work.
 SMALLER_MODEL = (
     "A smaller micro-batch does not help here: train fewer parameters (--freeze feature-encoder, or encoder), "
     "take a smaller --init, end other programs, or use a machine with more memory; a run that has a checkpoint "
@@ -43,7 +43,7 @@ def utterances_at_work(batch: Batch, names: Sequence[str]) -> str:
 def memory_explained(
     advice: str, batch: Batch | None = None, names: Sequence[str] = (), *, doing: str = ""
 ) -> Iterator[None]:
-    """Turn out of memory in here into a ResourceError: what was done, on which utterances, and what helps."""
+    """Raise ResourceError where memory runs out in here: what was done, on which utterances, and what helps."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:

@@ -15,97 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ser.data.dataset import NO_LABEL, Batch
-from ser.errors import ConfigError
+from ser.data.dataset import Batch
+from ser.models.heads import HEADS
 from ser.models.masking import spec_augment
-from ser.models.multitask import HEADS, MultiTaskModel, Outputs
+from ser.models.multitask import MultiTaskModel, Outputs
 from ser.scores.counts import ccc_moments, concordance
 from ser.train.distributed import World
-from ser.train.losses import at_least_float32, ccc_loss, classification_loss, ctc_feasible, ctc_loss
+from ser.train.losses import Objective, at_least_float32, ccc_loss
 from ser.train.resources import SMALLER_MODEL, memory_explained
 
 SMALLER_UPDATES = (
     "Try --micro-batch 1 (the effective batch stays), --max-seconds to drop the longest training utterances, "
     "--activation-checkpointing, --amp bf16; a run that has a checkpoint continues from it"
 )
-
-
-def check_classes(model: MultiTaskModel, batch: Batch) -> None:
-    """Refuse a label that is no class (ConfigError): a kernel would end the process, far from here."""
-    heads = model.heads_config
-    for kind, labels, classes in (
-        ("emotion", batch.emotions, heads.num_emotions),
-        ("speaker", batch.speakers, heads.num_speakers),
-    ):
-        wrong = (labels != NO_LABEL) & ((labels < 0) | (labels >= classes))
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0, 0])
-            index = batch.indices[row] if batch.indices else row
-            raise ConfigError(
-                f"utterance {index} has {kind} {int(labels[row])}; the model's {classes} are 0 to {classes - 1}, "
-                f"{NO_LABEL} is unknown"
-            )
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised: the sum of each task's loss divided by its count, by these weights.
-
-    The loss of dimensions is no such sum; see `run_update`.
-    """
-
-    weights: dict[str, float]  # by head; 0: not trained
-    label_smoothing: float = 0.0
-    class_weights: Tensor | None = None  # (K,) of the emotion loss
-    ctc_per_character: bool = False
-    blank: int = 0
-
-    def sums(self, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """(sum, count) of each task but dimensions that has a weight above 0, in one micro-batch."""
-        found = {}
-        if outputs.emotion is not None and self.weights.get("emotion"):
-            found["emotion"] = classification_loss(
-                outputs.emotion,
-                batch.emotions,
-                class_weights=None
-                if self.class_weights is None
-                else self.class_weights.to(outputs.emotion.device, non_blocking=True),
-                label_smoothing=self.label_smoothing,
-                utterance_weights=batch.weights,
-            )
-        if outputs.ctc is not None and self.weights.get("ctc"):
-            found["ctc"] = ctc_loss(
-                outputs.ctc,
-                outputs.num_frames,
-                batch.targets,
-                batch.target_lengths,
-                blank=self.blank,
-                per_character=self.ctc_per_character,
-                utterance_weights=batch.weights,
-            )
-        if outputs.speaker is not None and self.weights.get("speaker"):
-            found["speaker"] = classification_loss(
-                outputs.speaker, batch.speakers, utterance_weights=batch.weights
-            )
-        return found
-
-    def counts(self, model: MultiTaskModel, batches: Sequence[Batch]) -> Tensor:
-        """What `sums` will return as counts, added up over micro-batches, from labels alone: (4,) float64.
-
-        Of dimensions: the labels.
-        """
-        total = torch.zeros(len(HEADS), dtype=torch.float64)
-        for batch in batches:
-            check_classes(model, batch)
-            known = (batch.emotions != NO_LABEL).double().cpu()
-            if self.class_weights is not None:
-                known = known * self.class_weights.double()[batch.emotions.clamp(min=0).cpu()]
-            frames = model.config.num_frames(batch.num_samples)
-            fits = ctc_feasible(batch.targets, batch.target_lengths, frames).double()
-            speaks = (batch.speakers != NO_LABEL).double().cpu()
-            rated = batch.dimensions.isfinite().double().sum(1).cpu()
-            total += (torch.stack([known, fits, speaks, rated]) * batch.weights.double()).sum(1)
-        return total
 
 
 @dataclass
@@ -209,7 +131,7 @@ def run_update(
                     batch = batch.to(world.device)
                     predictions = forward(model, number, batch).dimensions
                     assert predictions is not None
-                    moments += ccc_moments(predictions, batch.dimensions, batch.weights)
+                    moments += ccc_moments(predictions, batch.labels["dimensions"], batch.weights)
         moments = world.sum(moments.cpu())
         ccc = concordance(moments)
         if bool(ccc.isnan().all()):  # too few labels, or equal ones: they give no gradient
@@ -228,7 +150,9 @@ def run_update(
                 losses[name] = losses[name] + share.detach() if name in losses else share.detach()
                 loss = loss + objective.weights[name] * share
             if outputs.dimensions is not None and objective.weights.get("dimensions"):
-                rated = ccc_loss(at_least_float32(outputs.dimensions), batch.dimensions, moments, batch.weights)
+                rated = ccc_loss(
+                    at_least_float32(outputs.dimensions), batch.labels["dimensions"], moments, batch.weights
+                )
                 loss = loss + objective.weights["dimensions"] * rated
             # DistributedDataParallel averages over ranks; the counts are already those of all ranks.
             scaler.scale(loss * world.size).backward()

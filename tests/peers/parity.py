@@ -28,10 +28,9 @@ from public import ENCODERS
 from torch import Tensor, nn
 
 import ser
-from ser.models.config import Wav2Vec2Config
+from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.pretrained import written_names
 from ser.models.wav2vec2 import Wav2Vec2
-from ser.recognizer import ARCHITECTURES
 
 EMOTIONS = {0: "ang", 1: "hap", 2: "neu", 3: "sad"}
 
@@ -62,7 +61,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 def reference_class(model_type: str, suffix: str = "Model") -> Any:
     """Such as WavLMForCTC."""
-    return getattr(transformers, ARCHITECTURES[model_type] + suffix)
+    return getattr(transformers, ARCHITECTURES[model_type].classes + suffix)
 
 
 def encoder_row(values: dict[str, Any], *, samples: int = 16_000) -> dict[str, float]:
@@ -204,19 +203,19 @@ def rows() -> list[tuple[str, str, Callable[[], dict[str, float]]]]:
     ]
     width = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1024, "num_hidden_layers": 3}
     pre_norm = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
-    for kind, prefix in ARCHITECTURES.items():
+    for kind, row in ARCHITECTURES.items():
         for style in ("", ", pre-norm") if kind != "data2vec-audio" else ("",):
             values = {"model_type": kind} | width | (pre_norm if style else {})
             ctc = partial(head_row, values, "ForCTC", vocab_size=32)
-            found.append(("Heads", f"{prefix}ForCTC{style}", ctc))
+            found.append(("Heads", f"{row.classes}ForCTC{style}", ctc))
             for weighted in (False, True):
-                name = f"{prefix}ForSequenceClassification{style}{', weighted layer sum' if weighted else ''}"
+                name = f"{row.classes}ForSequenceClassification{style}{', weighted layer sum' if weighted else ''}"
                 classify = partial(head_row, values, "ForSequenceClassification", use_weighted_layer_sum=weighted)
                 found.append(("Heads", name, classify))
     base = {"model_type": "wav2vec2"} | width
     found.append(("Heads", "audEERING's dimensional model", partial(dimensional_row, base | pre_norm)))
     for kind in ARCHITECTURES:
-        name = f"{ARCHITECTURES[kind]}ForSpeechClassification (a notebook's), mean"
+        name = f"{ARCHITECTURES[kind].classes}ForSpeechClassification (a notebook's), mean"
         found.append(("Heads", name, partial(notebook_row, {"model_type": kind} | width, "mean")))
     for mode in ("sum", "max"):
         name = f"Wav2Vec2ForSpeechClassification (a notebook's), {mode}"

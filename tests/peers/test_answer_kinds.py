@@ -11,7 +11,7 @@ from toy import toy_rows
 
 import ser
 from ser.errors import ConfigError, ModelFolderError
-from ser.recognizer import ARCHITECTURES, Recognizer
+from ser.recognizer import Recognizer
 from ser.train.config import TrainConfig
 from ser.train.evaluation import evaluate
 from ser.train.loop import fit
@@ -30,7 +30,7 @@ def settings_for(names):
 
 def classifier(folder, config, randomise, names=None, **settings):
     """A random ForSequenceClassification, saved."""
-    peer = getattr(transformers, ARCHITECTURES[config.model_type] + "ForSequenceClassification")
+    peer = getattr(transformers, config.architecture.classes + "ForSequenceClassification")
     labels = {} if names is None else settings_for(names)
     model = peer(peer.config_class(**config.to_dict(), classifier_proj_size=11, **labels, **settings))
     return saved(randomise(model).eval(), folder)

@@ -11,12 +11,11 @@ import transformers
 from torch import Tensor, nn
 
 import ser
-from ser import convert as converting
+from ser.convert import convert as converting
 from ser.data.text import Vocabulary
 from ser.errors import ModelFolderError
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.models.wav2vec2 import Wav2Vec2
-from ser.recognizer import ARCHITECTURES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_convert import convert, fairseq_settings, fairseq_state, torchaudio_model
@@ -29,7 +28,7 @@ def waveform() -> Tensor:
 
 def peer(config, suffix: str, **options) -> nn.Module:
     pretraining = {"num_codevectors_per_group": 4, "codevector_dim": 8, "proj_codevector_dim": 8}
-    cls = getattr(transformers, ARCHITECTURES[config.model_type] + suffix, None)
+    cls = getattr(transformers, config.architecture.classes + suffix, None)
     if cls is None:
         pytest.skip(f"{config.model_type} has no class {suffix}")
     return cls(cls.config_class(**config.to_dict(), **pretraining, **options))

@@ -21,8 +21,8 @@ from ser.audio import normalise
 from ser.data.text import Vocabulary
 from ser.models.config import Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.models.pretrained import PREFIXES, WEIGHT_NORM, canonical_name, load_encoder
-from ser.recognizer import ARCHITECTURES, Recognizer
+from ser.models.pretrained import WEIGHT_NORM, canonical_name, load_encoder
+from ser.recognizer import Recognizer
 
 VOCABULARIES = {
     "librispeech": Vocabulary.librispeech(),
@@ -38,7 +38,7 @@ def waveform() -> Tensor:
 
 def peer_config(config: Wav2Vec2Config, **options) -> PeerConfig:
     pretraining = {"num_codevectors_per_group": 4, "codevector_dim": 8, "proj_codevector_dim": 8}
-    model = getattr(transformers, ARCHITECTURES[config.model_type] + "Model")
+    model = getattr(transformers, config.architecture.classes + "Model")
     return model.config_class(**config.to_dict(), **pretraining, **options)
 
 
@@ -56,7 +56,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 @pytest.mark.parametrize("suffix", ["Model", "ForPreTraining", "ForCTC", "ForSequenceClassification"])
 def test_what_they_save_loads_with_the_same_output(config, randomise, tmp_path, waveform, suffix):
-    peer = getattr(transformers, ARCHITECTURES[config.model_type] + suffix, None)
+    peer = getattr(transformers, config.architecture.classes + suffix, None)
     if peer is None:
         pytest.skip(f"{config.model_type} has no class {suffix}")
     model = randomise(peer(peer_config(config, vocab_size=32)))
@@ -65,7 +65,7 @@ def test_what_they_save_loads_with_the_same_output(config, randomise, tmp_path, 
     with torch.no_grad():
         assert distance(encoder(waveform)[0], peer_output(model, waveform)) < 1e-5
     assert sorted(report.matched) == sorted(encoder.state_dict()) and report.new == []
-    prefix = PREFIXES[config.model_type]
+    prefix = config.architecture.prefix
     others = [canonical_name(k) for k in load_file(tmp_path / "model.safetensors") if not k.startswith(prefix)]
     assert sorted(report.unused) == ([] if suffix == "Model" else sorted(others))
     assert "architectures" in report.ignored_settings and "hidden_size" not in report.ignored_settings
@@ -137,7 +137,7 @@ def assert_complete(info: dict, unused: set[str]) -> None:
 def test_our_folder_is_their_encoder(config, randomise, tmp_path, waveform):
     ours = recognizer_of(config, randomise, VOCABULARIES["librispeech"])
     ours.save(tmp_path / "ours")
-    peer = getattr(transformers, ARCHITECTURES[config.model_type] + "Model")
+    peer = getattr(transformers, config.architecture.classes + "Model")
     theirs, info = peer.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert_complete(info, {"cls_head", "lm_head", "speaker_head"})
     assert type(AutoConfig.from_pretrained(tmp_path / "ours")) is peer.config_class

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from ser.data.dataset import Example, collate
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.train.distributed import World
-from ser.train.update import Objective, run_update
+from ser.train.losses import Objective
+from ser.train.update import run_update
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference: pip install ser[test]")
 

@@ -12,7 +12,7 @@ import ser
 from ser.errors import ModelFolderError
 from ser.models.heads import mix_layers
 from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.recognizer import ARCHITECTURES, Recognizer
+from ser.recognizer import Recognizer
 
 NAMES = {0: "ang", 1: "hap", 2: "neu", 3: "sad"}  # as the superb models have them
 
@@ -33,7 +33,7 @@ def waveform():
 
 def classifier(config, randomise, **settings):
     """A random ForSequenceClassification of the configuration's architecture."""
-    peer = getattr(transformers, ARCHITECTURES[config.model_type] + "ForSequenceClassification")
+    peer = getattr(transformers, config.architecture.classes + "ForSequenceClassification")
     labels = {"id2label": NAMES, "label2id": {name: i for i, name in NAMES.items()}}
     return randomise(
         peer(peer.config_class(**config.to_dict(), classifier_proj_size=11, **labels, **settings))
@@ -112,7 +112,7 @@ def test_a_classifier_that_reads_another_layer_claims_no_class_that_would_read_t
 
 
 def test_a_ctc_model_of_each_architecture_gives_the_same_scores_and_text(config, randomise, tmp_path, waveform):
-    peer = getattr(transformers, ARCHITECTURES[config.model_type] + "ForCTC")
+    peer = getattr(transformers, config.architecture.classes + "ForCTC")
     vocabulary = ser.recognizer.Vocabulary.librispeech()
     model = randomise(peer(peer.config_class(**config.to_dict(), vocab_size=len(vocabulary)))).eval()
     model.save_pretrained(tmp_path)

@@ -13,8 +13,8 @@ import ser
 from ser.convert.convert import convert
 from ser.data.text import SPECIALS
 from ser.errors import SerError
-from ser.folder import read_do_normalize, read_vocabulary
-from ser.recognizer import Recognizer, inherited_vocabulary
+from ser.folder import inherited_vocabulary, read_do_normalize, read_vocabulary
+from ser.recognizer import Recognizer
 
 LETTERS = "abcdefghij"
 USUAL = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4} | {c: 5 + i for i, c in enumerate(LETTERS)}

@@ -28,7 +28,8 @@ import numpy as np
 import soundfile
 import torch
 
-from ser.audio import SAMPLE_RATE, _mp3_frame, audio_info, load_audio, load_windows
+from ser.audio import SAMPLE_RATE, audio_info, load_audio, load_windows
+from ser.containers import mp3_frame
 from ser.errors import SerError
 
 FORMATS = [
@@ -166,7 +167,7 @@ def mp3_frames(data: bytes) -> list[int]:
     found = []
     at = 0
     while at + 4 <= len(data):
-        frame = _mp3_frame(data[at : at + 4])
+        frame = mp3_frame(data[at : at + 4])
         if frame is not None:
             found.append(at)
         at += frame.size if frame is not None else 1
