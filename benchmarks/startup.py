@@ -4,7 +4,7 @@
     python benchmarks/startup.py --repeats 15
     python benchmarks/startup.py --device cuda    # what CUDA takes to start is then most of both
 
-Ours is `examples/infer.py`; theirs is the shortest program that does the same, with transformers'
+Ours is `ser predict`; theirs is the shortest program that does the same, with transformers'
 Wav2Vec2ForSequenceClassification. Both read the same folder, and have to print the same emotion. Importing torch
 alone is what neither can avoid.
 """
@@ -56,9 +56,8 @@ def prepare(folder: str, *, seconds: list[float], shape: str, rates: list[int]) 
 def start(*, folder: str, threads: int, device: str, repeat: int, shape: str, what: str) -> dict[str, Any]:
     """One process from its start to its end; in the first repeat it runs once before, to fill the disk's cache."""
     model, file = str(Path(folder) / shape), str(Path(folder) / "turn.wav")
-    infer = str(common.ROOT / "examples" / "infer.py")
     command = {
-        "ser": [infer, file, "--model", model, "--format", "jsonl", "--device", device],
+        "ser": ["-m", "ser", "predict", file, "--model", model, "--format", "jsonl", "--device", device],
         "transformers": ["-c", RIVAL, model, file, device],
         "import torch": ["-c", "import torch"],
     }[what]

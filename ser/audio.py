@@ -65,7 +65,7 @@ _CANCELLED = 0.1
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a recording's header says about the selected excerpt, or about the whole file."""
+    """Describe the selected excerpt of a recording, or the whole of it, by its header."""
 
     path: Path
     sample_rate: int  # Hz, of the file
@@ -273,7 +273,7 @@ _PIECE = 1 << 14  # frames that are copied to float64 at a time: more do not sta
 
 
 class _Channels:
-    """Sums over the frames of a recording, which tell how far its channels cancel each other in their mean.
+    """Sum up the frames of a recording, to tell how far its channels cancel each other in their mean.
 
     The sums are float64: of each channel (C,), of the squares of all channels, and of the squares of their mean.
     """

@@ -68,8 +68,7 @@ def has_fast_bf16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu" or not cpuinfo.is_file():
         return False
-    lines = cpuinfo.read_text().split("\n\n")[0].splitlines()  # of the first processor
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    pairs = (line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
     values = {name.strip(): value.split() for name, value in pairs}
     flags = values.get("flags", [])
     return "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in values.get("vendor_id", []))

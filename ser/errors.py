@@ -77,6 +77,12 @@ def summary(names: Iterable[str], most: int = 8) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def pip_line(extra: str = "") -> str:
+    """Return the shell command that installs this distribution, with an extra such as "plots"."""
+    name = "ser-speech"  # on PyPI, where another project is called ser; the import and the command are `ser`
+    return f"pip install '{name}[{extra}]'" if extra else f"pip install {name}"
+
+
 def indented(messages: Iterable[str], most: int = 50) -> str:
     """Put each of the first messages on an indented line of its own, and say how many more there are."""
     lines = [printable(message) for message in messages]

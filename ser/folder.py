@@ -154,7 +154,7 @@ def label_classifier(path: Path, values: Mapping, files: TensorFiles, found: Fol
         names = [f"LABEL_{i}" for i in range((files.shapes.get(weight) or (0,))[0])]
         found.notes.append(
             f"{path.name} has no id2label: the classes are called {', '.join(names[:4])}, as transformers does; "
-            "examples/convert.py --labels names them"
+            "`ser convert --labels` names them"
         )
     kind = answer_kind(path, values, names, found.notes)
     if kind == "regression":
@@ -552,7 +552,7 @@ def check_heads(folder: Path, heads: Collection[str], labels: Labels) -> None:
         )
     for head in heads:
         if head not in labels.sizes:
-            advice = "examples/convert.py makes a folder with them"
+            advice = "`ser convert` makes a folder with them"
             if LABELS[head].kind == "text":
                 advice = "put the files of its tokenizer there"
             where = WHERE_LABELS_STAND.get(head, f"ser.names of {head} in config.json")

@@ -34,10 +34,8 @@ def is_pair(item: Sequence[Any]) -> bool:
 
 def no_recording(item: Any) -> str:
     """Say what an input is that cannot be taken, what was expected, and what to do."""
-    expected = (
-        f"of type {type(item).__name__}; expected a path, a manifest row, or samples as a numpy array or torch "
-        "tensor"
-    )
+    kind = f"of type {type(item).__name__}"
+    expected = f"{kind}; expected a path, a manifest row, or samples as a numpy array or torch tensor"
     if isinstance(item, tuple | list) and is_pair(item):
         return (
             "a pair of samples and their rate, as librosa and torchaudio load them; pass predict(samples, rate), "
@@ -206,7 +204,7 @@ def plan_batches(runs: Iterable[list[Recording]], seconds: float) -> Iterator[li
             yield [r for r in run if r.error is not None]
         lengths = [r.num_samples for r in good]
         for batch in evaluation_batches(lengths, batch_samples=int(seconds * SAMPLE_RATE)):
-            yield [good[i] for i, _ in batch]
+            yield [good[item.index] for item in batch]
 
 
 class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):

@@ -561,7 +561,7 @@ def load(
         folder: as training wrote it; as ForCTC (with its vocab.json) or ForSequenceClassification of
             `transformers` saved it, for wav2vec 2.0, HuBERT, WavLM or data2vec-audio; audEERING's dimensional
             model and the ForSpeechClassification of a widespread notebook; or the OWNER/NAME of such a one on the
-            Hugging Face hub (with the extra ser[hub]).
+            Hugging Face hub (with the extra `hub`).
         device: "cpu", "cuda", "cuda:1", as torch names it.
         revision: branch, tag or commit on the hub.
         precision: "float32"; "bf16", faster on processors with the instructions; or "auto", which knows them.

@@ -29,7 +29,7 @@ from ser.data.manifest import Utterance, read_manifest
 from ser.data.text import Vocabulary
 from ser.data.workers import worker_death_explained
 from ser.errors import AudioError, FileError, ResourceError, RunFolderError, SerError
-from ser.train import loop
+from ser.train import setup
 from ser.train.bad_audio import BadAudio
 from ser.train.checkpoint import checkpoints
 from ser.train.config import TrainConfig
@@ -412,8 +412,8 @@ FORK = OSError(12, "Cannot allocate memory")
         ("ser.train.checkpoint.optimizer_tensors", MemoryError(), r"outside of an update\. .*\(MemoryError\)"),
         ("torch.nn.Module.to", CUDA, "when the model was put onto cpu"),
         ("ser.train.distributed.World.wrap", CUDA, "when room for gradients was made"),
-        ("ser.train.loop.make_optimizer", CPU, "outside of an update"),
-        ("ser.train.loop.LengthBucketBatchSampler", NUMPY, "outside of an update.*Unable to allocate 4"),
+        ("ser.train.setup.make_optimizer", CPU, "outside of an update"),
+        ("ser.train.setup.LengthBucketBatchSampler", NUMPY, "outside of an update.*Unable to allocate 4"),
         ("ser.train.loop.fetch_updates", FORK, "outside of an update.*Cannot allocate memory"),
         ("ser.train.checkpoint.save_checkpoint", NUMPY, "when a model or checkpoint was written"),
         ("ser.train.evaluation.word_errors", NUMPY, r"in evaluation\. Try a lower --eval-seconds"),
@@ -439,7 +439,7 @@ def test_memory_that_runs_out_anywhere_is_told_with_what_was_done_and_what_helps
 def test_memory_that_runs_out_while_a_checkpoint_is_copied_leaves_the_one_before(tmp_path, monkeypatch):
     rows = toy_rows(tmp_path, 4)
     fit(toy_recognizer(), rows, [], quick(epochs=1), tmp_path / "run")
-    real, load = torch.Tensor.to, loop.load_checkpoint
+    real, load = torch.Tensor.to, setup.load_checkpoint
 
     def short(self, *arguments, copy=False, **options):
         if copy:
@@ -451,7 +451,7 @@ def test_memory_that_runs_out_while_a_checkpoint_is_copied_leaves_the_one_before
         monkeypatch.setattr(torch.Tensor, "to", short)
         return found
 
-    monkeypatch.setattr(loop, "load_checkpoint", then_short)
+    monkeypatch.setattr(setup, "load_checkpoint", then_short)
     longer = {"epochs": 3, "keep": 9}
     with pytest.raises(
         ResourceError, match=r"when 0\.\d\d GB were copied on the CPU, to be saved\. A smaller micro"

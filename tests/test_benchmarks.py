@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("transformers", reason="transformers is the rival: pip install ser[test]")
+pytest.importorskip("transformers", reason="transformers is the rival: see the extra test")
 
 import common
 import inference

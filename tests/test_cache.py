@@ -27,7 +27,7 @@ from ser.data.labels import NO_LABEL
 from ser.data.manifest import read_manifest
 from ser.errors import AudioError, ConfigError, FileError
 from ser.train import cache as cache_module
-from ser.train.cache import Cache, choose_kind, fill
+from ser.train.cache import Cache, choose_kind, fill_cache
 from ser.train.checkpoint import checkpoints
 from ser.train.config import TrainConfig
 from ser.train.distributed import World
@@ -139,7 +139,7 @@ def test_nothing_is_computed_twice_and_nothing_stale_is_used(tmp_path, rows, mon
         compute = store.compute
         store.compute = lambda waveform: computed.append(1) or compute(waveform)
         computed.clear()
-        return fill(store, recognizer.dataset(utterances), World(), said.append, "train")
+        return fill_cache(store, recognizer.dataset(utterances), World(), said.append, "train")
 
     train = rows[0]
     filled(recognizer, train)
@@ -166,7 +166,7 @@ def test_nothing_is_computed_twice_and_nothing_stale_is_used(tmp_path, rows, mon
 def test_each_utterance_is_kept_as_it_is_alone(tmp_path, rows):
     recognizer = toy_recognizer()
     dataset = recognizer.dataset(rows[0])
-    stored = fill(opened(tmp_path / "c", recognizer.model), dataset, World(), print, "train")
+    stored = fill_cache(opened(tmp_path / "c", recognizer.model), dataset, World(), print, "train")
     for i in range(len(dataset)):
         waveform = dataset[i].waveform[None]
         with torch.no_grad():
@@ -176,7 +176,7 @@ def test_each_utterance_is_kept_as_it_is_alone(tmp_path, rows):
 
 def test_a_dataset_that_has_read_its_cache_can_be_sent_to_a_worker(tmp_path, rows):
     dataset = toy_recognizer().dataset(rows[0])
-    dataset.stored = fill(opened(tmp_path / "c", toy_recognizer().model), dataset, World(), print, "train")
+    dataset.stored = fill_cache(opened(tmp_path / "c", toy_recognizer().model), dataset, World(), print, "train")
     first = dataset[0].stored
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[0].stored, first)
 
@@ -221,7 +221,7 @@ def trained_on_ranks(world, folder):
     dataset, store = toy_recognizer().dataset(rows), opened(Path(folder) / "c", toy_recognizer().model)
     compute, computed = store.compute, []
     store.compute = lambda waveform: computed.append(1) or compute(waveform)
-    stored = fill(store, dataset, world, lambda line: None, "train")
+    stored = fill_cache(store, dataset, world, lambda line: None, "train")
     config = settings(freeze="feature-encoder", cache=f"{folder}/c", cache_dtype="fp32", micro_batch=1)
     drawn = (
         "layerdrop",
@@ -255,7 +255,7 @@ def damaged_on_ranks(world, folder):
     cache_module.digest = lambda path: read.append(path) or real(path)
     said = []
     store = opened(Path(folder) / "damaged", recognizer.model)
-    stored = fill(store, recognizer.dataset(rows), world, said.append, "train")
+    stored = fill_cache(store, recognizer.dataset(rows), world, said.append, "train")
     return said[0], len(read), all(bool(stored(i)[0].any()) for i in range(10))
 
 
@@ -266,7 +266,9 @@ def told_on_ranks(world, folder):
 
     def told(name, world):
         try:
-            fill(opened(Path(folder) / name, recognizer.model, dtype="fp16"), dataset, world, lambda _: None, "x")
+            fill_cache(
+                opened(Path(folder) / name, recognizer.model, dtype="fp16"), dataset, world, lambda _: None, "x"
+            )
         except FileError as error:
             return str(error)
         return ""
@@ -312,7 +314,9 @@ def test_copies_of_a_recording_that_cannot_be_read_are_each_told_by_name(tmp_pat
     shutil.copy(train[4].file, tmp_path / "copy.wav")
     train = [*train, replace(train[4], id="copy", file=tmp_path / "copy.wav")]
     recognizer = toy_recognizer()
-    stored = fill(opened(tmp_path / "c", recognizer.model), recognizer.dataset(train), World(), print, "train")
+    stored = fill_cache(
+        opened(tmp_path / "c", recognizer.model), recognizer.dataset(train), World(), print, "train"
+    )
     assert stored.errors.keys() == {4, 10}
     assert "train4.wav" in stored(4)[1] and "copy.wav" in stored(10)[1]
 
@@ -327,7 +331,7 @@ def test_a_fill_that_was_killed_is_continued_and_half_a_shard_is_never_read(tmp_
         "cache.SHARD_BYTES = 1; folder = Path(sys.argv[2]); r = toy_recognizer()\n"
         "store = cache.Cache.of(r.model, folder / 'c', kind='features', dtype='fp32', do_normalize=True)\n"
         "rows = read_manifest(folder / 'train.csv')\n"
-        "cache.fill(store, r.dataset(rows), World(), print, 'train')\n"
+        "cache.fill_cache(store, r.dataset(rows), World(), print, 'train')\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)])
     try:
@@ -345,7 +349,7 @@ def test_a_fill_that_was_killed_is_continued_and_half_a_shard_is_never_read(tmp_
     (store.folder / "damaged.safetensors").write_bytes(b"\xff" * 100)
     os.utime(store.folder / ".half.1.tmp", (0, 0))
     said = []
-    stored = fill(store, recognizer.dataset(rows), World(), said.append, "train")
+    stored = fill_cache(store, recognizer.dataset(rows), World(), said.append, "train")
     assert f"{40 - done} utterances" in said[0]
     assert all(stored(i)[0].abs().sum() > 0 for i in range(40))
     assert not list(store.folder.glob(".half*")), "what was killed a day ago is removed"
@@ -358,10 +362,12 @@ def test_a_disk_without_room_is_told_before_anything_is_computed(tmp_path, rows,
     store = opened(tmp_path / "c", recognizer.model)
     store.compute = None
     with pytest.raises(FileError, match=r"needs 0\.00 GB for 10 utterances, and 0\.00 GB are free; make room"):
-        fill(store, recognizer.dataset(rows[0]), World(), print, "train")
+        fill_cache(store, recognizer.dataset(rows[0]), World(), print, "train")
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="cannot be written"):
-        fill(opened(tmp_path / "file", recognizer.model), recognizer.dataset(rows[0]), World(), print, "train")
+        fill_cache(
+            opened(tmp_path / "file", recognizer.model), recognizer.dataset(rows[0]), World(), print, "train"
+        )
 
 
 def test_values_too_large_for_float16_name_the_way_out(tmp_path, rows):
@@ -369,7 +375,7 @@ def test_values_too_large_for_float16_name_the_way_out(tmp_path, rows):
     with torch.no_grad():
         recognizer.model.wav2vec2.feature_extractor.conv_layers[-1].conv.weight *= 1e7
     with pytest.raises(FileError, match="do not fit into float16; use --cache-dtype fp32"):
-        fill(
+        fill_cache(
             opened(tmp_path / "c", recognizer.model, dtype="fp16"),
             recognizer.dataset(rows[0]),
             World(),
@@ -382,7 +388,7 @@ def test_recordings_that_cannot_be_read_are_treated_as_without_a_cache(tmp_path,
     train, valid = rows
     cut_behind_its_header(train[4].file)
     dataset = toy_recognizer().dataset(train)
-    dataset.stored = fill(opened(tmp_path / "c", toy_recognizer().model), dataset, World(), print, "train")
+    dataset.stored = fill_cache(opened(tmp_path / "c", toy_recognizer().model), dataset, World(), print, "train")
     example = dataset[4]
     assert (example.weight, example.labels["emotion"], example.labels["ctc"]) == (0.0, NO_LABEL, [])
     assert "train4.wav" in example.error and not example.stored.any()
@@ -412,7 +418,7 @@ def filled(folder: Path, rows, said=None):
     """What a run finds: the store and the lines it says."""
     said = [] if said is None else said
     recognizer = toy_recognizer()
-    stored = fill(opened(folder, recognizer.model), recognizer.dataset(rows), World(), said.append, "train")
+    stored = fill_cache(opened(folder, recognizer.model), recognizer.dataset(rows), World(), said.append, "train")
     return stored, said
 
 

@@ -23,15 +23,13 @@ from ser import files
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError, FileError, ModelFolderError, RunFolderError
 from ser.train import checkpoint as checkpoint_module
+from ser.train import runs
 from ser.train.checkpoint import (
     Progress,
     Run,
     Saver,
     checkpoints,
-    describe,
     newest_verified,
-    open_run,
-    opened_before,
     optimizer_tensors,
     save_checkpoint,
     set_aside_after,
@@ -40,6 +38,7 @@ from ser.train.checkpoint import (
 from ser.train.config import TrainConfig
 from ser.train.loop import fit
 from ser.train.processes import launch
+from ser.train.runs import describe, open_run, opened_before
 
 SETTINGS = {"epochs": 3, "rate": 0.1}
 
@@ -639,7 +638,7 @@ def fit_until_opened(run: Path, rows, monkeypatch, config=CONFIG, **options) -> 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("ser.train.loop.load_checkpoint", killed)
+        patch.setattr("ser.train.setup.load_checkpoint", killed)
         fit(toy_recognizer(), rows, [], config, run, **options)
 
 
@@ -696,7 +695,9 @@ def test_an_overwrite_that_is_killed_leaves_no_last_and_can_be_given_again(finis
         return removing
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint_module, "remove_folder", killed("remove_folder"))
+        removing = killed("remove_folder")
+        for module in (runs, checkpoint_module):
+            patch.setattr(module, "remove_folder", removing)
         fit(toy_recognizer(), rows, [], CONFIG, run, overwrite=True)
     assert (run / "last").exists() == (moment == 0), "it is the first to go"
     fit(toy_recognizer(seed=5), rows, [], CONFIG, run, overwrite=True)

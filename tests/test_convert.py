@@ -20,14 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import references
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 import ser
 from ser.convert import convert as converting
-from ser.convert import pickles
+from ser.convert import pickles, references
 from ser.convert.foreign import conv_layers, derived_values
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError, ModelFolderError
@@ -37,11 +36,11 @@ from ser.models.pretrained import materialise
 from ser.models.wav2vec2 import Wav2Vec2
 from ser.recognizer import Recognizer
 
-SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "convert.py"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def convert(source, target, **options) -> dict:
-    """As examples/convert.py does: compared with the reference where it is installed."""
+    """As `ser convert` does: compared with the reference where it is installed."""
     return converting.convert(source, target, reference=references.reference_layers, **options)
 
 
@@ -1043,8 +1042,8 @@ def test_the_certificate_says_what_was_read_written_and_compared(encoder, tmp_pa
 
 
 def run_script(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-m", "ser", "convert", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
@@ -1064,13 +1063,13 @@ def test_the_script_converts_and_reports_errors_in_one_line(styles, randomise, t
 
 def test_importing_ser_does_not_import_the_converter():
     code = "import sys, ser; print([m for m in ('ser.convert', 'ser.convert.pickles') if m in sys.modules])"
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == "[]\n"
 
 
 def test_no_other_module_reads_a_pickle():
-    for path in (SCRIPT.parents[1] / "ser").rglob("*.py"):
+    for path in (ROOT / "ser").rglob("*.py"):
         if path.name != "pickles.py":
             text = path.read_text()
             assert "torch.load(" not in text and "import pickle" not in text, path

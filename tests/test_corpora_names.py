@@ -3,6 +3,7 @@
 import csv
 import os
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,22 @@ import pytest
 
 from ser.audio import load_audio
 from ser.data.corpora import (
+    CORPORA,
     CREMA_D_TEXTS,
     EMODB_TEXTS,
+    CorpusRow,
+    Named,
+    manifests_of,
     parse_crema_d,
     parse_emodb,
     parse_ravdess,
+    read_corpus,
     read_named,
 )
+from ser.data.iemocap import COUNTS
 from ser.data.protocols import check_fold, kfold
-from ser.errors import ManifestError
+from ser.data.selection import Selection
+from ser.errors import ConfigError, ManifestError
 
 EMODB = Path(__file__).resolve().parents[2] / "shared" / "corpora" / "emodb-4class"
 needs_emodb = pytest.mark.skipif(not EMODB.is_dir(), reason="EmoDB is not at ../shared/corpora")
@@ -181,3 +189,50 @@ def test_a_folder_without_the_corpus_is_refused(tmp_path):
         read_named(tmp_path, parse_emodb)
     with pytest.raises(ManifestError, match="no such folder"):
         read_named(tmp_path / "missing", parse_emodb)
+
+
+def test_the_rows_of_the_table_agree_with_the_readers():
+    iemocap = CORPORA["iemocap"].counts
+    assert sum(iemocap.values()) == 10_039 and CORPORA["iemocap-csv"].counts == COUNTS["emotion"]
+    assert iemocap["happy"] + iemocap["excited"] == COUNTS["emotion"]["happy"]
+    assert sum(CORPORA["emodb"].counts.values()) == 535
+    assert sum(CORPORA["ravdess"].counts.values()) == 1440
+    assert sum(CORPORA["crema-d"].counts.values()) == 7442
+    for name, row in CORPORA.items():
+        assert row.licence.startswith(("IEMOCAP: ", "EmoDB: ", "RAVDESS: ", "CREMA-D: ")) and row.source, name
+
+
+@needs_emodb
+def test_a_corpus_with_fewer_utterances_than_are_published_is_read_with_a_warning():
+    corpus = read_corpus("emodb", EMODB, partial=True, root=None, tell=print)
+    assert len(corpus.utterances) == 339 and manifests_of("emodb", corpus.utterances) == {
+        "emodb": corpus.utterances
+    }
+    (warning,) = corpus.warnings
+    assert warning.endswith("published: bored 0 of 81, disgusted 0 of 46, fearful 0 of 69")
+    assert [protocol.name for protocol in CORPORA["emodb"].protocols(corpus.utterances)] == ["kfold:speaker:10"]
+
+
+def parse_toy(stem):
+    speaker, _, emotion = stem.partition("_")
+    return Named(emotion, emotion, speaker, "") if emotion else None
+
+
+def test_a_user_s_row_is_read_checked_and_divided(tmp_path, monkeypatch):
+    row = CorpusRow(partial(read_named, parse=parse_toy), licence="ours", counts={"sad": 2, "happy": 2})
+    monkeypatch.setitem(CORPORA, "toy", row)
+    for speaker in "ab":
+        (tmp_path / f"{speaker}_sad.wav").touch()
+    (tmp_path / "a_happy.wav").touch()
+    corpus = read_corpus("toy", tmp_path, partial=True)
+    assert [(u.speaker, u.emotion) for u in corpus.utterances] == [("a", "happy"), ("a", "sad"), ("b", "sad")]
+    assert corpus.warnings == [f"{tmp_path}: not as many utterances as are published: happy 1 of 2"]
+    (protocol,) = row.protocols(corpus.utterances)
+    assert [fold.name for fold in protocol.folds(corpus.utterances)] == ["a", "b"]
+    (tmp_path / "toy.csv").touch()
+    assert Selection(str(tmp_path)).manifest == tmp_path / "toy.csv"
+
+
+def test_an_unknown_corpus_is_refused_with_the_nearest_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"'emo-db' \(did you mean 'emodb'\?\); there are iemocap, "):
+        read_corpus("emo-db", tmp_path)

@@ -13,6 +13,7 @@ from test_update import (
     batches_of,
     examples,
     gradients,
+    run_update,
     tiny_config,
 )
 from test_update import tiny_model as make_model
@@ -25,7 +26,6 @@ from ser.train.config import TrainConfig
 from ser.train.distributed import World
 from ser.train.loop import fit
 from ser.train.optim import make_optimizer
-from ser.train.update import run_update
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = torch.device("cuda", 0)

@@ -12,33 +12,22 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import soundfile
 
+from ser.data import demo_corpus as demo
 from ser.data.manifest import read_manifest
-from ser.errors import ConfigError, SerError
+from ser.errors import ConfigError, SerError, pip_line
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "make_demo_corpus.py"
+CORPUS_ALONE = [sys.executable, "-m", "ser", "demo", "--corpus-only"]
 PARTS = ("train", "valid", "known", "test")
 SIZE = 24
 
 needs_espeak = pytest.mark.skipif(
-    importlib.util.find_spec("espeakng_loader") is None, reason="needs espeak-ng: pip install 'ser[demo]'"
+    importlib.util.find_spec("espeakng_loader") is None, reason=f"needs espeak-ng: {pip_line('demo')}"
 )
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_demo_corpus", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_demo_corpus"] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = load_script()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -48,7 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "corpus"
-    demo.build(out, seed=0, size=SIZE, progress=False)
+    demo.build_corpus(out, seed=0, size=SIZE, progress=False)
     return out
 
 
@@ -64,7 +53,7 @@ def rows(corpus: Path) -> dict[str, list]:
 def test_two_processes_make_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     # espeak-ng seeds itself with the time, in whole seconds.
     time.sleep(max(0.0, 1.1 - (time.time() - (corpus / "corpus.json").stat().st_mtime)))
-    command = [sys.executable, SCRIPT, "--out", tmp_path / "again", "--size", str(SIZE)]
+    command = [*CORPUS_ALONE, "--data", tmp_path / "again", "--size", str(SIZE)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"{4 * SIZE} train" in done.stdout
@@ -73,8 +62,8 @@ def test_two_processes_make_the_same_bytes(corpus: Path, tmp_path: Path) -> None
 
 @needs_espeak
 def test_what_was_said_before_in_this_process_does_not_matter(corpus: Path, tmp_path: Path) -> None:
-    demo.build(tmp_path / "other", seed=5, size=SIZE, progress=False)
-    demo.build(tmp_path / "again", seed=0, size=SIZE, progress=False)
+    demo.build_corpus(tmp_path / "other", seed=5, size=SIZE, progress=False)
+    demo.build_corpus(tmp_path / "again", seed=0, size=SIZE, progress=False)
     assert contents(tmp_path / "again") == contents(corpus)
     assert contents(tmp_path / "other") != contents(corpus)
 
@@ -230,7 +219,7 @@ def test_corpus_json_and_readme_count_what_is_there(corpus: Path, rows: dict) ->
 @needs_espeak
 def test_a_whole_corpus_is_kept(corpus: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
-    demo.build(corpus, seed=0, size=SIZE, progress=False)
+    demo.build_corpus(corpus, seed=0, size=SIZE, progress=False)
     assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == before
 
 
@@ -239,26 +228,26 @@ def test_a_killed_build_is_made_anew(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     # Stops at its 20th recording, as a machine that goes down would: no handler runs.
     code = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import make_demo_corpus as demo, pathlib\n"
+        "import os, pathlib, signal, sys; import ser.data.demo_corpus as demo\n"
         "write = demo.write_wav\n"
         "def stop(path, *rest):\n"
         "    if path.name == 'train-0020.wav': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    write(path, *rest)\n"
         "demo.write_wav = stop\n"
-        f"demo.build(pathlib.Path(sys.argv[2]), 0, {SIZE}, progress=False)\n"
+        f"demo.build_corpus(pathlib.Path(sys.argv[1]), 0, {SIZE}, progress=False)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, SCRIPT.parent, out])
+    killed = subprocess.run([sys.executable, "-c", code, out])
     assert killed.returncode == -signal.SIGKILL
     assert not (out / "corpus.json").exists()
     assert len(list((out / "wav").iterdir())) == 20
     (out / "wav" / "train-0019.wav").write_bytes(b"RIFF")  # half a file
-    demo.build(out, seed=0, size=SIZE, progress=False)
+    demo.build_corpus(out, seed=0, size=SIZE, progress=False)
     assert contents(out) == contents(corpus)
 
 
 @needs_espeak
 def test_ctrl_c_stops_the_build(tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPT, "--out", tmp_path / "out", "--size", "480"]
+    command = [*CORPUS_ALONE, "--data", tmp_path / "out", "--size", "480"]
     # A shell's background job inherits an ignored SIGINT, which Python would keep ignoring.
     process = subprocess.Popen(
         command,
@@ -272,8 +261,8 @@ def test_ctrl_c_stops_the_build(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "KeyboardInterrupt" in messages
+    assert process.returncode == 130
+    assert messages.splitlines()[-1] == "interrupted" and "Traceback" not in messages
     assert "Exception ignored" not in messages
     assert not (tmp_path / "out" / "corpus.json").exists()
 
@@ -282,7 +271,7 @@ def test_ctrl_c_stops_the_build(tmp_path: Path) -> None:
 def test_a_corpus_with_a_lost_recording_is_made_whole(corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus, tmp_path / "lost")
     (tmp_path / "lost" / "wav" / "test-0003.wav").unlink()
-    demo.build(tmp_path / "lost", seed=0, size=SIZE, progress=False)
+    demo.build_corpus(tmp_path / "lost", seed=0, size=SIZE, progress=False)
     assert contents(tmp_path / "lost") == contents(corpus)
 
 
@@ -291,7 +280,7 @@ def test_a_corpus_with_a_lost_recording_is_made_whole(corpus: Path, tmp_path: Pa
 def test_a_corpus_of_other_parameters_is_left_alone(corpus: Path, parameter: dict) -> None:
     before = contents(corpus)
     with pytest.raises(SerError, match=f"another {next(iter(parameter))} .*remove that folder"):
-        demo.build(corpus, **({"seed": 0, "size": SIZE} | parameter), progress=False)
+        demo.build_corpus(corpus, **({"seed": 0, "size": SIZE} | parameter), progress=False)
     assert contents(corpus) == before
 
 
@@ -301,7 +290,7 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path, name: str) ->
     file.parent.mkdir(parents=True)
     file.write_text('{"notice": "my own", "parameters": {}}')
     with pytest.raises(SerError, match=re.escape(str(tmp_path / "mine"))):
-        demo.build(tmp_path / "mine", size=SIZE, progress=False)
+        demo.build_corpus(tmp_path / "mine", size=SIZE, progress=False)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [file]
     assert file.read_text() == '{"notice": "my own", "parameters": {}}'
 
@@ -309,7 +298,7 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path, name: str) ->
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SerError, match="is a file"):
-        demo.build(tmp_path / "file", size=SIZE, progress=False)
+        demo.build_corpus(tmp_path / "file", size=SIZE, progress=False)
 
 
 # --- what can be missing ---------------------------------------------------------------------------------------
@@ -318,14 +307,14 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seed", "size"), [(-1, 24), (2**31, 24), (0, 23), (0, 481)])
 def test_numbers_out_of_range_are_refused_before_the_folder_is_made(tmp_path: Path, seed: int, size: int) -> None:
     with pytest.raises(ConfigError, match="expected"):
-        demo.build(tmp_path / "out", seed=seed, size=size)
+        demo.build_corpus(tmp_path / "out", seed=seed, size=size)
     assert not (tmp_path / "out").exists()
 
 
 def test_without_espeak_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(SerError, match=re.escape("pip install 'ser[demo]'")):
-        demo.build(tmp_path / "out", size=SIZE, progress=False)
+    with pytest.raises(SerError, match=re.escape(pip_line("demo"))):
+        demo.build_corpus(tmp_path / "out", size=SIZE, progress=False)
 
 
 @needs_espeak
@@ -338,7 +327,7 @@ def test_a_long_path_of_the_data_does_not_matter(
     deep.mkdir(parents=True)
     (deep / "espeak-ng-data").symlink_to(espeakng_loader.get_data_path())
     monkeypatch.setattr(espeakng_loader, "get_data_path", lambda: str(deep / "espeak-ng-data"))
-    demo.build(tmp_path / "out", seed=0, size=SIZE, progress=False)
+    demo.build_corpus(tmp_path / "out", seed=0, size=SIZE, progress=False)
     assert contents(tmp_path / "out") == contents(corpus)
 
 
@@ -348,7 +337,7 @@ def test_a_long_temporary_folder_is_refused(tmp_path: Path, monkeypatch: pytest.
     deep.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))
     with pytest.raises(SerError, match="TMPDIR"):
-        demo.build(tmp_path / "out", size=SIZE, progress=False)
+        demo.build_corpus(tmp_path / "out", size=SIZE, progress=False)
 
 
 @needs_espeak
@@ -372,5 +361,5 @@ def test_silence_is_an_error() -> None:
 def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
-    demo.build(tmp_path / "out", size=SIZE, progress=False)
+    demo.build_corpus(tmp_path / "out", size=SIZE, progress=False)
     assert list((tmp_path / "t").iterdir()) == []

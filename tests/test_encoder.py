@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from ser.errors import AudioError, ConfigError
 from ser.models import kernels
-from ser.models.config import PRESETS, Wav2Vec2Config
+from ser.models.config import ARCHITECTURES, PRESETS, Architecture, Wav2Vec2Config
 from ser.models.heads import Pooling
 from ser.models.kernels import pack_frames, unpack_frames
 from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.models.wav2vec2 import ConvLayer, Wav2Vec2, padding_mask
+from ser.models.wav2vec2 import ATTENTIONS, POSITIONS, Attention, ConvLayer, Wav2Vec2, padding_mask
 from ser.train.losses import classification_loss, ctc_loss
 
 HEADS = HeadsConfig(num_emotions=4, vocab_size=9, num_speakers=3, pooling="mean+std")
@@ -438,6 +438,59 @@ def test_freezing_nothing_trains_everything_and_an_unknown_part_is_named(config)
     assert all(p.requires_grad for p in model.parameters()) and model.wav2vec2.training
     with pytest.raises(ConfigError, match=r"'decoder'; expected one of none, feature-encoder, encoder"):
         model.freeze("decoder")
+
+
+# ---------------------------------------------------------------------------------------- a new architecture
+
+
+class DistanceAttention(Attention):
+    """A penalty on distance, with a slope for each head (ALiBi)."""
+
+    def position_bias(self, frames):
+        place = torch.arange(frames)
+        slopes = 0.5 ** torch.arange(1, self.num_heads + 1)
+        return -(slopes[:, None, None] * (place[:, None] - place).abs())[None]
+
+
+class NoPositions(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, hidden, padding):
+        return torch.zeros_like(hidden)
+
+
+@both_paths
+def test_a_row_and_its_layers_make_another_encoder(monkeypatch, styles, randomise, path):
+    row = Architecture(
+        "Wav2Vec2",
+        "wav2vec2.",
+        attention="distance",
+        positions="none",
+        fields=("conv_pos_kernel_size", "conv_pos_batch_norm"),
+        defaults={"num_attention_heads": 6},
+        fixed={"do_stable_layer_norm": True},
+    )
+    with pytest.raises(ConfigError, match="model_type is 'wav2vec2-distance'; expected one of wav2vec2, hubert"):
+        replace(styles["small-style"], model_type="wav2vec2-distance")
+    monkeypatch.setitem(ATTENTIONS, "distance", DistanceAttention)
+    monkeypatch.setitem(POSITIONS, "none", NoPositions)
+    monkeypatch.setitem(ARCHITECTURES, "wav2vec2-distance", row)
+    config = replace(styles["small-style"], model_type="wav2vec2-distance", conv_pos_kernel_size=3)
+    assert Wav2Vec2Config.from_dict(config.to_dict()) == config and config.to_dict()["conv_pos_kernel_size"] == 3
+    read = Wav2Vec2Config.from_dict({"model_type": "wav2vec2-distance", "do_stable_layer_norm": False})
+    assert (read.num_attention_heads, read.do_stable_layer_norm) == (6, True)
+    with pytest.raises(ConfigError, match=r"^wav2vec2-distance has do_stable_layer_norm true$"):
+        replace(config, do_stable_layer_norm=False)
+    with pytest.raises(ConfigError, match="only hubert or wav2vec2-distance has a choice"):
+        replace(styles["small-style"], conv_pos_batch_norm=True)
+    model = randomise(Wav2Vec2(config)).eval()
+    batch, num_samples = batch_of([sound(3000), sound(9000, seed=2)], padding=NAN)
+    with torch.no_grad(), computed_by(path):
+        together, frames = model(batch, num_samples)
+        assert_close(together[0, : frames[0]], model(batch[:1, :3000])[0][0])
+        monkeypatch.setattr(DistanceAttention, "position_bias", Attention.position_bias)
+        assert (model(batch, num_samples)[0][1] - together[1]).norm() > 0.01 * together[1].norm()
 
 
 # ---------------------------------------------------------------------------------------- configurations

@@ -14,8 +14,7 @@ import pytest
 import soundfile
 from iemocap_tree import PLANTED, needs_iemocap, said, wav, write_paper_csvs, write_tree
 
-from ser.data.corpora import Corpus
-from ser.data.datasheet import data_sheet, listen, to_markdown
+from ser.data.datasheet import data_sheet, listen, sheet_to_markdown
 from ser.data.iemocap import (
     COUNTS,
     SIDES,
@@ -30,9 +29,8 @@ from ser.data.iemocap import (
 )
 from ser.data.manifest import Utterance, read_manifest, write_manifest
 from ser.data.protocols import PROTOCOLS, read_folds
+from ser.data.release import Corpus
 from ser.errors import AudioError, ManifestError
-
-SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "prepare_iemocap.py"
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +373,7 @@ def test_the_data_sheet_names_what_is_odd(odd):
     assert text["most_shared"] == {"YES.": 2}, "said by a and b; No. is said by one speaker"
     assert (text["with_text"], text["different"], text["utterances_with_shared"]) == (4, 2, 2)
     assert sheet["labels_per_speaker"] == {"a": {"sad": 1}, "b": {"sad": 1}, "c": {"sad": 3}}
-    shown = to_markdown(sheet, "odd")
+    shown = sheet_to_markdown(sheet, "odd")
     assert "1 silent (peak below 0.001): silent" in shown and "one = two" in shown and "| c | 3 | 3 |" in shown
     assert {u.extra["sha256"] for u in heard.utterances} == {s.sha256 for s in sounds.values()}
 
@@ -412,7 +410,7 @@ def test_the_columns_of_the_paper_s_files_are_told_once_where_all_have_the_same(
 
 
 def prepare(*arguments, cwd):
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    command = [sys.executable, "-m", "ser", "prepare", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 

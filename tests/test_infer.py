@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import infer
 import numpy as np
 import pytest
 import soundfile
@@ -25,6 +24,7 @@ import ser
 from ser.data.text import Vocabulary
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.recognizer import Prediction, Recognizer
+from ser.writers import FORMATS, as_record, comma_separated
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "infer.py"
 EMOTIONS = ["angry", "happy", "neutral", "sad"]
@@ -546,7 +546,7 @@ def test_scores_that_overflow_are_null_in_json_and_empty_in_csv():
     )
 
     def shown(form: str) -> str:
-        return "".join(infer.FORMATS[form](iter([infer.as_record("a.wav", found)]), labels))
+        return "".join(FORMATS[form](iter([as_record("a.wav", found)]), labels))
 
     def refuse(constant: str):
         raise AssertionError(constant)
@@ -563,6 +563,6 @@ def test_a_row_reads_back_whatever_the_transcript_and_the_name_hold():
     text = 'a\r\n"b",\rc\u2028'
     found = Prediction(text, 1.0, emotion=text, probabilities={text: 1.0}, transcript=text)
     labels = SimpleNamespace(emotions=[text], dimensions=[], vocabulary=None, speakers=[])
-    shown = "".join(infer.comma_separated(iter([infer.as_record(text, found)]), labels))
+    shown = "".join(comma_separated(iter([as_record(text, found)]), labels))
     (row,) = csv.DictReader(io.StringIO(shown, newline=""))
     assert row["file"] == row["emotion"] == row["transcript"] == text and row[f"p_{text}"] == "1.0"

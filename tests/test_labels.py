@@ -272,8 +272,8 @@ def test_lists_are_cut_and_foreign_names_cannot_write_on_a_terminal():
 
 def parsed(*options: str, data=None) -> Selection:
     parser = argparse.ArgumentParser()
-    selection.add_arguments(parser)
-    return selection.from_arguments(parser.parse_args(options), data)
+    selection.add_data_arguments(parser)
+    return selection.selected_data(parser.parse_args(options), data)
 
 
 def test_a_selection_keeps_its_map_and_finds_the_same_labels_again(tmp_path):

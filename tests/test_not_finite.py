@@ -40,12 +40,12 @@ def two_runs(world, folder):
     rows = read_manifest(Path(folder) / "train.csv")
     found, touched = [], []
 
-    def without(*arguments, **options):
-        held = [i for batch in arguments[3] for i in batch.indices]
+    def without(learner, batches, progress, **options):
+        held = [i for batch in batches for i in batch.indices]
         mine = BAD in held
         (anywhere,) = world.sum(torch.tensor([float(mine)])).tolist()
         touched.append(mine)
-        return UpdateResult({}, 0.0) if anywhere else UPDATE(*arguments, **options)
+        return UpdateResult({}, 0.0) if anywhere else UPDATE(learner, batches, progress, **options)
 
     for number, value in enumerate([float("nan"), None]):
         recognizer = toy_recognizer()

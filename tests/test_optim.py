@@ -4,23 +4,23 @@ import pytest
 import torch
 from toy import toy_recognizer
 
-from ser.train.optim import make_optimizer, parameter_groups, rate_factor, set_rate
+from ser.train.optim import linear, make_optimizer, parameter_groups, set_rate
 
 
 def test_the_rate_rises_linearly_to_its_peak_and_falls_linearly_to_nothing():
-    factors = [rate_factor(step, total=100, warmup=0.1) for step in range(100)]
+    factors = [linear(step, total=100, warmup=0.1) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0 and factors[10] == 1.0
     assert factors[55] == pytest.approx(0.5) and factors[99] == pytest.approx(1 / 90)
     assert all(f > 0 for f in factors), "no update is wasted at rate 0"
 
 
 def test_without_warmup_the_rate_starts_at_its_peak():
-    assert rate_factor(0, total=10, warmup=0.0) == 1.0
+    assert linear(0, total=10, warmup=0.0) == 1.0
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(1, 0.1), (1, 1.0), (3, 1.0), (7, 0.5)])
 def test_short_runs_have_a_rate_between_0_and_1(total, warmup):
-    assert all(0 < rate_factor(step, total=total, warmup=warmup) <= 1 for step in range(total))
+    assert all(0 < linear(step, total=total, warmup=warmup) <= 1 for step in range(total))
 
 
 def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay():

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -15,16 +16,16 @@ import torch
 from toy import toy_recognizer
 
 import ser
+from ser.cli import COMMANDS
 from ser.data.manifest import Utterance
-from ser.errors import AudioError, ManifestError, printable
-from ser.folder import listed
+from ser.errors import AudioError, ManifestError, indented, pip_line, printable
 from ser.models.pretrained import LoadReport
 from ser.recognizer import Prediction
 from ser.scores.folds import FoldFigures, PooledReport, pooled_markdown
 from ser.scores.report import Figure, Report
 from ser.train.distributed import World
 from ser.train.evaluation import Evaluation
-from ser.train.loop import say, show_rows
+from ser.train.log import say, show_rows
 from ser.train.processes import one_voice
 
 ROOT = Path(__file__).parents[1]
@@ -37,77 +38,6 @@ def python(code: str, *arguments, interpreter: str | Path = sys.executable, cwd:
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
-
-
-# ------------------------------------------------------------------------------------------------ installing
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """The interpreter of a new virtual environment into which a copy of the source was installed.
-
-    torch and the rest come from the environment of the tests, through a .pth file, so nothing is downloaded.
-    """
-    import sysconfig
-    import venv
-    from shutil import copy, copytree, ignore_patterns
-
-    pytest.importorskip("setuptools")
-    pytest.importorskip("pip")
-    folder = tmp_path_factory.mktemp("installed")
-    (folder / "source").mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        copy(ROOT / name, folder / "source")
-    copytree(ROOT / "ser", folder / "source" / "ser", ignore=ignore_patterns("__pycache__"))
-    copytree(ROOT / "tests", folder / "source" / "tests", ignore=ignore_patterns("__pycache__"))
-    (folder / "source" / "examples").mkdir()
-    (folder / "source" / "examples" / "__init__.py").touch()
-    venv.create(folder / "venv", with_pip=False)
-    interpreter = folder / "venv" / "bin" / "python"
-    site = Path(
-        python("import sysconfig; print(sysconfig.get_path('purelib'))", interpreter=interpreter, cwd=folder)[0]
-    )
-    # The paths themselves: .pth files in them (such as that of an editable installation of ser) are not run.
-    (site / "borrowed.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "--python", interpreter, "install", *options, folder / "source"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return interpreter
-
-
-def test_an_installed_package_imports_from_another_folder_with_all_its_files_and_metadata(installed, tmp_path):
-    origin, version, requirements, extras, files = python(
-        """
-        import importlib.metadata, pathlib, sys
-        import ser
-        from ser.data.manifest import read_manifest
-        from ser.train.loop import fit
-        print(ser.__file__)
-        metadata = importlib.metadata.metadata("ser")
-        print(metadata["Version"], ser.__version__)
-        print(*sorted(r.split(">")[0] for r in metadata.get_all("Requires-Dist") if "extra" not in r))
-        print(*sorted(metadata.get_all("Provides-Extra")))
-        package = pathlib.Path(ser.__file__).parent
-        files = [p for p in package.rglob("*") if p.suffix != ".pyc" and p.is_file()]
-        print(*sorted(str(p.relative_to(package)) for p in files))
-        """,
-        interpreter=installed,
-        cwd=tmp_path,
-    )
-    assert Path(origin).is_relative_to(installed.parents[1]), "not the installed copy"
-    assert version == f"{ser.__version__} {ser.__version__}"
-    assert requirements.split() == ["numpy", "safetensors", "soundfile", "torch", "torchaudio", "tqdm"]
-    assert {"demo", "lint", "test"} <= set(extras.split())
-    source = {str(p.relative_to(ROOT / "ser")) for p in (ROOT / "ser").rglob("*") if p.is_file()}
-    expected = {name for name in source if not name.endswith(".pyc")}
-    assert set(files.split()) == expected and "py.typed" in expected
-    site = Path(origin).parents[1]
-    assert not [name for name in ("tests", "examples", "benchmarks", "docs") if (site / name).exists()]
 
 
 # ------------------------------------------------------------------------------------------------- importing
@@ -145,7 +75,7 @@ def test_import_and_recognition_work_without_optional_libraries_and_reading_says
         print(error)
 
     import pathlib
-    from make_demo_corpus import open_espeak
+    from ser.data.demo_corpus import open_espeak
     from ser.models.pretrained import find_folder
     from ser.scores.pictures import draw
 
@@ -157,11 +87,10 @@ def test_import_and_recognition_work_without_optional_libraries_and_reading_says
             print(error)
     """
     blocked = "torchaudio,soundfile,matplotlib,transformers,sklearn,jiwer,espeakng_loader,huggingface_hub"
-    path = f"    import sys; sys.path.insert(0, {str(ROOT / 'examples')!r})\n"
-    said = python(path + BLOCKED + code, error, blocked, cwd=tmp_path)
+    said = python(BLOCKED + code, error, blocked, cwd=tmp_path)
     works, file, array, loaded, *extras = said
     for found, name in zip(extras, ("plots", "hub", "demo"), strict=True):
-        assert f"pip install 'ser[{name}]'" in found and f"{error}: " in found
+        assert pip_line(name) in found and f"{error}: " in found
     assert works == "True"
     assert "soundfile is broken" in file and "pip install soundfile" in file
     assert loaded == file
@@ -208,16 +137,17 @@ def test_import_has_no_side_effects(tmp_path):
     assert python(code, *names, cwd=tmp_path) == ["[]", "[]"]
 
 
-def test_recognising_a_file_loads_nothing_heavy_beside_torch(tmp_path):
+@pytest.mark.parametrize("start", [["predict"], []], ids=["command", "example"])
+def test_recognising_a_file_loads_nothing_heavy_beside_torch(tmp_path, start):
     """A cold start is what `torch` takes and little more."""
     toy_recognizer().save(tmp_path / "model")
     soundfile.write(tmp_path / "turn.wav", 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
     code = """
     import gc, runpy, sys, torch, numpy
     before = set(sys.modules)
-    sys.argv[1:] = ["turn.wav", "--model", "model", "--format", "jsonl"]
+    sys.argv[1:] = [*START, "turn.wav", "--model", "model", "--format", "jsonl"]
     try:
-        runpy.run_path(PATH, run_name="__main__")
+        runpy.run_path(PATH, run_name="__main__") if PATH else runpy.run_module("ser", run_name="__main__")
     except SystemExit as end:
         assert not end.code, end.code
     new = set(sys.modules) - before
@@ -226,9 +156,47 @@ def test_recognising_a_file_loads_nothing_heavy_beside_torch(tmp_path):
     print(gc.get_freeze_count() > 100_000, gc.isenabled())
     """
     libraries = ["tqdm", "torchaudio", "pandas", "matplotlib", "scipy", "sklearn", "transformers", "sympy"]
-    given = f"PATH, LIBRARIES = {str(ROOT / 'examples' / 'infer.py')!r}, {libraries!r}\n"
+    path = None if start else str(ROOT / "examples" / "infer.py")
+    given = f"PATH, START, LIBRARIES = {path!r}, {start!r}, {libraries!r}\n"
     said, *found = python(given + textwrap.dedent(code), cwd=tmp_path)
     assert json.loads(said)["emotion"] and found == ["[]", "[]", "True True"], "and the collector leaves it alone"
+
+
+def test_help_version_and_a_wrong_command_are_answered_without_torch_and_numpy(tmp_path):
+    code = """
+    import sys
+    import ser
+    from ser.cli import main
+
+    for argv in (["--help"], ["--version"], ["-h"], [], ["recognise", "a.wav"]):
+        try:
+            status = main(argv)
+        except SystemExit as end:
+            status = end.code
+        print("status", status or 0)
+    dir(ser), ser.SerError
+    heavy = ("torch", "numpy", "safetensors", "ser.audio", "ser.cli.predict")
+    print([name for name in heavy if name in sys.modules])
+    """
+    *shown, loaded = python(code, cwd=tmp_path)
+    assert loaded == "[]"
+    assert [line for line in shown if line.startswith("status ")] == ["status 0"] * 4 + ["status 2"]
+    assert f"ser {ser.__version__}" in shown
+    for name, (_, line) in COMMANDS.items():
+        assert sum(text.split()[:1] == [name] and text.split()[1] == line.split()[0] for text in shown) == 3
+
+
+def test_public_names_are_found_when_they_are_asked_for_and_others_are_not(tmp_path):
+    code = """
+    import sys
+    import ser
+    print(sorted(set(ser.__all__) - set(dir(ser))), "torch" in sys.modules)
+    from ser import *
+    print(load is ser.load, Recognizer is ser.recognizer.Recognizer, SAMPLE_RATE, ser.errors.SerError is SerError)
+    for name in ("nothing", "_nothing", "__wrapped__"):
+        print(hasattr(ser, name))
+    """
+    assert python(code, cwd=tmp_path) == ["[] False", "True True 16000 True", "False", "False", "False"]
 
 
 def test_the_public_names_are_there_and_documented():
@@ -259,12 +227,19 @@ MAY_IMPORT = {
     "ser.scores": USE,
     "ser.convert": {"ser", *USE},
     "ser.train": {"ser.scores", *USE},
-    "ser.cli": {"ser", "ser.train", "ser.convert", "ser.scores", *USE},
+    "ser.writers": USE,
+    "ser.cli": {"ser", "ser.train", "ser.writers", "ser.convert", "ser.scores", *USE},
     "ser.__main__": {"ser", "ser.cli"},
 }
 CORE = {"torch", "numpy", "safetensors", "tqdm", *sys.stdlib_module_names}
-ONLY_IN = {"soundfile": {"ser.audio"}, "torchaudio": {"ser.audio"}}  # the one file that opens sound
-INSIDE_FUNCTIONS = {"soundfile", "torchaudio", "matplotlib", "huggingface_hub"}  # `import ser` works without them
+REFERENCES = "ser.convert.references"  # which compares with other libraries
+ONLY_IN = {
+    "soundfile": {"ser.audio"},  # the one file that opens sound
+    "torchaudio": {"ser.audio", REFERENCES},
+    "transformers": {REFERENCES},
+    "espeakng_loader": {"ser.data.demo_corpus"},
+}
+INSIDE_FUNCTIONS = {*ONLY_IN, "matplotlib", "huggingface_hub"}  # `import ser` works without them
 
 
 def layer(module: str) -> str:
@@ -356,6 +331,25 @@ def test_a_module_against_the_design_is_found(module, source):
     assert violations(source, module)
 
 
+def test_no_text_installs_another_project_s_package():
+    """`ser` on PyPI is another project's: the distribution's name stands in setup.cfg and `pip_line`."""
+    wrong = re.compile(r"pip install[^\n]*\bser(?![-\w/.=])|\bser\[[a-z]")
+    folders = ("ser", "examples", "docs", "benchmarks", "tests")
+    texts = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md")]
+    texts += [ROOT / name for name in ("README.md", "CHANGELOG.md", "Makefile", "setup.cfg", "pyproject.toml")]
+    texts.remove(Path(__file__).resolve())
+    lines = [(str(path), line) for path in texts for line in path.read_text().splitlines()]
+    assert [(path, line) for path, line in lines if wrong.search(line)] == []
+    assert all(map(wrong.search, ("pip install ser", "pip install 'ser[hub]'", "(the extra ser[hub])")))
+    assert not wrong.search(pip_line("hub")) and not wrong.search(pip_line())
+
+
+def test_no_text_names_a_folder_that_only_its_authors_have():
+    texts = [path for folder in ("ser", "examples", "docs", "benchmarks") for path in (ROOT / folder).rglob("*")]
+    texts = [path for path in texts if path.suffix in (".py", ".md")] + [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    assert [str(path) for path in texts if "../shared" in path.read_text()] == []
+
+
 def test_scripts_never_import_tests():
     for path in (ROOT / "examples").glob("*.py"):
         names = [name for name, _ in imports(ast.parse(path.read_text()), path.stem)]
@@ -386,7 +380,7 @@ def test_names_in_lists_progress_and_errors_stay_on_their_lines(capfd):
     utterance = Utterance(HOSTILE, Path(HOSTILE), emotion=HOSTILE)
     row = (utterance, HOSTILE, Prediction(HOSTILE, 1.0, emotion=HOSTILE, transcript=HOSTILE))
     show_rows(said, Evaluation(rows=[row]))
-    say(said, f"2 recordings:\n  {listed([HOSTILE, HOSTILE])}")
+    say(said, f"2 recordings:{indented([HOSTILE, HOSTILE])}")
     say(said, str(LoadReport(Path("x"), unused=[HOSTILE])))
     for error in (AudioError(printable(HOSTILE)), ValueError("\x1b[2J")):
         with pytest.raises(SystemExit), one_voice():

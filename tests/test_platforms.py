@@ -4,11 +4,13 @@ import ctypes
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from toy import toy_recognizer, write_corpus
 
+from ser.cli import COMMANDS
 from ser.train import processes
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -52,14 +54,16 @@ ctypes.CDLL = library
 """
 SYSTEMS = {"windows": BOTH + WINDOWS, "macos": BOTH + MACOS}
 
-# Scripts one after the other in one process, which spares imports: a line of words for each.
+# Scripts and commands one after the other in one process, which spares imports: a line of words for each.
 DRIVER = """
 import runpy, shlex, sys
 def call(line):
     sys.argv = shlex.split(line)
-    sys.path.insert(0, sys.argv[0].rpartition("/")[0])
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if sys.argv[0] == "ser":
+            runpy.run_module("ser", run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         if end.code:
             sys.exit(f"{line}: status {end.code!r}")
@@ -99,11 +103,12 @@ def on(system: str, folder: Path, lines: list[str]) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_importing_is_silent_and_every_script_shows_its_help(system, tmp_path):
+def test_importing_is_silent_and_every_command_and_script_shows_its_help(system, tmp_path):
+    commands = [f"ser {name}" for name, (module, _) in COMMANDS.items() if find_spec(module)]
     scripts = [path for path in sorted(EXAMPLES.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
-    done = on(system, tmp_path, [f"{path} --help" for path in scripts])
+    done = on(system, tmp_path, [f"{start} --help" for start in ("ser", *commands, *scripts)])
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert done.stdout.count("usage: ") == len(scripts) >= 9
+    assert done.stdout.count("usage: ") == 1 + len(commands) + len(scripts) >= 8
 
 
 LOST = {  # what a training run there says, once each
@@ -125,9 +130,7 @@ def test_one_process_trains_goes_on_is_judged_and_recognises_and_says_once_what_
     train = f"{EXAMPLES}/train_iemocap.py --train {data} --valid {data} --allow-overlap utterances --out run"
     train += f" --init {corpus}/init --effective-batch 4 --log-every 1 {many}"
     judge = f"{EXAMPLES}/evaluate.py --model run/best --manifest {data} --out judged --no-pictures {many}"
-    recognise = (
-        f"{EXAMPLES}/infer.py {corpus}/train0.wav {corpus}/train1.wav --model run/best {many} --output table"
-    )
+    recognise = f"ser predict {corpus}/train0.wav {corpus}/train1.wav --model run/best {many} --output table"
     lines = [f"{train} --epochs 1", judge, recognise]
     done = on(system, tmp_path, lines)
     assert done.returncode == 0, done.stderr
@@ -145,7 +148,7 @@ def test_two_processes_under_torchrun_train_on_macos(corpus, tmp_path):
         f"--train {corpus}/train.csv --init {corpus}/init --out run --epochs 1 --effective-batch 4 --workers 1"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run([*torchrun, str(EXAMPLES / "train_iemocap.py"), *command.split()], tmp_path)
+    done = run([*torchrun, "-m", "ser", "train", *command.split()], tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert (tmp_path / "run/last/model.safetensors").is_file()
 

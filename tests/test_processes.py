@@ -16,13 +16,13 @@ import sys
 import time
 from pathlib import Path
 
-import demo
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import assert_identical, log, quick
 from toy import toy_recognizer, toy_rows, write_corpus
 
+from ser.cli.demo import run_shown
 from ser.recognizer import Recognizer
 from ser.train import update
 from ser.train.checkpoint import checkpoints
@@ -242,7 +242,7 @@ def forked(function, *arguments) -> int:
 def test_what_a_process_has_started_ends_with_it_whatever_ends_it(tmp_path, script, name):
     file = tmp_path / "pid"
     if script == "demo":
-        starter = forked(demo.run, "python", "-c", SLEEPS, str(file))
+        starter = forked(run_shown, sys.executable, "-c", SLEEPS, str(file))
     else:
         starter = forked(run_command, [sys.executable, "-c", SLEEPS, str(file)], dict(os.environ))
     seconds_until(lambda: file.exists() and file.read_text(), LIMIT)

@@ -19,15 +19,15 @@ from sklearn import metrics as oracle
 from test_update import run_ranks
 from toy import toy_recognizer, write_corpus
 
-import ser.scores.report as figures_module
 from ser.audio import audio_info
 from ser.data.labels import LABELS, Labels, LabelSpec
 from ser.data.manifest import Utterance, read_manifest
 from ser.data.protocols import PROTOCOLS
 from ser.data.text import Rewriting, Vocabulary
-from ser.errors import ConfigError
+from ser.errors import ConfigError, pip_line
 from ser.files import write_json
 from ser.recognizer import Prediction
+from ser.scores import report as figures_module
 from ser.scores.folds import pooled_markdown, pooled_report
 from ser.scores.pictures import draw, draw_confusion, drawable
 from ser.scores.report import (
@@ -551,7 +551,7 @@ def test_the_command_writes_table_json_predictions_and_pictures_and_compares(tmp
 
 def test_pictures_need_matplotlib_and_say_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'ser\[plots\]'"):
+    with pytest.raises(ConfigError, match=re.escape(pip_line("plots"))):
         draw(report(outcomes(count=9), resamples=2), tmp_path)
 
 

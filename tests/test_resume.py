@@ -8,16 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import train_iemocap
 from safetensors.torch import load_file
 from test_train import QUICK as CONFIG
 from toy import toy_recognizer, write_corpus
 
+from ser.cli import execute
 from ser.cli.crossval import check_same
 from ser.data.manifest import Utterance, read_manifest, write_manifest
 from ser.errors import ConfigError, ModelFolderError, RunFolderError
-from ser.train.checkpoint import SETTINGS, checkpoints
-from ser.train.checkpoint import write_manifest as write_manifest_of
+from ser.train.checkpoint import SETTINGS, checkpoints, seal_checkpoint
 from ser.train.content import contents
 from ser.train.loop import fit
 
@@ -39,7 +38,7 @@ def begun(tmp_path_factory):
 
 def train(folder: Path, arguments: str, *more: str) -> Path:
     """The script's `main` in this process; the run's folder."""
-    train_iemocap.main([*arguments.split(), *more, "--out", str(folder / "run"), *QUICK])
+    execute("train", [*arguments.split(), *more, "--out", str(folder / "run"), *QUICK])
     return folder / "run"
 
 
@@ -254,7 +253,7 @@ def test_a_run_of_a_release_that_told_no_content_goes_on_by_what_it_told(begun, 
         path.write_text(json.dumps(settings))
     for folder in checkpoints(stopped / "run"):
         (folder / "manifest.json").unlink()
-        write_manifest_of(folder, "0123456789abcdef")
+        seal_checkpoint(folder, "0123456789abcdef")
     elsewhere = stopped.with_name("elsewhere")
     shutil.move(stopped / "corpus", elsewhere)
     command = f"--train {elsewhere}/wav/t.csv --init"

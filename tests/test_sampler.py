@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ser.data.sampler import (
+    Item,
     LengthBucketBatchSampler,
     cut_update,
     deal_evenly,
@@ -40,7 +41,7 @@ def test_every_utterance_has_weight_one_exactly_once_per_epoch(lengths, world, m
     weight = [0.0] * len(lengths)
     for sampler in ranks:
         sampler.set_position(epoch=epoch)
-        for index, w in itertools.chain.from_iterable(sampler):
+        for index, w, *_ in itertools.chain.from_iterable(sampler):
             weight[index] += w
     assert weight == [1.0] * len(lengths)
 
@@ -72,7 +73,7 @@ def test_the_order_of_updates_does_not_depend_on_the_number_of_ranks(
         for sampler in ranks:
             sampler.set_position(epoch=epoch)
         return [
-            sorted(i for sampler in ranks for group in sampler.updates[k] for i, w in group if w)
+            sorted(i for sampler in ranks for group in sampler.updates[k] for i, w, *_ in group if w)
             for k in range(len(ranks[0].updates))
         ]
 
@@ -88,7 +89,7 @@ def test_updates_by_padded_samples_keep_within_the_budget(lengths, world, budget
         assert len(update) == 1 or len(update) * max(lengths[i] for i in update) <= budget
         steps = cut_update(update, lengths, world_size=world, micro_samples=-(-budget // world))
         assert all(len(ranks) == world for ranks in steps)
-        assert sorted(i for ranks in steps for group in ranks for i, w in group if w) == sorted(update)
+        assert sorted(i for ranks in steps for group in ranks for i, w, *_ in group if w) == sorted(update)
 
 
 @quick
@@ -119,7 +120,7 @@ def test_evaluation_sees_every_utterance_exactly_once(lengths, world, budget):
         index
         for rank in range(world)
         for batch in evaluation_batches(lengths, batch_samples=budget, rank=rank, world_size=world)
-        for index, _ in batch
+        for index, *_ in batch
     ]
     assert sorted(seen) == list(range(len(lengths)))
 
@@ -174,7 +175,7 @@ def test_ranks_compute_nearly_as_many_padded_samples_in_an_update(ranks, most):
     sampler = LengthBucketBatchSampler(lengths, seed=0, effective_batch=16, micro_batch=2, world_size=ranks)
     dearest = mean = 0
     for steps in sampler.steps:
-        hands = [[[i for i, _ in step[rank]] for step in steps] for rank in range(ranks)]
+        hands = [[[i for i, *_ in step[rank]] for step in steps] for rank in range(ranks)]
         sums = [sum(padded_samples(batch, lengths) for batch in hand) for hand in hands]
         dearest += max(sums)
         mean += sum(sums) / ranks
@@ -188,7 +189,7 @@ def test_one_forward_pass_of_each_rank_has_nearly_half_of_an_update():
     dearest = 0
     for steps in sampler.steps:
         assert [[len(batch) for batch in step] for step in steps] == [[4, 4]]
-        dearest += max(sum(lengths[i] for i, _ in batch) for batch in steps[0])
+        dearest += max(sum(lengths[i] for i, *_ in batch) for batch in steps[0])
     assert dearest < 1.005 * sum(lengths) / 2
 
 
@@ -248,20 +249,20 @@ def test_an_update_of_twenty_thousand_utterances_is_cut_in_seconds_and_little_me
     steps = cut_update(range(20_000), lengths, world_size=world_size, **limits)
     assert time.process_time() - began < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
-    assert sum(weight for step in steps for rank in step for _, weight in rank) == 20_000
-    sums = [sum(lengths[i] * w for step in steps for i, w in step[rank]) for rank in range(world_size)]
+    assert sum(weight for step in steps for rank in step for _, weight, *_ in rank) == 20_000
+    sums = [sum(lengths[i] * w for step in steps for i, w, *_ in step[rank]) for rank in range(world_size)]
     assert max(sums) < 1.00001 * sum(sums) / world_size
 
 
 def test_a_count_that_divides_evenly_adds_no_batch():
     ranks = samplers([16_000] * 32, 2, seed=0, effective_batch=8, micro_batch=2)
     assert [len(sampler) for sampler in ranks] == [8, 8]
-    assert all(w == 1 for sampler in ranks for items in sampler for _, w in items)
+    assert all(w == 1 for sampler in ranks for items in sampler for _, w, *_ in items)
 
 
 def test_a_rank_without_work_runs_one_utterance_of_the_update_at_weight_0():
     steps = cut_update([5], [0, 0, 0, 0, 0, 700], world_size=3, micro_batch=2)
-    assert sorted(group for ranks in steps for group in ranks) == [[(5, 0.0)], [(5, 0.0)], [(5, 1.0)]]
+    assert sorted(group for ranks in steps for group in ranks) == [[Item(5, w)] for w in (0.0, 0.0, 1.0)]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Runs: learning, resuming, run folders, evaluation (N4, N5, N7; FAULTS C1, C3, D7)."""
 
+import argparse
 import json
 import math
 import shutil
@@ -9,21 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_update import run_ranks
+from test_update import run_ranks, run_update
 from toy import toy_recognizer, toy_rows, write_corpus
 
 import ser
+from ser.data.augment import AUGMENTATIONS
 from ser.data.manifest import read_manifest
 from ser.data.sampler import LengthBucketBatchSampler
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError, RunFolderError, SerError
-from ser.train.checkpoint import checkpoints
-from ser.train.config import TrainConfig
+from ser.train.checkpoint import checkpoints, seal_checkpoint
+from ser.train.config import GROUPS, TrainConfig, add_training_arguments, training_config
 from ser.train.distributed import World
 from ser.train.evaluation import evaluate
 from ser.train.loop import fetch_updates, fit
 from ser.train.losses import Objective
-from ser.train.update import run_update
+from ser.train.optim import SCHEDULES
 
 QUICK = TrainConfig(
     epochs=3, effective_batch=4, micro_batch=2, rate=3e-3, beta=0.1, log_every=2, keep=100, save_every="1"
@@ -552,11 +554,95 @@ def test_an_indivisible_effective_batch_is_an_error(changes, world):
         {"heads": "emotion,asr"},
         {"eval_every": "sometimes"},
         {"batch_seconds": 10.0, "effective_batch": 8},
+        {"adam_beta2": 1.0},
+        {"max_bad_audio": 1.01},
+        {"keep": 0},
+        {"schedule": "linaer"},
+        {"augment": ("noise",)},
     ],
 )
-def test_settings_out_of_range_are_refused(changes):
-    with pytest.raises(ConfigError):
+def test_settings_out_of_range_are_refused_by_name(changes):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
         quick(**changes)
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_training_arguments(parser)
+    return parser
+
+
+def test_the_help_has_the_common_settings_first_and_leaves_the_old_geometry_out():
+    shown = flags().format_help()
+    places = [shown.index(group) for group in GROUPS]
+    assert places == sorted(places) and places[0] < shown.index("  --epochs") < places[1]
+    assert "--micro-seconds" in shown and "--effective-batch" in shown
+    assert "--micro-batch" not in shown and "--accumulate" not in shown
+    parsed = training_config(flags().parse_args(["--micro-batch", "2", "--accumulate", "3"]))
+    assert parsed.resolved_effective_batch(2) == 12 and parsed.micro_limits(2)["micro_batch"] == 2
+
+
+def test_flags_and_settings_have_the_same_defaults():
+    assert training_config(flags().parse_args([])) == TrainConfig()
+
+
+def test_the_flag_of_augmentations_takes_several_names(monkeypatch):
+    for name in ("noise", "echo"):
+        monkeypatch.setitem(AUGMENTATIONS, name, louder)
+    assert training_config(flags().parse_args(["--augment", "noise", "echo"])).augment == ("noise", "echo")
+
+
+def constant(step: int, total: int, warmup: float) -> float:
+    return 0.5
+
+
+def test_a_schedule_is_a_row_of_a_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "constant", constant)
+    fit(toy_recognizer(), toy_rows(tmp_path, 8), [], quick(schedule="constant", epochs=2), tmp_path / "run")
+    assert {entry["rate"] for entry in log(tmp_path / "run", "train")} == {0.5 * QUICK.rate}
+
+
+def louder(waveform, generator):
+    return waveform + 0.5 * float(generator.random()) * waveform.roll(80)
+
+
+def test_a_run_with_augmentations_learns_other_waveforms_and_is_resumed_exactly(tmp_path, monkeypatch):
+    monkeypatch.setitem(AUGMENTATIONS, "louder", louder)
+    rows = toy_rows(tmp_path, 8)
+    for name, changes in {"plain": {}, "changed": {"augment": ("louder",)}}.items():
+        fit(toy_recognizer(), rows, rows, quick(epochs=2, **changes), tmp_path / name / "run")
+    plain, changed = (state(checkpoints(tmp_path / name / "run")[-1]) for name in ("plain", "changed"))
+    assert not torch.equal(plain["cls_head.weight"], changed["cls_head.weight"])
+    resume_from(tmp_path / "changed", 1, rows, rows, tmp_path / "again", epochs=2, augment=("louder",))
+    assert_identical(checkpoints(tmp_path / "again")[-1], checkpoints(tmp_path / "changed/run")[-1])
+    with pytest.raises(ConfigError, match=r"no augmentation is called 'lauder'.*did you mean 'louder'"):
+        quick(augment=("lauder",))
+
+
+def test_augmentations_and_a_cache_are_refused_together(monkeypatch):
+    monkeypatch.setitem(AUGMENTATIONS, "louder", louder)
+    with pytest.raises(ConfigError, match="cache keeps what is made of each recording once"):
+        quick(augment=("louder",), cache="folder")
+
+
+def test_a_run_of_a_release_without_some_settings_is_resumed_with_their_defaults(
+    uninterrupted, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(AUGMENTATIONS, "louder", louder)
+    folder, train, valid = uninterrupted
+    copy_run(folder, 4, tmp_path / "run")
+    (checkpoint,) = checkpoints(tmp_path / "run")
+    settings = json.loads((checkpoint / "settings.json").read_text())
+    for name in ("schedule", "augment", "micro_seconds"):
+        del settings[name]
+    (checkpoint / "settings.json").write_text(json.dumps(settings))
+    run = json.loads((checkpoint / "manifest.json").read_text())["run"]
+    (checkpoint / "manifest.json").unlink()
+    seal_checkpoint(checkpoint, run)
+    with pytest.raises(RunFolderError, match=r"augment: \[\] then, \['louder'\] now"):
+        fit(toy_recognizer(), train, valid, quick(augment=("louder",)), tmp_path / "run")
+    assert fit(toy_recognizer(seed=9), train, valid, QUICK, tmp_path / "run").resumed
+    assert_identical(checkpoints(tmp_path / "run")[-1], checkpoints(folder / "run")[-1])
 
 
 def test_a_metric_that_cannot_be_measured_is_refused(tmp_path):

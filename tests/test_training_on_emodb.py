@@ -15,7 +15,7 @@ EMODB = ROOT.parent / "shared" / "corpora" / "emodb-4class"
 @pytest.mark.slow
 def test_the_small_model_recognises_emotion_in_unseen_speakers_of_emodb(tmp_path):
     """Two seeds, all heads, two speakers left out; chance is 0.25. docs/results.md has what comes of three."""
-    command = [sys.executable, str(ROOT / "examples/train_emodb.py"), str(EMODB), "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "benchmarks/emodb.py"), str(EMODB), "--out", str(tmp_path)]
     command += ["--seeds", "0", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

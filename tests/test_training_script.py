@@ -9,11 +9,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import train_iemocap
 from safetensors.torch import load_file
 from toy import toy_recognizer, write_corpus
 
 import ser
+from ser.cli import execute
+from ser.cli.train import emotions_of_init
 from ser.data.manifest import read_manifest
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError
@@ -48,7 +49,7 @@ def run(*arguments: str, cwd: Path, environment=None, script: Path = SCRIPT, tor
 def call(arguments: str, folder: Path, monkeypatch) -> None:
     """The script's `main` in this process and that folder, where no process of its own is needed."""
     monkeypatch.chdir(folder)
-    train_iemocap.main(arguments.split())
+    execute("train", arguments.split())
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,8 @@ def corpus(tmp_path_factory):
 
 def test_torchrun_trains_on_two_processes_and_the_model_infers_without_any_outside_connection(corpus, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
-    guard = {"PYTHONPATH": str(tmp_path), "NETWORK_LOG": str(tmp_path / "connections")}
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    guard = {"PYTHONPATH": path, "NETWORK_LOG": str(tmp_path / "connections")}
     done = run(
         *f"--train {corpus}/train.csv --valid {corpus}/valid.csv --init {corpus}/init".split(),
         *f"{QUICK} --out {tmp_path}/run --allow-overlap speakers".split(),
@@ -115,13 +117,13 @@ def test_one_process_continues_a_run_where_it_was_and_matches_the_uninterrupted_
     # Once more, in this process: it ends as a success does, without an update.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_iemocap.py", *arguments, "--out", "part", "--threads", "1"])
-    train_iemocap.main()
+    execute("train", sys.argv[1:])
     assert "is finished, nothing is left to do; it ended at update 6 of 6" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--rate", "0.1", "--resume-from", "step-00000004"])
     with pytest.raises(ser.SerError, match="--allow-changes rate if that is meant"):
-        train_iemocap.main()
+        execute("train", sys.argv[1:])
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--allow-changes", "rate"])
-    train_iemocap.main()
+    execute("train", sys.argv[1:])
     said = capsys.readouterr().err
     assert "rate: 0.001 then, 0.1 now" in said and "is resumed at update 4 of 6, from step-00000004" in said
     assert "step-00000006 is set aside as aside-step-00000006" in said
@@ -219,9 +221,9 @@ def test_what_becomes_of_the_emotions_of_init_is_said(corpus, renamed, told):
     rows = [replace(u, emotion=renamed.get(u.emotion, u.emotion)) for u in read_manifest(corpus / "train.csv")]
     known = labels_of(corpus / "init", "emotion")
     assert known == ["angry", "happy", "neutral", "sad"] and labels_of("small", "emotion") == []
-    lines = train_iemocap.emotions_of_init(known, rows)
+    lines = emotions_of_init(known, rows)
     assert len(lines) == bool(told) and told in "".join(lines)
-    assert not train_iemocap.emotions_of_init([], rows), "a preset knows none"
+    assert not emotions_of_init([], rows), "a preset knows none"
 
 
 def test_texts_follow_the_case_of_the_vocabulary_of_init_and_every_change_is_said(
@@ -282,7 +284,7 @@ def test_dimensions_a_weighted_layer_sum_and_attentive_pooling_train_on_two_proc
 
 def test_help_explains_every_setting_with_its_default(capsys):
     with pytest.raises(SystemExit):
-        train_iemocap.main(["--help"])
+        execute("train", ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for field in fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in shown

@@ -19,10 +19,12 @@ from ser.data.sampler import cut_update
 from ser.errors import ConfigError
 from ser.models.config import Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
+from ser.train import update
+from ser.train.checkpoint import Progress
 from ser.train.distributed import World
 from ser.train.losses import Objective
 from ser.train.optim import make_optimizer, set_rate
-from ser.train.update import run_update
+from ser.train.update import Learner
 
 LENGTHS = [9000, 7000, 6500, 5000, 4000, 3000, 1200, 800]
 
@@ -94,9 +96,16 @@ OBJECTIVE = Objective(
 )
 
 
+def run_update(wrapped, model, optimizer, batches, objective, world, *, scaler, epoch=0, step=0, **options):
+    """`ser.train.update.run_update` of these parts."""
+    learner = Learner(model, wrapped, optimizer, scaler, objective, world, **options)
+    return update.run_update(learner, batches, Progress(step=step, epoch=epoch))
+
+
 def batches_of(rank_steps, pool):
     return [
-        collate([Example(**{**vars(pool[i]), "weight": weight}) for i, weight in items]) for items in rank_steps
+        collate([Example(**{**vars(pool[i]), "weight": weight}) for i, weight, *_ in items])
+        for items in rank_steps
     ]
 
 

@@ -21,15 +21,15 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_iemocap.py"
 UPDATE = loop.run_update
 
 
-def recorded(*arguments, **options):
+def recorded(learner, batches, progress, **options):
     """`run_update`, with its fault before and its record after."""
-    batches, world, step = arguments[3], arguments[5], options["step"]
+    world, step = learner.world, progress.step
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     fault = os.environ.get("FAULT", "::").split(":")
     if attempt == 0 and fault[:2] == [str(world.rank), str(step)]:
         inflict(fault[2])
     time.sleep(float(os.environ.get("PACE", "0")))
-    result = UPDATE(*arguments, **options)
+    result = UPDATE(learner, batches, progress, **options)
     items = [[i, w] for b in batches for i, w in zip(b.indices, b.weights.tolist(), strict=True)]
     line = {"attempt": attempt, "step": step, "rank": world.rank, "items": items, "pid": os.getpid()}
     with Path(os.environ["RECORD"], f"rank{world.rank}.jsonl").open("a") as file:

@@ -53,9 +53,7 @@ import ser
 from ser.cli import errors_told as usual_errors_told
 from ser.data.manifest import Utterance
 from ser.data.protocols import Protocol, check_fold, find_fold, to_table, usual_known_turns
-from ser.data.selection import Selection
-from ser.data.selection import add_arguments as add_data_arguments
-from ser.data.selection import from_arguments as selected_data
+from ser.data.selection import Selection, add_data_arguments, selected_data
 from ser.data.spellings import check_spellings, label_lines
 from ser.errors import ConfigError, FileError, printable
 from ser.files import digest, write_json
@@ -72,9 +70,9 @@ from ser.scores.folds import (
 )
 from ser.scores.pictures import draw, draw_curves, needs_matplotlib
 from ser.scores.report import PARTS, Outcomes, Report, four_digits, shared_line, table
-from ser.train.checkpoint import MAY_CHANGE
 from ser.train.content import NAMES, contents, weights_sha256
 from ser.train.processes import PREEMPTED, following, stop_on_signals
+from ser.train.runs import MAY_CHANGE
 
 # What each fold is given; it must not come a second time.
 SETTLED = {"--fold", "--train", "--valid", "--overwrite", "--resume-from", "--allow-overlap", "--model", "--card"}

@@ -42,9 +42,7 @@ from ser.cli import LAUNCHER
 from ser.data.labels import DIMENSIONS
 from ser.data.manifest import Utterance
 from ser.data.protocols import KNOWN, overlap
-from ser.data.selection import Selection
-from ser.data.selection import add_arguments as add_data_arguments
-from ser.data.selection import from_arguments as selected_data
+from ser.data.selection import Selection, add_data_arguments, selected_data
 from ser.data.spellings import check_spellings, label_lines
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
@@ -71,7 +69,7 @@ from ser.scores.report import (
 from ser.train.bad_audio import BadAudio
 from ser.train.distributed import World, joined_world
 from ser.train.evaluation import evaluated_rows
-from ser.train.loop import say
+from ser.train.log import say
 from ser.train.processes import one_voice
 from ser.train.verification import checks_of
 

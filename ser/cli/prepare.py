@@ -14,30 +14,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ser.data.corpora import LICENCES, Corpus, parse_crema_d, parse_emodb, parse_ravdess, read_named
-from ser.data.datasheet import data_sheet, listen, to_markdown
-from ser.data.iemocap import four_classes, read_iemocap, read_paper_folds
+from ser.data.corpora import CORPORA, manifests_of, read_corpus
+from ser.data.datasheet import data_sheet, listen, sheet_to_markdown
 from ser.data.manifest import Utterance, write_manifest
-from ser.data.protocols import PROTOCOLS, Protocol, kfold, to_table, write_folds
+from ser.data.protocols import Protocol, to_table, write_folds
 from ser.data.spellings import label_lines
 from ser.errors import SerError, printable
 from ser.files import replace_file, write_json
-
-BY_NAME = {"emodb": parse_emodb, "ravdess": parse_ravdess, "crema-d": parse_crema_d}
 
 
 def print_safely(line: str) -> None:
     """Print a line that may hold foreign names."""
     print(printable(line))
-
-
-def read_corpus(arguments: argparse.Namespace) -> Corpus:
-    """Read the release."""
-    if arguments.corpus == "iemocap":
-        return read_iemocap(arguments.folder, partial=arguments.partial)
-    if arguments.corpus == "iemocap-csv":
-        return read_paper_folds(arguments.folder, root=arguments.root, tell=print_safely)
-    return read_named(arguments.folder, BY_NAME[arguments.corpus])
 
 
 def write_protocols(out: Path, protocols: list[Protocol], utterances: list[Utterance], seed: int) -> list[str]:
@@ -60,26 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("folder", type=Path, help="the release; for iemocap-csv that of the paper's CSV files")
     parser.add_argument("--out", type=Path, required=True, help="folder for all that is written")
-    parser.add_argument("--corpus", choices=["iemocap", "iemocap-csv", *BY_NAME], default="iemocap",
+    parser.add_argument("--corpus", choices=list(CORPORA), default="iemocap",
                         help="(default: iemocap)")  # fmt: skip
     parser.add_argument("--root", type=Path, help="the release that iemocap-csv's turns are in")
     parser.add_argument("--partial", action="store_true", help="go on where turns are missing or unusable")
     parser.add_argument("--seed", type=int, default=0, help="of the protocols that draw (default: 0)")
-
-
-def manifests_of(corpus: Corpus, name: str) -> dict[str, list[Utterance]]:
-    """Return the utterances of each manifest by its name; the first is what protocols divide."""
-    if name == "iemocap":
-        return {"iemocap4": four_classes(corpus.utterances), "iemocap_all": corpus.utterances}
-    return {name: corpus.utterances}
-
-
-def protocols_of(name: str, utterances: list[Utterance]) -> list[Protocol]:
-    """Return the protocols whose folds are written."""
-    if name not in BY_NAME:
-        return list(PROTOCOLS.values())
-    count = min(10, len({u.speaker for u in utterances}))  # a few sentences that all speakers say
-    return [kfold("speaker", count, shares=["transcripts"])]
 
 
 def show_report(dropped: dict[str, list[str]], warnings: list[str], path: Path) -> None:
@@ -94,11 +67,12 @@ def show_report(dropped: dict[str, list[str]], warnings: list[str], path: Path) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the manifests, folds, report and data sheet of a corpus."""
-    out = arguments.out
-    corpus, sounds = listen(read_corpus(arguments), partial=arguments.partial)
-    manifests = manifests_of(corpus, arguments.corpus)
+    out, row = arguments.out, CORPORA[arguments.corpus]
+    options = {"root": arguments.root, "partial": arguments.partial, "tell": print_safely}
+    corpus, sounds = listen(read_corpus(arguments.corpus, arguments.folder, **options), partial=arguments.partial)
+    manifests = manifests_of(arguments.corpus, corpus.utterances)
     divided = next(iter(manifests.values()))
-    protocols = protocols_of(arguments.corpus, divided)
+    protocols = row.protocols(divided)
 
     print("\n".join(line for name, rows in manifests.items() for line in label_lines({name: rows})))
     (out / "folds").mkdir(parents=True, exist_ok=True)
@@ -109,11 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{where}: {len(utterances)} utterances, {sheets[name]['hours']} hours")
     warnings = corpus.warnings + write_protocols(out, protocols, divided, arguments.seed)
     with replace_file(out / "data_sheet.md") as file:
-        file.write("\n".join(to_markdown(sheet, name) for name, sheet in sheets.items()))
+        file.write("\n".join(sheet_to_markdown(sheet, name) for name, sheet in sheets.items()))
     dropped = {why: [d.what for d in corpus.dropped if d.why == why] for why in corpus.reasons()}
     report = {
         "root": str(corpus.root),
-        "licence": LICENCES[arguments.corpus.removesuffix("-csv")],
+        "licence": row.licence,
         "dropped": dropped,
         "warnings": warnings,
         "sheets": sheets,

@@ -33,7 +33,6 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -44,27 +43,27 @@ import torch
 
 import ser
 from ser.cli import LAUNCHER
-from ser.data.manifest import DIMENSIONS, Utterance, check_labels, check_overlap
+from ser.data.labels import LABELS, labelled_heads, names_in
+from ser.data.manifest import Utterance, check_labels, check_overlap
 from ser.data.protocols import Audit, Fold, overlap, to_table, usual_known_turns
-from ser.data.selection import Selection
-from ser.data.selection import add_arguments as add_data_arguments
-from ser.data.selection import from_arguments as selected_data
+from ser.data.selection import Selection, add_data_arguments, selected_data
 from ser.data.spellings import check_spellings, label_lines
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean, did_you_mean
 from ser.device import cpu_threads
 from ser.errors import ConfigError, ModelFolderError, brief_repr, summary
+from ser.folder import inherited_labels, inherited_vocabulary, is_preset, labels_of
 from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import LoadReport, find_folder, read_encoder_config
-from ser.recognizer import Recognizer, inherited_labels, inherited_vocabulary, is_preset, labels_of
-from ser.train.checkpoint import CHANGEABLE, SETTINGS, newest_verified, opened_before
-from ser.train.config import TrainConfig, paper_settings
-from ser.train.config import add_arguments as add_training_arguments
-from ser.train.config import from_arguments as training_config
+from ser.recognizer import Recognizer
+from ser.train.checkpoint import SETTINGS, newest_verified
+from ser.train.config import TrainConfig, add_training_arguments, paper_settings, training_config
 from ser.train.content import weights_sha256
 from ser.train.distributed import World, joined_world
-from ser.train.loop import FitResult, fit, say
+from ser.train.log import say
+from ser.train.loop import FitResult, fit
 from ser.train.processes import PREEMPTED, launch, one_voice
 from ser.train.resources import SMALLER_MODEL, memory_explained
+from ser.train.runs import CHANGEABLE, opened_before
 
 errors_told = one_voice
 
@@ -75,6 +74,7 @@ errors_told = one_voice
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command, the common ones first."""
     parser.allow_abbrev = False
+    parser.usage = "%(prog)s (--train MANIFEST | --data MANIFEST --protocol NAME) --init MODEL --out FOLDER ..."
     group = parser.add_argument_group("data and model")
     add = group.add_argument
     add("--train", type=Path, help="manifest to learn from")
@@ -272,25 +272,15 @@ def data_licence(arguments: argparse.Namespace) -> str | None:
     return arguments.data_licence
 
 
-def dimensions_of(train: list) -> list[str]:
-    """Return those of arousal, dominance and valence that a training utterance has a number for."""
-    return [name for name in DIMENSIONS if any(getattr(u, name) is not None for u in train)]
-
-
 def chosen_heads(config: TrainConfig, train: list) -> list[str]:
     """Return the heads to train; ConfigError where the data lacks the labels of one that was asked for."""
-    has = {
-        "emotion": any(u.emotion is not None for u in train),
-        "ctc": any(u.text is not None for u in train),
-        "speaker": any(u.speaker is not None for u in train),
-        "dimensions": bool(dimensions_of(train)),
-    }
+    has = labelled_heads(u.labels for u in train)
     if config.heads == "auto":
         wanted = ["emotion", "ctc", *(["speaker"] if config.beta > 0 else [])]
-        return [name for name in wanted if has[name]]
+        return [name for name in wanted if name in has]
     heads = config.heads.split(",")
     for name in heads:
-        if not has[name]:
+        if name not in has:
             raise ConfigError(f"--heads names {name}, but no training utterance has a label for it; see --columns")
     return heads
 
@@ -339,16 +329,15 @@ def make_recognizer(
     arguments: argparse.Namespace, config: TrainConfig, train: list[Utterance], texts: list[str], heads: list[str]
 ) -> tuple[Recognizer, LoadReport]:
     """Make the model from --init, with the labels of the training data."""
-
-    def label_set(head: str, kind: str, labels: Iterable[str]) -> list[str]:
-        return inherited_labels(arguments.init, kind, labels) if head in heads else []
-
+    names = {
+        head: inherited_labels(arguments.init, head, names_in(head, (u.labels for u in train)))
+        for head in heads
+        if LABELS[head].kind != "text"
+    }
     with memory_explained(SMALLER_MODEL, doing="when the model was loaded"):
         return Recognizer.create(
             arguments.init,
-            emotions=label_set("emotion", "emotions", (u.emotion for u in train if u.emotion)),
-            speakers=label_set("speaker", "speakers", (u.speaker for u in train if u.speaker)),
-            dimensions=label_set("dimensions", "dimensions", dimensions_of(train)),
+            names=names,
             vocabulary=chosen_vocabulary(arguments, texts) if "ctc" in heads else None,
             orthography=arguments.orthography,
             tags=arguments.tags,
@@ -398,7 +387,7 @@ def train_in(world: World, arguments: argparse.Namespace, config: TrainConfig) -
     # Where bad audio is skipped, a file that is not there is skipped like any other.
     train, valid, about = read_parts(arguments, config, world, check_files=config.on_bad_audio == "fail")
     heads = chosen_heads(config, train)
-    for line in emotions_of_init(labels_of(arguments.init, "emotions"), train) if "emotion" in heads else ():
+    for line in emotions_of_init(labels_of(arguments.init, "emotion"), train) if "emotion" in heads else ():
         say(world, line)
     texts = texts_of(train, arguments, world)
     recognizer, report = make_recognizer(arguments, config, train, texts, heads)

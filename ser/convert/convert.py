@@ -182,8 +182,8 @@ def read_file(path: Path) -> Source:
     kind, prefix = recognised(path, state)
     if kind == "hugging-face":
         outer = prefix
-        for own in (row.prefix for row in ARCHITECTURES.values()):
-            outer = outer.removesuffix(own)
+        for row in ARCHITECTURES.values():
+            outer = outer.removesuffix(row.prefix)
         original = {key.removeprefix(outer): state[key] for key in state if key.startswith(outer)}
         unused = [key for key in state if not key.startswith(outer)]
         keys = {canonical_name(key): key for key in original}
@@ -500,7 +500,7 @@ def convert(
             of `transformers` only where its classes have no names, or LABEL_0 and so on.
         speakers: of the speaker head; default: s0, s1, ...
         overwrite: replace a model folder that stands there.
-        reference: what computes the layers to compare with, such as that of examples/references.py; None: the
+        reference: what computes the layers to compare with, such as that of `ser.convert.references`; None: the
             tensors are compared, and no layers.
         say: called with a line on each step.
 

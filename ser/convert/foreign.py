@@ -1,4 +1,4 @@
-"""What other libraries call the encoder's tensors and settings, and what shapes tell of a configuration.
+"""Translate what other libraries call the encoder's tensors and settings; derive a configuration from shapes.
 
 The key maps are tables; nothing here reads a file.
 """
@@ -57,7 +57,7 @@ MARKS = {
 
 
 def recognised(path: Path, keys: Iterable[str]) -> tuple[str, str]:
-    """The kind of a state dict, and the prefix of its encoder's keys."""
+    """Return the kind of a state dict, and the prefix of its encoder's keys."""
     keys = list(keys)
     for kind, mark in MARKS.items():
         prefixes = sorted({key.removesuffix(mark) for key in keys if key.endswith(mark)}, key=len)
@@ -72,7 +72,7 @@ def recognised(path: Path, keys: Iterable[str]) -> tuple[str, str]:
 
 
 def renamed_fairseq(key: str) -> str | None:
-    """Our name for a key of a fairseq model without its prefix; None where there is none."""
+    """Return our name for a key of a fairseq model without its prefix, or None."""
     numbers = re.findall(r"(?<=layers\.)\d+", key)
     pattern = re.sub(r"(?<=layers\.)\d+", "*", key)
     module, _, parameter = pattern.rpartition(".")
@@ -81,7 +81,7 @@ def renamed_fairseq(key: str) -> str | None:
 
 
 def renamed_torchaudio(key: str) -> str | None:
-    """Our name for a key of a torchaudio model; None where there is none."""
+    """Return our name for a key of a torchaudio model, or None."""
     for theirs, ours in TORCHAUDIO.items():
         if key.startswith(theirs):  # its WavLM wraps the attention of torch
             return (ours + key.removeprefix(theirs)).replace(".attention.attention.", ".attention.")
@@ -89,7 +89,7 @@ def renamed_torchaudio(key: str) -> str | None:
 
 
 def with_split_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torchaudio's WavLM has query, key and value in one ``in_proj``: three tensors in its place."""
+    """Split query, key and value, which torchaudio's WavLM has in one ``in_proj``, into three tensors."""
     split = {}
     for name, tensor in tensors.items():
         module, joined, kind = name.partition(".in_proj_")
@@ -105,50 +105,110 @@ def with_split_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def settings_of(value: Any) -> dict:
-    """A Namespace's or a mapping's entries whose names are strings, else none."""
+    """Return the entries of a Namespace or a mapping whose names are strings; of anything else none."""
     entries = vars(value) if type(value) is Namespace else value
     return {k: v for k, v in entries.items() if isinstance(k, str)} if isinstance(entries, Mapping) else {}
 
 
-def conv_layers(text: str) -> list[tuple[int, int, int]]:
-    """``"[(512, 10, 5)] + [(512, 3, 2)] * 4"`` -> channels, kernel and stride of each, without running it."""
+def whole_number(node: ast.AST) -> int:
+    """Return the number that an expression is; ValueError for any other expression."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    raise ValueError
 
-    def value(node: ast.AST) -> Any:
-        if isinstance(node, ast.Expression):
-            return value(node.body)
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return node.value
-        if isinstance(node, ast.List | ast.Tuple):
-            return [value(element) for element in node.elts]
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
-            left, right = value(node.left), value(node.right)
-            if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
-                return left + right
-            if isinstance(left, int):
-                left, right = right, left
-            repeated = isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int)
-            if repeated and len(left) * right <= 64:
-                return left * right
+
+def written_layer(node: ast.AST) -> tuple[int, int, int]:
+    """Return ``(channels, kernel, stride)`` from an expression; ValueError for any other expression."""
+    if not isinstance(node, ast.List | ast.Tuple):
         raise ValueError
+    channels, kernel, stride = (whole_number(each) for each in node.elts)
+    return channels, kernel, stride
 
+
+def written_layers(node: ast.AST) -> list[tuple[int, int, int]]:
+    """Return the layers of lists that are joined by + and repeated by *; ValueError for any other expression."""
+    if isinstance(node, ast.List | ast.Tuple):
+        return [written_layer(each) for each in node.elts]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return written_layers(node.left) + written_layers(node.right)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        number_first = isinstance(node.left, ast.Constant)
+        number, list_node = (node.left, node.right) if number_first else (node.right, node.left)
+        layers, times = written_layers(list_node), whole_number(number)
+        if len(layers) * times <= 64:
+            return layers * times
+    raise ValueError
+
+
+def conv_layers(text: str) -> list[tuple[int, int, int]]:
+    """Read ``"[(512, 10, 5)] + [(512, 3, 2)] * 4"``, channels, kernel and stride of each, without running it."""
     try:
         if len(text) > 2000:
             raise ValueError
-        layers = value(ast.parse(text.strip(), mode="eval"))
-        if not isinstance(layers, list) or not all(
-            isinstance(layer, list) and len(layer) == 3 and all(type(n) is int for n in layer) for layer in layers
-        ):
-            raise ValueError
+        return written_layers(ast.parse(text.strip(), mode="eval").body)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise ConfigError(
             f"conv_feature_layers is {brief_repr(text, 200)}; expected lists of (channels, kernel, stride), "
             "joined by + and repeated by *"
         ) from None
-    return [(channels, kernel, stride) for channels, kernel, stride in layers]
+
+
+# Settings of fairseq -> ours. mask_prob is not taken: 0.65 of the frames is for pre-training.
+FAIRSEQ_SETTINGS = {
+    "extractor_mode": "feat_extract_norm",
+    "conv_bias": "conv_bias",
+    "encoder_embed_dim": "hidden_size",
+    "encoder_layers": "num_hidden_layers",
+    "encoder_attention_heads": "num_attention_heads",
+    "encoder_ffn_embed_dim": "intermediate_size",
+    "layer_norm_first": "do_stable_layer_norm",
+    "conv_pos": "num_conv_pos_embeddings",
+    "conv_pos_groups": "num_conv_pos_embedding_groups",
+    # Fine-tuning has its own.
+    "dropout_input": "feat_proj_dropout",
+    "dropout": "hidden_dropout",
+    "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout",
+    "final_dropout": "final_dropout",
+    "encoder_layerdrop": "layerdrop",
+    "layerdrop": "layerdrop",
+}
+FAIRSEQ_NORMS = {"default": "group", "layer_norm": "layer"}  # values of extractor_mode
+FAIRSEQ_SUPPORTED = {"activation_fn": "gelu", "layer_type": "transformer", "pos_conv_depth": 1}
+
+
+def refuse_unsupported(path: Path, settings: Mapping) -> None:
+    """Raise ModelFolderError where a fairseq model's settings ask for what this package does not compute."""
+    for key, supported in FAIRSEQ_SUPPORTED.items():
+        value = settings.get(key, supported)
+        if type(value) is not type(supported) or value != supported:
+            raise ModelFolderError(
+                f"{path}: {key} is {brief_repr(value, 80)}; supported in fairseq's models: {supported}"
+            )
+
+
+def renamed_settings(path: Path, settings: Mapping) -> dict:
+    """Return the settings of a fairseq model by our names, with three lists of sizes for its convolutions."""
+    values = {ours: settings[key] for key, ours in FAIRSEQ_SETTINGS.items() if settings.get(key) is not None}
+    norm = values.get("feat_extract_norm")
+    if isinstance(norm, str):
+        values["feat_extract_norm"] = FAIRSEQ_NORMS.get(norm, norm)
+    text = settings.get("conv_feature_layers")
+    if isinstance(text, str):
+        try:
+            layers = conv_layers(text)
+        except ConfigError as error:
+            raise ModelFolderError(f"{path}: {error}") from None
+        for i, name in enumerate(("conv_dim", "conv_kernel", "conv_stride")):
+            values[name] = [layer[i] for layer in layers]
+    architecture = settings.get("_name", settings.get("arch"))
+    if isinstance(architecture, str) and architecture.startswith("hubert"):
+        values["model_type"] = "hubert"
+    return values
 
 
 def fairseq_values(path: Path, checkpoint: Mapping) -> tuple[dict, bool | None]:
-    """What a fairseq checkpoint's ``cfg`` or ``args`` says: settings by our names, and do_normalize."""
+    """Return what a fairseq checkpoint's ``cfg`` or ``args`` says: settings by our names, and do_normalize."""
     top = settings_of(checkpoint.get("cfg"))
     outer = settings_of(top.get("model")) or settings_of(checkpoint.get("args"))
     task = settings_of(top.get("task")) or outer
@@ -157,49 +217,10 @@ def fairseq_values(path: Path, checkpoint: Mapping) -> tuple[dict, bool | None]:
     inner = settings_of(inner.get("model")) or inner or outer
     if not inner:
         return {}, None
-    for key, supported in (("activation_fn", "gelu"), ("layer_type", "transformer"), ("pos_conv_depth", 1)):
-        value = inner.get(key, supported)
-        if type(value) is not type(supported) or value != supported:
-            raise ModelFolderError(
-                f"{path}: {key} is {brief_repr(value, 80)}; supported in fairseq's models: {supported}"
-            )
-    ours = {
-        "extractor_mode": "feat_extract_norm",
-        "conv_bias": "conv_bias",
-        "encoder_embed_dim": "hidden_size",
-        "encoder_layers": "num_hidden_layers",
-        "encoder_attention_heads": "num_attention_heads",
-        "encoder_ffn_embed_dim": "intermediate_size",
-        "layer_norm_first": "do_stable_layer_norm",
-        "conv_pos": "num_conv_pos_embeddings",
-        "conv_pos_groups": "num_conv_pos_embedding_groups",
-        # Fine-tuning has its own.
-        "dropout_input": "feat_proj_dropout",
-        "dropout": "hidden_dropout",
-        "attention_dropout": "attention_dropout",
-        "activation_dropout": "activation_dropout",
-        "final_dropout": "final_dropout",
-        "encoder_layerdrop": "layerdrop",
-        "layerdrop": "layerdrop",
-    }
-    # mask_prob is not taken: 0.65 of the frames is for pre-training.
-    both = inner | {key: value for key, value in outer.items() if "drop" in key}
-    values = {name: both[key] for key, name in ours.items() if both.get(key) is not None}
-    if "feat_extract_norm" in values:
-        modes, mode = {"default": "group", "layer_norm": "layer"}, values["feat_extract_norm"]
-        values["feat_extract_norm"] = modes.get(mode, mode) if isinstance(mode, str) else mode
-    if isinstance(inner.get("conv_feature_layers"), str):
-        try:
-            layers = conv_layers(inner["conv_feature_layers"])
-        except ConfigError as error:
-            raise ModelFolderError(f"{path}: {error}") from None
-        for i, name in enumerate(("conv_dim", "conv_kernel", "conv_stride")):
-            values[name] = [layer[i] for layer in layers]
-    architecture = inner.get("_name", inner.get("arch"))
-    if isinstance(architecture, str) and architecture.startswith("hubert"):
-        values["model_type"] = "hubert"
+    refuse_unsupported(path, inner)
+    dropouts = {key: value for key, value in outer.items() if "drop" in key}
     normalize = task.get("normalize")
-    return values, normalize if isinstance(normalize, bool) else None
+    return renamed_settings(path, inner | dropouts), normalize if isinstance(normalize, bool) else None
 
 
 # Hidden size -> heads, of every published model.
@@ -207,7 +228,7 @@ PUBLISHED_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}
 
 
 def derived_values(tensors: Mapping[str, Tensor]) -> tuple[dict, dict]:
-    """What the shapes of an encoder's tensors tell of its configuration, and what published models then have.
+    """Derive a configuration: what the shapes of an encoder's tensors tell, and what published models then have.
 
     Strides, heads and the place of the norms have no shape. In all of torchaudio's bundles seven convolutions have
     the strides 5,2,2,2,2,2,2, and layer norms in the feature encoder come with a pre-norm transformer.

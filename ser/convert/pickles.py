@@ -1,4 +1,4 @@
-"""Tensors and settings out of a file of ``torch.save``: the one place that reads a pickle.
+"""Read tensors and settings from a file of ``torch.save``: the one place that reads a pickle.
 
 A pickle is a program. Three locks stand before it, and no way around them:
 
@@ -60,10 +60,10 @@ ADVICE = (
 
 
 class TupleSizes:
-    """How many items the tuples of a pickle have, by following its stack; nothing is built.
+    """Count the items of a pickle's tuples by following its stack; nothing is built.
 
-    A tuple that holds another one twice, which does the same, and so on 60 times, is a few hundred bytes, and as a
-    key of a dict it is hashed for ever.
+    A tuple may hold another one twice, which does the same, and so on 60 times. It has a few hundred bytes, and as
+    a key of a dict it is hashed for ever.
     """
 
     def __init__(self) -> None:
@@ -97,14 +97,14 @@ class TupleSizes:
 
 
 def brief(error: Exception) -> str:
-    """An error's first lines: torch adds advice to load without its locks, which is none."""
+    """Return an error's first lines: torch adds the advice to load without its locks, which helps nobody."""
     text = str(error).split("Weights only load failed.")[-1].strip() or error.__class__.__name__
     return " ".join(text.split())[:300]
 
 
 def globals_of_pickle(file: IO[bytes]) -> set[str]:
-    """Names of all globals in one pickle, as "module name", without running it; ValueError if it is malformed."""
-    found, strings = set(), ["", ""]
+    """Collect the globals in one pickle, as "module name", without running it; ValueError if it is malformed."""
+    names, strings = set(), ["", ""]
     tuples = TupleSizes()
     try:
         for opcode, argument, position in pickletools.genops(file):
@@ -112,23 +112,23 @@ def globals_of_pickle(file: IO[bytes]) -> set[str]:
                 raise ValueError(f"more than {MAX_PICKLE_BYTES:,} bytes of instructions")
             tuples.run(opcode, argument)
             if opcode.name in ("GLOBAL", "INST"):
-                found.add(str(argument))
+                names.add(str(argument))
             elif opcode.name == "STACK_GLOBAL":  # of a protocol that torch.load does not read either
-                found.add(" ".join(strings))
+                names.add(" ".join(strings))
             elif opcode.name.startswith("EXT"):
-                found.add(f"copyreg {argument}")
+                names.add(f"copyreg {argument}")
             elif isinstance(argument, str):
                 strings = [strings[1], argument]
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         # A part of the names is enough to refuse by name.
-        if found - GLOBALS:
-            return found
+        if names - GLOBALS:
+            return names
         raise ValueError(f"malformed pickle: {brief(error)}") from None
-    return found
+    return names
 
 
 def globals_of_zip(path: Path) -> set[str]:
-    """Names in ``data.pkl`` of the archive that torch.save writes."""
+    """Collect the globals in ``data.pkl`` of the archive that torch.save writes."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -154,26 +154,27 @@ def globals_of_zip(path: Path) -> set[str]:
 
 
 def globals_of_legacy(path: Path) -> set[str]:
-    """Names in the five pickles with which a file of torch.save before 1.6 begins.
+    """Collect the globals in the five pickles with which a file of torch.save before 1.6 begins.
 
-    They are a magic number, a version, the system, the object, and the keys of the storages that follow.
+    The pickles are a magic number, a version, the system, the object, and the keys of the storages that follow.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     with path.open("rb") as file:
         try:
             for _ in range(5):
-                found |= globals_of_pickle(file)
+                names |= globals_of_pickle(file)
         except ValueError as error:
-            if found - GLOBALS:  # worth more than that it is damaged
-                return found
+            if names - GLOBALS:  # this tells more than that the file is damaged
+                return names
             raise ModelFolderError(f"{path}: is not a file of torch.save: {brief(error)}") from None
-    return found
+    return names
 
 
 def read_pickle(path: Path) -> Any:
-    """What ``torch.save`` put into ``path``, zip or legacy; tensors are on the CPU, and may be views of the file.
+    """Load what ``torch.save`` put into ``path``, zip or legacy; tensors are on the CPU, maybe views of the file.
 
-    Raises ModelFolderError: no such file, too large, not of torch.save, or it names something else than `GLOBALS`.
+    Raises ModelFolderError for a file that is missing, too large, not of torch.save, or that names something
+    outside `GLOBALS`.
     """
     if torch.__version__ < "2.6":  # CVE-2025-32434: there weights_only=True could be made to run code
         raise ModelFolderError(f"{path}: pickles are read with torch 2.6 or newer; this is {torch.__version__}")
@@ -185,8 +186,8 @@ def read_pickle(path: Path) -> Any:
         raise ModelFolderError(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # as torch.load decides
-    found = globals_of_zip(path) if zipped else globals_of_legacy(path)
-    refused = sorted(name.replace(" ", ".") for name in found - GLOBALS)
+    names = globals_of_zip(path) if zipped else globals_of_legacy(path)
+    refused = sorted(name.replace(" ", ".") for name in names - GLOBALS)
     if refused:
         raise ModelFolderError(f"{path}: names {shorten(summary(refused))}; {ADVICE}")
     try:
@@ -197,7 +198,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def copied_tensors(path: Path, state: Any) -> dict[str, Tensor]:
-    """The tensors of a state dict that `read_pickle` returned, in memory of their own.
+    """Copy the tensors of a state dict that `read_pickle` returned, each into memory of its own.
 
     Raises ModelFolderError for anything that is not a plain tensor on the CPU, and for tensors with more elements
     than the file holds for them: a view may show one number a billion times.

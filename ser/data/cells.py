@@ -1,6 +1,6 @@
-"""What the cells of a manifest mean: which stand for nothing, what quotation marks do, what a column may be.
+"""Define what the cells of a manifest mean: which stand for nothing, what quotation marks do, and column names.
 
-Rules of reading, each by itself; `ser.data.manifest` applies them.
+Each rule of reading stands by itself here; `ser.data.manifest` applies them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import BinaryIO
 
 from ser.data.text import nfc
 
-# What programs write where there is nothing. "None", "NA" and "null" are words too, so a text may be one of them.
+# Programs write these where there is nothing. "None", "NA" and "null" are words too, so a text may be one of them.
 MISSING_LABELS = frozenset({"nan", "NaN", "NA", "N/A", "null", "NULL", "None", "-"})
 MISSING_TEXTS = frozenset({"nan", "NaN"})
 
-# What others call our columns, lower-case letters and digits alone; for a hint only.
+# Others call our columns so, in lower-case letters and digits alone. The names serve for hints only.
 OFTEN_CALLED = {
     "emotion": "emotion emotions emo emotionlabel emotionclass label labels class category emotionid",
     "text": "text transcript transcripts transcription sentence utterance words rawtext normalizedtext",
@@ -38,7 +38,8 @@ OFTEN_CALLED = {
     "valence": "valence val emoval",
 }
 
-# 1.0 or 1e+16: a whole number that became a float, as all of pandas' columns do where a number is missing.
+# A whole number that became a float is written as 1.0 or 1e+16. In pandas it becomes one where a number is
+# missing.
 WHOLE_FLOAT = re.compile(r"-?(0|[1-9][0-9]*)\.0+|-?[1-9](\.[0-9]+)?e\+[0-9]+")
 
 MAX_LINE_BYTES = 1024 * 1024
@@ -50,14 +51,15 @@ MAX_SHOWN = 20  # names in one line
 
 
 class Missing:
-    """The cells that stand for nothing, counted.
+    """Find and count the cells that stand for nothing.
 
     Attributes:
-        literal: none do.
+        literal: whether no cell does.
         cells: column -> cell -> how often.
     """
 
     def __init__(self, *, literal: bool) -> None:
+        """Begin without a cell."""
         self.literal = literal
         self.cells: dict[str, Counter[str]] = {}
 
@@ -103,25 +105,25 @@ def often_called(name: str, ours: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Quoting:
-    """What quotation marks mean in a TSV.
+    """Describe what quotation marks mean in a TSV.
 
     Attributes:
-        seen: a cell begins with one.
-        broken: the first line in which such a cell does not end with one; 0: they all do.
+        seen: whether a cell begins with a quotation mark.
+        broken: the first line in which such a cell does not end with one; 0: all of them do.
     """
 
     seen: bool = False
     broken: int = 0
 
     def lines(self) -> list[str]:
-        """Say which of the two was taken."""
+        """Say which of the two meanings was taken."""
         if self.broken:
             why = f"those in line {self.broken} do not enclose a cell (Common Voice does not quote)"
             return [f"  quotation marks are characters, as {why}"]
         return ["  quotation marks quote, as they enclose cells everywhere (pandas does so)"] if self.seen else []
 
     def remark(self) -> str:
-        """Word the end of an error that may follow from it."""
+        """Word the end of an error that may follow from the meaning."""
         why = f"quotation marks are characters here, as those in line {self.broken} do not enclose a cell"
         return f"; {why}" if self.broken else ""
 
@@ -158,8 +160,8 @@ def find_quoting(file: BinaryIO) -> Quoting:
 def swallowed(lines: Sequence[str], names: Sequence[str], delimiter: str) -> int:
     """Find the line within a row that looks like a row of its own, so that a quote seems left open; 0: none does.
 
-    Where the first line and another one have all fields, with files of the same kind, they are rows: a text that
-    holds such a line is not known.
+    Where the first line and another one have all fields, with files of the same kind, both are taken for rows. No
+    text is known that holds such a line.
     """
     place = names.index("file")
     cells = [line.rstrip("\r\n").split(delimiter) for line in lines]
@@ -171,12 +173,14 @@ def swallowed(lines: Sequence[str], names: Sequence[str], delimiter: str) -> int
 
 
 class Files:
-    """Recordings whose names on the disk are in another Unicode form than in the manifest, as Macs decompose them.
+    """Find recordings whose names on the disk have another Unicode form than in the manifest, as Macs decompose
+    them.
 
     Folders are listed once, and only where a name that is not ASCII is not there.
     """
 
     def __init__(self) -> None:
+        """Begin without a listing."""
         self.listings: dict[str, dict[str, str]] = {}  # folder -> composed name -> name, "" where there are two
 
     def find(self, file: Path) -> Path:
@@ -192,6 +196,7 @@ class Files:
         return Path(found) if os.path.lexists(found) else file
 
     def _listing(self, folder: str) -> dict[str, str]:
+        """List a folder: composed name -> name on the disk, of names that are not ASCII."""
         if folder not in self.listings:
             found: dict[str, str] = {}
             with suppress(OSError, ValueError):

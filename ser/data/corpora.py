@@ -1,8 +1,8 @@
-"""Corpora that tell all in their file names -> utterances: EmoDB, RAVDESS, CREMA-D.
+"""The corpora that `ser` reads, one row each in `CORPORA`; and readers of those that tell all in their file names.
 
-One function per corpus reads a name, `read_named` does the rest; the next such corpus is one more function. The
-emotions have one name in all corpora (angry, not anger), so that a model of one can be tried on another; the
-corpus's own code is kept in the column `code`.
+A further corpus is a row and a function. Where file names tell all, as in EmoDB, RAVDESS and CREMA-D, the function
+reads a name and `read_named` does the rest. The emotions have one name in all corpora (angry, not anger), so that
+a model of one corpus can be tried on another; the corpus's own code is kept in the column `code`.
 """
 
 from __future__ import annotations
@@ -10,64 +10,27 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ser.containers import OTHER_SUFFIXES, SUFFIXES
+from ser.data import iemocap
 from ser.data.manifest import Utterance
-from ser.errors import ManifestError, indented
+from ser.data.protocols import PROTOCOLS, Protocol, kfold
+from ser.data.release import Corpus, Dropped
+from ser.data.text import did_you_mean
+from ser.errors import ConfigError, ManifestError, indented
 from ser.files import files_below
-
-# What their publishers say; for data sheets and model cards.
-LICENCES = {
-    "iemocap": "IEMOCAP: on request from SAIL, University of Southern California, for research; no redistribution",
-    "emodb": "EmoDB: CC0 1.0 as audEERING publishes it; cite Burkhardt et al., Interspeech 2005",
-    "ravdess": "RAVDESS: CC BY-NC-SA 4.0; cite Livingstone and Russo, PLoS ONE 2018",
-    "crema-d": "CREMA-D: Open Database License 1.0; cite Cao et al., IEEE Trans. Affective Computing 2014",
-}
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """Something in the corpus's folder that became no utterance.
-
-    Attributes:
-        what: a turn, a line or a file, as the corpus names it.
-        why: the reason, in the same words for all that share it.
-    """
-
-    what: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What a reader found.
-
-    Attributes:
-        root: the release's folder.
-        utterances: in the order of their ids.
-        dropped: all that is not among them.
-        warnings: what a person should know and what was done about it.
-    """
-
-    root: Path
-    utterances: list[Utterance]
-    dropped: list[Dropped] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def reasons(self) -> dict[str, int]:
-        """Why things were dropped, and how many of each, the most frequent first."""
-        return dict(Counter(d.why for d in self.dropped).most_common())
-
 
 # ---------------------------------------------------------------------------------------------------- by name
 
 
 @dataclass(frozen=True)
 class Named:
-    """What a file's name says.
+    """Hold what the name of a file says.
 
     Attributes:
         emotion: our name of the class.
@@ -98,20 +61,14 @@ EMODB_TEXTS = {
     "b09": "Ich will das eben wegbringen und dann mit Karl was trinken gehen.",
     "b10": "Die wird auf dem Platz sein, wo wir sie immer hinlegen.",
 }
-EMODB_EMOTIONS = {
-    "W": "angry",  # Wut
-    "L": "bored",  # Langeweile
-    "E": "disgusted",  # Ekel
-    "A": "fearful",  # Angst
-    "F": "happy",  # Freude
-    "T": "sad",  # Trauer
-    "N": "neutral",
-}
+# The letters stand for Wut, Langeweile, Ekel, Angst, Freude, Trauer and neutral.
+EMODB_EMOTIONS = {"W": "angry", "L": "bored", "E": "disgusted", "A": "fearful", "F": "happy", "T": "sad"}
+EMODB_EMOTIONS |= {"N": "neutral"}
 EMODB_MEN, EMODB_WOMEN = ("03", "10", "11", "12", "15"), ("08", "09", "13", "14", "16")
 
 
 def parse_emodb(stem: str) -> Named | None:
-    """``03a01Fa``: speaker, text, emotion and take (Burkhardt et al., INTERSPEECH 2005). None: another name."""
+    """Read ``03a01Fa``: speaker, text, emotion and take. Return None for another name."""
     match = re.fullmatch(r"(\d\d)([ab]\d\d)([WLEAFTN])([a-z])", stem)
     if not match or match[1] not in EMODB_MEN + EMODB_WOMEN or match[2] not in EMODB_TEXTS:
         return None
@@ -121,23 +78,15 @@ def parse_emodb(stem: str) -> Named | None:
 
 
 RAVDESS_TEXTS = {"01": "Kids are talking by the door.", "02": "Dogs are sitting by the door."}
-RAVDESS_EMOTIONS = {
-    "01": "neutral",
-    "02": "calm",
-    "03": "happy",
-    "04": "sad",
-    "05": "angry",
-    "06": "fearful",
-    "07": "disgusted",
-    "08": "surprised",
-}
+RAVDESS_EMOTIONS = {"01": "neutral", "02": "calm", "03": "happy", "04": "sad", "05": "angry", "06": "fearful"}
+RAVDESS_EMOTIONS |= {"07": "disgusted", "08": "surprised"}
 
 
 def parse_ravdess(stem: str) -> Named | None:
-    """``03-01-06-01-02-01-12``, of which only audio (03) of speech (01) is read (Livingstone & Russo, 2018).
+    """Read ``03-01-06-01-02-01-12``, if it names audio (03) of speech (01); return None for another name.
 
-    Modality, channel, emotion, intensity (1 normal, 2 strong), statement, repetition, actor: 24, the even ones
-    women. Songs have the same statements and are left out.
+    The parts are modality, channel, emotion, intensity (1 normal, 2 strong), statement, repetition and actor. Of
+    the 24 actors those with even numbers are women. Songs have the same statements and are left out.
     """
     match = re.fullmatch(r"03-01-(0[1-8])-(0[12])-(0[12])-(0[12])-(0[1-9]|1\d|2[0-4])", stem)
     if not match:
@@ -162,21 +111,18 @@ CREMA_D_TEXTS = {
     "TSI": "The surface is slick.",
     "WSI": "We'll stop in a couple of minutes.",
 }
-CREMA_D_EMOTIONS = {
-    "ANG": "angry",
-    "DIS": "disgusted",
-    "FEA": "fearful",
-    "HAP": "happy",
-    "NEU": "neutral",
-    "SAD": "sad",
-}
+CREMA_D_EMOTIONS = {"ANG": "angry", "DIS": "disgusted", "FEA": "fearful", "HAP": "happy", "NEU": "neutral"}
+CREMA_D_EMOTIONS |= {"SAD": "sad"}
 CREMA_D_LEVELS = {"LO": "low", "MD": "medium", "HI": "high", "XX": "unspecified", "X": "unspecified"}
 
 
 def parse_crema_d(stem: str) -> Named | None:
-    """``1001_DFA_ANG_XX``: actor (1001 to 1091), sentence, emotion meant, intensity (Cao et al., 2014).
+    """Read ``1001_DFA_ANG_XX``: actor (1001 to 1091), sentence, emotion meant, intensity.
 
     One released name ends in a single X. Gender stands in the corpus's table of actors, not in the names.
+
+    Returns:
+        What the name says; None for another name.
     """
     match = re.fullmatch(r"(10[0-8]\d|109[01])_([A-Z]{3})_([A-Z]{3})_(LO|MD|HI|XX?)", stem)
     if not match or match[1] == "1000" or match[2] not in CREMA_D_TEXTS or match[3] not in CREMA_D_EMOTIONS:
@@ -186,8 +132,21 @@ def parse_crema_d(stem: str) -> Named | None:
     return Named(CREMA_D_EMOTIONS[code], code, speaker, CREMA_D_TEXTS[text], None, extra)
 
 
+def _why_not(file: Path, named: Named | None, known: Mapping[str, Utterance]) -> str:
+    """Say why a sound file is no utterance of the corpus; "" where it is one."""
+    if file.name.startswith("."):
+        return "hidden file"
+    if file.suffix.lower() != ".wav":
+        return "not a WAV file"
+    if not file.is_file():
+        return "a broken link" if file.is_symlink() else "not a regular file"
+    if named is None:
+        return "not a name of this corpus's speech"
+    return "the same name stands in another folder already" if file.stem in known else ""
+
+
 def read_named(folder: str | os.PathLike[str], parse: Callable[[str], Named | None]) -> Corpus:
-    """The WAV files of a folder and its subfolders, by what `parse` reads in their names.
+    """Read the WAV files of a folder and its subfolders, by what `parse` reads in their names.
 
     Args:
         folder: of the corpus.
@@ -214,27 +173,18 @@ def read_named(folder: str | os.PathLike[str], parse: Callable[[str], Named | No
     for file in files:
         if file.suffix.lower() not in SUFFIXES + OTHER_SUFFIXES:
             continue
-        where = file.relative_to(folder).as_posix()
-        found = parse(file.stem)
-        if file.name.startswith("."):
-            dropped.append(Dropped(where, "hidden file"))
-        elif file.suffix.lower() != ".wav":
-            dropped.append(Dropped(where, "not a WAV file"))
-        elif not file.is_file():
-            dropped.append(Dropped(where, "a broken link" if file.is_symlink() else "not a regular file"))
-        elif found is None:
-            dropped.append(Dropped(where, "not a name of this corpus's speech"))
-        elif file.stem in utterances:
-            dropped.append(Dropped(where, "the same name stands in another folder already"))
-        else:
-            gender = {} if found.gender is None else {"gender": found.gender}
+        named = parse(file.stem)
+        if why := _why_not(file, named, utterances):
+            dropped.append(Dropped(file.relative_to(folder).as_posix(), why))
+        elif named is not None:
+            gender = {} if named.gender is None else {"gender": named.gender}
             utterances[file.stem] = Utterance(
                 id=file.stem,
                 file=file,
-                emotion=found.emotion,
-                text=found.text,
-                speaker=found.speaker,
-                extra={"code": found.code, **gender, **found.extra},
+                emotion=named.emotion,
+                text=named.text,
+                speaker=named.speaker,
+                extra={"code": named.code, **gender, **named.extra},
             )
     if not utterances:
         raise ManifestError(
@@ -242,3 +192,118 @@ def read_named(folder: str | os.PathLike[str], parse: Callable[[str], Named | No
             + indented(f"{d.what}: {d.why}" for d in dropped)
         )
     return Corpus(folder, [utterances[name] for name in sorted(utterances)], dropped, warnings)
+
+
+# -------------------------------------------------------------------------------------------------- the table
+
+
+def dialogue_protocols(utterances: Sequence[Utterance]) -> list[Protocol]:
+    """Return the protocols that need dialogues and sessions."""
+    return list(PROTOCOLS.values())
+
+
+def speaker_protocols(utterances: Sequence[Utterance]) -> list[Protocol]:
+    """Leave speakers out, where all speakers say the same few sentences."""
+    return [kfold("speaker", min(10, len({u.speaker for u in utterances})), shares=["transcripts"])]
+
+
+@dataclass(frozen=True)
+class CorpusRow:
+    """Describe a corpus that can be read, checked and divided.
+
+    Attributes:
+        read: takes the folder of the corpus, and by name what stands in `options`.
+        licence: what its publishers say; for data sheets and model cards.
+        source: where the corpus is described.
+        counts: emotion -> utterances, as they are published; "unlabelled" for those without one.
+        options: which of partial, root and tell (see `read_corpus`) `read` takes.
+        manifests: name -> a function that selects its utterances; none: one manifest of all, named as the row. The
+            first one is what protocols divide.
+        protocols: a function from these utterances to the protocols that divide them.
+    """
+
+    read: Callable[..., Corpus]
+    licence: str
+    source: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    manifests: Mapping[str, Callable[[list[Utterance]], list[Utterance]]] = field(default_factory=dict)
+    protocols: Callable[[Sequence[Utterance]], list[Protocol]] = speaker_protocols
+
+
+CORPORA: dict[str, CorpusRow] = {
+    "iemocap": CorpusRow(
+        iemocap.read_iemocap,
+        iemocap.LICENCE,
+        iemocap.SOURCE,
+        iemocap.ALL_EMOTIONS,
+        ("partial",),
+        {"iemocap4": iemocap.four_classes, "iemocap_all": list},
+        dialogue_protocols,
+    ),
+    "iemocap-csv": CorpusRow(
+        iemocap.read_paper_folds,
+        iemocap.LICENCE,
+        iemocap.SOURCE,
+        iemocap.COUNTS["emotion"],
+        ("root", "tell"),
+        protocols=dialogue_protocols,
+    ),
+    "emodb": CorpusRow(
+        partial(read_named, parse=parse_emodb),
+        "EmoDB: CC0 1.0 as audEERING publishes it; cite Burkhardt et al., Interspeech 2005",
+        "Burkhardt et al., A database of German emotional speech, Interspeech 2005",
+        {"angry": 127, "bored": 81, "disgusted": 46, "fearful": 69, "happy": 71, "neutral": 79, "sad": 62},
+    ),
+    "ravdess": CorpusRow(
+        partial(read_named, parse=parse_ravdess),
+        "RAVDESS: CC BY-NC-SA 4.0; cite Livingstone and Russo, PLoS ONE 2018",
+        "Livingstone and Russo, The Ryerson audio-visual database of emotional speech and song, PLoS ONE 2018",
+        {emotion: 96 if emotion == "neutral" else 192 for emotion in RAVDESS_EMOTIONS.values()},
+    ),
+    "crema-d": CorpusRow(
+        partial(read_named, parse=parse_crema_d),
+        "CREMA-D: Open Database License 1.0; cite Cao et al., IEEE Trans. Affective Computing 2014",
+        "Cao et al., CREMA-D: crowd-sourced emotional multimodal actors dataset, 2014",
+        {emotion: 1087 if emotion == "neutral" else 1271 for emotion in CREMA_D_EMOTIONS.values()},
+    ),
+}
+
+
+def read_corpus(name: str, folder: str | os.PathLike[str], **options: Any) -> Corpus:
+    """Read a corpus of `CORPORA`, and warn of what differs from the published counts.
+
+    Args:
+        name: the row.
+        folder: of the corpus.
+        options: partial (go on where something is missing), root (the folder of the recordings, where `folder` has
+            tables alone) and tell (called with what a user should know); each goes to readers that take it.
+
+    Raises:
+        ConfigError: there is no such row.
+        ManifestError: the corpus cannot be used.
+    """
+    if name not in CORPORA:
+        raise ConfigError(
+            f"no corpus is called {name!r}{did_you_mean(name, CORPORA)}; there are {', '.join(CORPORA)}"
+        )
+    row = CORPORA[name]
+    corpus = row.read(folder, **{option: options[option] for option in row.options if option in options})
+    counts = Counter(u.emotion or "unlabelled" for u in corpus.utterances)
+    differences = [f"{e} {counts[e]} of {n}" for e, n in row.counts.items() if counts[e] != n]
+    if not differences:
+        return corpus
+    warning = f"{corpus.root}: not as many utterances as are published: {', '.join(differences)}"
+    return replace(corpus, warnings=[*corpus.warnings, warning])
+
+
+def manifests_of(name: str, utterances: list[Utterance]) -> dict[str, list[Utterance]]:
+    """Name the manifests of a corpus, each with its utterances; the first one is what protocols divide."""
+    selections = CORPORA[name].manifests or {name: list}
+    return {manifest: select(utterances) for manifest, select in selections.items()}
+
+
+def divided_manifest(folder: Path) -> Path:
+    """Find the manifest to divide in a folder that preparing a corpus wrote; that of the first row if none is."""
+    paths = [folder / f"{next(iter(row.manifests), name)}.csv" for name, row in CORPORA.items()]
+    return next((path for path in paths if path.is_file()), paths[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -85,7 +85,7 @@ class SpeechDataset(Dataset[Example]):
     """Utterances with their labels as numbers and their audio read on demand.
 
     ``labels`` are those of the model: a class that is not among them counts as unknown, and without a vocabulary
-    there are no transcripts. An item is asked for by its number or as the samplers yield it.
+    there are no transcripts. An example is asked for by its number or by an `Item` as the samplers yield.
 
     A recording that cannot be read is no exception here, which a loader worker would bury in its own traceback,
     but an Example with `error`: silence of the planned length at weight 0, without labels, in the utterance's
@@ -103,6 +103,9 @@ class SpeechDataset(Dataset[Example]):
         self.utterances, self.model_labels = list(utterances), labels or Labels()
         # Where what a model makes of the recordings is kept, it is read in their place (`ser.train.cache`).
         self.stored: StoredInputs | None = None
+        # In training: what is done to a waveform before it is normalised (`ser.data.augment`). It keeps the
+        # length.
+        self.augment: Callable[[Tensor, Item], Tensor] | None = None
         self.labels: dict[str, list[Any]] = {}
         for head, names in self.model_labels.names.items():
             label_of = encoder(head, names)
@@ -155,7 +158,8 @@ class SpeechDataset(Dataset[Example]):
         )
 
     def __getitem__(self, item: int | Item) -> Example:
-        index, weight = item if isinstance(item, tuple) else (item, 1.0)
+        item = item if isinstance(item, Item) else Item(item, place=item)
+        index, weight = item.index, item.weight
         utterance, stored, kind = self.utterances[index], None, ""
         if self.stored is not None:
             (stored, error), kind = self.stored(index), self.stored.kind
@@ -163,6 +167,7 @@ class SpeechDataset(Dataset[Example]):
         else:
             try:
                 waveform, error = load_audio(utterance.file, start=utterance.start, end=utterance.end), ""
+                waveform = waveform if self.augment is None else self.augment(waveform, item)
                 waveform = normalise(waveform) if self.model_labels.do_normalize else waveform
             except MissingLibraryError:
                 raise  # nothing is wrong with the recording

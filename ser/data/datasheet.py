@@ -1,4 +1,4 @@
-"""What a corpus holds, heard and counted before anything is trained on it: the data sheet beside a manifest."""
+"""Hear and count what a corpus holds before anything is trained on it: the data sheet beside a manifest."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from tqdm import tqdm
 
 from ser.audio import audio_info, load_audio
-from ser.data.corpora import Corpus, Dropped
 from ser.data.manifest import Utterance
+from ser.data.release import Corpus, Dropped
 from ser.data.text import clean
 from ser.errors import AudioError, indented
 
-SILENT = 0.001  # peak, full scale being 1: -60 dB. Speech that was recorded at all is louder.
+SILENT = 0.001  # peak, full scale being 1: -60 dB. Any speech that was recorded is louder.
 FULL_SCALE = 0.999
 CLIPPED = 4  # neighbouring samples at full scale: a single one may be a peak that just fits
 
@@ -26,15 +26,15 @@ MAX_SHOWN = 20  # ids or texts of a kind in the Markdown; report.json has all
 
 @dataclass(frozen=True)
 class Sound:
-    """What a recording is.
+    """Describe a recording.
 
     Attributes:
         seconds: of the utterance.
         sample_rate: Hz, of the file.
         channels: of the file.
         peak: largest absolute sample as `load_audio` gives it, full scale being 1.
-        clipped: at least four neighbouring samples at full scale.
-        sha256: of the decoded samples (16 kHz mono float32), so that copies with another header are found.
+        clipped: whether at least four neighbouring samples are at full scale.
+        sha256: of the decoded samples (16 kHz mono float32). So copies with another header are found.
     """
 
     seconds: float
@@ -46,6 +46,7 @@ class Sound:
 
 
 def _sound(u: Utterance) -> Sound:
+    """Decode a recording and describe it."""
     info = audio_info(u.file, start=u.start, end=u.end)
     samples = load_audio(u.file, start=u.start, end=u.end).numpy()
     level = np.abs(samples)
@@ -93,8 +94,25 @@ def listen(corpus: Corpus, *, partial: bool = False, progress: bool = True) -> t
     return replace(corpus, utterances=utterances, dropped=dropped, warnings=warnings), sounds
 
 
+def _transcripts(utterances: Iterable[Utterance]) -> dict[str, Any]:
+    """Count the transcripts, and those that several speakers say."""
+    said: dict[str, list[Utterance]] = defaultdict(list)
+    for u in utterances:
+        if text := clean(u.text or ""):
+            said[text].append(u)
+    shared = {text: rows for text, rows in said.items() if len({u.speaker for u in rows if u.speaker}) > 1}
+    counts = {text: len(rows) for text, rows in shared.items()}
+    return {
+        "with_text": sum(map(len, said.values())),
+        "different": len(said),
+        "shared_across_speakers": len(shared),
+        "utterances_with_shared": sum(counts.values()),
+        "most_shared": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+    }
+
+
 def data_sheet(utterances: Iterable[Utterance], sounds: Mapping[str, Sound]) -> dict[str, Any]:
-    """What there is to know before training, for report.json: counts, seconds, and ids of what is odd.
+    """Collect what there is to know before training, for report.json: counts, seconds, and ids of what is odd.
 
     Args:
         utterances: at least one.
@@ -104,13 +122,9 @@ def data_sheet(utterances: Iterable[Utterance], sounds: Mapping[str, Sound]) -> 
     seconds = np.array([sounds[u.id].seconds for u in utterances])
     copies = defaultdict(list)
     labels: dict[str, Counter[str]] = defaultdict(Counter)
-    said: dict[str, list[Utterance]] = defaultdict(list)
     for u in utterances:
         copies[sounds[u.id].sha256].append(u.id)
         labels[u.speaker or "unknown"][u.emotion or "unlabelled"] += 1
-        if text := clean(u.text or ""):
-            said[text].append(u)
-    shared = {text: rows for text, rows in said.items() if len({u.speaker for u in rows if u.speaker}) > 1}
     return {
         "utterances": len(utterances),
         "hours": round(float(seconds.sum()) / 3600, 3),
@@ -123,31 +137,24 @@ def data_sheet(utterances: Iterable[Utterance], sounds: Mapping[str, Sound]) -> 
         "formats": dict(
             Counter(f"{s.sample_rate} Hz, {s.channels} channel(s)" for s in (sounds[u.id] for u in utterances))
         ),
-        "emotions": dict(sorted(Counter(u.emotion or "unlabelled" for u in utterances).items())),
+        "emotions": dict(sorted(sum(labels.values(), Counter()).items())),
         "labels_per_speaker": {speaker: dict(sorted(labels[speaker].items())) for speaker in sorted(labels)},
         "silent": [u.id for u in utterances if sounds[u.id].peak < SILENT],
         "clipped": [u.id for u in utterances if sounds[u.id].clipped],
         "same_audio": [ids for ids in copies.values() if len(ids) > 1],
-        "transcripts": {
-            "with_text": sum(map(len, said.values())),
-            "different": len(said),
-            "shared_across_speakers": len(shared),
-            "utterances_with_shared": sum(map(len, shared.values())),
-            "most_shared": {
-                text: len(rows) for text, rows in sorted(shared.items(), key=lambda item: (-len(item[1]), item[0]))
-            },
-        },
+        "transcripts": _transcripts(utterances),
     }
 
 
 def _some(items: Iterable[str]) -> str:
+    """Write the first items behind a colon, and how many more there are."""
     items = list(items)
     more = f" and {len(items) - MAX_SHOWN} more" if len(items) > MAX_SHOWN else ""
     return f": {', '.join(items[:MAX_SHOWN])}{more}" if items else ""
 
 
-def to_markdown(sheet: Mapping[str, Any], title: str) -> str:
-    """The sheet of `data_sheet` for people."""
+def sheet_to_markdown(sheet: Mapping[str, Any], title: str) -> str:
+    """Write the sheet of `data_sheet` for people."""
     seconds, text = sheet["seconds"], sheet["transcripts"]
     emotions = list(sheet["emotions"])
     rows = [

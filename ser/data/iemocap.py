@@ -1,4 +1,4 @@
-"""The IEMOCAP release (Busso et al., 2008) -> utterances, checked against the known counts to the last turn.
+"""Read the IEMOCAP release (Busso et al., 2008), and check it against the known counts to the last turn.
 
     IEMOCAP_full_release/Session1/
         dialog/EmoEvaluation/Ses01F_impro01.txt     labels; its subfolders are single annotators' and not read
@@ -7,7 +7,8 @@
                             |                        '-- who speaks: the man of session 1, speaker 01M
                             '-- the side: whose markers were filmed, here those of the woman, 01F
 
-The paper's ten "folds" 01F..05M go by the side, so both speakers of a test fold are in training too.
+IEMOCAP consists of dialogues, and its utterances are called turns here. The paper's ten "folds" 01F..05M go by the
+side, so both speakers of a test fold are in training too.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ser.data.corpora import Corpus, Dropped
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, read_manifest
+from ser.data.release import Corpus, Dropped
 from ser.errors import ManifestError, indented
 
-# The release's codes. xxx: the annotators had no majority, so the turn has a transcript but no label.
+LICENCE = "IEMOCAP: on request from SAIL, University of Southern California, for research; no redistribution"
+SOURCE = "Busso et al., IEMOCAP: interactive emotional dyadic motion capture database, LREC 42, 2008"
+
+# The release's codes. Of xxx the annotators had no majority, so the turn has a transcript but no label.
 EMOTIONS: dict[str, str | None] = {
     "neu": "neutral",
     "hap": "happy",
@@ -41,7 +45,7 @@ EMOTIONS: dict[str, str | None] = {
 }
 FOUR_CLASSES = {"neu": "neutral", "hap": "happy", "exc": "happy", "ang": "angry", "sad": "sad"}
 
-# How single annotators' labels are spelt.
+# This is how single annotators' labels are spelt.
 VOTES = {
     "neutral": "neu",
     "neutral state": "neu",
@@ -56,10 +60,11 @@ VOTES = {
     "other": "oth",
 }
 
-# Names of speakers, and of the sides, which are the paper's folds.
+# These are names of speakers, and of the sides, which are the paper's folds.
 SIDES = tuple(f"0{session}{letter}" for session in range(1, 6) for letter in "FM")
 
-# Of the whole release: how many of its labelled turns have each value, and how many of the four-class protocol's.
+# The counts of the whole release: its labelled turns, and how many turns of the four-class protocol have each
+# value.
 LABELLED, FOUR = "labelled turns", "four-class turns"
 COUNTS: dict[str, dict[str, int]] = {
     "all": {LABELLED: 10_039, FOUR: 5_531},
@@ -70,12 +75,16 @@ COUNTS: dict[str, dict[str, int]] = {
     "side": dict(zip(SIDES, (507, 578, 505, 518, 536, 615, 553, 478, 644, 597), strict=True)),
 }
 
+# Emotion -> labelled turns of the whole release.
+_TURNS = (1708, 595, 1041, 1103, 1084, 1849, 40, 107, 2, 3, 2507)
+ALL_EMOTIONS = {emotion or "unlabelled": n for emotion, n in zip(EMOTIONS.values(), _TURNS, strict=True)}
+
 _DIALOGUE = r"Ses0[1-5][FM]_(?:impro\d\d[ab]?|script\d\d_\db?)"
 
 
 @dataclass(frozen=True)
 class Name:
-    """What the name of a turn says.
+    """Hold what the name of a turn says.
 
     Attributes:
         id: the name.
@@ -94,16 +103,16 @@ class Name:
     kind: str
 
     def file(self, root: Path) -> Path:
-        """Its recording in the release."""
+        """Find the recording in the release."""
         return root / f"Session{self.session}" / "sentences" / "wav" / self.dialogue / f"{self.id}.wav"
 
     def columns(self) -> dict[str, str]:
-        """For `Utterance.extra`."""
+        """Name the columns of `Utterance.extra`."""
         return {"dialogue": self.dialogue, "session": self.session, "side": self.side, "kind": self.kind}
 
 
 def parse_name(turn: str) -> Name | None:
-    """``Ses01F_impro01_M003`` -> side 01F, speaker 01M. None: no name of a turn (``Ses01F_impro01_MXX1``, say)."""
+    """Read ``Ses01F_impro01_M003``: side 01F, speaker 01M. Return None for others (``Ses01F_impro01_MXX1``)."""
     match = re.fullmatch(rf"({_DIALOGUE})_([FM])\d\d\d", turn)
     if not match:
         return None
@@ -118,14 +127,14 @@ def parse_name(turn: str) -> Name | None:
 
 @dataclass(frozen=True)
 class Label:
-    """One turn of an EmoEvaluation file.
+    """Hold one turn of an EmoEvaluation file.
 
     Attributes:
         name: of the turn.
         start, end: seconds in the dialogue.
         code: the label, a key of `EMOTIONS`.
-        valence, arousal, dominance: means over annotators, 1 to 5; None where the file's number is no such one.
-        votes: code -> share of the external annotators, 1 in all; empty if none is given.
+        valence, arousal, dominance: means over annotators, 1 to 5; None where the file has another number.
+        votes: code -> share of the external annotators' votes; the shares sum to 1. Empty without votes.
     """
 
     name: Name
@@ -141,7 +150,8 @@ class Label:
 _TURN = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\s+(\S+)\s+(\S+)\s+\[([^\]]*)\]\s*")
 
 
-def _number(text: str) -> float | None:
+def _finite_number(text: str) -> float | None:
+    """Read a number; None where there is none."""
     try:
         number = float(text)
     except ValueError:
@@ -149,7 +159,8 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _label(line: str, dialogue: str, where: str, problems: list[str], warnings: list[str]) -> Label | None:
+def _parse_label(line: str, dialogue: str, where: str, problems: list[str], warnings: list[str]) -> Label | None:
+    """Read the first line of a turn; None where it cannot be read, for which a line goes to `problems`."""
     match = _TURN.fullmatch(line)
     if not match:
         problems.append(f"{where}: found {line[:100]!r}, expected [start - end] turn label [V, A, D]")
@@ -161,8 +172,8 @@ def _label(line: str, dialogue: str, where: str, problems: list[str], warnings: 
     if code not in EMOTIONS:
         problems.append(f"{where}: unknown label {code!r}, expected {', '.join(EMOTIONS)}")
         return None
-    start, end = (_number(match[i]) for i in (1, 2))
-    values = [_number(value) for value in match[5].split(",")]
+    start, end = (_finite_number(match[i]) for i in (1, 2))
+    values = [_finite_number(value) for value in match[5].split(",")]
     if start is None or end is None or len(values) != 3:
         problems.append(f"{where}: found {line[:100]!r}, expected two times and three values")
         return None
@@ -172,8 +183,8 @@ def _label(line: str, dialogue: str, where: str, problems: list[str], warnings: 
     return Label(name, start, end, code, valence, arousal, dominance, votes={})
 
 
-def _shares(ballots: Iterable[list[str]]) -> dict[str, float]:
-    """code -> share, the largest first. An annotator without a known label has no vote."""
+def _vote_shares(ballots: Iterable[list[str]]) -> dict[str, float]:
+    """Count votes: code -> share, the largest first. An annotator without a known label has no vote."""
     shares: dict[str, float] = defaultdict(float)
     ballots = [ballot for ballot in ballots if ballot]
     for ballot in ballots:
@@ -183,12 +194,12 @@ def _shares(ballots: Iterable[list[str]]) -> dict[str, float]:
 
 
 def parse_labels(text: str, dialogue: str, problems: list[str], warnings: list[str]) -> list[Label]:
-    """The turns of an EmoEvaluation file.
+    """Read the turns of an EmoEvaluation file.
 
-    Only the annotators' mean valence, arousal and dominance are read: single annotators' A- lines have blanks and
-    values out of range. Votes are those of the external annotators (C-E1, ...), as for the release's own labels;
-    an actor's view of the own performance (C-F1, C-M1) is none. One who gives several labels has one vote, in
-    equal parts.
+    Only the annotators' mean valence, arousal and dominance are read, because single annotators' A- lines have
+    blanks and values out of range. The external annotators (C-E1, ...) have votes, as for the release's own
+    labels. An actor's view of the own performance (C-F1, C-M1) is no vote. An annotator who gives several labels
+    has one vote, in equal parts.
 
     Args:
         text: of the file.
@@ -203,7 +214,7 @@ def parse_labels(text: str, dialogue: str, problems: list[str], warnings: list[s
         where = f"{dialogue}.txt line {number}"
         if line.startswith("["):
             ballots = []
-            label = _label(line, dialogue, where, problems, warnings)
+            label = _parse_label(line, dialogue, where, problems, warnings)
             if label is not None:
                 labels.append(label)
         elif line.startswith("C-E") and label is not None:
@@ -211,7 +222,7 @@ def parse_labels(text: str, dialogue: str, problems: list[str], warnings: list[s
             names = [name.strip().lower() for name in spelt if name.strip()]
             warnings += [f"{where}: unknown vote {name!r}, left out" for name in names if name not in VOTES]
             ballots.append([VOTES[name] for name in names if name in VOTES])
-            labels[-1] = replace(label, votes=_shares(ballots))
+            labels[-1] = replace(label, votes=_vote_shares(ballots))
     return labels
 
 
@@ -219,7 +230,7 @@ _LINE = re.compile(r"(Ses\S+)\s*\[[\d.\s-]*\]\s*:(.*)")
 
 
 def parse_transcripts(text: str, dialogue: str, dropped: list[Dropped], warnings: list[str]) -> dict[str, str]:
-    """Turn -> what is said, of a transcriptions file. The text may hold colons and brackets of its own.
+    """Read a transcriptions file: turn -> what is said. The text may hold colons and brackets of its own.
 
     Args:
         text: of the file.
@@ -244,7 +255,7 @@ def parse_transcripts(text: str, dialogue: str, dropped: list[Dropped], warnings
 
 
 def _text(path: Path, warnings: list[str]) -> str:
-    """A file of the release. A few have bytes of Windows' code page in transcripts."""
+    """Read a file of the release. A few have bytes of Windows' code page in transcripts."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -258,7 +269,7 @@ def _text(path: Path, warnings: list[str]) -> str:
 
 
 def _files(root: Path, kind: str, dropped: list[Dropped]) -> Iterator[Path]:
-    """The dialogues' files directly in Session*/dialog/<kind>. Below it are single annotators' files."""
+    """Find the dialogues' files directly in Session*/dialog/<kind>; below it are single annotators' files."""
     for session in range(1, 6):
         folder = root / f"Session{session}" / "dialog" / kind
         for path in sorted(folder.glob("*.txt")):
@@ -270,7 +281,8 @@ def _files(root: Path, kind: str, dropped: list[Dropped]) -> Iterator[Path]:
                 )
 
 
-def _utterance(label: Label, text: str, root: Path) -> Utterance:
+def _utterance_of(label: Label, text: str, root: Path) -> Utterance:
+    """Make the utterance of a turn."""
     votes = {"votes": json.dumps(label.votes)} if label.votes else {}
     times = {"time_start": str(label.start), "time_end": str(label.end)}
     return Utterance(
@@ -287,14 +299,14 @@ def _utterance(label: Label, text: str, root: Path) -> Utterance:
 
 
 def four_classes(utterances: Iterable[Utterance]) -> list[Utterance]:
-    """Those of the four-class protocol, in which excited is happy: neutral, happy, angry, sad."""
+    """Select the turns of the four-class protocol, in which excited is happy: neutral, happy, angry, sad."""
     return [
         u.relabelled(emotion=FOUR_CLASSES[u.extra["code"]]) for u in utterances if u.extra["code"] in FOUR_CLASSES
     ]
 
 
 def count_differences(utterances: Iterable[Utterance]) -> list[str]:
-    """Where the counts are not those of the whole release (`COUNTS`), one line each."""
+    """Say where the counts are not those of the whole release (`COUNTS`), one line each."""
     utterances = list(utterances)
     four = four_classes(utterances)
     found: dict[str, Counter[str]] = defaultdict(Counter)
@@ -317,12 +329,12 @@ def count_differences(utterances: Iterable[Utterance]) -> list[str]:
 
 
 def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_files: bool = True) -> Corpus:
-    """The labelled turns of the release: those with a label, a transcript and a recording, joined by id.
+    """Read the labelled turns of the release: those with a label, a transcript and a recording, joined by id.
 
     Args:
         root: the folder with Session1 to Session5.
-        partial: go on although turns are missing or lines cannot be read; they become warnings.
-        check_files: a turn whose recording is missing is dropped. (It is not opened.)
+        partial: go on although turns are missing or lines cannot be read; these become warnings.
+        check_files: drop a turn whose recording is missing. (The recording is not opened.)
 
     Returns:
         Utterances with all the release's labels by the names in `EMOTIONS`; `four_classes` selects the paper's.
@@ -361,7 +373,7 @@ def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_f
         elif check_files and not labels[id_].name.file(root).is_file():
             dropped.append(Dropped(id_, "no recording"))
         else:
-            utterances.append(_utterance(labels[id_], transcripts[id_], root))
+            utterances.append(_utterance_of(labels[id_], transcripts[id_], root))
     corpus = Corpus(root, utterances, dropped, warnings)
     wrong = count_differences(utterances) + problems
     if wrong and not partial:
@@ -384,12 +396,12 @@ def read_paper_csv(
     check_files: bool = True,
     tell: Callable[[str], None] | None = None,
 ) -> list[Utterance]:
-    """One of the paper's files, ``iemocap_01F.train.csv`` or the like: file, emotion (e0 to e3), text.
+    """Read one of the paper's files, ``iemocap_01F.train.csv`` or the like: file, emotion (e0 to e3), text.
 
     Args:
         path: the CSV.
-        root: the release. Its recordings are found by their names, whatever folder the CSV names; without
-            it, the CSV's own paths hold.
+        root: the release. Its recordings are found by their names, whatever folder the CSV names. Without a root
+            the CSV's own paths hold.
         check_files: every recording must exist.
         tell: as of `read_manifest`.
 
@@ -398,8 +410,8 @@ def read_paper_csv(
         session, side and kind. The text is the CSV's.
 
     Raises:
-        ManifestError: the CSV cannot be read; or one message with every name that is no turn's, every other label
-            and every missing recording.
+        ManifestError: the CSV cannot be read. Or there are names of no turn, other labels or missing recordings;
+            one message has them all.
     """
     path = Path(path)
     problems: list[str] = []
@@ -423,6 +435,20 @@ def read_paper_csv(
     return utterances
 
 
+def _fold_differences(
+    tests: Mapping[str, list[Utterance]], trains: Mapping[str, list[Utterance]], turns: Iterable[Utterance]
+) -> Iterator[str]:
+    """Say where files of the paper are not its folds: a test file holds one side, its training file the others."""
+    for side, rows in tests.items():
+        if strange := sorted({u.extra["side"] for u in rows} - {side}):
+            yield f"iemocap_{side}.test.csv holds turns of {', '.join(strange)}"
+        name = f"iemocap_{side}.train.csv"
+        train = {(u.id, u.emotion) for u in trains[side]}
+        rest = {(u.id, u.emotion) for u in turns if u.extra["side"] != side}
+        yield from (f"{name} has no {id_} ({emotion})" for id_, emotion in sorted(rest - train))
+        yield from (f"{name} has {id_} ({emotion}), but no test file" for id_, emotion in sorted(train - rest))
+
+
 def read_paper_folds(
     folder: str | os.PathLike[str],
     *,
@@ -430,7 +456,7 @@ def read_paper_folds(
     check_files: bool = True,
     tell: Callable[[str], None] | None = None,
 ) -> Corpus:
-    """The paper's twenty files -> the turns in them, once each.
+    """Read the paper's twenty files, and take the turns in them, once each.
 
     The files say nothing more than the names of the turns: a fold's test file holds one side, its training file
     the others. That is checked, so `protocols.paper10` on the result gives the same ten folds.
@@ -441,7 +467,7 @@ def read_paper_folds(
         tell: is called with what a user should know of the files that are read, once where it is the same of all.
 
     Raises:
-        ManifestError: as `read_paper_csv`; or one message with every fold that is otherwise.
+        ManifestError: as `read_paper_csv`; or one message with every difference from the paper's folds.
     """
     folder = Path(folder).absolute()
     notes: dict[str, None] = {}
@@ -453,20 +479,12 @@ def read_paper_folds(
         return read_paper_csv(folder / name, root=root, check_files=check_files, tell=note)
 
     tests = {side: read(f"iemocap_{side}.test.csv", check_files=check_files) for side in SIDES}
-    turns = {u.id: u for rows in tests.values() for u in rows}
-    problems = []
-    for side, rows in tests.items():
-        if strange := sorted({u.extra["side"] for u in rows} - {side}):
-            problems.append(f"iemocap_{side}.test.csv holds turns of {', '.join(strange)}")
-        name = f"iemocap_{side}.train.csv"
-        train = {(u.id, u.emotion) for u in read(name, check_files=False)}
-        rest = {(u.id, u.emotion) for u in turns.values() if u.extra["side"] != side}
-        problems += [f"{name} has no {id_} ({emotion})" for id_, emotion in sorted(rest - train)]
-        problems += [f"{name} has {id_} ({emotion}), but no test file" for id_, emotion in sorted(train - rest)]
+    trains = {side: read(f"iemocap_{side}.train.csv", check_files=False) for side in SIDES}
     if tell is not None:
         for line in notes:
             tell(line)
-    if problems:
+    turns = {u.id: u for rows in tests.values() for u in rows}
+    if problems := list(_fold_differences(tests, trains, turns.values())):
         raise ManifestError(f"{folder}: not the paper's folds ({len(problems)}):{indented(problems)}")
     warnings = [] if root is not None else ["without a root, the recordings are where the CSV files say"]
     return Corpus(

@@ -1,13 +1,26 @@
-"""The list of utterances: read and checked before any training, so that every bad row is known at once.
+"""Read and check the list of utterances before any training, so that every bad row is known at once.
 
 A manifest is CSV with a header (tab-separated where it ends in .tsv) or JSON (.jsonl, .json: an object per line,
-or one array of objects). Only `file` is required; `emotion`, `text`, `speaker`, `id`, `start` and `end` (seconds),
-`arousal`, `dominance` and `valence` (numbers on any scale) are ours, other columns are kept:
+or one array of objects). Only `file` is required. `emotion`, `text`, `speaker`, `id`, `start` and `end` (seconds),
+`arousal`, `dominance` and `valence` (numbers on any scale) are our columns, and other columns are kept:
 
     file,emotion,text,speaker
     wav/03a01Fa.wav,happiness,Der Lappen liegt auf dem Eisschrank.,03
 
-Cells that stand for nothing (`ser.data.cells.MISSING_LABELS`, `MISSING_TEXTS`) are no label and no text.
+The rules of reading:
+
+- The file is UTF-8, with or without a byte order mark. Any line ends and blank lines are allowed.
+- A CSV quotes fields as usual. A TSV does so where all its fields that begin with a quotation mark end with one on
+  the same line; else the mark is a character.
+- An empty cell (or JSON null, or NaN) means None. Cells that stand for nothing (`ser.data.cells.MISSING_LABELS`,
+  `MISSING_TEXTS`) are no label and no text.
+- Spaces around labels and numbers do not count, and labels are NFC. A speaker that is a whole number written as a
+  float (1.0) is the whole number.
+- The default id is the file as it is written, with ``#start-end`` for an excerpt.
+- Columns without a name are ignored.
+- A file that is not there is found under the same name in another Unicode form (NFC, NFD).
+- The paper's three-column CSV (``file,emotion,text`` with labels e0..e3) reads as it is: where all labels of a
+  manifest are among e0, e1, e2, e3 they become neutral, happy, angry, sad.
 """
 
 from __future__ import annotations
@@ -44,13 +57,12 @@ from ser.data.text import did_you_mean, nfc, unique_names
 from ser.errors import ConfigError, ManifestError, brief_repr, shorten, summary
 from ser.files import csv_line, replace_file
 
-NUMBERS = ("start", "end", *DIMENSIONS)
-COLUMNS = ("file", "emotion", "text", "speaker", "id", *NUMBERS)
+COLUMNS = ("file", "emotion", "text", "speaker", "id", "start", "end", *DIMENSIONS)
 
-# The labels of Cai et al.'s manifests. Names are stored, never bare numbers.
+# Cai et al.'s manifests have these labels. Names are stored, never bare numbers.
 PAPER_EMOTIONS = {"e0": "neutral", "e1": "happy", "e2": "angry", "e3": "sad"}
 
-# A Mac takes both forms of a name for the same file.
+# A Mac takes both Unicode forms of a name for the same file.
 ONE_FILE_IN_ANY_FORM = sys.platform == "darwin"
 
 # A manifest may have millions of rows, so only its lines are bounded. The csv module bounds fields itself.
@@ -61,8 +73,13 @@ MAX_COLUMNS = 1000
 
 MAX_LISTED = 50
 
-# Each permits what stands before it too.
+# Each word permits what the words before it permit too.
 OVERLAPS = ("none", "speakers", "utterances")
+
+
+def known_columns() -> tuple[str, ...]:
+    """Return the columns that are ours: `COLUMNS`, and those of rows that were added to `LABELS`."""
+    return tuple(dict.fromkeys((*COLUMNS, *label_columns())))
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -135,11 +152,11 @@ def value_of(utterance: Utterance, column: str) -> Any:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two sets of utterances share.
+    """Hold what two sets of utterances share.
 
     Attributes:
         speakers: names in both, sorted. Utterances without a speaker tell nothing.
-        utterances: ids, in the second set, of recordings (file, start, end) that are in the first one too.
+        utterances: ids, in the second set, of recordings (file, start, end) that are in the first set too.
     """
 
     speakers: list[str]
@@ -147,18 +164,21 @@ class Overlap:
 
 
 class _Problems:
-    """The bad rows: all are counted, the first `MAX_LISTED` are kept."""
+    """Collect what is wrong with rows: all faults are counted, and the first `MAX_LISTED` are kept."""
 
     def __init__(self) -> None:
+        """Begin without a fault."""
         self.listed: list[str] = []
         self.count = 0
 
     def add(self, where: str, what: str) -> None:
+        """Count a fault."""
         self.count += 1
         if len(self.listed) < MAX_LISTED:
             self.listed.append(f"{where}: {what}")
 
     def raise_if_any(self, headline: str) -> None:
+        """Raise ManifestError with all faults, if there is one."""
         if self.count:
             more = self.count - len(self.listed)
             rest = [f"and {more} more"] if more else []
@@ -169,11 +189,11 @@ class _Problems:
 
 
 def check_regular(path: Path, expected: str) -> None:
-    """Refuse what is no regular file before anything is read of it: a pipe waits for ever, a device has no end.
+    """Refuse what is no regular file before anything is read: a pipe waits for ever, a device has no end.
 
     Raises:
-        ManifestError: ``path`` is a folder, a pipe, a device or a socket; the message says that ``expected`` was.
-        OSError: it is not there.
+        ManifestError: ``path`` is a folder, a pipe, a device or a socket; the message says what was ``expected``.
+        OSError: there is nothing called ``path``.
     """
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
@@ -185,44 +205,50 @@ def check_regular(path: Path, expected: str) -> None:
 
 
 def _is_json(path: Path) -> bool:
+    """Tell whether a manifest is JSON, by its name."""
     return path.suffix.lower() in (".jsonl", ".json")
 
 
 def _delimiter(path: Path) -> str:
+    """Return what separates the fields of a manifest that is no JSON, by its name."""
     return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
 def _unknown_column(name: str) -> str:
-    return f"no column of ours is called {name!r}{did_you_mean(name, COLUMNS)}; ours are {', '.join(COLUMNS)}"
+    """Say that a name is none of our columns, and which is the nearest."""
+    ours = known_columns()
+    return f"no column of ours is called {name!r}{did_you_mean(name, ours)}; ours are {', '.join(ours)}"
 
 
 def _quoted(word: str) -> str:
-    """A word as a shell takes it, where a terminal can show it."""
+    """Write a word as a shell takes it, where a terminal can show it."""
     return shlex.quote(word) if word.isprintable() else brief_repr(word)
 
 
 class _Renaming:
-    """From a manifest's column names to ours, as `columns` says."""
+    """Map the column names of a manifest to ours, as `columns` says."""
 
     def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
+        """Check `columns`. Raises ManifestError for a name that is not ours, or one column with two names."""
         self.path = path
         self.columns = columns
         for ours in columns:
-            if ours not in COLUMNS:
+            if ours not in known_columns():
                 raise ManifestError(f"{path}: {_unknown_column(ours)}")
         self.found: list[str] = []  # the manifest's names, as soon as they are known
-        self.remark = ""  # for errors about them
+        self.remark = ""  # is added to errors about these names
         self.ours = {theirs: ours for ours, theirs in columns.items()}
         if len(self.ours) < len(columns):
             raise ManifestError(f"{path}: one column cannot be two of ours: {dict(columns)}")
 
     def __call__(self, theirs: str) -> str:
+        """Return our name of a column."""
         if theirs in self.ours:
             return self.ours[theirs]
         return f"{theirs}_original" if theirs in self.columns else theirs
 
     def check(self, found: Sequence[str]) -> None:
-        """That `found`, the manifest's names, has every column that is asked for."""
+        """Check that `found`, the manifest's names, has every column that is asked for."""
         self.found = list(found)
         wanted = {"file": "file", **self.columns}
         missing = [
@@ -240,12 +266,12 @@ class _Renaming:
             )
 
     def lines(self) -> list[str]:
-        """Which columns were read as what, and those that were not, with what they may be meant for."""
-        read = {self(name): name for name in self.found if self(name) in COLUMNS}
-        others = [name for name in self.found if name and self(name) not in COLUMNS]
+        """Say which columns were read as what, and which were not, with what those may be meant for."""
+        read = {self(name): name for name in self.found if self(name) in known_columns()}
+        others = [name for name in self.found if name and self(name) not in known_columns()]
         shown = [
             ours if ours == read[ours] else f"{ours} (from {brief_repr(read[ours])})"
-            for ours in COLUMNS
+            for ours in known_columns()
             if ours in read
         ]
         nameless = self.found.count("")
@@ -256,19 +282,20 @@ class _Renaming:
         hints = [
             f"  {brief_repr(name)} is not read; did you mean --columns {_quoted(f'{ours}={name}')}?"
             for name in others[:MAX_COLUMNS]
-            if name not in aside and (ours := often_called(name, [c for c in COLUMNS if c not in read]))
+            if name not in aside and (ours := often_called(name, [c for c in known_columns() if c not in read]))
         ]
         return lines + hints[:MAX_SHOWN]
 
 
 class _Unreadable(Exception):
-    """A line behind which reading cannot go on."""
+    """Stop reading behind a line."""
 
 
 class _Lines:
-    """The decoded lines of a file, ends included. Lines that are damaged are reported, and their numbers kept."""
+    """Decode the lines of a file, ends included. Damaged lines are reported, and their numbers are kept."""
 
     def __init__(self, file: BinaryIO, problems: _Problems) -> None:
+        """Begin before the first line."""
         self.file = file
         self.problems = problems
         self.number = 0
@@ -276,6 +303,7 @@ class _Lines:
         self.recent: list[str] = []  # as many as the reader wants to keep
 
     def __iter__(self) -> Iterator[str]:
+        """Yield line by line. Raises _Unreadable behind a line that is too long."""
         while line := self.file.readline(MAX_LINE_BYTES + 1):
             self.number += 1
             if len(line) > MAX_LINE_BYTES:
@@ -298,7 +326,7 @@ class _Lines:
 
 
 def _header(path: Path, line: int, found: list[str], renaming: _Renaming) -> list[str]:
-    """Our names, and the manifest's own for the other columns; empty for a column without a name."""
+    """Name the columns: ours, and the others as the manifest does; "" for a column without a name."""
     if len(found) > MAX_COLUMNS:
         raise ManifestError(f"{path}: line {line}: {len(found)} columns, at most {MAX_COLUMNS} are possible")
     renaming.check(found)
@@ -309,10 +337,26 @@ def _header(path: Path, line: int, found: list[str], renaming: _Renaming) -> lis
     return names
 
 
+def _csv_fault(error: csv.Error) -> str:
+    """Word what the csv module found, with advice for those who write manifests."""
+    if "new-line" in str(error):  # the module's advice is for those who open files
+        return "a carriage return outside quotes ends no line; save the manifest with line feeds"
+    return f"{error}; is a quote left open, or one inside a field not doubled?"
+
+
+def _row_fault(cells: list[str], lines: list[str], names: list[str], delimiter: str, first: int) -> str:
+    """Say why the cells of some lines, from number `first` on, are no row; "" where they are."""
+    if len(cells) != len(names):
+        return f"{len(cells)} fields, but the header has {len(names)}"
+    if len(lines) > 1 and (held := swallowed(lines, names, delimiter)):
+        return f"a quoted cell holds line {first + held}, which looks like a row of its own; is a quote left open?"
+    return ""
+
+
 def _csv_rows(
     path: Path, file: BinaryIO, renaming: _Renaming, problems: _Problems, quoting: Quoting
 ) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """(line, name -> cell) of each row whose number of fields is right."""
+    """Yield (line, name -> cell) of each row whose number of fields is right."""
     lines = _Lines(file, problems)
     delimiter = _delimiter(path)
     reader = csv.reader(
@@ -330,10 +374,7 @@ def _csv_rows(
         except (StopIteration, _Unreadable):
             return
         except csv.Error as error:
-            what = f"{error}; is a quote left open, or one inside a field not doubled?"
-            if "new-line" in str(error):  # the module's advice is for those who open files
-                what = "a carriage return outside quotes ends no line; save the manifest with line feeds"
-            problems.add(f"line {first}", what)
+            problems.add(f"line {first}", _csv_fault(error))
             if "limit" in str(error):
                 problems.add(f"line {reader.line_num}", "the rest of the manifest was not read")
                 return
@@ -347,11 +388,8 @@ def _csv_rows(
             names = _header(path, first, [cell.strip() for cell in cells], renaming)
         elif damaged:
             continue
-        elif len(cells) != len(names):
-            problems.add(f"line {first}", f"{len(cells)} fields, but the header has {len(names)}")
-        elif len(lines.recent) > 1 and (held := swallowed(lines.recent, names, delimiter)):
-            what = f"a quoted cell holds line {first + held}, which looks like a row of its own"
-            problems.add(f"line {first}", f"{what}; is a quote left open?")
+        elif fault := _row_fault(cells, lines.recent, names, delimiter, first):
+            problems.add(f"line {first}", fault)
         else:
             yield first, {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
@@ -393,17 +431,22 @@ def _array_items(file: BinaryIO, problems: _Problems) -> Iterator[tuple[int, Any
 
 
 def _cell(name: str, value: Any, renaming: _Renaming) -> str | None:
-    """A JSON value as the string that a CSV would hold: 1 is "1", 1.0 "1.0", true "true"."""
+    """Write a JSON value as the string that a CSV would hold: 1 is "1", 1.0 "1.0", true "true"."""
     if value is None or isinstance(value, str):
         return value
     unfit = isinstance(value, dict | list) or (isinstance(value, float) and not math.isfinite(value))
     ours = renaming(name)
-    if unfit and ours in COLUMNS and not (isinstance(value, float) and ours in NUMBERS):
+    if (
+        unfit
+        and ours in known_columns()
+        and not (isinstance(value, float) and ours in ("start", "end", *label_columns("numbers")))
+    ):
         raise ValueError(f"{brief_repr(name)} is {brief_repr(value)}, expected a string or number")
     return json.dumps(value, ensure_ascii=False)
 
 
 def _is_text(value: str | None) -> bool:
+    """Tell whether a value can stand in a manifest: no NUL, no half of a surrogate pair."""
     return value is None or NO_TEXT.search(value) is None
 
 
@@ -438,13 +481,14 @@ def _json_rows(
 
 @functools.lru_cache
 def _label(cell: str | None) -> str | None:
-    """A name as it is compared. Cached, since a million rows share few names: one string serves them all."""
+    """Write a name as it is compared. With the cache one string serves all rows that share the name."""
     return None if cell is None else nfc(cell.strip())
 
 
-def _number(
+def _cell_number(
     name: str, cell: str | None, found: list[str], missing: Missing | None = None, *, least: float = -math.inf
 ) -> float | None:
+    """Read a cell as a number; what is wrong with it goes to `found`."""
     if cell is None:
         return None
     try:
@@ -459,48 +503,55 @@ def _number(
     return None
 
 
-def _excerpt(start: float | None, end: float | None) -> str:
+def _excerpt_suffix(start: float | None, end: float | None) -> str:
+    """Write the times of an excerpt as the end of an id."""
     if start is None and end is None:
         return ""
     return f"#{'' if start is None else start}-{'' if end is None else end}"
 
 
 def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], missing: Missing) -> Utterance:
-    """The row as an utterance; what is wrong with it goes to `found`."""
+    """Make an utterance of a row; what is wrong with the row goes to `found`."""
     full: dict[str, Any] = {name: cell for name, cell in cells.items() if cell and not cell.isspace()}
     name = full.pop("file", "")
     if not name:
         found.append("has no file")
-    start, end = (_number(part, full.pop(part, None), found, least=0) for part in ("start", "end"))
-    dimensions = {name: _number(name, full.pop(name, None), found, missing) for name in DIMENSIONS}
+    start, end = (_cell_number(part, full.pop(part, None), found, least=0) for part in ("start", "end"))
+    labels: dict[str, Any] = {column: _label(full.pop(column, None)) for column in label_columns("class")}
+    for column in label_columns("numbers"):
+        labels[column] = _cell_number(column, full.pop(column, None), found, missing)
     if end is not None and end <= (start or 0.0):
         found.append(f"end {end} is not after start {start or 0.0}")
-    emotion, speaker = (_label(full.pop(kind, None)) for kind in ("emotion", "speaker"))
     text = full.pop("text", None)
-    if text is not None and len(text) < 8 and missing("text", text):  # the cells that can be
-        text = None
+    if text is not None and not (len(text) < 8 and missing("text", text)):  # the cells that can be
+        labels["text"] = text
     return Utterance(
-        id=full.pop("id", None) or name + _excerpt(start, end),
+        id=full.pop("id", None) or name + _excerpt_suffix(start, end),
         file=folder / name,
         start=start,
         end=end,
-        labels={"emotion": emotion, "text": text, "speaker": speaker, **dimensions},
+        labels=labels,
         extra=dict(full),  # a copy is as small as what is left
     )
 
 
 def map_for(label_map: Mapping[str, Any], column: str) -> dict[str, str | None]:
-    """The part of a label map that is about emotions, or about speakers: name as written -> its name, or None."""
+    """Return the part of a label map about emotions or speakers: name as written -> its name, or None."""
     if column == "speaker":
         speakers = label_map.get("speaker")
         return dict(speakers) if isinstance(speakers, Mapping) else {}
     return {old: new for old, new in label_map.items() if not isinstance(new, Mapping)}
 
 
+def _change(name: str, to: str | None) -> str:
+    """Say what a name becomes."""
+    return f"{brief_repr(name)} is {'no label' if to is None else brief_repr(to)}"
+
+
 def _new_names(
     column: str, counts: Counter[str], names: Mapping[str, str | None], missing: Missing, lines: list[str]
 ) -> dict[str, str | None]:
-    """What becomes of the labels of a column that do not stay: first as the map says, then by the rules.
+    """Decide what the labels of a column become that do not stay: first as the map says, then by the rules.
 
     Args:
         column: emotion or speaker.
@@ -511,18 +562,15 @@ def _new_names(
     """
     new = {name: names[name] for name in counts if name in names}
     if new:
-        shown = [
-            f"{brief_repr(n)} is {'no label' if to is None else brief_repr(to)} ({counts[n]})"
-            for n, to in new.items()
-        ]
+        shown = [f"{_change(n, to)} ({counts[n]})" for n, to in new.items()]
         lines.append(f"  --map, {column}: {shorten(', '.join(shown), 200)}")
     new |= {n: None for n in counts if n not in new and missing(column, n, count=counts[n])}
     floats = {}
     if column == "speaker" and not missing.literal:
         floats = {n: whole(n) for n in counts if n not in new and whole(n) != n}
-        new |= {n: names.get(to, to) for n, to in floats.items()}
     if floats:
-        shown = [f"{brief_repr(n)} is {brief_repr(to)}" for n, to in floats.items()]
+        new |= {n: names.get(to, to) for n, to in floats.items()}
+        shown = [_change(n, to) for n, to in floats.items()]
         lines.append(
             f"  speakers that are whole numbers written as floats are those: {shorten(', '.join(shown), 200)}"
         )
@@ -536,7 +584,7 @@ def _new_names(
 def _with_names(
     utterances: list[Utterance], label_map: Mapping[str, Any], missing: Missing, lines: list[str]
 ) -> list[Utterance]:
-    """The utterances with their labels as `label_map` and the rules of `read_manifest` name them.
+    """Name the labels of the utterances as `label_map` and the rules of reading say.
 
     Each name is looked at once, however many rows have it. What a user should know goes to `lines`.
     """
@@ -555,7 +603,7 @@ def _with_names(
 
 
 def _audio(utterance: Utterance) -> tuple[str, float, float | None]:
-    """What tells one recording from another."""
+    """Return what tells one recording from another."""
     name = os.path.normpath(utterance.file.absolute())
     if ONE_FILE_IN_ANY_FORM and not name.isascii():
         name = nfc(name)
@@ -563,6 +611,7 @@ def _audio(utterance: Utterance) -> tuple[str, float, float | None]:
 
 
 def _why_unusable(file: Path) -> str:
+    """Say why a path is no regular file; "" where it is one."""
     try:
         return "" if stat.S_ISREG(file.stat().st_mode) else "is not a regular file"
     except FileNotFoundError:
@@ -572,9 +621,10 @@ def _why_unusable(file: Path) -> str:
 
 
 class _Checks:
-    """What can only be known by looking at other rows or at the disk."""
+    """Check what can only be known from other rows or from the disk."""
 
     def __init__(self, *, check_files: bool, unit: str) -> None:
+        """Begin without a row; ``unit`` is what the rows are called, such as "line"."""
         self.check_files = check_files
         self.unit = unit
         self.ids: dict[str, int] = {}
@@ -582,7 +632,7 @@ class _Checks:
         self.unusable: dict[str, str] = {}  # file -> why, or "": a file with many excerpts is looked up once
 
     def of(self, utterance: Utterance, number: int) -> Iterator[str]:
-        """What is wrong with the utterance in line (or of position) `number`."""
+        """Yield what is wrong with the utterance in line (or of position) `number`."""
         first_id = self.ids.setdefault(utterance.id, number)
         first_audio = self.audio.setdefault(_audio(utterance), number)
         if first_audio != number:
@@ -597,6 +647,30 @@ class _Checks:
                 yield f"the file {brief_repr(name)} {why}"
 
 
+def _checked_utterances(
+    rows: Iterable[tuple[int, dict[str, str | None]]],
+    folder: Path,
+    missing: Missing,
+    checks: _Checks,
+    problems: _Problems,
+) -> list[Utterance]:
+    """Make an utterance of each row, whose file is under its name on the disk; report what is wrong with it."""
+    files = Files()
+    utterances: list[Utterance] = []
+    for line, cells in rows:
+        found: list[str] = []
+        utterance = _utterance(cells, folder, found, missing)
+        if not found:
+            name = cells["file"]
+            if name is not None and not name.isascii():
+                utterance = replace(utterance, file=files.find(utterance.file))
+            found += checks.of(utterance, line)
+        for what in found:
+            problems.add(f"{checks.unit} {line}", what)
+        utterances.append(utterance)
+    return utterances
+
+
 def read_manifest(
     path: str | os.PathLike[str],
     *,
@@ -607,47 +681,35 @@ def read_manifest(
     label_map: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> list[Utterance]:
-    """The utterances of a manifest, in its order.
-
-    UTF-8, with or without a byte order mark, any line ends, blank lines allowed. A CSV quotes fields as usual; a
-    TSV does so where all its fields that begin with a quotation mark end with one on the same line, else the mark
-    is a character. An empty cell (or JSON null, or NaN) means None; spaces around labels and numbers do not count,
-    and labels are NFC. A speaker that is a whole number written as a float (1.0) is the whole number. The default
-    id is the file as it is written, with ``#start-end`` for an excerpt. Columns without a name are ignored. A file
-    that is not there is found under the same name in another Unicode form (NFC, NFD).
-
-    The paper's three-column CSV (``file,emotion,text`` with labels e0..e3) reads as it is: where all labels of a
-    manifest are among e0, e1, e2, e3 they become neutral, happy, angry, sad.
+    """Read the utterances of a manifest, in its order. The module's docstring has the rules.
 
     Args:
-        path: .tsv is tab-separated, .jsonl and .json hold one object per line, or one array of objects, all else
+        path: .tsv is tab-separated; .jsonl and .json hold one object per line, or one array of objects; all else
             is CSV.
         root: the folder that relative files start from; by default the manifest's own.
         columns: our name -> the manifest's, e.g. ``{"text": "transcript"}``. A column of ours that this sets aside
             is kept among the others as ``<name>_original``.
-        check_files: every file must exist. (It is not opened; that is the work of `ser.audio`.)
-        literal_labels: take labels and texts as they are written, those of `ser.data.cells.MISSING_LABELS` and
-            `MISSING_TEXTS` and speakers such as 1.0 too.
+        check_files: whether every file must exist. (No file is opened; that is the work of `ser.audio`.)
+        literal_labels: take labels and texts as they are written. Those of `ser.data.cells.MISSING_LABELS` and
+            `MISSING_TEXTS` and speakers such as 1.0 are taken so too.
         label_map: emotion as written -> its name, None for no label; below "speaker", the same of speakers. See
             `ser.data.spellings.parse_map`.
-        tell: is called with each line that a user should know: which columns were read, which cells are no label.
+        tell: is called with each line that a user should know, such as which columns were read.
 
     Returns:
         At least one utterance; the paths are absolute.
 
     Raises:
-        ManifestError: one message that lists every bad row with its line (the first 50 of them): a missing column,
-            a duplicate id or (file, start, end), a missing file, a start or end that is no number, negative or
-            reversed, a wrong number of fields, bytes that are not UTF-8, JSON that does not parse; or a manifest
-            without rows or that is not a regular file.
+        ManifestError: the manifest is no regular file, has no rows or lacks a column. Or rows are bad: one message
+            lists the first 50 with their lines. A row is bad with a duplicate id or (file, start, end), a missing
+            file, a start or end that is no number, negative or reversed, a wrong number of fields, bytes that are
+            not UTF-8, or JSON that does not parse.
     """
     path = Path(path)
     folder = Path(path.parent if root is None else root).absolute()
     renaming = _Renaming(path, columns or {})
     problems = _Problems()
-    utterances: list[Utterance] = []
     missing = Missing(literal=literal_labels)
-    files = Files()
     quoting = Quoting()
     try:
         check_regular(path, "a CSV or JSON lines manifest")
@@ -657,24 +719,12 @@ def read_manifest(
             if _delimiter(path) == "\t":
                 quoting = find_quoting(file)
                 renaming.remark = quoting.remark()
-            unit = "item" if _is_json(path) and _is_array(file) else "line"
+            if _is_json(path):
+                unit, rows = "item" if _is_array(file) else "line", _json_rows(file, renaming, problems)
+            else:
+                unit, rows = "line", _csv_rows(path, file, renaming, problems, quoting)
             checks = _Checks(check_files=check_files, unit=unit)
-            rows = (
-                _json_rows(file, renaming, problems)
-                if _is_json(path)
-                else _csv_rows(path, file, renaming, problems, quoting)
-            )
-            for line, cells in rows:
-                found: list[str] = []
-                utterance = _utterance(cells, folder, found, missing)
-                if not found:
-                    name = cells["file"]
-                    if name is not None and not name.isascii():
-                        utterance = replace(utterance, file=files.find(utterance.file))
-                    found += checks.of(utterance, line)
-                for what in found:
-                    problems.add(f"{unit} {line}", what)
-                utterances.append(utterance)
+            utterances = _checked_utterances(rows, folder, missing, checks, problems)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         cause = error.strerror if isinstance(error, OSError) else error
         raise ManifestError(f"{path}: cannot read the manifest: {cause}") from error
@@ -690,17 +740,17 @@ def read_manifest(
 
 
 def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
-    """``["text=transcript", ...]``, as given on a command line -> ``{"text": "transcript", ...}``.
+    """Read ``["text=transcript", ...]``, as given on a command line, as ``{"text": "transcript", ...}``.
 
     Raises:
-        ConfigError: no "=", or a name before it that is not one of ours or stands twice.
+        ConfigError: there is no "="; or the name before it is not one of ours, or stands twice.
     """
     columns: dict[str, str] = {}
     for pair in pairs:
         ours, equals, theirs = (part.strip() for part in pair.partition("="))
         if not equals or not ours or not theirs:
             raise ConfigError(f"expected OURS=THEIRS, such as text=transcript, found {pair!r}")
-        if ours not in COLUMNS:
+        if ours not in known_columns():
             raise ConfigError(_unknown_column(ours))
         if ours in columns:
             raise ConfigError(f"the column {ours!r} is given twice: {columns[ours]!r} and {theirs!r}")
@@ -709,7 +759,7 @@ def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
 
 
 def _constant(name: str) -> float | None:
-    """What NaN, Infinity and -Infinity mean in JSON."""
+    """Read NaN as nothing, and Infinity and -Infinity as numbers."""
     return None if name == "NaN" else float(name)
 
 
@@ -718,7 +768,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique_names, parse_constant=_const
 
 
 def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
-    """Which labels a reader would take for something else."""
+    """Say which labels a reader would take for something else."""
     advice = "write and read it with literal_labels"
     for column in ("emotion", "speaker", "text"):
         value = utterance.labels.get(column)
@@ -731,14 +781,83 @@ def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
 
 
 def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
-    """name -> value of what is known."""
+    """Return column -> value of what is known."""
     file = utterance.file.absolute()
-    cells: dict[str, str | float | None] = {name: value_of(utterance, name) for name in COLUMNS}
+    cells: dict[str, str | float | None] = {name: value_of(utterance, name) for name in known_columns()}
     cells["file"] = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
     return {name: value for name, value in {**utterance.extra, **cells}.items() if value is not None}
 
 
 # ---------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Describe how rows become the lines of a manifest, and what cannot stand in one.
+
+    Attributes:
+        names: of the columns, in their order.
+        delimiter: between the fields of a CSV or TSV.
+        as_json: one object per line in place of fields.
+    """
+
+    names: list[str]
+    delimiter: str
+    as_json: bool
+
+    def header(self) -> str:
+        """Write the line of the columns' names, which a file of objects has not."""
+        return "" if self.as_json else csv_line(self.names, delimiter=self.delimiter)
+
+    def line(self, cells: Mapping[str, str | float]) -> str:
+        """Write a row."""
+        if self.as_json:
+            return json.dumps(cells, ensure_ascii=False) + "\n"
+        return csv_line(map(cells.get, self.names), delimiter=self.delimiter)
+
+    def breaks(self, cell: str) -> bool:
+        """Tell whether a cell of a TSV holds a line end."""
+        return self.delimiter == "\t" and "\n" in cell
+
+    def can_name_a_column(self, name: str) -> bool:
+        """Tell whether a column beside ours can have this name."""
+        return (
+            bool(name)
+            and name not in known_columns()
+            and name == name.strip()
+            and _is_text(name)
+            and not self.breaks(name)
+        )
+
+    def faults(self, texts: Mapping[str, str], line: str) -> Iterator[str]:
+        """Say why a row, as a mapping and as it would be written, cannot stand in the manifest."""
+        if any(map(self.breaks, texts.values())):
+            yield "holds a line end, which cannot stand in a .tsv; write a .csv or .jsonl"
+        elif not self.as_json and "\n" in line[:-1] and swallowed(line.split("\n"), self.names, self.delimiter):
+            yield "holds a line that looks like a row of the manifest; write a .jsonl"
+        if not all(map(_is_text, texts.values())):
+            yield "holds a NUL or half a surrogate pair"
+        elif max(map(len, texts.values())) > MAX_CELL or len(line.encode()) > MAX_LINE_BYTES:
+            yield "is too long for a manifest"
+
+
+def _written_lines(
+    utterances: Iterable[Utterance], folder: Path, layout: _Layout, literal: Missing, problems: _Problems
+) -> Iterator[str]:
+    """Yield the line of each utterance that would be read as it is; report what is wrong with the others."""
+    checks = _Checks(check_files=False, unit="utterance")
+    for number, utterance in enumerate(utterances, 1):
+        cells = _cells(utterance, folder)
+        texts = {name: str(value) for name, value in cells.items()}
+        line = layout.line(cells)
+        found: list[str] = []
+        # As the reader will see it.
+        found += _read_otherwise(_utterance({**texts}, folder, found, Missing(literal=True)), literal)
+        found += [*checks.of(utterance, number), *layout.faults(texts, line)]
+        for what in found:
+            problems.add(f"utterance {number} {brief_repr(utterance.id)}", what)
+        if not found:
+            yield line
 
 
 def write_manifest(
@@ -748,68 +867,42 @@ def write_manifest(
     root: str | os.PathLike[str] | None = None,
     literal_labels: bool = False,
 ) -> None:
-    """A manifest that `read_manifest` reads as the same utterances; whole or not at all.
+    """Write a manifest that `read_manifest` reads as the same utterances; whole or not at all.
 
-    Exactly the same, if they are as `read_manifest` gives them: absolute paths, no empty strings. Columns that are
-    empty in every row are left out of a CSV.
+    The utterances are exactly the same if they are as `read_manifest` gives them: absolute paths, no empty
+    strings. Columns that are empty in every row are left out of a CSV.
 
     Args:
         path: .tsv, .jsonl, .json or CSV, as for `read_manifest`.
         utterances: at least one.
-        root: files inside this folder are written relative to it, by default to the manifest's folder. To read
-            the manifest, pass the same one.
-        literal_labels: it will be read with this too, so that labels such as "None" are labels.
+        root: files inside this folder are written relative to it, by default to the manifest's folder. Pass the
+            same folder to read the manifest.
+        literal_labels: whether the manifest will be read with this too, so that labels such as "None" are labels.
 
     Raises:
-        ManifestError: there are no utterances; rows that `read_manifest` would refuse or read otherwise, or with
-            a value that cannot stand in a manifest (a NUL, half a surrogate pair, longer than 128 KiB; in a TSV a
-            line end); an extra column with one of our names; or the file cannot be written.
+        ManifestError: there are no utterances; `read_manifest` would refuse a row or read it otherwise; a value
+            cannot stand in a manifest (a NUL, half a surrogate pair, longer than 128 KiB; in a TSV a line end); an
+            extra column has one of our names; or the file cannot be written.
     """
     path = Path(path)
     folder = Path(path.parent if root is None else root).absolute()
     utterances = list(utterances)
     if not utterances:
         raise ManifestError(f"{path}: there are no utterances to write")
-    used = {"file", "id", *(name for name in COLUMNS for u in utterances if value_of(u, name) is not None)}
+    used = {"file", "id", *(name for name in known_columns() for u in utterances if value_of(u, name) is not None)}
     others = dict.fromkeys(name for u in utterances for name in u.extra)
-    names = [*(name for name in COLUMNS if name in used), *others]
-    delimiter = _delimiter(path)
-    to_line = functools.partial(csv_line, delimiter=delimiter)
-    as_json = _is_json(path)
+    layout = _Layout(
+        [*(name for name in known_columns() if name in used), *others], _delimiter(path), _is_json(path)
+    )
     literal = Missing(literal=literal_labels)
     problems = _Problems()
-
-    def breaks(cell: str) -> bool:
-        return delimiter == "\t" and "\n" in cell and not as_json
-
     for name in others:
-        if name in COLUMNS or not name or name != name.strip() or not _is_text(name) or breaks(name):
+        if not layout.can_name_a_column(name):
             problems.add(f"extra column {brief_repr(name)}", "is not a name of its own")
-    checks = _Checks(check_files=False, unit="utterance")
     try:
         with replace_file(path) as file:
-            if not as_json:
-                file.write(to_line(names))
-            for number, utterance in enumerate(utterances, 1):
-                cells = _cells(utterance, folder)
-                line = json.dumps(cells, ensure_ascii=False) + "\n" if as_json else to_line(map(cells.get, names))
-                texts = {name: str(value) for name, value in cells.items()}
-                found: list[str] = []
-                # As the reader will see it.
-                found += _read_otherwise(_utterance({**texts}, folder, found, Missing(literal=True)), literal)
-                found += checks.of(utterance, number)
-                if any(map(breaks, texts.values())):
-                    found.append("holds a line end, which cannot stand in a .tsv; write a .csv or .jsonl")
-                elif not as_json and "\n" in line[:-1] and swallowed(line.split("\n"), names, delimiter):
-                    found.append("holds a line that looks like a row of the manifest; write a .jsonl")
-                if not all(map(_is_text, texts.values())):
-                    found.append("holds a NUL or half a surrogate pair")
-                elif max(map(len, texts.values())) > MAX_CELL or len(line.encode()) > MAX_LINE_BYTES:
-                    found.append("is too long for a manifest")
-                for what in found:
-                    problems.add(f"utterance {number} {brief_repr(utterance.id)}", what)
-                if not found:
-                    file.write(line)
+            file.write(layout.header())
+            file.writelines(_written_lines(utterances, folder, layout, literal, problems))
             problems.raise_if_any(f"{path}: nothing was written, these are the problems")
     except OSError as error:
         raise ManifestError(f"{path}: cannot write the manifest: {error.strerror or error}") from error
@@ -824,7 +917,7 @@ def check_labels(
     emotions: Iterable[str] | None = None,
     speakers: Iterable[str] | None = None,
 ) -> None:
-    """That every emotion and speaker is a known one. None, an unlabelled utterance, is fine.
+    """Check that every emotion and speaker is a known one. An unlabelled utterance (None) is fine.
 
     Args:
         utterances: of any manifest.
@@ -832,8 +925,8 @@ def check_labels(
         speakers: the speakers of the model; None: any.
 
     Raises:
-        ManifestError: one message with every utterance (the first 50) whose label is another, and the nearest
-            known one.
+        ManifestError: a label is not known; one message has the first 50 utterances, and for each label the
+            nearest known one.
     """
     problems = _Problems()
     known = {
@@ -850,9 +943,9 @@ def check_labels(
 
 
 def find_overlap(train: Iterable[Utterance], other: Iterable[Utterance]) -> Overlap:
-    """The speakers and the recordings of `other` that are in `train` too.
+    """Find the speakers and the recordings of `other` that are in `train` too.
 
-    Recordings are compared by path and exact times: copies under another name, and excerpts that share a part, are
+    Recordings are compared by path and exact times. Copies under another name, and excerpts that share a part, are
     not found.
     """
     train, other = list(train), list(other)
@@ -867,16 +960,16 @@ def find_overlap(train: Iterable[Utterance], other: Iterable[Utterance]) -> Over
 def check_overlap(
     train: Iterable[Utterance], other: Iterable[Utterance], *, allow: str = "none", name: str = "valid"
 ) -> Overlap:
-    """That training shares no speaker and no recording with `other`, unless that is wanted.
+    """Check that training shares no speaker and no recording with `other`, unless that is wanted.
 
     Args:
         train: utterances to learn from.
-        other: utterances to judge by.
+        other: utterances to evaluate on.
         allow: "none", "speakers" (shared speakers, but no shared recording) or "utterances" (both).
         name: of `other`, for the message.
 
     Returns:
-        What is shared, so that a result can say it.
+        What is shared, so that a result can report it.
 
     Raises:
         ManifestError: more is shared than `allow` permits.

@@ -1,8 +1,9 @@
-"""Who is tested on what: each protocol is a function of the manifest and a seed alone, and says what it leaks.
+"""Divide a corpus: each protocol is a function of the manifest and a seed alone, and says what it leaks.
 
-A protocol makes folds; a fold has named parts (train, valid, test), which are lists of ids. What two parts share
-(speakers, dialogues, sessions, transcripts, recordings) makes figures better than they would be on strangers. A
-protocol declares what it shares, `audit` finds what is shared, and `check_fold` refuses what was not declared.
+A protocol makes folds. A fold has named parts (train, valid, test), which are lists of ids. What two parts share
+(speakers, dialogues, sessions, transcripts, recordings) makes figures better than they would be on strangers. So a
+protocol declares what its parts share, `audit` finds what they share, and `check_fold` refuses what was not
+declared.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ser.files import write_json
 
 PARTS = ("train", "valid", "test")
 PAIRS = tuple(combinations(PARTS, 2))
-KNOWN = "known"  # a further part: turns by speakers of training, see `with_known_turns`
+KNOWN = "known"  # a further part: utterances by speakers of training, see `with_known_turns`
 KINDS = ("speakers", "dialogues", "sessions", "transcripts", "recordings", "copies")
 
 KNOWN_SPEAKER_TURNS = 50  # held out of each speaker
@@ -40,22 +41,22 @@ Leaks = Mapping[tuple[str, str], frozenset[str]]
 
 @dataclass(frozen=True)
 class Fold:
-    """One division of a manifest.
+    """Hold one division of a manifest.
 
     Attributes:
-        name: of what is tested, such as "01F"; from a `Protocol` one that can be a folder's (`folder_names`).
-        parts: "train", "valid", "test" -> sorted ids. A protocol without validation has no "valid"; "known" is
-            there after `with_known_turns`.
+        name: what is tested, such as "01F". The name that a `Protocol` gives can name a folder (`folder_names`).
+        parts: "train", "valid", "test" -> sorted ids. A protocol without validation has no "valid". After
+            `with_known_turns` there is a part "known".
     """
 
     name: str
     parts: dict[str, list[str]]
 
     def select(self, utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
-        """The parts as utterances.
+        """Return the parts as utterances.
 
         Raises:
-            ManifestError: an id that is not among `utterances`.
+            ManifestError: an id is not among `utterances`.
         """
         by_id = {u.id: u for u in utterances}
         missing = sorted({i for ids in self.parts.values() for i in ids} - by_id.keys())
@@ -86,7 +87,7 @@ def folder_names(names: Iterable[str]) -> dict[str, str]:
 
     No two are the same, not even on a disk that takes capitals for small letters, or two spellings of é for one.
     """
-    found: dict[str, str] = {}
+    folders: dict[str, str] = {}
     taken: set[str] = set()
     for name in names:
         called, plain = name, unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
@@ -95,19 +96,19 @@ def folder_names(names: Iterable[str]) -> dict[str, str]:
             digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
             called = f"{letters or 'fold'}~{digest}"
         taken.add(plain)
-        found[name] = called
-    return found
+        folders[name] = called
+    return folders
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a corpus is divided, and what the figures then mean.
+    """Describe how a corpus is divided, and what the figures then mean.
 
     Attributes:
         name: as in results.
-        description: what it measures, and what its figures may be compared with.
+        description: what the protocol measures, and what its figures may be compared with.
         divide: (utterances, seed) -> folds, whatever the order of the utterances.
-        declares: (part, part), in the order train, valid, test -> the kinds they share knowingly.
+        declares: (part, part), in the order train, valid, test -> the kinds that the two share knowingly.
     """
 
     name: str
@@ -116,7 +117,7 @@ class Protocol:
     declares: Leaks = field(default_factory=dict)
 
     def folds(self, utterances: Iterable[Utterance], *, seed: int = 0) -> list[Fold]:
-        """The folds, in the order of their names.
+        """Make the folds, in the order of their names.
 
         Raises:
             ManifestError: the manifest lacks a column that this protocol needs, or has too few utterances.
@@ -130,7 +131,7 @@ class Protocol:
 
 # A fold is called as what it tests, a value of the manifest, and its name becomes a folder and an argument.
 RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|clock\$|(com|lpt)[0-9¹²³])\s*(\..*)?", re.IGNORECASE)
-# Of files that commands write beside the folders of folds; and names as `folder_names` makes them.
+# Files that commands write beside the folders of folds have such names; and `folder_names` makes the last kind.
 TAKEN = re.compile(r".*(\.(json|jsonl|md|csv|png|eval|log|tmp|lock)|~[0-9a-f]{12})", re.IGNORECASE | re.DOTALL)
 FORBIDDEN = set('/\\:*?"<>|')  # in names of files on Windows, the first of them everywhere
 LONGEST = 150  # bytes of UTF-8; a path of Windows has 260 characters
@@ -140,7 +141,7 @@ LONGEST = 150  # bytes of UTF-8; a path of Windows has 260 characters
 
 
 def _column(utterances: Sequence[Utterance], name: str, protocol: str) -> list[str]:
-    """The value of each utterance."""
+    """Return the value of each utterance. Raises ManifestError where one has none."""
     values = [u.speaker if name == "speaker" else u.extra.get(name) for u in utterances]
     missing = [u.id for u, value in zip(utterances, values, strict=True) if value is None]
     if missing:
@@ -152,7 +153,7 @@ def _column(utterances: Sequence[Utterance], name: str, protocol: str) -> list[s
 
 
 def _by_value(utterances: Sequence[Utterance], name: str, protocol: str) -> dict[str, list[str]]:
-    """Value -> the ids that have it, both sorted."""
+    """Group the ids by value, both sorted."""
     groups = defaultdict(list)
     for u, value in zip(utterances, _column(utterances, name, protocol), strict=True):
         groups[value].append(u.id)
@@ -164,6 +165,7 @@ def _by_value(utterances: Sequence[Utterance], name: str, protocol: str) -> dict
 
 
 def _except(groups: Mapping[str, list[str]], *names: str) -> list[str]:
+    """Return the ids of all other groups."""
     return sorted(i for value, ids in groups.items() if value not in names for i in ids)
 
 
@@ -176,7 +178,7 @@ def _paper10(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
 
 
 def _leave_one_out(groups: Mapping[str, list[str]]) -> list[Fold]:
-    """Each value is the test part once, and validates the one before it. Of two values, none validates."""
+    """Test on each value once, and validate on the next one. Of two values, none validates."""
     names = list(groups)
     folds = []
     for i, name in enumerate(names):
@@ -214,7 +216,7 @@ def _speaker10(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
 
 
 def _draw_turns(groups: Mapping[str, list[str]], count: int, seed: int, what: str) -> set[str]:
-    """`count` ids of each speaker."""
+    """Draw `count` ids of each speaker; ``what`` is for the message where a speaker has too few."""
     random = np.random.default_rng(seed)
     drawn: set[str] = set()
     for speaker, ids in groups.items():
@@ -258,7 +260,7 @@ _ACQUAINTED = frozenset({"speakers", "dialogues", "sessions"})
 
 
 def _known_speakers(count: int, *, disjoint_text: bool = False) -> Protocol:
-    """speaker-known, or speaker-known-text."""
+    """Make the protocol speaker-known, or speaker-known-text."""
     suffix = "" if count == KNOWN_SPEAKER_TURNS else f":{count}"
     if disjoint_text:
         return Protocol(
@@ -277,7 +279,7 @@ def _known_speakers(count: int, *, disjoint_text: bool = False) -> Protocol:
     )
 
 
-# IEMOCAP's.
+# These divide dialogues: the first three need the column side or session, as IEMOCAP has them.
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
@@ -293,8 +295,8 @@ PROTOCOLS: dict[str, Protocol] = {
                 ("valid", "test"): frozenset(KINDS),
             },
         ),
-        # A whole session validates: one speaker of a training session would share its dialogues (the two talk to
-        # each other in all of them), and so the scenes, the room and the annotators, with training.
+        # A whole session validates. One speaker of a training session would share its dialogues with training (the
+        # two talk to each other in all of them), and so the scenes, the room and the annotators.
         Protocol(
             "session5",
             "Leave one session out, the next one validates: no speaker, dialogue or session is in two parts. The "
@@ -320,6 +322,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def _shares(kinds: Iterable[str]) -> Leaks:
+    """Declare the same kinds for all pairs of parts. Raises ConfigError for an unknown kind."""
     kinds = frozenset(kinds)
     for kind in sorted(kinds - set(KINDS)):
         raise ConfigError(f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; parts can share {', '.join(KINDS)}")
@@ -327,13 +330,13 @@ def _shares(kinds: Iterable[str]) -> Leaks:
 
 
 def by_column(*, shares: Iterable[str] = ()) -> Protocol:
-    """The division that a manifest itself gives, in a column `split` or `fold`.
+    """Make the protocol that divides as the manifest itself says, in a column `split` or `fold`.
 
     In `split`, train, valid (validation, dev) and test make one fold. In `fold`, each value is the test part once
     and validates once.
 
     Args:
-        shares: the kinds that all parts share knowingly: what the division's author says.
+        shares: the kinds that all parts share knowingly, as the author of the division says.
     """
 
     def divide(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
@@ -353,13 +356,13 @@ def by_column(*, shares: Iterable[str] = ()) -> Protocol:
 
 
 def kfold(column: str, count: int, *, shares: Iterable[str] = ()) -> Protocol:
-    """`count` folds in which no value of `column` is in two parts; the next fold validates.
+    """Make the protocol of `count` folds in which no value of `column` is in two parts; the next fold validates.
 
-    With as many folds as values, leave one out; else the values are dealt out as the seed has it.
+    With as many folds as values, each value is left out once. Else the seed draws which values share a fold.
 
     Args:
         column: "speaker" or an extra column.
-        count: of folds, from 2 to the number of values.
+        count: the number of folds, from 2 to the number of values.
         shares: the kinds that all parts share knowingly, such as the "transcripts" of ten fixed sentences.
     """
     name = f"kfold:{column}:{count}"
@@ -383,9 +386,12 @@ def kfold(column: str, count: int, *, shares: Iterable[str] = ()) -> Protocol:
 
 
 def find_protocol(name: str, *, shares: Iterable[str] = ()) -> Protocol:
-    """The protocol of a name: of `PROTOCOLS`, "speaker-known:COUNT" (turns), "column", "kfold:COLUMN:COUNT".
+    """Find a protocol: one of `PROTOCOLS`, "speaker-known:COUNT" (utterances), "column", "kfold:COLUMN:COUNT".
 
-    ``shares`` is for the last two: the kinds that all parts share knowingly. Raises ConfigError.
+    ``shares`` is for the last two: the kinds that all parts share knowingly.
+
+    Raises:
+        ConfigError: there is no such protocol, or it declares itself what its parts share.
     """
     known_speakers, _, turns = name.partition(":")
     own = PROTOCOLS.get(name)
@@ -406,7 +412,7 @@ def find_protocol(name: str, *, shares: Iterable[str] = ()) -> Protocol:
 
 
 def find_fold(protocol: Protocol, utterances: Sequence[Utterance], name: str | None, *, seed: int = 0) -> Fold:
-    """The fold called ``name``; None: the only one. Raises ConfigError where there is none."""
+    """Find the fold called ``name``; None: the only one. Raises ConfigError where there is none."""
     folds = {fold.name: fold for fold in protocol.folds(utterances, seed=seed)}
     if name is None and len(folds) == 1:
         return next(iter(folds.values()))
@@ -418,19 +424,19 @@ def find_fold(protocol: Protocol, utterances: Sequence[Utterance], name: str | N
 
 
 def usual_known_turns(fold: Fold, utterances: Iterable[Utterance]) -> int:
-    """How many turns of each training speaker to hold out: 10, but at most a tenth of a speaker's."""
+    """Say how many utterances of each training speaker to hold out: 10, but at most a tenth of a speaker's."""
     turns = Counter(u.speaker for u in fold.select(utterances)["train"])
     return min(KNOWN_TURNS, min(turns.values()) // 10) if None not in turns else 0
 
 
 def with_known_turns(fold: Fold, utterances: Iterable[Utterance], count: int, *, seed: int = 0) -> Fold:
-    """The fold with `count` turns of each training speaker moved from "train" to a part "known".
+    """Move `count` utterances of each training speaker from "train" to a part "known".
 
-    A speaker head is not scored on speakers that it has not seen: where a protocol tests on strangers, these
-    turns are what it can be scored on.
+    A speaker head cannot be scored on speakers that it has not seen. Where a protocol tests on strangers, it is
+    scored on these utterances.
 
     Raises:
-        ManifestError: a training speaker has no more turns than that, or a turn has no speaker.
+        ManifestError: a training speaker has no more utterances than that, or an utterance has no speaker.
     """
     train = fold.select(utterances)["train"]
     groups = defaultdict(list)
@@ -446,12 +452,12 @@ def with_known_turns(fold: Fold, utterances: Iterable[Utterance], count: int, *,
 
 @dataclass(frozen=True)
 class Shared:
-    """What the second of two parts has that the first one has too.
+    """Hold what the second of two parts has that the first one has too.
 
     Attributes:
         values: names, transcripts or ids, sorted.
-        utterances: of the second part that have one of them.
-        known: utterances of the second part for which it can be known.
+        utterances: how many of the second part have one of these values.
+        known: how many of the second part have any value.
     """
 
     values: list[str]
@@ -460,16 +466,16 @@ class Shared:
 
     @property
     def fraction(self) -> float:
-        """Of the second part's utterances for which it can be known."""
+        """Return the share of the second part's utterances with any value that have a shared one."""
         return self.utterances / self.known if self.known else 0.0
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What the parts of a fold are and share.
+    """Hold what the parts of a fold are, and what they share.
 
     Attributes:
-        fold: its name.
+        fold: the name of the fold.
         classes: part -> emotion -> utterances.
         shared: (part, part) -> kind -> what is shared, or None where the manifest cannot tell.
     """
@@ -479,16 +485,16 @@ class Audit:
     shared: dict[tuple[str, str], dict[str, Shared | None]]
 
     def fractions(self, part: str, *, of: str = "train") -> dict[str, float | None]:
-        """Kind -> the share of ``part`` whose speaker, text, ... the part ``of`` has too; None: not known."""
-        found = self.shared.get((of, part), {})
-        return {kind: None if shared is None else shared.fraction for kind, shared in found.items()}
+        """Return kind -> the share of ``part`` whose speaker, text, ... ``of`` has too; None: not known."""
+        kinds = self.shared.get((of, part), {})
+        return {kind: None if shared is None else shared.fraction for kind, shared in kinds.items()}
 
 
-_cleaned = lru_cache(maxsize=100_000)(clean)  # each is asked for in every fold
+_cleaned = lru_cache(maxsize=100_000)(clean)  # each text is asked for in every fold
 
 
 def _value(u: Utterance, kind: str) -> str:
-    """What stands for the utterance when it is looked for in another part; empty if unknown."""
+    """Return what stands for the utterance when it is looked for in another part; empty if unknown."""
     if kind == "speakers":
         return u.speaker or ""
     if kind == "transcripts":
@@ -499,13 +505,13 @@ def _value(u: Utterance, kind: str) -> str:
 
 
 def _having(rows: Iterable[Utterance]) -> dict[str, dict[str, str]]:
-    """Kind -> id -> what stands for the utterance."""
+    """Collect kind -> id -> what stands for the utterance."""
     rows = list(rows)
     return {kind: {u.id: value for u in rows if (value := _value(u, kind))} for kind in KINDS}
 
 
 def _shared(first: Mapping[str, str], second: Mapping[str, str], *, ids: bool) -> Shared | None:
-    """Of two parts' id -> value."""
+    """Find what two parts share, each as id -> value; None where one of them has no values."""
     if not first or not second:
         return None
     there = set(first.values())
@@ -516,15 +522,16 @@ def _shared(first: Mapping[str, str], second: Mapping[str, str], *, ids: bool) -
 def _overlap(
     first: Mapping[str, Mapping[str, str]], second: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Shared | None]:
+    """Find what two parts share of each kind."""
     return {kind: _shared(first[kind], second[kind], ids=kind in ("recordings", "copies")) for kind in KINDS}
 
 
 def audit(fold: Fold, utterances: Iterable[Utterance]) -> Audit:
-    """What any two parts share.
+    """Find what any two parts share.
 
     Transcripts are compared after `clean`, and utterances without one tell nothing. Recordings are the same if
-    file, start and end are. Copies are found by the column `sha256`, that of the decoded samples which
-    `datasheet.listen` writes; without it they are unknown. Excerpts that only overlap are not found.
+    their file, start and end are the same. Copies are found by the column `sha256` of the decoded samples, which
+    `datasheet.listen` writes; without that column they are unknown. Excerpts that only overlap are not found.
 
     Raises:
         ManifestError: the fold has an id that is not among `utterances`.
@@ -544,14 +551,14 @@ def audit(fold: Fold, utterances: Iterable[Utterance]) -> Audit:
 
 
 def overlap(first: Iterable[Utterance], second: Iterable[Utterance]) -> dict[str, Shared | None]:
-    """Kind -> what the second has that the first has too; None where the manifest cannot tell."""
+    """Return kind -> what the second has that the first has too; None where the manifest cannot tell."""
     return _overlap(_having(first), _having(second))
 
 
 def check_fold(fold: Fold, utterances: Iterable[Utterance], protocol: Protocol) -> Audit:
-    """That a fold is whole and shares nothing but what its protocol declares.
+    """Check that a fold is whole, and that its parts share nothing but what the protocol declares.
 
-    What the manifest cannot tell (a column is missing) is not refused: it is None in the audit and "unknown" in
+    What the manifest cannot tell (a column is missing) is not refused; it is None in the audit and "unknown" in
     the table.
 
     Returns:
@@ -567,11 +574,11 @@ def check_fold(fold: Fold, utterances: Iterable[Utterance], protocol: Protocol) 
             problems.append(f"the part {part} is empty")
         if twice := sorted(i for i, n in Counter(ids).items() if n > 1):
             problems.append(f"the part {part} has {twice[0]!r} twice")
-    found = audit(fold, utterances)
-    for (first, second), kinds in found.shared.items():
+    audited = audit(fold, utterances)
+    for (first, second), kinds in audited.shared.items():
         for kind, shared in kinds.items():
             declared = protocol.declares.get((first, second), ())
-            if second == KNOWN:  # turns of training speakers by definition
+            if second == KNOWN:  # by definition of training speakers
                 declared = _ACQUAINTED | {"transcripts"}
             if shared is not None and shared.values and kind not in declared:
                 some = ", ".join(map(repr, shared.values[:5])) + (", ..." if len(shared.values) > 5 else "")
@@ -583,17 +590,18 @@ def check_fold(fold: Fold, utterances: Iterable[Utterance], protocol: Protocol) 
         raise ManifestError(
             f"fold {fold.name}: the protocol {protocol.name} does not permit this:{indented(problems)}"
         )
-    return found
+    return audited
 
 
 def _percent(shared: Shared | None) -> str:
+    """Write a share for people."""
     return "unknown" if shared is None else f"{100 * shared.fraction:.1f} %"
 
 
 def to_table(audits: Iterable[Audit]) -> str:
-    """Sizes of the parts, and what share of the test part's utterances is known to training, for people.
+    """Show the sizes of the parts, and what share of the test part's utterances training knows, for people.
 
-    A kind that the manifest cannot tell is "unknown".
+    The share is "unknown" for a kind that the manifest cannot tell.
     """
     head = ["fold", *PARTS, *(f"{kind} in train" for kind in KINDS), "valid is test"]
     rows = [head]
@@ -609,13 +617,14 @@ def to_table(audits: Iterable[Audit]) -> str:
     )
 
 
-def _to_json(found: Audit) -> dict[str, Any]:
+def _to_json(audited: Audit) -> dict[str, Any]:
+    """Count what the parts share, as a file of folds has it."""
     return {
         "/".join(pair): {
             kind: None if s is None else {"values": len(s.values), "utterances": s.utterances, "known": s.known}
             for kind, s in kinds.items()
         }
-        for pair, kinds in found.shared.items()
+        for pair, kinds in audited.shared.items()
     }
 
 
@@ -636,7 +645,7 @@ def write_folds(
         The audits.
 
     Raises:
-        ManifestError: as `check_fold`; or the file cannot be written. It is written whole or not at all.
+        ManifestError: as `check_fold`; or the file cannot be written. The file is written whole or not at all.
     """
     path, folds, utterances = Path(path), list(folds), list(utterances)
     audits = [check_fold(fold, utterances, protocol) for fold in folds]
@@ -646,8 +655,8 @@ def write_folds(
         "seed": seed,
         "declares": {"/".join(pair): sorted(kinds) for pair, kinds in protocol.declares.items()},
         "folds": [
-            {"name": fold.name, "parts": fold.parts, "classes": found.classes, "shared": _to_json(found)}
-            for fold, found in zip(folds, audits, strict=True)
+            {"name": fold.name, "parts": fold.parts, "classes": audited.classes, "shared": _to_json(audited)}
+            for fold, audited in zip(folds, audits, strict=True)
         ],
     }
     try:
@@ -658,10 +667,10 @@ def write_folds(
 
 
 def read_folds(path: str | os.PathLike[str]) -> list[Fold]:
-    """The folds that `write_folds` wrote.
+    """Read the folds that `write_folds` wrote.
 
     Raises:
-        ManifestError: with the path, if it is no such file.
+        ManifestError: the file cannot be read, or is no file of folds.
     """
     path = Path(path)
     try:

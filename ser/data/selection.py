@@ -1,6 +1,7 @@
-"""Utterances by name: what a command line, a run's settings and a model card call the data they mean.
+"""Name utterances, so that a command line, the settings of a run and a model card can mean the same ones.
 
-A `Selection` is a manifest, or one part of one fold of it, with all that is needed to find the same ones again.
+A `Selection` is a manifest, or one part of one fold of it, with all that is needed to find the same utterances
+again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ser.data.corpora import divided_manifest
 from ser.data.manifest import Utterance, check_regular, parse_columns, read_manifest
 from ser.data.protocols import (
     KINDS,
@@ -29,7 +31,7 @@ from ser.data.spellings import check_map, parse_map
 from ser.errors import ConfigError, ManifestError, brief_repr
 from ser.files import digest
 
-# As JSON has them; the others are strings or null.
+# The types that JSON has for the fields of a selection; those of the other fields are strings or null.
 KINDS_OF_FIELDS: dict[str, tuple[type, ...]] = {
     "data": (str,),
     "sha256": (str,),
@@ -44,17 +46,17 @@ KINDS_OF_FIELDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Selection:
-    """A manifest (without a protocol), or a part of a fold of it.
+    """Describe a manifest (without a protocol), or a part of a fold of it.
 
     Attributes:
-        data: the manifest, or the folder that preparing IEMOCAP wrote.
+        data: the manifest, or the folder that preparing a corpus wrote.
         sha256: of the manifest; empty: any content will do.
-        root: folder that its files are relative to; None: its own.
-        columns: our column names -> its.
-        protocol: as `find_protocol` takes it.
-        shares: what the parts of column and kfold share knowingly.
+        root: the folder that the manifest's files are relative to; None: the manifest's own.
+        columns: our column names -> those of the manifest.
+        protocol: a name, as `find_protocol` takes it.
+        shares: what the parts of the protocols column and kfold share knowingly.
         seed: of protocols that draw.
-        fold: name; None: the only one.
+        fold: the name of a fold; None: the only one.
         known_turns: of each training speaker, held out as the part "known" (see `with_known_turns`).
         part: train, valid, test or known.
         label_map, literal_labels: as of `read_manifest`.
@@ -75,33 +77,34 @@ class Selection:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Selection:
-        """The inverse of `to_dict`. Raises ConfigError for what is none."""
+        """Read what `to_dict` gives. Raises ConfigError for anything else."""
         kinds = {f.name: KINDS_OF_FIELDS.get(f.name, (str, type(None))) for f in fields(cls)}
         sound = isinstance(values, Mapping) and "data" in values and values.keys() <= kinds.keys()
         if not sound or not all(isinstance(value, kinds[name]) for name, value in values.items()):
             raise ConfigError(f"{brief_repr(values)} does not name utterances")
-        found = cls(**values)
-        check_map(found.label_map, "label_map")
-        if not all(isinstance(x, str) for x in (*found.shares, *found.columns, *found.columns.values())):
+        selection = cls(**values)
+        check_map(selection.label_map, "label_map")
+        names = (*selection.shares, *selection.columns, *selection.columns.values())
+        if not all(isinstance(name, str) for name in names):
             raise ConfigError(f"{brief_repr(values)} does not name utterances")
-        return found
+        return selection
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON holds it.
+        """Return the selection as JSON holds it.
 
-        How labels are read stands there only if it was said, so that selections of earlier releases are equal.
+        How labels are read is left out where it is the default, so that selections of earlier releases are equal.
         """
         usual = {"label_map": {}, "literal_labels": False}
         return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
     @property
     def manifest(self) -> Path:
-        """The file: ``data``, or the four-class manifest in that folder."""
+        """Return the file: ``data``, or the manifest that preparing a corpus wrote into that folder."""
         path = Path(self.data)
-        return path / "iemocap4.csv" if path.is_dir() else path
+        return divided_manifest(path) if path.is_dir() else path
 
     def stamped(self) -> Selection:
-        """With the manifest's present sha256."""
+        """Return the selection with the manifest's present sha256. Raises ManifestError if it cannot be read."""
         path = self.manifest
         try:
             check_regular(path, "a CSV or JSON lines manifest")
@@ -113,10 +116,10 @@ class Selection:
             raise ManifestError(f"{path}: cannot be read: {cause}") from None
 
     def read(self, *, check_files: bool = True, tell: Callable[[str], None] | None = None) -> list[Utterance]:
-        """All utterances of the manifest; ``tell`` is called with what a user should know of it.
+        """Read all utterances of the manifest; ``tell`` is called with what a user should know of it.
 
         Raises:
-            ManifestError: it cannot be used, or is another one than was meant.
+            ManifestError: the manifest cannot be used, or is another one than was meant.
         """
         if self.sha256 and self.stamped().sha256 != self.sha256:
             raise ManifestError(f"{self.manifest}: has changed since; its sha256 was {self.sha256}")
@@ -131,13 +134,13 @@ class Selection:
         )
 
     def find_protocol(self) -> Protocol:
-        """The protocol. Raises ConfigError where none is named."""
+        """Return the protocol. Raises ConfigError where none is named."""
         if not self.protocol:
             raise ConfigError("--data needs --protocol, which says how it is divided")
         return find_protocol(self.protocol, shares=self.shares)
 
     def find_fold(self, utterances: list[Utterance]) -> tuple[Fold, Audit]:
-        """The fold of these utterances of the manifest, checked."""
+        """Return the fold of these utterances of the manifest, and what its parts share; the fold is checked."""
         protocol = self.find_protocol()
         fold = find_fold(protocol, utterances, self.fold, seed=self.seed)
         if self.known_turns:
@@ -145,7 +148,7 @@ class Selection:
         return fold, check_fold(fold, utterances, protocol)
 
     def utterances(self, *, check_files: bool = True) -> list[Utterance]:
-        """The selected ones. Raises ConfigError where the fold lacks the part."""
+        """Read the selected utterances. Raises ConfigError where the fold lacks the part."""
         everything = self.read(check_files=check_files)
         if not self.protocol:
             return everything
@@ -153,19 +156,20 @@ class Selection:
         return self.of(fold, everything)
 
     def of(self, fold: Fold, utterances: Iterable[Utterance]) -> list[Utterance]:
-        """The part of the fold."""
+        """Select the part of the fold. Raises ConfigError where the fold lacks it."""
         if self.part not in fold.parts:
             raise ConfigError(f"fold {fold.name} of {self.protocol} has no part {self.part}")
         return fold.select(utterances)[self.part]
 
     def __str__(self) -> str:
+        """Name the selection for people."""
         if not self.protocol:
             return self.data
         fold = f", fold {self.fold}" if self.fold else ""
         return f"{self.part or 'all parts'} of {self.protocol}{fold} ({self.data})"
 
     def to_options(self) -> list[str]:
-        """The flags of `add_arguments` that name this, but for --known-turns, as another command takes them."""
+        """Write the flags of `add_data_arguments` that name this selection, but for --known-turns."""
         options = ["--data", self.data, "--protocol-seed", str(self.seed)]
         options += ["--protocol", self.protocol] if self.protocol else []
         options += ["--root", self.root] if self.root else []
@@ -177,10 +181,10 @@ class Selection:
         return options
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that name data and how it is divided; `from_arguments` reads them."""
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name data and say how it is divided; `selected_data` reads them."""
     add = parser.add_argument_group("a corpus, divided by a protocol").add_argument
-    add("--data", help="manifest to divide, or a folder with iemocap4.csv")
+    add("--data", help="manifest to divide, or the folder that preparing a corpus wrote")
     add("--protocol", help=f"{', '.join(PROTOCOLS)} (or speaker-known:TURNS), column, or kfold:COLUMN:COUNT")
     add("--shares", nargs="*", default=[], metavar="KIND",
         help=f"what the parts of column and kfold share knowingly: {', '.join(KINDS)}")  # fmt: skip
@@ -195,8 +199,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "speakers such as 1.0 as they are written (default: they are no label, and 1.0 is 1)")  # fmt: skip
 
 
-def from_arguments(arguments: argparse.Namespace, data: str | os.PathLike[str] | None = None) -> Selection:
-    """What the flags name: the divided corpus, or the plain manifest ``data``; with its present sha256."""
+def selected_data(arguments: argparse.Namespace, data: str | os.PathLike[str] | None = None) -> Selection:
+    """Return what the flags name: the divided corpus, or the plain manifest ``data``; with its present sha256."""
     plain = Selection(
         str(data or arguments.data),
         root=arguments.root,

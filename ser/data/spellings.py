@@ -1,7 +1,7 @@
-"""Names of emotions and speakers: from what people wrote to what was meant, and how many of each there are.
+"""Check the names of emotions and speakers: what people wrote, what they meant, and how many of each there are.
 
 A class in two spellings (angry, Angry) would be two classes, so it is refused, with the map that makes it one.
-What may be a slip (hapy beside happy) is shown, with the counts of all classes, before anything is made of them.
+What may be a slip (hapy beside happy) is shown with the counts of all classes, before anything is trained.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from ser.data.text import did_you_mean, nfc, unique_names
 from ser.errors import ConfigError, ManifestError, brief_repr, indented, shorten, summary
 
 MAX_MAP_BYTES = 16 * 1024 * 1024
-MAX_EXAMPLE = 1000  # characters
-EXAMPLE = '{"hapy": "happy", "xxx": null}'  # of a map
+MAX_EXAMPLE = 1000  # characters of a map in a message
+EXAMPLE = '{"hapy": "happy", "xxx": null}'  # a map in messages
 MAX_COMPARED = 200  # classes that are compared with each other for slips
 
-# Characters without a picture of their own, beside those of the categories Cc and Cf: joiners, fillers,
-# selectors of variants.
+# These characters have no picture of their own, as those of the categories Cc and Cf: joiners, fillers, selectors
+# of variants.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 
-# Not among the cells that stand for nothing, and yet hardly meant as a class.
+# These are not among the cells that stand for nothing, and yet hardly meant as a class.
 SEEMS_MISSING = frozenset({"nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nil", "nat", "?", "--", "missing"})
 
 
 def is_name(text: str) -> bool:
-    """Tell whether it can be a label: neither empty nor half a surrogate pair."""
+    """Tell whether a text can be a label: neither empty nor half a surrogate pair."""
     return bool(text.strip()) and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
@@ -66,7 +66,7 @@ def check_map(values: object, where: str) -> dict[str, Any]:
     """Check a label map from JSON and write its names as labels are read; ``where`` is for the message.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is no label map.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: found {brief_repr(values)}, expected an object such as {EXAMPLE}")
@@ -85,13 +85,13 @@ def parse_map(source: str) -> dict[str, Any]:
 
         {"hapy": "happy", "xxx": null, "speaker": {"s1": "S1"}}
 
-    A name that stays itself (``"A": "A"``) is meant as it is, however near another one looks.
+    A name that maps to itself (``"A": "A"``) is meant as it is, however near another one looks.
 
     Args:
         source: the JSON object, or the path of a file that holds it.
 
     Raises:
-        ConfigError: there is no such file, it is no such object, or a new name is to be renamed itself.
+        ConfigError: there is no such file, it holds no such object, or a new name is to be renamed itself.
     """
     inline = source.lstrip().startswith("{")
     where = "--map" if inline else f"--map {source}"
@@ -156,6 +156,26 @@ def _twins(
     return f"{column} {' and '.join(shown)}", {"speaker": renamed} if column == "speaker" else renamed
 
 
+def _places(sets: Mapping[str, Iterable[Utterance]], column: str, right: Collection[str]) -> dict[str, list[str]]:
+    """Collect the names of a column, and in which sets each stands how often; names of the model come first."""
+    where: dict[str, list[str]] = {name: [] for name in right}
+    for title, utterances in sets.items():
+        counts = Counter(u.labels.get(column) for u in utterances)
+        for name, count in counts.items():
+            if name is not None:
+                where.setdefault(name, []).append(f"{title} {count}")
+    return where
+
+
+def _spelt_alike(names: Iterable[str], right: Collection[str], meant: Collection[str]) -> list[list[str]]:
+    """Group the names that differ in spelling alone, without those ``meant`` so; groups all ``right`` may stay."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if name not in meant:
+            groups.setdefault(spelling(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1 and not set(group) <= set(right)]
+
+
 def check_spellings(
     sets: Mapping[str, Iterable[Utterance]],
     *,
@@ -164,43 +184,30 @@ def check_spellings(
     label_map: Mapping[str, Any] | None = None,
     columns: Collection[str] = ("emotion", "speaker"),
 ) -> None:
-    """Refuse a class or a speaker that is spelt in two ways: they would be two.
+    """Refuse a class or a speaker that is spelt in two ways, and would be two classes or speakers.
 
     Args:
         sets: name -> utterances.
         emotions, speakers: names that are right as they are, such as the classes of a model.
         label_map: what the sets were read with. A name that it leaves as it is (``"A": "A"``) is right too.
-        columns: those that are used.
+        columns: the columns that are used.
 
     Raises:
-        ManifestError: names that differ in case, spaces, invisible characters or Unicode form alone, each with
-            where it stands, and a map that makes them one.
+        ManifestError: names differ in case, spaces, invisible characters or Unicode form alone. The message shows
+            each with where it stands, and a map that makes them one.
     """
-    found = []
+    twins = []
     for column, right in (("emotion", emotions), ("speaker", speakers)):
-        if column not in columns:
-            continue
-        meant = {old for old, new in map_for(label_map or {}, column).items() if old == new}
-        where: dict[str, list[str]] = {name: [] for name in right}
-        for title, utterances in sets.items():
-            counts = Counter(u.labels.get(column) for u in utterances)
-            for name, count in counts.items():
-                if name is not None:
-                    where.setdefault(name, []).append(f"{title} {count}")
-        groups: dict[str, list[str]] = {}
-        for name in where:
-            if name not in meant:
-                groups.setdefault(spelling(name), []).append(name)
-        for names in groups.values():
-            if len(names) > 1 and not set(names) <= set(right):
-                found.append(_twins(column, names, where, right))
-    if found:
+        if column in columns:
+            meant = {old for old, new in map_for(label_map or {}, column).items() if old == new}
+            where = _places(sets, column, right)
+            twins += [_twins(column, names, where, right) for names in _spelt_alike(where, right, meant)]
+    if twins:
         advice = "old name: new name, or null to drop the label; a name that maps to itself is meant as it is"
         raise ManifestError(
             "these names differ in case, spaces, invisible characters or Unicode form alone, and would be several "
-            f"classes or speakers:{indented((line for line, _ in found), MAX_SHOWN)}\nwrite each in one way, or "
-            f"give --map labels.json ({advice}), such as "
-            f"{_example([one for _, one in found])}"
+            f"classes or speakers:{indented((line for line, _ in twins), MAX_SHOWN)}\nwrite each in one way, or "
+            f"give --map labels.json ({advice}), such as {_example([one for _, one in twins])}"
         )
 
 
@@ -237,7 +244,7 @@ def _near(name: str, counts: Counter[str]) -> str:
 
 
 def _odd_names(counts: Counter[str]) -> list[str]:
-    """Point at classes that are perhaps none: slips of another, what seems to be missing, what cannot be seen."""
+    """Point at classes that are perhaps none: slips of another class, cells for nothing, invisible characters."""
     lines = []
     for name in sorted(counts):
         if name.casefold() in SEEMS_MISSING:
@@ -279,25 +286,32 @@ def _zeros(sets: Mapping[str, Sequence[Utterance]]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- counts
 
 
+def _differing_classes(counts: Mapping[str, Counter[str]], emotions: Collection[str] | None) -> list[str]:
+    """Compare the classes of each set with those of the model; without a model, with those of the first set."""
+    (first, learnt), *others = counts.items()
+    other, there, consequence = first, list(learnt), "which nothing learns"
+    if emotions is not None:
+        other, there, consequence = "the model", list(emotions), "which are in no figure (--map renames labels)"
+        others = list(counts.items())
+    if not there:
+        return []
+    return [line for title, here in others if here for line in _lacking(title, here, other, there, consequence)]
+
+
 def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection[str] | None = None) -> list[str]:
     """Say what a user should know of the labels before they are used: classes, counts, and what is odd.
 
     Args:
         sets: name -> utterances; the first one is what others are compared with.
-        emotions: the classes of the model that judges them, none where nobody judges emotions; None: there is no
-            model yet.
+        emotions: the classes of the model that is evaluated on them, none where it has no emotions; None: there is
+            no model yet.
     """
     counts = {title: Counter(u.emotion for u in us if u.emotion is not None) for title, us in sets.items()}
     lines = [_set_line(title, utterances, counts[title]) for title, utterances in sets.items()]
     everywhere = sum(counts.values(), Counter[str]())
     lines += [f"  {line}" for line in _odd_names(everywhere)]
     lines += [f"warning: {line}" for line in _zeros(sets)]
-    (first, learnt), *others = counts.items()
-    for title, here in counts.items() if emotions else others:
-        if here and emotions:
-            lines += _lacking(title, here, "the model", emotions, "which are in no figure (--map renames labels)")
-        elif here and learnt and emotions is None:
-            lines += _lacking(title, here, first, learnt, "which nothing learns")
+    lines += _differing_classes(counts, emotions)
     alone = counts if emotions is None else {"the model": emotions}
     for title, names in alone.items():
         if len(names) == 1:

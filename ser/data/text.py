@@ -1,4 +1,4 @@
-"""From a transcript to CTC symbols and back: orthographies, the vocabulary, greedy decoding.
+"""Turn transcripts into CTC symbols and back: orthographies, the vocabulary, greedy decoding.
 
     text --clean--> text --Vocabulary.encode--> symbols --CTC--> symbols per frame --decode--> text --present-->
 
@@ -22,12 +22,12 @@ from typing import Any
 from ser.errors import ConfigError, TextError, brief_repr
 from ser.files import is_lfs_pointer, replace_file
 
-# A foreign vocabulary is read from a file that somebody else wrote. The largest that are of use (characters of
+# A foreign vocabulary is read from a file that somebody else wrote. The largest useful ones (characters of
 # Chinese) have some 20,000 symbols; at 20 bytes each 65,536 symbols still fit.
 MAX_SYMBOLS = 65_536
 MAX_VOCABULARY_BYTES = 2 * 1024 * 1024
 
-# The second names are those of the many checkpoints that were made after Hugging Face's XLSR tutorial.
+# The many checkpoints that were made after Hugging Face's XLSR tutorial have the second names.
 BLANKS = ("<pad>", "[PAD]")
 UNKNOWNS = ("<unk>", "[UNK]")
 SPECIALS = frozenset({*BLANKS, *UNKNOWNS, "<s>", "</s>"})
@@ -36,19 +36,19 @@ LIBRISPEECH = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJ
 
 
 def nfc(text: str) -> str:
-    """Unicode normal form C: composed."""
+    """Compose a text: Unicode normal form C."""
     return unicodedata.normalize("NFC", text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'happy'?)"`` or, where nothing is near, an empty string. Case is ignored."""
+    """Write ``" (did you mean 'happy'?)"`` or, where nothing is near, an empty string. Case is ignored."""
     by_case = {k.casefold(): k for k in known}
     near = difflib.get_close_matches(name.casefold(), by_case, n=1)
     return f" (did you mean {by_case[near[0]]!r}?)" if near else ""
 
 
 def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An `object_pairs_hook` for json: refuses an object in which a name stands twice, with ValueError."""
+    """Refuse a JSON object in which a name stands twice, with ValueError: an `object_pairs_hook`."""
     unique = dict(pairs)
     if len(unique) != len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
@@ -58,7 +58,7 @@ def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 # ---------------------------------------------------------------------------------------------- orthographies
 
-# Buckwalter's one-to-one spelling of Arabic in ASCII (qamus.org/transliteration.htm), in code point order.
+# Buckwalter spells Arabic one-to-one in ASCII (qamus.org/transliteration.htm); the order is that of code points.
 BUCKWALTER = {
     **dict(zip("'|>&<}AbptvjHxd*rzs$SDTZEg", map(chr, range(0x0621, 0x063B)), strict=True)),
     **dict(zip("_fqklmnhwYyFNKaui~o", map(chr, range(0x0640, 0x0653)), strict=True)),
@@ -68,22 +68,55 @@ BUCKWALTER = {
 
 
 def _cause(error: Exception) -> str:
+    """Word the cause of an error, without the path of an OSError."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _tokens_by_id(ids: Mapping[str, int]) -> dict[int, str]:
+    """Check a mapping token -> id of another program, and turn it round. Raises TextError."""
+    if len(ids) > MAX_SYMBOLS:
+        raise TextError(f"{len(ids)} tokens, at most {MAX_SYMBOLS} are possible")
+    tokens: dict[int, str] = {}
+    for token, id_ in ids.items():
+        if not isinstance(token, str) or not token:
+            raise TextError(f"token {brief_repr(token, 80)} is not a non-empty string")
+        if not token.isprintable() and any(unicodedata.category(c) == "Cs" for c in token):
+            raise TextError(f"token {brief_repr(token, 80)} is not valid Unicode")
+        if isinstance(id_, bool) or not isinstance(id_, int):
+            raise TextError(f"the id of {brief_repr(token, 80)} is {brief_repr(id_, 80)}, expected an integer")
+        if not 0 <= id_ < len(ids):
+            raise TextError(
+                f"the id of {brief_repr(token, 80)} is {brief_repr(id_, 80)}, but {len(ids)} tokens have "
+                f"ids 0..{len(ids) - 1}"
+            )
+        if id_ in tokens:
+            raise TextError(f"{brief_repr(tokens[id_], 80)} and {brief_repr(token, 80)} have the same id {id_}")
+        tokens[id_] = token
+    return tokens
+
+
+def _common_case(characters: Iterable[str]) -> str:
+    """Return "upper" or "lower" where all letters are; "" where there are both, or letters have no case."""
+    letters = [c for c in characters if len(c) == 1]
+    # A sharp s, which is a letter of capitals too in many a list, tells nothing.
+    lower = any(c == c.lower() != c.upper() and len(c.upper()) == 1 for c in letters)
+    upper = any(c == c.upper() != c.lower() for c in letters)
+    return "" if lower == upper else "lower" if lower else "upper"
 
 
 @dataclass(frozen=True, init=False)
 class Vocabulary:
-    """The symbols of the CTC head. Immutable, comparable, picklable.
+    """Hold the symbols of the CTC head. A vocabulary is immutable, comparable and picklable.
 
     Attributes:
         tokens: the symbols, in the order of their ids.
         word_delimiter: the symbol that stands for a space.
-        case: "upper" or "lower" where all its letters are; empty where it has both, or a script without case.
+        case: "upper" or "lower" where all letters are; empty where there are both, or the script has no case.
         blank: id of the CTC blank, ``<pad>``.
-        unknown: id of ``<unk>``, or None. Nothing is ever encoded as it.
-        specials: symbols that are no text, `SPECIALS` and those of a foreign tokenizer.
-        lower_case: whether what is decoded is shown in lower case, and the symbols are upper case.
-        separator: what the delimiter is shown as.
+        unknown: id of ``<unk>``, or None. Nothing is ever encoded as this symbol.
+        specials: symbols that are no text: `SPECIALS`, and those of a foreign tokenizer.
+        lower_case: whether decoded text is shown in lower case, while the symbols are upper case.
+        separator: what a decoded delimiter is shown as.
     """
 
     tokens: tuple[str, ...]
@@ -108,30 +141,15 @@ class Vocabulary:
         lower_case: bool = False,
         separator: str = " ",
     ) -> None:
-        """From a mapping token -> id. ``blank`` and ``unknown`` are tokens; None: those of the usual names.
+        """Make a vocabulary of a mapping token -> id.
+
+        ``blank`` and ``unknown`` are tokens; None stands for those of the usual names.
 
         Raises:
             TextError: the ids are not 0..n-1 without gaps or duplicates, there is no ``<pad>``, more than
                 65,536 tokens, or a token or id of another type.
         """
-        if len(ids) > MAX_SYMBOLS:
-            raise TextError(f"{len(ids)} tokens, at most {MAX_SYMBOLS} are possible")
-        by_id: dict[int, str] = {}
-        for token, id_ in ids.items():
-            if not isinstance(token, str) or not token:
-                raise TextError(f"token {brief_repr(token, 80)} is not a non-empty string")
-            if not token.isprintable() and any(unicodedata.category(c) == "Cs" for c in token):
-                raise TextError(f"token {brief_repr(token, 80)} is not valid Unicode")
-            if isinstance(id_, bool) or not isinstance(id_, int):
-                raise TextError(f"the id of {brief_repr(token, 80)} is {brief_repr(id_, 80)}, expected an integer")
-            if not 0 <= id_ < len(ids):
-                raise TextError(
-                    f"the id of {brief_repr(token, 80)} is {brief_repr(id_, 80)}, but {len(ids)} tokens have "
-                    f"ids 0..{len(ids) - 1}"
-                )
-            if id_ in by_id:
-                raise TextError(f"{brief_repr(by_id[id_], 80)} and {brief_repr(token, 80)} have the same id {id_}")
-            by_id[id_] = token
+        by_id = _tokens_by_id(ids)
         blanks = [b for b in (blank, *BLANKS) if b is not None and b in ids]
         if not blanks:
             raise TextError("there is no '<pad>', which is the CTC blank")
@@ -148,31 +166,27 @@ class Vocabulary:
         keep("lower_case", lower_case)
         keep("separator", separator)
         keep("_delimiter", ids.get(word_delimiter))
-        # encode looks up single characters between the words, so it never meets a longer token or the delimiter
-        # here. A token that another program wrote decomposed counts as its composed character, unless that has a
+        # `encode` looks up single characters of words, so it never meets a longer token or the delimiter here. A
+        # token that another program wrote decomposed counts as its composed character, unless that character has a
         # token of its own.
         text = {token: id_ for token, id_ in ids.items() if token not in self.specials}
         keep("_ids", {**{nfc(token): id_ for token, id_ in text.items()}, **text})
-        letters = [c for c in self._ids if len(c) == 1]
-        # A sharp s, which is a letter of capitals too in many a list, tells nothing.
-        cases = {
-            "lower": any(c == c.lower() != c.upper() and len(c.upper()) == 1 for c in letters),
-            "upper": any(c == c.upper() != c.lower() for c in letters),
-        }
-        keep("case", "" if all(cases.values()) else next((case for case, has in cases.items() if has), ""))
+        keep("case", _common_case(self._ids))
 
     def __len__(self) -> int:
-        """The number of symbols V, blank included."""
+        """Count the symbols V, blank included."""
         return len(self.tokens)
 
     @classmethod
     def librispeech(cls) -> Vocabulary:
-        """The 32 symbols of facebook/wav2vec2-base-960h: four specials, ``|``, A to Z and the apostrophe."""
+        """Make the 32 symbols of facebook/wav2vec2-base-960h: four specials, ``|``, A to Z and the apostrophe."""
         return cls({token: i for i, token in enumerate(LIBRISPEECH)})
 
     @classmethod
     def build(cls, texts: Iterable[str], *, word_delimiter: str = "|") -> Vocabulary:
-        """The characters of cleaned training `texts`, sorted, after the four specials and the delimiter.
+        """Build a vocabulary of the characters of cleaned training `texts`.
+
+        The characters are sorted, and stand after the four specials and the delimiter.
 
         Raises:
             TextError: more than 65,536 symbols, or a delimiter that is not one visible character.
@@ -190,10 +204,10 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], *, word_delimiter: str = "|") -> Vocabulary:
-        """From a vocab.json, an object of token -> id. The delimiter stands in another file: pass it.
+        """Read a vocab.json, an object of token -> id. The delimiter stands in another file: pass it.
 
         Raises:
-            TextError: with the path, if it is not a regular file of at most 2 MiB that holds such an object.
+            TextError: ``path`` is not a regular file of at most 2 MiB that holds such an object.
         """
         ids = cls.read_ids(path)
         try:
@@ -203,10 +217,10 @@ class Vocabulary:
 
     @staticmethod
     def read_ids(path: str | os.PathLike[str]) -> dict[str, Any]:
-        """The object in a vocab.json, of any content.
+        """Read the object in a vocab.json, whatever it holds.
 
         Raises:
-            TextError: with the path, if it is not a regular file of at most 2 MiB that holds an object.
+            TextError: ``path`` is not a regular file of at most 2 MiB that holds an object.
         """
         path = Path(path)
         try:
@@ -229,7 +243,7 @@ class Vocabulary:
             raise TextError(f"{path}: not a vocabulary: {error}") from error
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """As vocab.json, whole or not at all.
+        """Write vocab.json, whole or not at all.
 
         Raises:
             TextError: the file cannot be written.
@@ -243,28 +257,29 @@ class Vocabulary:
 
     @property
     def has_delimiter(self) -> bool:
-        """Whether a text of several words can be written; in vocabularies of Chinese or of phonemes often not."""
+        """Tell whether several words can be written. Vocabularies of Chinese or phonemes often cannot do so."""
         return self._delimiter is not None
 
     def in_its_case(self, text: str) -> str:
-        """`text` in the case that all letters of the vocabulary have."""
+        """Write `text` in the case that all letters of the vocabulary have."""
         if self.case == "upper":
-            return "".join(c if c in self._ids else c.upper() for c in text)  # a sharp s may be there
+            return "".join(c if c in self._ids else c.upper() for c in text)  # the vocabulary may have a sharp s
         if self.case == "lower":
-            if DOT_ABOVE not in self._ids:  # which is what Python makes of a capital I with a dot
+            if DOT_ABOVE not in self._ids:  # Python makes one of a capital I with a dot
                 text = text.replace("\u0130", "i")
                 text = text.replace("I", "\u0131") if "\u0131" in self._ids else text  # Turkish has both
             return text.lower()
         return text
 
     def spell(self, text: str) -> tuple[str, str]:
-        """`text` with others of the same meaning for characters that are missing here; and which those were."""
+        """Replace missing characters by others of the same meaning; return the text, and what was replaced."""
         others = {c: new for c in set(text).difference(self._ids) if (new := self._instead_of(c)) != c}
         if not others:
             return text, ""
         return "".join(others.get(c, c) for c in text), "".join(c for c in text if c in others)
 
     def _instead_of(self, character: str) -> str:
+        """Find what can be written for a character that is missing here; the character itself if nothing can."""
         if character == self.word_delimiter or character.isspace():
             return character
         same = next((alike for alike in SAME if character in alike), "")
@@ -274,17 +289,17 @@ class Vocabulary:
         return character
 
     def encode(self, text: str) -> list[int]:
-        """The symbols of a cleaned `text`, one per character and one delimiter between words.
+        """Encode a cleaned `text`: one symbol per character, and one delimiter between words.
 
-        Characters outside the vocabulary are left out (`unknown_characters` tells which); a delimiter in the
-        text counts as a space. Neither the blank nor another special is ever produced, so ``<s>`` in a text is
-        its character s between two characters that most vocabularies lack.
+        Characters outside the vocabulary are left out (`unknown_characters` counts them). A delimiter in the text
+        counts as a space. Neither the blank nor another special is ever produced; so ``<s>`` in a text is its
+        character s between two characters that most vocabularies lack.
 
         Returns:
             L ids in 0..V-1, without the blank; empty for a text of which nothing is left.
 
         Raises:
-            TextError: the text has several words and the vocabulary no word delimiter.
+            TextError: the text has several words, and the vocabulary has no word delimiter.
         """
         words = [[self._ids[c] for c in word if c in self._ids] for word in self._words(text)]
         words = [word for word in words if word]
@@ -301,23 +316,23 @@ class Vocabulary:
         return symbols
 
     def unknown_characters(self, texts: Iterable[str]) -> Counter[str]:
-        """The characters of `texts` that `encode` leaves out, and how often. Spaces are never among them."""
+        """Count the characters of `texts` that `encode` leaves out. Spaces are never among them."""
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(c for word in self._words(text) for c in word if c not in self._ids)
         return counts
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Greedy CTC decoding: the best symbol of each frame -> text.
+        """Decode greedily: the best symbol of each frame -> text.
 
-        Repeats are merged, then the blank and the other specials dropped; delimiters become spaces, and spaces
-        at the ends or next to each other (an empty word is no word) are dropped.
+        Repeats are merged, and then the blank and the other specials are dropped. Delimiters become spaces; spaces
+        at the ends or next to each other are dropped, since an empty word is no word.
 
         Args:
             ids: (T,) symbols, one per frame; a list, array or tensor on the CPU.
 
         Raises:
-            TextError: an id outside 0..V-1.
+            TextError: an id is outside 0..V-1.
         """
         symbols: list[int] = []
         previous: int | None = None
@@ -330,22 +345,23 @@ class Vocabulary:
         return self.spelt(symbols)
 
     def spelt(self, ids: Iterable[int]) -> str:
-        """The text of symbols, one after the other, as it is shown: without specials, delimiters as spaces."""
+        """Write symbols, one after the other, as text is shown: without specials, with delimiters as spaces."""
         shown = (self.separator if i == self._delimiter else self.tokens[i] for i in ids)
         text = "".join(token for token in shown if token not in self.specials)
         return nfc(" ".join((text.lower() if self.lower_case else text).split()))
 
     def _words(self, text: str) -> list[str]:
+        """Split a text at spaces and delimiters, in the case of the symbols."""
         text = text.upper() if self.lower_case else text
         return nfc(text).replace(self.word_delimiter, " ").split()
 
 
 @dataclass(frozen=True)
 class Orthography:
-    """How transcripts are spelt for the model, and how its output is shown.
+    """Describe how transcripts are spelt for the model, and how its output is shown.
 
-    The settings are those of the class of the same name in Hugging Face's wav2vec 2.0 research project
-    (transformers, examples/research_projects/wav2vec2/run_asr.py, 2021).
+    The class of the same name in Hugging Face's wav2vec 2.0 research project has the same settings (transformers,
+    examples/research_projects/wav2vec2/run_asr.py, 2021).
 
     Attributes:
         name: "librispeech", "timit", "buckwalter" or "none".
@@ -353,7 +369,7 @@ class Orthography:
         replacements: character -> what stands for it.
         dropped_words: words that are no speech.
         word_delimiter: the symbol between words; the vocabulary must have it.
-        tag_brackets: pairs that may enclose a tag. Only those that are not letters of the orthography.
+        tag_brackets: pairs that may enclose a tag. Letters of the orthography cannot be among them.
         script: character -> character of the script that people read.
     """
 
@@ -366,9 +382,9 @@ class Orthography:
     script: Mapping[str, str] = field(default_factory=dict)
 
     def clean(self, text: str, vocabulary: Vocabulary | None = None) -> str:
-        """`text` in this spelling, NFC, with single spaces. Tags are left as they are: see `clean`.
+        """Write `text` in this spelling, NFC, with single spaces. Tags are left as they are: see `clean`.
 
-        Where the letters of the `vocabulary` are all capitals, or none of them is, its case counts and not ours.
+        Where all letters of the `vocabulary` have one case, that case is taken in place of the orthography's.
         """
         text = nfc(text).translate({ord(c): instead for c, instead in self.replacements.items()})
         if vocabulary is not None and self.follows(vocabulary):
@@ -378,26 +394,26 @@ class Orthography:
         return nfc(" ".join(word for word in text.split() if word not in self.dropped_words))
 
     def follows(self, vocabulary: Vocabulary) -> bool:
-        """Whether text is in the vocabulary's case in place of this one's. Buckwalter's letters differ by case."""
+        """Tell whether text takes the vocabulary's case, not this one's. Buckwalter's letters differ by case."""
         return vocabulary.case not in ("", self.case) and not self.script
 
     def present(self, text: str) -> str:
-        """Decoded `text` as a person reads it: in Arabic script for "buckwalter", else as it is."""
+        """Show decoded `text` as a person reads it: in Arabic script for "buckwalter", else as it is."""
         return nfc(text.translate({ord(c): letter for c, letter in self.script.items()}))
 
 
 ORTHOGRAPHIES: dict[str, Orthography] = {
     o.name: o
     for o in (
-        # As in the transcripts of LibriSpeech, on which facebook/wav2vec2-base-960h was trained.
+        # The transcripts of LibriSpeech are spelt so, on which facebook/wav2vec2-base-960h was trained.
         Orthography(
             "librispeech", case="upper", replacements=dict.fromkeys("\u2019\u2018\u201b\u02bc\uff07", "'")
         ),
         # Compounds such as "quarter-century-old" are broken, and the pause "--" is no word. The vocabulary must
         # have lower-case letters: build one, since `Vocabulary.librispeech` would drop every character.
         Orthography("timit", case="lower", replacements={"-": " "}),
-        # For the Arabic Speech Corpus, which writes pauses as "-" and "sil" and the letter theh as "^". The
-        # delimiter is "/", for "|" is the letter alef with madda; and < > { } are letters, so never brackets.
+        # The Arabic Speech Corpus writes pauses as "-" and "sil" and the letter theh as "^". The delimiter is "/",
+        # since "|" is the letter alef with madda. And < > { } are letters, so they are never brackets.
         Orthography(
             "buckwalter",
             replacements={"-": " ", "^": "v"},
@@ -412,11 +428,11 @@ ORTHOGRAPHIES: dict[str, Orthography] = {
 
 
 def remove_tags(text: str, brackets: Iterable[str]) -> str:
-    """`text` with a space in place of each balanced pair of `brackets` ("[]", "{}", ...) and what it holds.
+    """Put a space in place of each balanced pair of `brackets` ("[]", "{}", ...) and what it holds.
 
-    A bracket without its partner is left, and so is all that follows it. Linear in the length of the text.
+    A bracket without its partner is left, and so is all that follows it. The time is linear in the text's length.
     """
-    # +1 where a tag begins and -1 behind its end; the running sum is 0 outside tags.
+    # A tag begins with +1 and has -1 behind its end, so the running sum is 0 outside tags.
     steps = [0] * (len(text) + 1)
     for pair in brackets:
         opening, closing = pair[0], pair[1]
@@ -441,18 +457,18 @@ def clean(
     tags: str = "remove",
     vocabulary: Vocabulary | None = None,
 ) -> str:
-    """A transcript as it is to be learnt: tags removed, in the given spelling, NFC, with single spaces.
+    """Write a transcript as it is to be learnt: without tags, in the given spelling, NFC, with single spaces.
 
     Args:
         text: as the corpus has it.
         orthography: a name in `ORTHOGRAPHIES`.
-        tags: what becomes of ``[LAUGHTER]``, ``{LG}`` and ``<LG>``. "remove": gone, letters included.
-            "keep-letters": only the brackets go, which is what the cleaner of Cai et al. (2021) comes to: it
-            deletes the characters outside the vocabulary, and the letters LG are inside.
-        vocabulary: in whose case the text is, where it has only one.
+        tags: what becomes of ``[LAUGHTER]``, ``{LG}`` and ``<LG>``. "remove" deletes them with their letters.
+            "keep-letters" deletes the brackets alone. The cleaner of Cai et al. (2021) has this effect: it deletes
+            the characters outside the vocabulary, and the letters LG are inside.
+        vocabulary: where all its letters have one case, the text is written in that case.
 
     Returns:
-        The text; empty if nothing is left, which is no error (an utterance without a transcript).
+        The text. It is empty if nothing is left, which is no error (an utterance without a transcript).
 
     Raises:
         ConfigError: `orthography` or `tags` is unknown.
@@ -474,28 +490,28 @@ def clean(
 
 # ------------------------------------------------------------------------------------------------- vocabulary
 
-# Characters that mean the same in a transcript: where a vocabulary lacks one, the first that it has is written.
+# These characters mean the same in a transcript: where a vocabulary lacks one, the first that it has is written.
 SAME = ("'\u2019\u02bc\u2018\u201b`\u00b4\uff07", "-\u2010\u2011")
 SHARP_S = {"\u00df": ("\u1e9e", "ss", "SS"), "\u1e9e": ("\u00df", "SS", "ss")}
 DOT_ABOVE = "\u0307"
 
 
 def counted(characters: Counter[str], most: int = 20) -> str:
-    """The most frequent characters with their counts, and how many more there are."""
+    """Show the most frequent characters with their counts, and how many more there are."""
     shown = ", ".join(f"{c!r} x{n}" for c, n in characters.most_common(most))
     return shown + (f" and {len(characters) - most} more" if len(characters) > most else "")
 
 
 @dataclass
 class Rewriting:
-    """What was changed in references so that a vocabulary can write them. Sums with ``+=``.
+    """Count what was changed in references so that a vocabulary can write them. Counts are added with ``+=``.
 
     Attributes:
-        case: "upper" or "lower", where the vocabulary has letters of one case, and not that of the orthography.
-        recased: references that were changed so.
-        replaced: characters that stand there as others of the same meaning, such as an apostrophe; by character.
-        removed: characters that the vocabulary has not; by character. A space, where it has no word delimiter.
-        emptied: references of which nothing is left, so that no error rate counts them.
+        case: "upper" or "lower", where the vocabulary has letters of one case that is not the orthography's.
+        recased: how many references were written in that case.
+        replaced: character -> how often another of the same meaning stands in its place, such as an apostrophe.
+        removed: character -> how often it was left out. A space is left out where there is no word delimiter.
+        emptied: how many references have nothing left, so that no error rate counts them.
     """
 
     case: str = ""
@@ -505,7 +521,7 @@ class Rewriting:
     emptied: int = 0
 
     def __iadd__(self, other: Rewriting) -> Rewriting:
-        """The changes of both parts, of references for the same vocabulary."""
+        """Add the changes of another part, of references for the same vocabulary."""
         self.case = self.case or other.case
         self.recased += other.recased
         self.replaced += other.replaced
@@ -514,18 +530,18 @@ class Rewriting:
         return self
 
     def to_dict(self) -> dict[str, object]:
-        """As a report has it: only what was changed."""
-        found = {
+        """Return what a report has: only what was changed."""
+        changes = {
             "references_recased": {self.case: self.recased} if self.recased else {},
             "characters_replaced": dict(self.replaced.most_common()),
             "characters_outside_vocabulary": dict(self.removed.most_common()),
             "references_left_empty": self.emptied,
         }
-        return {name: value for name, value in found.items() if value}
+        return {name: value for name, value in changes.items() if value}
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> Rewriting:
-        """The inverse of `to_dict`."""
+        """Read what `to_dict` gives."""
         case, recased = next(iter(report.get("references_recased", {}).items()), ("", 0))
         return cls(
             case=case,
@@ -536,7 +552,7 @@ class Rewriting:
         )
 
     def notes(self) -> list[str]:
-        """A line for each kind of change."""
+        """Write a line for each kind of change."""
         lines = []
         if self.recased:
             lines.append(f"the vocabulary has {self.case}-case letters alone: {self.recased} texts are written so")
@@ -550,7 +566,7 @@ class Rewriting:
 
 
 def minimum_frames(targets: Iterable[int]) -> int:
-    """The fewest frames that can carry `targets`: CTC needs a blank between equal neighbours.
+    """Count the fewest frames that can carry `targets`: CTC needs a blank between equal neighbours.
 
     L symbols with r equal neighbours need L + r frames (Graves et al., 2006).
     """

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -63,58 +63,34 @@ NEUTRAL_VALUES: dict[str, tuple] = {
 }
 
 
-def are_sizes(value: int | tuple[int, ...]) -> bool:
-    """Tell whether a number, or each of up to 64 numbers, is a size that can be built."""
-    values = value if isinstance(value, tuple) else (value,)
-    return 0 < len(values) <= 64 and all(1 <= size <= 65_536 for size in values)
-
-
-def is_depth(value: int) -> bool:
-    """Tell whether so many layers can be built."""
-    return value <= 512
-
-
-def is_norm(value: str) -> bool:
-    """Tell whether the feature encoder has such a norm."""
-    return value in ("group", "layer")
-
-
-def is_share(value: float) -> bool:
-    """Tell whether a number is from 0 to 1."""
-    return 0 <= value <= 1
-
-
-def is_positive(value: float) -> bool:
-    """Tell whether a number is above 0."""
-    return value > 0
-
-
-def is_count(value: int) -> bool:
-    """Tell whether a number is 0 or more."""
-    return value >= 0
-
-
-# (fields, what each of their values has to be, the message where one is not), in the order of checking
-FIELD_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+# (fields, the least and the most that each of their numbers may be, the message where one is not), as checked
+FIELD_RANGES: tuple[tuple[str, float, float, str], ...] = (
     (
         "hidden_size num_hidden_layers num_attention_heads intermediate_size num_conv_pos_embeddings "
         "num_conv_pos_embedding_groups num_buckets max_bucket_distance conv_pos_kernel_size mask_time_length "
         "mask_feature_length conv_dim conv_kernel conv_stride",
-        are_sizes,
+        1,
+        65_536,
         "{name} is {value}; sizes from 1 to 65,536 can be built",
     ),
-    ("num_hidden_layers", is_depth, "{name} is {value}; at most 512 can be built"),
-    ("feat_extract_norm", is_norm, "{name} is {value}; expected 'group' or 'layer'"),
+    ("num_hidden_layers", 1, 512, "{name} is {value}; at most 512 can be built"),
     (
         "feat_proj_dropout hidden_dropout attention_dropout activation_dropout final_dropout layerdrop "
         "mask_time_prob mask_feature_prob",
-        is_share,
+        0,
+        1,
         "{name} is {value}; expected a share from 0 to 1",
     ),
-    ("layer_norm_eps initializer_range", is_positive, "layer_norm_eps and initializer_range must be above 0"),
+    (
+        "layer_norm_eps initializer_range",
+        math.ulp(0.0),  # the least number above 0
+        math.inf,
+        "layer_norm_eps and initializer_range must be above 0",
+    ),
     (
         "mask_time_min_masks mask_feature_min_masks",
-        is_count,
+        0,
+        math.inf,
         "mask_time_min_masks and mask_feature_min_masks must be 0 or more",
     ),
 )
@@ -178,10 +154,11 @@ class Wav2Vec2Config:
         """Refuse what cannot be built, with the numbers; nothing is allocated before this."""
         self._check_types()
         self._check_architecture()
-        for names, is_allowed, message in FIELD_RULES:
+        for names, least, most, message in FIELD_RANGES:
             for name in names.split():
                 value = getattr(self, name)
-                if not is_allowed(value):
+                numbers = value if isinstance(value, tuple) else (value,)
+                if not numbers or len(numbers) > 64 or not all(least <= number <= most for number in numbers):
                     raise ConfigError(message.format(name=name, value=brief_repr(value)))
         self._check_together()
 
@@ -222,6 +199,10 @@ class Wav2Vec2Config:
 
     def _check_together(self) -> None:
         """Refuse values that do not fit each other, each of which is a value by itself."""
+        if self.feat_extract_norm not in ("group", "layer"):
+            raise ConfigError(
+                f"feat_extract_norm is {brief_repr(self.feat_extract_norm)}; expected 'group' or 'layer'"
+            )
         if self.architecture.positions == "stack" and self.num_conv_pos_embeddings > 64:
             raise ConfigError(
                 f"num_conv_pos_embeddings is {self.num_conv_pos_embeddings}; in {self.model_type} it counts "

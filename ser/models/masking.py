@@ -1,8 +1,8 @@
-"""SpecAugment spans in time and feature, drawn per utterance (Park et al., 2019; wav2vec 2.0, appendix A).
+"""Draw the spans of SpecAugment in time and feature (Park et al., 2019; wav2vec 2.0, appendix A).
 
-The draw is a function of (seed, epoch, utterance) alone: neither the batch an utterance stands in, nor the
-rank, nor what was drawn before changes it. So masked training is independent of how work is split, and a
-resumed run needs no saved random state.
+The draw of an utterance is a function of (seed, epoch, utterance) alone: neither its batch, nor the rank, nor what
+was drawn before changes it. So masked training is independent of how work is split, and a resumed run needs no
+saved random state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ser.models.config import Wav2Vec2Config
 def draw_spans(
     length: int, *, prob: float, span: int, min_masks: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """(length,) bool with spans of True.
+    """Draw a mask, (length,) bool with spans of True.
 
     ``prob`` is the share of the axis that the spans would cover if none overlapped; ``prob * length / span``
     spans are drawn, rounded up or down at random so that the mean is right, at least ``min_masks``, with
@@ -44,7 +44,7 @@ def draw_spans(
 def spec_augment(
     config: Wav2Vec2Config, num_frames: Tensor, utterances: Sequence[int], *, seed: int, epoch: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Masks of a batch: mask_time (B, T) and mask_feature (B, D), bool on the CPU; None where not configured.
+    """Draw the masks of a batch, mask_time (B, T) and mask_feature (B, D), on the CPU; None where not configured.
 
     ``num_frames`` (B,) are the valid frames, T the largest of them; ``utterances`` (B,) are their stable
     numbers in the training set.

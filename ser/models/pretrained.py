@@ -1,4 +1,4 @@
-"""A model folder on disk <-> a model: the one place that knows foreign keys.
+"""Read the tensors of a model folder into a model: the one place that knows foreign keys.
 
 The layout is Hugging Face's: ``config.json`` and ``model.safetensors`` (or shards named by
 ``model.safetensors.index.json``). What the classes of wav2vec 2.0, HuBERT, WavLM and data2vec-audio save loads
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
+from ser.errors import ConfigError, ModelFolderError, brief_repr, pip_line, shorten, summary
 from ser.files import is_lfs_pointer, open_tensors
 from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.heads import HEADS
@@ -75,7 +75,7 @@ PRETRAINING_PARTS = ("quantizer.", "project_hid.", "project_q.", "dropout_featur
 
 @dataclass
 class LoadReport:
-    """What became of each tensor when a folder was loaded. ``print(report)`` is readable."""
+    """Tell what became of each tensor when a folder was loaded. ``print(report)`` is readable."""
 
     folder: Path
     matched: list[str] = field(default_factory=list)
@@ -113,7 +113,7 @@ def refuse_lfs_pointer(path: Path, target: Path) -> None:
 
 
 def resolve_inside(folder: Path, name: str) -> Path:
-    """The regular file ``name`` of ``folder``, links followed; it must stay in the folder.
+    """Return the regular file ``name`` of ``folder``, links followed; it must stay in the folder.
 
     The one exception is the hub's cache, where ``snapshots/<commit>/config.json`` is a link into ``blobs/`` of
     the same repository.
@@ -143,7 +143,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str) -> dict:
-    """A JSON object from a file of the folder, of bounded size."""
+    """Read a JSON object from a file of the folder, of bounded size."""
     path = resolve_inside(folder, name)
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
@@ -161,7 +161,7 @@ def read_json(folder: Path, name: str) -> dict:
 
 
 def stands_in(folder: Path, name: str) -> bool:
-    """Whether the folder has such an entry, be it a broken link: that is an error to report, not an absence."""
+    """Tell whether the folder has such an entry; a broken link counts, for it is an error to report."""
     return os.path.lexists(folder / name)
 
 
@@ -182,7 +182,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """``folder`` as a Path, or an error that says what is there instead of a model folder."""
+    """Return ``folder`` as a Path, or raise an error that says what is there instead of a model folder."""
     folder = Path(folder)
     if not exists(folder):
         raise ModelFolderError(f"{shorten(str(folder))}: there is no such folder")
@@ -190,13 +190,68 @@ def check_folder(folder: str | Path) -> Path:
         raise ModelFolderError(f"{folder}: is a file; expected a folder with config.json and model.safetensors")
     if not stands_in(folder, "config.json"):
         refuse_adapter(folder)
-        found = summary(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise ModelFolderError(f"{folder}: has no config.json, so it is not a model folder; it holds {found}")
+        entries = summary(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise ModelFolderError(f"{folder}: has no config.json, so it is not a model folder; it holds {entries}")
+    return folder
+
+
+def hub_folder(name: str, revision: str | None, *, cached: bool, pickled: bool = False) -> Path:
+    """Return the folder of a repository in the hub's cache; fetch what it lacks first, unless ``cached``.
+
+    These are the config files and safetensors alone; with ``pickled`` pytorch_model.bin too. The hub's client has
+    errors of its own; a repository that is not in the cache is an OSError or ValueError.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except Exception as error:  # missing, or broken by one of its own requirements
+        raise ModelFolderError(
+            f"{name}: there is no such folder; were it a name on the Hugging Face hub, the package "
+            f"huggingface_hub would be needed: {pip_line('hub')} ({type(error).__name__}: {error})"
+        ) from None
+    patterns = ["*.json", "model*.safetensors", *(["pytorch_model*.bin"] if pickled else [])]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=cached))
+
+
+def holds_any(folder: Path, names: Iterable[str]) -> bool:
+    """Tell whether the folder has an entry of one of these names."""
+    return any(stands_in(folder, name) for name in names)
+
+
+def has_weights(folder: Path, *, pickles: bool) -> bool:
+    """Tell whether the folder has safetensors; with ``pickles``, pytorch_model.bin counts too, its index does not.
+
+    The index comes with the config files, before the pickles do.
+    """
+    return holds_any(folder, SAFETENSORS) or (pickles and any(folder.glob("pytorch_model*.bin")))
+
+
+def fetch_folder(name: str, revision: str | None, *, pickles: bool) -> Path:
+    """Fetch a repository from the Hugging Face hub, with pytorch_model.bin if it is asked for and all there is."""
+    try:
+        folder = hub_folder(name, revision, cached=False)
+        if pickles and not holds_any(folder, SAFETENSORS):
+            folder = hub_folder(name, revision, cached=False, pickled=True)
+    except ModelFolderError:
+        raise
+    except Exception as error:  # the hub's client has kinds of its own, and those of its http library
+        reason = str(error).strip().partition("\n")[0]
+        at = f" at revision {revision}" if revision else ""
+        raise ModelFolderError(
+            f"{name}: there is no such folder, and the Hugging Face hub could not give it{at}: {reason}"
+        ) from None
+    if not has_weights(folder, pickles=pickles):
+        refuse_adapter(folder)
+    if not pickles and not holds_any(folder, SAFETENSORS):
+        raise ModelFolderError(
+            f"{name}: the repository on the Hugging Face hub has no model.safetensors, and of it config files and "
+            "safetensors alone are fetched. Where it has pytorch_model.bin, a pickle, this makes a folder of it: "
+            f"python ser convert {name} FOLDER"
+        )
     return folder
 
 
 def find_folder(name: str | Path, *, revision: str | None = None, pickles: bool = False) -> Path:
-    """The model folder called ``name``: a path, or else OWNER/NAME on the Hugging Face hub.
+    """Find the model folder called ``name``: a path, or else OWNER/NAME on the Hugging Face hub.
 
     From the hub come config files and safetensors alone, into its own cache; what is in the cache already is used
     without asking the hub. ``revision`` is a branch, tag or commit there; a commit never changes. With
@@ -212,55 +267,17 @@ def find_folder(name: str | Path, *, revision: str | None = None, pickles: bool 
             )
         return check_folder(path)
     try:
-        from huggingface_hub import snapshot_download
-    except Exception as error:  # missing, or broken by one of its own requirements
-        raise ModelFolderError(
-            f"{name}: there is no such folder; were it a name on the Hugging Face hub, the package "
-            f"huggingface_hub would be needed: pip install 'ser[hub]' ({type(error).__name__}: {error})"
-        ) from None
-
-    def fetch(*, from_cache: bool, pickled: bool = False) -> Path:
-        patterns = ["*.json", "model*.safetensors", *(["pytorch_model*.bin"] if pickled else [])]
-        return Path(
-            snapshot_download(str(name), revision=revision, allow_patterns=patterns, local_files_only=from_cache)
-        )
-
-    def holds(folder: Path, *files: str) -> bool:
-        return any(stands_in(folder, file) for file in files)
-
-    def has_weights(folder: Path) -> bool:  # the index of pickles comes with the config files, before they do
-        return holds(folder, *SAFETENSORS) or (pickles and any(folder.glob("pytorch_model*.bin")))
-
-    try:
-        cached = fetch(from_cache=True)
-    except (OSError, ValueError):  # not in the cache
+        cached = hub_folder(name, revision, cached=True)
+    except (OSError, ValueError):
         cached = None
     # Other programs leave a part of a folder in the cache, without what says how sound is prepared.
-    if cached is not None and holds(cached, *PREPROCESSORS) and has_weights(cached):
+    if cached is not None and holds_any(cached, PREPROCESSORS) and has_weights(cached, pickles=pickles):
         return check_folder(cached)
-    try:
-        folder = fetch(from_cache=False)
-        if pickles and not holds(folder, *SAFETENSORS):
-            folder = fetch(from_cache=False, pickled=True)
-    except Exception as error:  # the hub's client has kinds of its own, and those of its http library
-        reason = str(error).strip().partition("\n")[0]
-        at = f" at revision {revision}" if revision else ""
-        raise ModelFolderError(
-            f"{name}: there is no such folder, and the Hugging Face hub could not give it{at}: {reason}"
-        ) from None
-    if not has_weights(folder):
-        refuse_adapter(folder)
-    if not pickles and not holds(folder, *SAFETENSORS):
-        raise ModelFolderError(
-            f"{name}: the repository on the Hugging Face hub has no model.safetensors, and of it config files and "
-            "safetensors alone are fetched. Where it has pytorch_model.bin, a pickle, this makes a folder of it: "
-            f"python examples/convert.py {name} FOLDER"
-        )
-    return check_folder(folder)
+    return check_folder(fetch_folder(name, revision, pickles=pickles))
 
 
 def read_encoder_config(folder: Path) -> tuple[Wav2Vec2Config, dict]:
-    """The encoder's configuration, and the whole of config.json."""
+    """Read the encoder's configuration, and the whole of config.json."""
     values = read_json(folder, "config.json")
     try:
         config = Wav2Vec2Config.from_dict(values)
@@ -276,7 +293,7 @@ def read_encoder_config(folder: Path) -> tuple[Wav2Vec2Config, dict]:
 
 
 def opened(path: Path):
-    """`open_tensors`, whose own errors do not name the file, and which parses a header of 100 MB."""
+    """Call `open_tensors`, whose own errors do not name the file, and which would parse a header of 100 MB."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -299,9 +316,11 @@ def opened(path: Path):
 
 def refuse_adapters(path: Path, keys: Iterable[str]) -> None:
     """Raise ModelFolderError where adapters stand beside the weights that they change, as in PEFT."""
-    found = [key for key in keys if not ADAPTERS.isdisjoint(key.split("."))]
-    if found:
-        raise ModelFolderError(f"{path}: {len(found)} tensors are adapters of PEFT: {summary(found, 3)}; {MERGE}")
+    adapters = [key for key in keys if not ADAPTERS.isdisjoint(key.split("."))]
+    if adapters:
+        raise ModelFolderError(
+            f"{path}: {len(adapters)} tensors are adapters of PEFT: {summary(adapters, 3)}; {MERGE}"
+        )
 
 
 def without_wrappers(key: str) -> str:
@@ -319,7 +338,7 @@ def unwrapped(key: str) -> str:
 
 
 def canonical_name(key: str) -> str:
-    """Our name for a checkpoint's key: without the prefix of the base model, in the spelling that we write."""
+    """Return our name for a checkpoint's key: without the base model's prefix, in the spelling that we write."""
     key = unwrapped(key)
     for architecture in ARCHITECTURES.values():
         key = key.removeprefix(architecture.prefix)
@@ -327,7 +346,7 @@ def canonical_name(key: str) -> str:
 
 
 class TensorFiles:
-    """The tensors of a folder's safetensors files, read one by one on demand.
+    """Hold the names of the tensors in a folder's safetensors files, and read tensors on demand.
 
     ``names`` maps each tensor's canonical name (encoder names without prefix, new spelling of weight norm) to
     the file and key that hold it.
@@ -370,7 +389,7 @@ class TensorFiles:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
         advice = (
             f"; {', '.join(pickles)} is a pickle, which can run code, so it is not read here; "
-            "examples/convert.py takes nothing but the tensors out of it"
+            "`ser convert` takes nothing but the tensors out of it"
             if pickles
             else ""
         )
@@ -383,11 +402,11 @@ class TensorFiles:
             self.names[renamed], self.shapes[renamed] = self.names.pop(name), self.shapes.pop(name)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors as float32.
+        """Read the named tensors as float32.
 
-        Copied, for safetensors only maps the file: were it cut or written over later, the process would die of
-        SIGBUS. Opened for each, which unmaps the last one, so that file and copy are not both in memory. Two at a
-        time, for most of it is waiting for pages.
+        Each is copied, for safetensors only maps the file: were it cut or written over later, the process would
+        die of SIGBUS. The file is opened for each tensor, which unmaps the last one, so that file and copy are not
+        both in memory. Two are read at a time, for most of the time is waiting for pages.
         """
 
         def read(name: str) -> Tensor:
@@ -409,7 +428,7 @@ MERGE = "merge it into the model with PEFT first (merge_and_unload(), then save_
 
 
 def written_names(names: Iterable[str], config: Wav2Vec2Config, *, classifier: str | None) -> dict[str, str]:
-    """The names of a `MultiTaskModel`'s tensors -> the keys by which `transformers` knows them.
+    """Map the names of a `MultiTaskModel`'s tensors to the keys by which `transformers` knows them.
 
     ``classifier`` is the part that is the head of its ForSequenceClassification, such as cls_head.
     """
@@ -421,12 +440,12 @@ def written_names(names: Iterable[str], config: Wav2Vec2Config, *, classifier: s
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite. Their sum tells it in one pass, unless it overflows by itself."""
+    """Tell whether no element is NaN or infinite. The sum tells it in one pass, unless it overflows by itself."""
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def fill(module: nn.Module, files: TensorFiles, report: LoadReport, names: Iterable[str] | None = None) -> None:
-    """Give the tensors of ``module`` (on the meta device) called ``names`` (None: all) those of the files.
+    """Load the tensors of ``module`` (on the meta device) called ``names`` (None: all) from the files.
 
     Raises ModelFolderError with one list of all missing and misshapen tensors.
     """
@@ -465,7 +484,7 @@ def head_parts() -> tuple[str, ...]:
 
 
 def fill_encoder(encoder: Wav2Vec2, files: TensorFiles, report: LoadReport) -> None:
-    """`fill` for the encoder; also refuses encoder tensors that the configuration does not ask for."""
+    """Call `fill` for the encoder, and refuse encoder tensors that the configuration does not ask for."""
     own = set(encoder.state_dict())
     left = [name for name in files.names if name not in own]
     strange = [n for n in left if n != "masked_spec_embed" and not n.startswith(head_parts() + PRETRAINING_PARTS)]
@@ -479,7 +498,7 @@ def fill_encoder(encoder: Wav2Vec2, files: TensorFiles, report: LoadReport) -> N
 
 
 class Unfilled(TorchFunctionMode):
-    """On the meta device, leaves out what computes the initial values of a module.
+    """Leave out, on the meta device, what computes the initial values of a module.
 
     torch knows these operations there through its tracer alone, whose 900 modules take 2 s to import.
     """

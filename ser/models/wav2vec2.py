@@ -231,8 +231,11 @@ class Attention(nn.Module):
         return None
 
     def mask(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """Return the mask for `scaled_dot_product_attention`: here a boolean one, without position bias."""
-        return attend
+        """Return the mask of `kernels.attention`: ``attend``, or the bias with minus infinity for padded keys."""
+        if bias is None:
+            return attend
+        bias = bias[..., : hidden.shape[1], : hidden.shape[1]]  # an utterance may be shorter than the longest
+        return bias if attend is None else bias.masked_fill(~attend, -math.inf)
 
     def forward(
         self,
@@ -246,8 +249,7 @@ class Attention(nn.Module):
         ``attend`` is True where a frame is valid. With ``lengths`` hidden is (1, sum of lengths, D), utterances
         one after another, each of which attends to itself (`kernels.pack_frames`).
         """
-        if torch.is_autocast_enabled(hidden.device.type):  # once, and not for each of the three
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        (hidden,) = kernels.as_autocast(hidden)  # once, and not for each of the three
         q, k, v = (self.split_heads(p(hidden)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B,H,T,D/H)
         if lengths is None:
             x = self.attended(attend, bias, hidden, q, k, v).transpose(1, 2)  # (B, T, H, D/H)
@@ -305,12 +307,11 @@ class GatedAttention(Attention):
 
     def mask(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None) -> Tensor | None:
         """Return the gated bias, (B, H, T, T), which is minus infinity where a key is padding."""
-        assert bias is not None
-        bias = bias[..., : hidden.shape[1], : hidden.shape[1]]  # that of a shorter utterance
+        bias = super().mask(hidden, None, bias)
         gates = self.gru_rel_pos_linear(self.split_heads(hidden)).unflatten(-1, (2, 4)).sum(-1)  # (B, H, T, 2)
         update, reset = gates.sigmoid().split(1, dim=-1)  # (B, H, T, 1)
-        mask = (update * (reset * self.gru_rel_pos_const - 1.0) + 2.0) * bias  # (B, H, T, T)
-        return mask if attend is None else mask.masked_fill(~attend, -math.inf)
+        bias = (update * (reset * self.gru_rel_pos_const - 1.0) + 2.0) * bias  # (B, H, T, T)
+        return super().mask(hidden, attend, bias)
 
 
 # What a row of `ARCHITECTURES` may name. Each class takes (config, index of its layer).

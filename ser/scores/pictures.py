@@ -1,4 +1,4 @@
-"""Pictures of a report, with matplotlib (the extra ser[plots])."""
+"""Pictures of a report, with matplotlib (the extra `plots`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ser.errors import ConfigError, printable
+from ser.errors import ConfigError, pip_line, printable
 from ser.scores.report import Part, Report
 
 LONGEST_LABEL = 30  # characters of a label in a picture
@@ -29,7 +29,7 @@ def _matplotlib() -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except Exception as error:  # one built for another numpy fails with other errors
         why = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"pictures need matplotlib: pip install 'ser[plots]' ({why})") from None
+        raise ConfigError(f"pictures need matplotlib: {pip_line('plots')} ({why})") from None
     return FigureCanvasAgg, Figure
 
 

@@ -1,14 +1,14 @@
-"""Recordings that cannot be read: what becomes of them is decided here, on all ranks alike.
+"""Recordings that cannot be read: all ranks decide here alike what becomes of them.
 
 Such a recording arrives from the loader as an utterance of weight 0 without labels, in its place in the plan
-(`ser.data.dataset`). So the plan stays a function of lengths, seed, epoch and effective batch, and the gradient is
-that of the update without the utterance, as counts are summed over ranks before the first backward pass. What
-ranks tell one another, once per update, is whether there was one: then all know all, and all go on or all stop,
-with one message.
+(`ser.data.dataset`). So the plan stays a function of lengths, seed, epoch and effective batch. The gradient is
+that of the update without the utterance, as counts are summed over ranks before the first backward pass. Once per
+update, ranks tell one another whether there was one: then all know all, and all go on or all stop, with one
+message.
 
-Of a recording whose very header is bad no length is known, and the plan needs one: the length that the run began
-with (``lengths.json``), so that a file which is damaged while a run stands still does not change its order; else
-that of one frame. A recording that was skipped is tried again in the next epoch.
+Where a recording's very header is bad, its length is unknown, and the plan needs one. It takes the length that
+the run began with (``lengths.json``), so a file that is damaged while a run stands still does not change the
+order; else that of one frame. A recording that was skipped is tried again in the next epoch.
 
     runs/NAME/lengths.json    samples at 16 kHz of every recording, as the run began
     runs/NAME/skipped.jsonl   a line per recording that was left out: its set, id, file and why
@@ -33,18 +33,18 @@ from ser.train.distributed import World
 
 
 def to_line(row: dict[str, Any]) -> str:
-    """As a JSON lines file holds it."""
+    """Write a row as a JSON lines file holds it."""
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Further lines of a JSON lines file."""
+    """Append rows to a JSON lines file."""
     with written(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(map(to_line, rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file; none where it is not there, without lines that a kill cut short."""
+    """Read the rows of a JSON lines file, without lines that a kill cut short; none where there is no file."""
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -56,7 +56,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class BadAudio:
-    """The recordings of each set ("train", "valid") that could not be read, the same on all ranks.
+    """Hold the recordings of each set ("train", "valid") that could not be read, the same on all ranks.
 
     Args:
         world: the ranks that have to agree.
@@ -75,9 +75,9 @@ class BadAudio:
         self.begun = False
 
     def agree(self, name: str, dataset: SpeechDataset, errors: dict[int, str]) -> dict[int, str]:
-        """What any rank could not read (position in the dataset -> why), on every rank; all ranks call this.
+        """Tell every rank what any rank could not read (position in the dataset -> why). All ranks call this.
 
-        Raises AudioError on all ranks where it ends the run.
+        Raises AudioError on all ranks where the policy ends the run.
         """
         if not int(self.world.sum(torch.tensor([len(errors)]))):
             return {}
@@ -110,8 +110,8 @@ class BadAudio:
     def read_lengths(self, name: str, dataset: SpeechDataset, *, least: int, anew: bool = False) -> None:
         """Set the dataset's lengths from the headers, which are read once: each rank reads its share.
 
-        ``least`` is the length in samples of what has no header that can be read and had none when the run began,
-        ``anew`` that none began in this folder.
+        ``least`` is the length in samples of a recording whose header cannot be read, and could not when the run
+        began. ``anew`` means that no run began in this folder.
         """
         found, errors = dataset.read_headers(range(self.world.rank, len(dataset), self.world.size))
         lengths = {i: n for part in self.world.gather(found) for i, n in part.items()}
@@ -122,7 +122,7 @@ class BadAudio:
         self.agree(name, dataset, errors)
 
     def recorded_lengths(self, name: str, count: int) -> list[int]:
-        """Those that the run in this folder began with; empty where there are none of ``count`` recordings."""
+        """Read the lengths that the run began with; none if they are not of ``count`` recordings."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             if self.run is not None:
                 text = (self.run / "lengths.json").read_text(encoding="utf-8")
@@ -132,9 +132,9 @@ class BadAudio:
         return []
 
     def begin(self, lengths: dict[str, list[int]], datasets: dict[str, SpeechDataset]) -> None:
-        """Once the run's folder is ours: note the lengths of a new run, and try again what the last start skipped.
+        """Note the lengths of a new run, and try again what the last start skipped; the folder is ours by now.
 
-        What it skipped and can be read now, having been mended, is on the list no more.
+        A recording that was skipped and has been mended since leaves the list.
         """
         assert self.run is not None
         path = self.run / "skipped.jsonl"
@@ -170,5 +170,5 @@ class BadAudio:
 
 
 def errors_of(batches: Iterable[Batch]) -> dict[int, str]:
-    """Position in the dataset -> why its recording could not be read."""
+    """Collect the errors of batches: position in the dataset -> why its recording could not be read."""
     return {i: why for batch in batches for i, why in batch.errors.items()}

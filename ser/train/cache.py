@@ -1,19 +1,19 @@
-"""What a frozen part of a model makes of each utterance, computed once and kept on disk.
+"""A cache: what a frozen part of a model makes of each utterance is computed once and kept on disk.
 
     CACHE/features-6f12ab34cd56ef78-fp16/    one folder for each kind, weights, preprocessing and type
         SHA256.safetensors                   some utterances, each under the sha256 of its recording's content; the
                                              name is the sha256 of the file
 
-Two kinds. "features": the output of the feature encoder, frames of 20 ms, for which nothing above it matters.
-"pooled": where all of wav2vec 2.0 is frozen, the mean over time of each layer that the heads read; as sums over
-layers, a projection and the mean over time commute, an epoch then costs next to nothing.
+There are two kinds. "features" is the output of the feature encoder, frames of 20 ms, for which nothing above it
+matters. "pooled", where all of wav2vec 2.0 is frozen, is the mean over time of each layer that the heads read.
+Sums over layers, a projection and the mean over time commute, so an epoch then costs next to nothing.
 
-Each utterance is computed alone and in float32, so the company it had cannot matter, and every key holds all that
-the numbers depend on: a cache may be shared by runs, moved and deleted, and what is there is never stale. A shard
-is written under another name, waited for and renamed: killed while it fills, a cache lacks what it lacks, and the
-next run fills it further. A run first reads the shards that it needs, each rank a share: one whose bytes are not
-as they were written is removed and computed again. Ranks each fill a share and read all, by memory maps that the
-system keeps once.
+Each utterance is computed alone and in float32, so batch composition cannot matter, and every key holds all that
+the numbers depend on. So runs may share a cache, which may be moved and deleted, and what is there is never stale.
+A shard is written under another name, waited for and renamed: killed while it fills, a cache keeps what is whole,
+and the next run fills it further. A run first reads the shards that it needs, each rank a share: one whose bytes
+are not as they were written is removed and computed again. Each rank fills a share and reads all, by memory maps
+that the system keeps once.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ STALE_SECONDS = 24 * 3600.0  # after which the unfinished shard of a killed proc
 
 
 def choose_kind(model: MultiTaskModel, freeze: str) -> tuple[str, str]:
-    """("features" or "pooled", why not pooled). Raises ConfigError where nothing may be kept."""
+    """Return "features" or "pooled", and why not pooled. Raises ConfigError where nothing may be kept."""
     if freeze == "none":
         raise ConfigError(
             "cache keeps what a frozen part computes, and freeze is none: add --freeze feature-encoder, or encoder"
@@ -81,49 +81,9 @@ def verified(paths: Sequence[Path], world: World) -> tuple[set[Path], set[Path]]
     return sound, set(paths) - sound
 
 
-def compute(
-    cache: Cache,
-    dataset: SpeechDataset,
-    share: list[int],
-    keys: list[str],
-    wanted: dict[str, list[int]],
-    world: World,
-    bar: tqdm[Any],
-) -> dict[int, str]:
-    """Compute and write one rank's share. Returns the errors of what cannot be read. Raises FileError."""
-    broken: dict[int, str] = {}
-    waiting: dict[str, Tensor] = {}
-    held = 0  # bytes
-    for i in share:
-        example = dataset[i]
-        at_work = f"with {dataset.utterances[i].id} ({dataset.lengths[i] / SAMPLE_RATE:.1f} s)"
-        with memory_explained(SHORTER, doing=at_work):
-            found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
-        if found is None or tuple(found.shape) != cache.shape(dataset.lengths[i]):
-            for j in wanted[keys[i]]:  # each under its own name
-                late = f"{dataset.utterances[j].file}: is not as long as its header says"
-                broken[j] = dataset[j].error or late
-            continue
-        kept = found.to(cache.dtype)
-        if not bool(kept.isfinite().all()) and bool(found.isfinite().all()):
-            raise FileError(
-                f"{dataset.utterances[i].id}: values up to {found.abs().max():.3g} do not fit into float16; "
-                "use --cache-dtype fp32"
-            )
-        waiting[keys[i]] = kept
-        held += kept.nbytes
-        if held >= SHARD_BYTES:
-            cache.write(waiting)
-            waiting, held = {}, 0
-        bar.update(round(dataset.lengths[i] / SAMPLE_RATE * world.size))
-    if waiting:
-        cache.write(waiting)
-    return broken
-
-
 @dataclass
 class Cache:
-    """The folder of one kind, weights and preprocessing."""
+    """Hold the folder of one kind, weights and preprocessing."""
 
     folder: Path
     kind: str
@@ -135,7 +95,7 @@ class Cache:
 
     @staticmethod
     def of(model: MultiTaskModel, folder: str | Path, *, kind: str, dtype: str, do_normalize: bool) -> Cache:
-        """What belongs to this model's weights, under ``folder``."""
+        """Find what belongs to this model's weights, under ``folder``."""
         config, minimum = model.config, model.config.min_samples
         part = model.wav2vec2.feature_extractor if kind == "features" else model.wav2vec2
         about: list[Any] = [FORMAT, kind, SAMPLE_RATE, do_normalize]
@@ -188,7 +148,7 @@ class Cache:
         return len(others | damaged), len(old)
 
     def listed(self) -> tuple[dict[Path, list[str]], set[Path], set[Path]]:
-        """The keys in each shard, the shards whose header cannot be read, and those of earlier releases."""
+        """List the keys in each shard, the shards whose header cannot be read, and those of earlier releases."""
         keys: dict[Path, list[str]] = {}
         damaged: set[Path] = set()
         old: set[Path] = set()
@@ -204,7 +164,7 @@ class Cache:
         return keys, damaged, old
 
     def write(self, tensors: dict[str, Tensor]) -> None:
-        """One more shard, whole or not at all. Raises FileError."""
+        """Write one more shard, whole or not at all. Raises FileError."""
         name = hashlib.sha256("".join(tensors).encode()).hexdigest()[:16]
         temporary = self.folder / f".{name}.{os.getpid()}.tmp"
         with written(self.folder / name):
@@ -220,7 +180,7 @@ class Cache:
 
 
 class Stored:
-    """What a `SpeechDataset` reads in place of recordings."""
+    """Give a `SpeechDataset` what it reads in place of recordings."""
 
     def __init__(self, cache: Cache, keys: list[str], lengths: list[int], errors: dict[int, str]) -> None:
         self.kind, self.keys, self.shards, self.errors = cache.kind, keys, cache.shards, errors
@@ -228,11 +188,11 @@ class Stored:
         self.files: dict[Path, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a worker that is not forked: it opens its own."""
+        """Leave open files out: a worker that is not forked opens its own."""
         return vars(self) | {"files": {}}
 
     def __call__(self, index: int) -> tuple[Tensor, str]:
-        """(T, C) or (N, D), as it is kept, and an error; with one, zeros of that shape."""
+        """Return (T, C) or (N, D), as it is kept, and an error; with one, zeros of that shape."""
         if error := self.errors.get(index, ""):
             return torch.zeros(self.shapes[index]), error
         path = self.shards[self.keys[index]]
@@ -247,7 +207,7 @@ class Stored:
 
 
 def content_keys(dataset: SpeechDataset, world: World) -> tuple[list[str], dict[int, str]]:
-    """The sha256 of each utterance's file and excerpt, and the errors of files that cannot be opened.
+    """Return the sha256 of each utterance's file and excerpt, and the errors of files that cannot be opened.
 
     Each rank reads a share, and each file once, though many utterances may be cut from it.
     """
@@ -269,7 +229,101 @@ def content_keys(dataset: SpeechDataset, world: World) -> tuple[list[str], dict[
     return [keys.get(i, "") for i in range(len(dataset))], errors
 
 
-def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str], None], name: str) -> Stored:
+def remove_stale(folder: Path) -> None:
+    """Remove what processes that were killed long ago had begun to write."""
+    for path in folder.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def check_room(cache: Cache, lengths: Sequence[int], world: World) -> int:
+    """Return the bytes that recordings of these lengths need. Where a rank lacks room, raise FileError on all."""
+    size = sum(frames * width for frames, width in (cache.shape(samples) for samples in lengths))
+    size *= cache.dtype.itemsize
+    free = shutil.disk_usage(cache.folder).free
+    if any(world.gather(size > free)):
+        raise FileError(
+            f"{cache.folder}: the cache needs {size / 1e9:.2f} GB for {len(lengths)} utterances, and "
+            f"{free / 1e9:.2f} GB are free; make room, choose another --cache, or leave it out"
+        )
+    return size
+
+
+def compute_share(
+    cache: Cache,
+    dataset: SpeechDataset,
+    share: list[int],
+    wanted: dict[str, list[int]],
+    world: World,
+    bar: tqdm[Any],
+) -> dict[int, str]:
+    """Compute and write one rank's share. Return the errors of what cannot be read. Raises FileError."""
+    key_of = {same[0]: key for key, same in wanted.items()}
+    broken: dict[int, str] = {}
+    waiting: dict[str, Tensor] = {}
+    held = 0  # bytes
+    for i in share:
+        example = dataset[i]
+        at_work = f"with {dataset.utterances[i].id} ({dataset.lengths[i] / SAMPLE_RATE:.1f} s)"
+        with memory_explained(SHORTER, doing=at_work):
+            found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
+        if found is None or tuple(found.shape) != cache.shape(dataset.lengths[i]):
+            for j in wanted[key_of[i]]:  # each under its own name
+                late = f"{dataset.utterances[j].file}: is not as long as its header says"
+                broken[j] = dataset[j].error or late
+            continue
+        kept = found.to(cache.dtype)
+        if not bool(kept.isfinite().all()) and bool(found.isfinite().all()):
+            raise FileError(
+                f"{dataset.utterances[i].id}: values up to {found.abs().max():.3g} do not fit into float16; "
+                "use --cache-dtype fp32"
+            )
+        waiting[key_of[i]] = kept
+        held += kept.nbytes
+        if held >= SHARD_BYTES:
+            cache.write(waiting)
+            waiting, held = {}, 0
+        bar.update(round(dataset.lengths[i] / SAMPLE_RATE * world.size))
+    if waiting:
+        cache.write(waiting)
+    return broken
+
+
+def compute_missing(
+    cache: Cache, dataset: SpeechDataset, wanted: dict[str, list[int]], missing: list[int], world: World, name: str
+) -> dict[int, str]:
+    """Compute and write what is missing, each rank its share; return the errors of all.
+
+    Raises FileError on all ranks.
+    """
+    seconds = sum(dataset.lengths[i] for i in missing) / SAMPLE_RATE
+    broken: dict[int, str] = {}
+    failure = ""
+    silent = not (world.is_main and sys.stderr.isatty())
+    with tqdm(total=round(seconds), unit="s", desc=f"caching {name}", leave=False, disable=silent) as bar:
+        try:
+            broken = compute_share(cache, dataset, missing[world.rank :: world.size], wanted, world, bar)
+        except FileError as error:
+            failure = str(error)
+    for why in filter(None, world.gather(failure)):  # one rank's is all ranks': none waits for another
+        raise FileError(why)
+    return {i: why for part in world.gather(broken) for i, why in part.items()}
+
+
+def check_seen(cache: Cache, keys: Sequence[str], errors: Collection[int], world: World) -> None:
+    """Raise FileError on all ranks where one does not see what others wrote."""
+    unseen = world.gather(sum(key not in cache.shards for i, key in enumerate(keys) if i not in errors))
+    if any(unseen):
+        rank = unseen.index(max(unseen))
+        raise FileError(
+            f"{cache.folder}: process {rank} of {world.size} does not see {unseen[rank]} of {len(keys)} "
+            "utterances that should be there; choose a --cache on a disk that all processes share"
+        )
+
+
+def fill_cache(
+    cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str], None], name: str
+) -> Stored:
     """Compute what is missing, each rank its share, and return what to read. All ranks call this.
 
     ``say`` prints a line. Recordings that cannot be read are in the result's ``errors``, on all ranks.
@@ -282,9 +336,7 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
     with written(cache.folder):
         cache.folder.mkdir(parents=True, exist_ok=True)
     if world.is_main:
-        for path in cache.folder.glob(".*.tmp"):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink(missing_ok=True)
+        remove_stale(cache.folder)
     keys, errors = content_keys(dataset, world)
     wanted: dict[str, list[int]] = {}  # content -> the utterances of it
     for i in range(len(dataset)):
@@ -295,44 +347,21 @@ def fill(cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str]
         say(f"cache of {name}: {damaged} damaged shard{'s' if damaged > 1 else ''} removed, to be computed again")
     if old:
         say(f"cache of {name}: {old} without a sha256, of an earlier release, removed, to be computed again")
-    missing = sorted(
-        (same[0] for key, same in wanted.items() if key not in cache.shards), key=lambda i: -dataset.lengths[i]
-    )
+    first = (same[0] for key, same in wanted.items() if key not in cache.shards)
+    missing = sorted(first, key=lambda i: -dataset.lengths[i])
     missing = world.gather(missing)[0]  # what one rank found, for another may have looked later
     if missing:
-        size = sum(len_ * width for len_, width in (cache.shape(dataset.lengths[i]) for i in missing))
-        size *= cache.dtype.itemsize
-        free = shutil.disk_usage(cache.folder).free
-        if any(world.gather(size > free)):
-            raise FileError(
-                f"{cache.folder}: the cache needs {size / 1e9:.2f} GB for {len(missing)} utterances, and "
-                f"{free / 1e9:.2f} GB are free; make room, choose another --cache, or leave it out"
-            )
-        seconds = sum(dataset.lengths[i] for i in missing) / SAMPLE_RATE
-        broken, failure = {}, ""
-        with tqdm(total=round(seconds), unit="s", desc=f"caching {name}", leave=False,
-                  disable=not (world.is_main and sys.stderr.isatty())) as bar:  # fmt: skip
-            try:
-                broken = compute(cache, dataset, missing[world.rank :: world.size], keys, wanted, world, bar)
-            except FileError as error:
-                failure = str(error)
-        for why in filter(None, world.gather(failure)):  # one rank's is all ranks': none waits for another
-            raise FileError(why)
-        errors |= {i: why for part in world.gather(broken) for i, why in part.items()}
+        lengths = [dataset.lengths[i] for i in missing]
+        size = check_room(cache, lengths, world)
+        errors |= compute_missing(cache, dataset, wanted, missing, world, name)
         cache.sound |= {path for part in world.gather(cache.sound) for path in part}
         cache.find(wanted, world)
-        took = time.perf_counter() - started
+        hours, took = sum(lengths) / SAMPLE_RATE / 3600, time.perf_counter() - started
         say(
-            f"cache of {name}: {len(missing)} utterances ({seconds / 3600:.2f} h) computed in {took:.1f} s, "
+            f"cache of {name}: {len(missing)} utterances ({hours:.2f} h) computed in {took:.1f} s, "
             f"{size / 1e6:.1f} MB in {cache.folder}"
         )
     else:
         say(f"cache of {name}: all {len(wanted)} recordings found in {cache.folder}")
-    unseen = world.gather(sum(keys[i] not in cache.shards for i in range(len(dataset)) if i not in errors))
-    if any(unseen):
-        rank = unseen.index(max(unseen))
-        raise FileError(
-            f"{cache.folder}: process {rank} of {world.size} does not see {unseen[rank]} of {len(dataset)} "
-            "utterances that should be there; choose a --cache on a disk that all processes share"
-        )
+    check_seen(cache, keys, errors, world)
     return Stored(cache, keys, dataset.lengths, errors)

@@ -1,7 +1,7 @@
-"""Every setting of a training run, its meaning, unit and default, written once.
+"""Each setting of a training run stands once: meaning, unit, default, range, and what resuming may do with it.
 
-The command line of ``examples/train_iemocap.py`` is made from these fields, so help and behaviour cannot differ.
-Defaults are the paper's (Cai et al., 2021, section 3.2) where it gives one.
+The command line is made from these fields, so help and behaviour cannot differ. Defaults are the paper's (Cai et
+al., 2021, section 3.2) where the paper gives one.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ser.audio import SAMPLE_RATE
+from ser.data.augment import augmented
+from ser.data.sampler import MicroLimits
 from ser.errors import ConfigError
 from ser.models.heads import HEADS, POOLINGS
+from ser.train.optim import SCHEDULES
 
 # metric -> whether larger is better
 METRICS = {
@@ -30,14 +34,49 @@ METRICS = {
     "loss": False,
 }
 
+# Titles of the groups of flags in the help, in their order.
+COMMON, LOSSES, OPTIMIZER, BATCHES, KEPT, FAULTS = GROUPS = (
+    "training: common settings",
+    "training: heads and losses",
+    "training: optimizer",
+    "training: batches and memory",
+    "training: evaluation and checkpoints",
+    "training: faults",
+)
 
-def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field with its help text."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+
+# ------------------------------------------------------------------------------------------- what a value may be
+
+
+def at_least_0(name: str, value: float) -> None:
+    """Refuse what is no number from 0."""
+    if not (value >= 0 and value < math.inf):
+        raise ConfigError(f"{name} is {value}; expected a number from 0")
+
+
+def above_0(name: str, value: float) -> None:
+    """Refuse what is no number above 0."""
+    at_least_0(name, value)
+    if value <= 0:
+        raise ConfigError(f"{name} is {value}; expected more than 0")
+
+
+def share(name: str, value: float) -> None:
+    """Refuse what is no share."""
+    at_least_0(name, value)
+    if value > 1:
+        raise ConfigError(f"{name} is {value}; expected a share from 0 to 1")
+
+
+def share_below_1(name: str, value: float) -> None:
+    """Refuse what is no share, and the whole."""
+    share(name, value)
+    if value == 1:
+        raise ConfigError(f"{name} is {value}; expected a share from 0 to 1, and not 1")
 
 
 def parse_interval(text: str, name: str) -> tuple[int, str]:
-    """ "2ep" -> (2, "epochs"), "500" -> (500, "updates")."""
+    """Read an interval: "2ep" -> (2, "epochs"), "500" -> (500, "updates")."""
     number, unit = (text[:-2], "epochs") if text.endswith("ep") else (text, "updates")
     if not number.isdecimal() or int(number) < 1:
         raise ConfigError(
@@ -46,108 +85,172 @@ def parse_interval(text: str, name: str) -> tuple[int, str]:
     return int(number), unit
 
 
+def interval(name: str, value: str) -> None:
+    """Refuse what is no interval."""
+    parse_interval(value, name)
+
+
+def names_of_heads(name: str, value: str) -> None:
+    """Refuse a head that there is not."""
+    unknown = [head for head in value.split(",") if head not in HEADS and value != "auto"]
+    if unknown:
+        raise ConfigError(f"{name} names {', '.join(unknown)}; there are {', '.join(HEADS)} (or auto)")
+
+
+def names_of_augmentations(name: str, value: Sequence[str]) -> None:
+    """Refuse an augmentation that there is not."""
+    augmented(value, seed=0)
+
+
+def option(
+    group: str,
+    default: Any,
+    *,
+    help: str,
+    choices: Collection[str] = (),
+    check: Callable[[str, Any], None] | None = None,
+    resume: str = "same",
+    hidden: bool = False,
+) -> Any:
+    """Define a setting.
+
+    Args:
+        group: the group of its flag in the help.
+        default: its default.
+        help: its meaning and unit.
+        choices: what it may be; a table is looked into each time, so it may get further rows.
+        check: refuses other values (ConfigError); numbers are at least 0 without one.
+        resume: what a resumed run may do with it: keep the "same" value; change it where that is "asked" for
+            (`CHANGEABLE`); or change it "freely", as it does not change what is computed, beyond rounding.
+        hidden: whether the help leaves the flag out.
+    """
+    if check is None and isinstance(default, int | float) and not isinstance(default, bool):
+        check = at_least_0
+    about = {"group": group, "help": help, "choices": choices, "check": check, "resume": resume, "hidden": hidden}
+    return field(default=default, metadata=about)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a run. Frozen, checked on construction, saved as JSON beside the checkpoints."""
+    """Hold the settings of a run. They are checked on construction, and saved as JSON beside the checkpoints."""
 
-    # what is learnt
-    heads: str = option("auto", f"comma-separated tasks out of {', '.join(HEADS)}; auto: emotion, ctc "
-                                "where the training data has them, speaker if beta is above 0")  # fmt: skip
-    alpha: float = option(0.1, "weight of the CTC loss; 0 adds exactly nothing")
-    beta: float = option(0.0, "weight of the speaker loss")
-    gamma: float = option(1.0, "weight of the loss of dimensions (arousal, dominance, valence), 1 - CCC over an "
-                               "update: it needs large ones, such as an effective batch of 32")  # fmt: skip
-    layers: str = option("auto", "what the heads but CTC's read: last, weighted (a learnt mean of all), or the "
-                                 "number of a layer; auto: as --init has it, else last")  # fmt: skip
-    pooling: str = option("auto", "how frames become one vector for emotion, speaker and dimensions; auto: as "
-                                  "--init has it, else mean", ("auto", *POOLINGS))  # fmt: skip
-    label_smoothing: float = option(0.0, "of the emotion loss, 0 to 1")
-    class_weights: bool = option(False, "weight emotions inversely to their frequency in training")
-    ctc_per_character: bool = option(False, "divide each transcript's loss by its length (the paper does not)")
-    freeze: str = option("none", "part that is not trained", ("none", "feature-encoder", "encoder"))
-    cache: str = option("", "folder in which what a frozen part makes of each recording is kept, so that it is "
-                            "computed once; may be shared by runs; empty: none")  # fmt: skip
-    cache_dtype: str = option("fp16", "how the cache keeps numbers: fp16 rounds to three digits, fp32 does not "
-                                      "round and takes twice the room", ("fp16", "fp32"))  # fmt: skip
-    # how long and how fast
-    epochs: int = option(100, "passes over the training data")
-    rate: float = option(5e-5, "peak learning rate of the encoder")
-    head_rate: float = option(0.0, "peak learning rate of the heads; 0: the same as rate")
-    warmup: float = option(0.1, "share of updates with a linearly rising rate, 0 to 1; linear decay to 0 follows")
-    weight_decay: float = option(0.0, "AdamW's, on weight matrices; never on biases, norms and embeddings")
-    adam_beta2: float = option(0.999, "AdamW's second decay rate")
-    clip: float = option(1.0, "largest gradient norm of an update; 0: no limit")
-    # how the work is cut
-    micro_batch: int = option(0, "most utterances in one forward pass of one process (not with batch-seconds); 0: "
-                                 "as many as micro-seconds allows, or 1 where accumulate is given")  # fmt: skip
-    micro_seconds: float = option(40.0, "where neither micro-batch nor accumulate is given, most padded seconds "
-                                        "of audio in one forward pass of one process; 0: no limit")  # fmt: skip
-    accumulate: int = option(0, "micro-batches per update and process; 0: follows from the effective batch")
-    effective_batch: int = option(
-        0, "utterances per update over all processes; 0: follows from accumulate, else 8"
-    )
-    batch_seconds: float = option(0.0, "padded seconds of audio per update over all processes, instead of the "
-                                       "effective batch; 0: off")  # fmt: skip
-    batching: str = option("bucket", "utterances of like length together, or as drawn", ("bucket", "random"))
-    max_seconds: float = option(
-        0.0, "drop longer training utterances, in seconds; 0: keep all. Evaluation drops none"
-    )
-    activation_checkpointing: bool = option(False, "recompute activations: less memory, about a third more time")
-    amp: str = option("off", "automatic mixed precision", ("off", "bf16", "fp16"))
-    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is a GPU per process where there is one")
-    workers: int = option(0, "processes per rank that decode audio; 0: the training process decodes")
-    on_bad_audio: str = option("fail", "what becomes of recordings that cannot be read: end the run, or leave "
-                                       "them out, named in skipped.jsonl", ("fail", "skip"))  # fmt: skip
-    max_bad_audio: float = option(0.01, "largest share of the training set, and of the validation set, that skip "
-                                        "may leave out, 0 to 1; beyond it the run ends")  # fmt: skip
-    seed: int = option(0, "of new weights, order, dropout and masks")
-    timeout: float = option(600.0, "seconds that a process waits for another, or for a loader worker, before the "
-                                   "run ends with an error")  # fmt: skip
-    max_skipped: int = option(10, "updates in a row without a finite loss and gradient that end the run")
-    # what is kept and shown
-    eval_every: str = option("1ep", "evaluate every N epochs (Nep) or N updates (N)")
-    save_every: str = option("1ep", "save a checkpoint every N epochs (Nep) or N updates (N)")
-    keep: int = option(2, "checkpoints to keep, the newest; that of the best evaluation stays too")
-    log_every: int = option(10, "updates between progress lines")
-    metric: str = option("auto", "what the best model is chosen by on validation data; auto: unweighted_accuracy,"
-                                 " else wer", ("auto", *METRICS))  # fmt: skip
-    early_stop: int = option(0, "end after N evaluations without improvement; 0: never")
-    eval_seconds: float = option(0.0, "padded seconds of audio per forward pass in evaluation; 0: as in "
-                                      "prediction, 16 on a CPU and 64 on a GPU")  # fmt: skip
+    # fmt: off
+    heads: str = option(COMMON, "auto", check=names_of_heads,
+        help=f"comma-separated tasks out of {', '.join(HEADS)}; auto: emotion, ctc where the training data has "
+             "them, speaker if beta is above 0")
+    alpha: float = option(COMMON, 0.1, resume="asked", help="weight of the CTC loss; 0 adds exactly nothing")
+    beta: float = option(COMMON, 0.0, resume="asked", help="weight of the speaker loss")
+    epochs: int = option(COMMON, 100, check=above_0, resume="asked", help="passes over the training data")
+    rate: float = option(COMMON, 5e-5, check=above_0, resume="asked", help="peak learning rate of the encoder")
+    effective_batch: int = option(COMMON, 0,
+        help="utterances per update over all processes; 0: 8, where batch-seconds is not given")
+    micro_seconds: float = option(COMMON, 40.0, resume="freely",
+        help="most padded seconds of audio in one forward pass of one process, which bounds memory; 0: no limit")
+    freeze: str = option(COMMON, "none", choices=("none", "feature-encoder", "encoder"),
+        help="part that is not trained")
+    amp: str = option(COMMON, "off", choices=("off", "bf16", "fp16"), help="automatic mixed precision")
+    device: str = option(COMMON, "auto", resume="freely",
+        help="auto, cpu, cuda or cuda:N; auto is a GPU per process where there is one")
+    workers: int = option(COMMON, 0, resume="freely",
+        help="processes per rank that decode audio; 0: the training process decodes")
+    seed: int = option(COMMON, 0, help="of new weights, order, dropout and masks")
+
+    gamma: float = option(LOSSES, 1.0, resume="asked",
+        help="weight of the loss of dimensions (arousal, dominance, valence), 1 - CCC over an update: it needs "
+             "large ones, such as an effective batch of 32")
+    layers: str = option(LOSSES, "auto",
+        help="what the heads but CTC's read: last, weighted (a learnt mean of all), or the number of a layer; "
+             "auto: as --init has it, else last")
+    pooling: str = option(LOSSES, "auto", choices=("auto", *POOLINGS),
+        help="how frames become one vector for emotion, speaker and dimensions; auto: as --init has it, else "
+             "mean")
+    label_smoothing: float = option(LOSSES, 0.0, check=share, resume="asked", help="of the emotion loss, 0 to 1")
+    class_weights: bool = option(LOSSES, False, help="weight emotions inversely to their frequency in training")
+    ctc_per_character: bool = option(LOSSES, False,
+        help="divide each transcript's loss by its length (the paper does not)")
+
+    head_rate: float = option(OPTIMIZER, 0.0, resume="asked",
+        help="peak learning rate of the heads; 0: the same as rate")
+    schedule: str = option(OPTIMIZER, "linear", choices=SCHEDULES, resume="asked",
+        help="how the rate goes on after its warm-up; linear: it falls to 0")
+    warmup: float = option(OPTIMIZER, 0.1, check=share, resume="asked",
+        help="share of updates with a linearly rising rate, 0 to 1")
+    weight_decay: float = option(OPTIMIZER, 0.0, resume="asked",
+        help="AdamW's, on weight matrices; never on biases, norms and embeddings")
+    adam_beta2: float = option(OPTIMIZER, 0.999, check=share_below_1, resume="asked",
+        help="AdamW's second decay rate")
+    clip: float = option(OPTIMIZER, 1.0, resume="asked", help="largest gradient norm of an update; 0: no limit")
+
+    batch_seconds: float = option(BATCHES, 0.0,
+        help="padded seconds of audio per update over all processes, instead of the effective batch; 0: off")
+    # Earlier names of the geometry: they mean what they meant, and the help does not show them.
+    micro_batch: int = option(BATCHES, 0, resume="freely", hidden=True,
+        help="most utterances in one forward pass of one process, instead of micro-seconds (not with "
+             "batch-seconds); 0: off")
+    accumulate: int = option(BATCHES, 0, resume="freely", hidden=True,
+        help="micro-batches per update and process; 0: follows from the effective batch")
+    batching: str = option(BATCHES, "bucket", choices=("bucket", "random"),
+        help="utterances of like length together, or as drawn")
+    augment: tuple[str, ...] = option(BATCHES, (), check=names_of_augmentations, resume="asked",
+        help="names of augmentations that change each training waveform, in their order (not with cache)")
+    max_seconds: float = option(BATCHES, 0.0,
+        help="drop longer training utterances, in seconds; 0: keep all. Evaluation drops none")
+    activation_checkpointing: bool = option(BATCHES, False, resume="freely",
+        help="recompute activations: less memory, about a third more time")
+    cache: str = option(BATCHES, "", resume="asked",
+        help="folder in which what a frozen part makes of each recording is kept, so that it is computed once; "
+             "may be shared by runs; empty: none")
+    cache_dtype: str = option(BATCHES, "fp16", choices=("fp16", "fp32"), resume="asked",
+        help="how the cache keeps numbers: fp16 rounds to three digits, fp32 does not round and takes twice the "
+             "room")
+
+    eval_every: str = option(KEPT, "1ep", check=interval, resume="asked",
+        help="evaluate every N epochs (Nep) or N updates (N)")
+    eval_seconds: float = option(KEPT, 0.0, resume="freely",
+        help="padded seconds of audio per forward pass in evaluation; 0: as in prediction, 16 on a CPU and 64 on "
+             "a GPU")
+    metric: str = option(KEPT, "auto", choices=("auto", *METRICS),
+        help="what the best model is chosen by on validation data; auto: unweighted_accuracy, else wer")
+    early_stop: int = option(KEPT, 0, resume="asked", help="end after N evaluations without improvement; 0: never")
+    save_every: str = option(KEPT, "1ep", check=interval, resume="freely",
+        help="save a checkpoint every N epochs (Nep) or N updates (N)")
+    keep: int = option(KEPT, 2, check=above_0, resume="freely",
+        help="checkpoints to keep, the newest; that of the best evaluation stays too")
+    log_every: int = option(KEPT, 10, check=above_0, resume="freely", help="updates between progress lines")
+
+    on_bad_audio: str = option(FAULTS, "fail", choices=("fail", "skip"), resume="freely",
+        help="what becomes of recordings that cannot be read: end the run, or leave them out, named in "
+             "skipped.jsonl")
+    max_bad_audio: float = option(FAULTS, 0.01, check=share, resume="freely",
+        help="largest share of the training set, and of the validation set, that skip may leave out, 0 to 1; "
+             "beyond it the run ends")
+    timeout: float = option(FAULTS, 600.0, check=above_0, resume="freely",
+        help="seconds that a process waits for another, or for a loader worker, before the run ends with an "
+             "error")
+    max_skipped: int = option(FAULTS, 10, check=above_0, resume="freely",
+        help="updates in a row without a finite loss and gradient that end the run")
+    # fmt: on
 
     def __post_init__(self) -> None:
         """Refuse values out of range, before anything is read."""
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.metadata["choices"] and value not in f.metadata["choices"]:
-                close = difflib.get_close_matches(str(value), f.metadata["choices"], n=1)
+            value, choices, check = getattr(self, f.name), f.metadata["choices"], f.metadata["check"]
+            if choices and value not in choices:
+                close = difflib.get_close_matches(str(value), choices, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ConfigError(f"{f.name} is {value!r}; expected {' or '.join(f.metadata['choices'])}{hint}")
-            if isinstance(value, int | float) and not (value >= 0 and value < float("inf")):
-                raise ConfigError(f"{f.name} is {value}; expected a number from 0")
-        for name in ("label_smoothing", "warmup", "adam_beta2", "max_bad_audio"):
-            if getattr(self, name) > 1 or self.adam_beta2 == 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
-        for name in (
-            "epochs",
-            "log_every",
-            "keep",
-            "rate",
-            "timeout",
-            "max_skipped",
-        ):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0")
+                raise ConfigError(f"{f.name} is {value!r}; expected {' or '.join(choices)}{hint}")
+            if check is not None:
+                check(f.name, value)
         if self.batch_seconds and self.effective_batch:
             raise ConfigError("give batch_seconds or effective_batch, not both: each says how large an update is")
-        parse_interval(self.eval_every, "eval_every")
-        parse_interval(self.save_every, "save_every")
-        unknown = [h for h in self.heads.split(",") if h not in HEADS and self.heads != "auto"]
-        if unknown:
-            raise ConfigError(f"heads names {', '.join(unknown)}; there are {', '.join(HEADS)} (or auto)")
+        if self.augment and self.cache:
+            raise ConfigError(
+                "cache keeps what is made of each recording once, and augment changes recordings anew in each "
+                "epoch: leave one of them out"
+            )
 
     def resolved_effective_batch(self, world_size: int) -> int | None:
-        """Utterances per update over all ranks; None where padded seconds decide.
+        """Return the utterances per update over all ranks; None where padded seconds decide.
 
         Raises ConfigError where effective batch, ranks, micro-batch and accumulation contradict each other.
         """
@@ -170,20 +273,20 @@ class TrainConfig:
             )
         return effective_batch
 
-    def micro_limits(self, world_size: int) -> dict[str, int | None]:
-        """What bounds a forward pass, as `ser.data.sampler.cut_update` takes it: utterances, or padded samples."""
+    def micro_limits(self, world_size: int) -> MicroLimits:
+        """Return what bounds a forward pass, as `cut_update` takes it: utterances, or padded samples."""
         seconds = self.batch_seconds / (world_size * self.accumulate) if self.accumulate else self.micro_seconds
         if self.batch_seconds or not (self.micro_batch or self.accumulate):
             return {"micro_batch": None, "micro_samples": math.ceil(seconds * SAMPLE_RATE) or None}
         return {"micro_batch": self.micro_batch or 1, "micro_samples": None}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the settings as JSON holds them."""
         return asdict(self)
 
 
 def paper_settings(*, alpha: float | None = None, large: bool = False, script: bool = False) -> dict[str, Any]:
-    """The settings of Cai et al., as their text gives them, or as their training script acts (``script``).
+    """Return the settings of Cai et al., as their text gives them, or as their training script acts (``script``).
 
     The text (section 3.2): AdamW, linear warm-up over 10 % and linear decay, rate 5e-5 (1e-5 without CTC), 100
     epochs, batches of 8 as 2 devices x 1 x 4, nothing frozen, alpha 0.1 (README: 0.01 for large-960h). The script:
@@ -191,9 +294,9 @@ def paper_settings(*, alpha: float | None = None, large: bool = False, script: b
     make alpha act as twice what is given.
 
     Args:
-        alpha: the paper's, where it is not the default: 0 in the ablation.
+        alpha: the weight of CTC, where it is not the paper's default: 0 in the ablation.
         large: whether the encoder is large-960h.
-        script: as the script acts.
+        script: whether to act as the script does.
     """
     chosen = (0.01 if large else 0.1) if alpha is None else alpha
     settings: dict[str, Any] = {
@@ -214,19 +317,30 @@ def paper_settings(*, alpha: float | None = None, large: bool = False, script: b
     return settings | ({"micro_batch": 2, "accumulate": 4} if script else {"micro_batch": 1, "effective_batch": 8})
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of `TrainConfig`, with its help and default."""
+def resumable(how: str) -> set[str]:
+    """Name the settings that a resumed run may change ``how``: "asked" or "freely"; see `option`."""
+    return {f.name for f in fields(TrainConfig) if f.metadata["resume"] == how}
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of `TrainConfig`, in groups, with its help and default."""
     types_ = typing.get_type_hints(TrainConfig)
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for f in fields(TrainConfig):
-        flag = "--" + f.name.replace("_", "-")
-        help_ = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        flag, about = "--" + f.name.replace("_", "-"), f.metadata
+        default = "none" if f.default == () else f.default
+        help_ = f"{about['help']} (default: {default})".replace("%", "%%")
+        options: dict[str, Any] = {"help": argparse.SUPPRESS if about["hidden"] else help_}
         if types_[f.name] is bool:
-            parser.add_argument(flag, action="store_true", help=help_)
+            options["action"] = "store_true"
+        elif types_[f.name] == tuple[str, ...]:
+            options |= {"nargs": "*", "default": f.default, "metavar": "NAME"}
         else:
-            choices = f.metadata["choices"] or None
-            parser.add_argument(flag, type=types_[f.name], default=f.default, choices=choices, help=help_)
+            options |= {"type": types_[f.name], "default": f.default, "choices": about["choices"] or None}
+        groups[about["group"]].add_argument(flag, **options)
 
 
-def from_arguments(namespace: argparse.Namespace | types.SimpleNamespace) -> TrainConfig:
-    """The `TrainConfig` that parsed flags ask for."""
-    return TrainConfig(**{f.name: getattr(namespace, f.name) for f in fields(TrainConfig)})
+def training_config(namespace: argparse.Namespace | types.SimpleNamespace) -> TrainConfig:
+    """Return the `TrainConfig` that parsed flags ask for."""
+    values: dict[str, Any] = {f.name: getattr(namespace, f.name) for f in fields(TrainConfig)}
+    return TrainConfig(**values | {"augment": tuple(values["augment"])})

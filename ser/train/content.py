@@ -1,7 +1,7 @@
-"""What a run is of, by content: its utterances, and the weights that it began with.
+"""What a run is made of, by content: its utterances, and the weights that it began with.
 
 A stopped run continues wherever its recordings, its manifests and ``--init`` lie by then, and however their paths
-are spelt: these digests are compared, and paths are recorded alone.
+are spelt. These digests are compared; paths are only recorded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES = ("protocol", "shares", "seed", "fold", "known_turns", "part")
 
 
 def weights_sha256(folder: Path) -> str:
-    """Of all safetensors files of a model folder, by their names."""
+    """Return the sha256 of all safetensors files of a model folder, in the order of their names."""
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         total.update(path.name.encode())
@@ -34,7 +34,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def rows_sha256(rows: Iterable[tuple[Any, ...]]) -> str:
-    """The sha256 of tuples in their order."""
+    """Return the sha256 of tuples in their order."""
     total = hashlib.sha256()
     for row in rows:
         total.update(repr(row).encode("utf-8", "surrogatepass"))
@@ -42,10 +42,10 @@ def rows_sha256(rows: Iterable[tuple[Any, ...]]) -> str:
 
 
 def contents(utterances: Sequence[Utterance], lengths: Sequence[int] | None = None) -> dict[str, Any]:
-    """The number of utterances, and the sha256 of each of their properties that training depends on, in order.
+    """Count the utterances, and digest each of their properties that training depends on, in order.
 
     The name of a file begins below the folder that all of them share. So it stays when the corpus is moved as a
-    whole, also where the manifest has absolute paths. Ids are nothing that training depends on.
+    whole, also where the manifest has absolute paths. Training does not depend on ids.
     """
     files = [Path(os.path.normpath(u.file.absolute())).parts for u in utterances]
     folders = [parts[:-1] for parts in files] or [()]
@@ -71,7 +71,7 @@ def contents(utterances: Sequence[Utterance], lengths: Sequence[int] | None = No
 
 
 def fingerprint(dataset: SpeechDataset) -> str:
-    """What earlier releases recorded in place of `contents`. Ids are in it, and so may be paths."""
+    """Return what earlier releases recorded in place of `contents`. It holds ids, and so perhaps paths."""
     return rows_sha256(
         (u.id, u.start, u.end, u.emotion, u.text, u.speaker, *map(u.labels.get, DIMENSIONS), length)
         for u, length in zip(dataset.utterances, dataset.lengths, strict=True)
@@ -79,7 +79,7 @@ def fingerprint(dataset: SpeechDataset) -> str:
 
 
 def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Of the `contents` of each set. Other names of files alone are a setting of their own."""
+    """Compare the `contents` of each set. Other names of files alone are a setting of their own."""
     found = {}
     for part in sorted({*before, *now}):
         old, new = before.get(part) or {}, now.get(part) or {}
@@ -99,7 +99,7 @@ def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
 
 
 def changed_fingerprints(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
-    """Of the `fingerprint` of each set."""
+    """Compare the `fingerprint` of each set."""
     return {
         f"data.{part}": f"data.{part}: other ids, labels, texts, excerpts or lengths now, or another order (an "
         "earlier release recorded no more; it took labels as they are written, as --literal-labels does)"
@@ -109,7 +109,7 @@ def changed_fingerprints(before: Mapping[str, str], now: Mapping[str, str]) -> d
 
 
 def changed_init(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Of the weights that a run begins with."""
+    """Compare the weights that a run begins with."""
     old, new = before["init_content"], now["init_content"]
     if old == new:
         return {}
@@ -120,7 +120,7 @@ def changed_init(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
 
 
 def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without the paths in them."""
+    """Return settings without the paths in them."""
     kept = dict(settings)
     for part in ("train", "valid"):
         if isinstance(kept.get(part), Mapping):
@@ -131,7 +131,7 @@ def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Make one level of several: {"a": {"b": 1}} -> {"a.b": 1}."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
@@ -141,10 +141,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def changed_settings(
     before: Mapping[str, Any], now: Mapping[str, Any], *, may_change: Collection[str]
 ) -> dict[str, str]:
-    """What differs, beyond what may: the name of a setting, such as "model.encoder.hidden_size" -> what, in words.
+    """Compare settings but for what may change: a name such as "model.encoder.hidden_size" -> what differs.
 
-    Settings are a run's config.json. Earlier releases recorded less of the content; then what they did record is
-    compared.
+    Settings are a run's config.json. Where an earlier release recorded less of the content, that is compared.
     """
     before, now = ({k: v for k, v in values.items() if k not in may_change} for values in (before, now))
     found: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""The torchrun world: who I am, sums over ranks, and nothing else.
+"""The torchrun world: which rank this process is, and sums over ranks.
 
-One process is a world of one: the same calls, which then do nothing.
+One process is a world of one: the same calls then do nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PEER_GRACE = 5.0  # seconds
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """Describe this process among its peers."""
 
     rank: int = 0
     size: int = 1
@@ -35,7 +35,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """Tell whether this is the rank that writes and speaks."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class World:
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank, in rank order. For small picklable values of our own."""
+        """Give every rank the values of all ranks, in rank order. For small picklable values of our own."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -57,13 +57,13 @@ class World:
         self.sum(torch.zeros(1))
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model under DistributedDataParallel. Freeze parts before: the graph must not change later."""
+        """Put the model under DistributedDataParallel. Freeze parts before: the graph must not change later."""
         if self.size == 1:
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def no_sync(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """For all but the last micro-batch of an update: keep gradients local.
+        """Keep gradients local, for all but the last micro-batch of an update.
 
         DistributedDataParallel reads the switch in the forward pass too, so the context has to hold both
         forward and backward.

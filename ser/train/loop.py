@@ -1,166 +1,47 @@
-"""The training loop: `fit` calls `run_update` (`ser.train.update`) and `evaluate` (`ser.train.evaluation`).
+"""The training loop. `fit` prepares a run (`ser.train.setup`), trains it to its end, and saves the model.
 
-What one update computes is fixed by the plan of the epoch (`ser.data.sampler`) and does not depend on how many
-processes share it or how it is cut into micro-batches: every loss is a sum that is divided by the count of the
-whole update on all ranks, known before the first backward pass. Dropout is drawn from a seed that is a
-function of (seed, step, micro-batch, rank), SpecAugment masks from (seed, epoch, utterance). So there is no
-random state to save, and a resumed run continues exactly.
+The plan of the epoch (`ser.data.sampler`) fixes what one update computes. This depends neither on the number of
+processes that share the update nor on its cut into micro-batches: every loss is a sum that is divided by the count
+of the whole update on all ranks, known before the first backward pass. Dropout is drawn from a seed that is a
+function of (seed, step, micro-batch, rank), SpecAugment masks from (seed, epoch, utterance). So there is no random
+state to save, and a resumed run continues exactly.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from ser.audio import SAMPLE_RATE
 from ser.data.dataset import Batch, SpeechDataset, collate
-from ser.data.labels import NO_LABEL
 from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler
-from ser.data.text import minimum_frames
 from ser.data.workers import decoded, worker_death_explained
 from ser.device import choose_device, freed_memory_kept, memory_gib
-from ser.errors import ConfigError, RunFolderError, SerError, printable
-from ser.files import replace_file, written
+from ser.errors import RunFolderError, printable
 from ser.recognizer import Recognizer
 from ser.scores.card import RECORD, evaluation_entry, training_record, with_evaluation, write_card
 from ser.scores.report import Outcomes, as_row, report
-from ser.train.bad_audio import BadAudio, errors_of
-from ser.train.cache import Cache, choose_kind, fill
-from ser.train.checkpoint import (
-    Opened,
-    Progress,
-    Saver,
-    describe,
-    is_over,
-    load_checkpoint,
-    open_run,
-    stops_early,
-)
+from ser.train.bad_audio import errors_of
+from ser.train.checkpoint import Progress
 from ser.train.config import METRICS, TrainConfig, parse_interval
-from ser.train.content import contents, fingerprint
 from ser.train.distributed import World
 from ser.train.evaluation import Evaluation, evaluate
-from ser.train.learnable import check_learnable
-from ser.train.losses import LOSSES, Objective
-from ser.train.optim import make_optimizer, rate_factor, set_rate
-from ser.train.processes import lost_here, outlive_signals, own_run, stop_on_signals
+from ser.train.log import Log, Meter, say, show_rows
+from ser.train.optim import SCHEDULES, set_rate
+from ser.train.processes import StopRequest, outlive_signals, stop_on_signals
 from ser.train.resources import SMALLER_MODEL, memory_explained
+from ser.train.runs import Request
+from ser.train.setup import Job, fill_caches, prepare, restore
 from ser.train.update import UpdateResult, run_update
 
 
 @dataclass
-class Meter:
-    """Sums since the last progress line."""
-
-    started: float
-    losses: dict[str, Any] = field(default_factory=dict)
-    updates: int = 0
-    utterances: int = 0
-    seconds: float = 0.0
-
-    def add(self, result: UpdateResult, batches: Sequence[Batch]) -> None:
-        """Count one update; nothing is copied from the device."""
-        for name, value in result.losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + value
-        self.updates += 1
-        self.utterances += int(sum(float(b.weights.sum()) for b in batches))
-        self.seconds += sum(float((b.num_samples * b.weights).sum()) for b in batches) / SAMPLE_RATE
-
-    def totals(self, world: World) -> dict[str, Any]:
-        """Means and rates over all ranks."""
-        names = sorted(self.losses)
-        values = [float(self.losses[name]) for name in names] + [self.utterances, self.seconds]
-        summed = world.sum(torch.tensor(values, dtype=torch.float64)).tolist()
-        elapsed = time.perf_counter() - self.started
-        found = {f"loss_{name}": value / self.updates for name, value in zip(names, summed, strict=False)}
-        return found | {
-            "utterances_per_second": summed[-2] / elapsed,
-            "audio_seconds_per_second": summed[-1] / elapsed,
-        }
-
-
-def say(world: World, text: str) -> None:
-    """A line on standard error, from one rank alone, without breaking a progress bar.
-
-    What stands in it may be foreign: it commands no terminal.
-    """
-    if world.is_main:
-        tqdm.write(printable(text, lines=True), file=sys.stderr)
-        sys.stderr.flush()
-
-
-def short(value: Any) -> str:
-    """A number as a progress line shows it."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def check_training_data(
-    recognizer: Recognizer, dataset: SpeechDataset, lengths: Sequence[int], unread: Collection[str] = ()
-) -> list[str]:
-    """Refuse utterances without a frame; say what else is odd, such as transcripts that cannot fit."""
-    minimum = recognizer.model.config.min_samples
-    short = [(u, n) for u, n in zip(dataset.utterances, lengths, strict=True) if n < minimum]
-    if short:
-        listed = "\n  ".join(printable(f"{u.id}: {n} samples") for u, n in short[:50])
-        raise ConfigError(
-            f"{len(short)} training utterances are shorter than one frame ({minimum} samples at 16 kHz); remove "
-            f"them:\n  {listed}"
-        )
-    notes = []
-    if recognizer.vocabulary is not None:
-        empty = sum(not text for text in dataset.texts)
-        if empty:
-            notes.append(f"{empty} of {len(dataset)} utterances have no transcript; trained on their other labels")
-        if any(dataset.texts) and not any(dataset.labels["ctc"]):
-            text = next(text for text in dataset.texts if text)
-            raise ConfigError(
-                f"no training transcript has a character of the vocabulary; the first is {text[:40]!r}, the "
-                f"symbols are {' '.join(recognizer.vocabulary.tokens[:40])}. Try --build-vocab, or --orthography"
-            )
-        if not recognizer.vocabulary.has_delimiter and (words := next((t for t in dataset.texts if " " in t), "")):
-            raise ConfigError(
-                f"the word delimiter {recognizer.vocabulary.word_delimiter!r} is not in the vocabulary of "
-                f"{len(recognizer.vocabulary)} symbols, and a training transcript has spaces: {words[:80]!r}; add "
-                "it, or take the spaces out"
-            )
-        notes += dataset.rewriting().notes()
-        frames = recognizer.model.config.num_frames(torch.tensor(lengths))
-        misfits = []
-        for utterance, target, there in zip(
-            dataset.utterances, dataset.labels["ctc"], frames.tolist(), strict=True
-        ):
-            if (needed := minimum_frames(target)) > there and utterance.id not in unread:
-                misfits.append(printable(f"{utterance.id}: {needed} frames needed, {there} there"))
-        if misfits:
-            shown = "\n  ".join(misfits[:20] + ([f"and {len(misfits) - 20} more"] if len(misfits) > 20 else []))
-            notes.append(
-                f"{len(misfits)} transcripts do not fit their audio; left out of the CTC loss:\n  {shown}"
-            )
-    return notes
-
-
-def due(interval: tuple[int, str], *, step: int, epoch: int, epoch_ended: bool) -> bool:
-    """Whether something every N updates or epochs is due after ``step`` updates; ``epoch`` counts ended ones."""
-    number, unit = interval
-    return step % number == 0 if unit == "updates" else epoch_ended and epoch % number == 0
-
-
-@dataclass
 class FitResult:
-    """How a run ended."""
+    """Describe how a run ended."""
 
     progress: Progress
     metric: str
@@ -169,10 +50,22 @@ class FitResult:
     stopped: bool = False  # asked to stop, by a signal to any rank, it saved its state before the end
 
 
+def is_due(every: str, progress: Progress, *, epoch_ended: bool) -> bool:
+    """Tell whether something every N updates ("N") or epochs ("Nep") is due after an update."""
+    number, unit = parse_interval(every, "an interval")
+    return progress.step % number == 0 if unit == "updates" else epoch_ended and progress.epoch % number == 0
+
+
+def evaluation_is_due(job: Job, progress: Progress, *, epoch_ended: bool) -> bool:
+    """Tell whether an evaluation is due after an update: as often as was set, and after the last one."""
+    last = progress.step == job.total
+    return len(job.data.valid) > 0 and (last or is_due(job.config.eval_every, progress, epoch_ended=epoch_ended))
+
+
 def fetch_updates(
     dataset: SpeechDataset, sampler: LengthBucketBatchSampler, config: TrainConfig, world: World
 ) -> Iterator[list[Batch]]:
-    """This rank's micro-batches, update by update, decoded ahead by the workers."""
+    """Give this rank's micro-batches, update by update, which the workers decode ahead."""
     loader = decoded(
         dataset,
         sampler,
@@ -187,51 +80,36 @@ def fetch_updates(
     next(loader, None)  # its workers end, within the same limit
 
 
-def trained_heads(recognizer: Recognizer, config: TrainConfig) -> dict[str, float]:
-    """Weight of each head's loss, for the heads that the model has; 0 means not trained."""
-    heads = recognizer.model.heads
-    named = {head: LOSSES[head].weight for head in heads}
-    weights = {head: getattr(config, w) if isinstance(w, str) else w for head, w in named.items()}
-    if len(heads) == 1:  # nothing to weigh it against
-        weights[heads[0]] = 1.0
-    if not heads:
-        raise ConfigError("nothing would be trained: no training utterance has emotion or text; see --columns")
-    if not any(weights.values()):
-        raise ConfigError(
-            f"nothing would be trained: the weights of all heads ({', '.join(heads)}) are 0; see --alpha, --beta, "
-            "--gamma"
-        )
-    return weights
+# ---------------------------------------------------------------------------------------------- what is saved
 
 
-def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: SpeechDataset) -> str:
-    """The metric that decides which model is best: one that the validation data has labels for."""
-    possible = []
-    if any(label != NO_LABEL for label in validation.labels.get("emotion", ())):
-        possible += ["unweighted_accuracy", "accuracy", "macro_f1"]
-    for labels in zip(*validation.labels.get("dimensions", ()), strict=True):
-        if "ccc" not in possible and len({value for value in labels if math.isfinite(value)}) > 1:
-            possible += ["ccc"]  # which is not defined for equal labels
-    if any(validation.references):
-        possible += ["wer", "cer"]
-    if any(label != NO_LABEL for label in validation.labels.get("speaker", ())):
-        possible += ["speaker_accuracy"]
-    if not len(validation):
-        return "none" if config.metric == "auto" else config.metric
-    if not possible:
-        raise ConfigError(
-            f"the validation data has no label for any head ({', '.join(recognizer.model.heads)}; of a dimension "
-            "two different ones are needed), so no best model could be chosen; see --columns, or leave --valid out"
-        )
-    possible.append("loss")
-    if config.metric == "auto":
-        return possible[0]
-    if config.metric not in possible:
-        raise ConfigError(
-            f"metric {config.metric} cannot be measured with these heads and validation labels; possible: "
-            f"{', '.join(possible)}"
-        )
-    return config.metric
+def save_model(job: Job, progress: Progress, name: str, evaluation: Evaluation | None) -> None:
+    """Begin to save best/ or last/, with its card."""
+    if not job.world.is_main:
+        return
+    recognizer, train, run = job.recognizer, job.data.train, job.opened.run
+    record = training_record(recognizer, train.utterances, train.lengths, run.settings)
+    record |= {"step": progress.step, "epoch": progress.epoch, "weights": name}
+    if evaluation is not None:
+        rows = [as_row(recognizer, *row) for row in evaluation.rows]
+        figures = report(Outcomes.of(recognizer.emotions, rows))
+        entry = evaluation_entry(figures, run.settings.get("valid"), chosen_on=name == "best")
+        record = with_evaluation(record, entry)
+    card = record
+    job.saver.model(
+        run.folder / name, recognizer, step=progress.step, also=lambda folder: write_card(folder, card)
+    )
+
+
+def save_checkpoint(job: Job, progress: Progress) -> None:
+    """Begin to save where the run stands."""
+    scaler, optimizer = job.learner.scaler, job.learner.optimizer
+    progress.scaler = scaler.state_dict() if scaler.is_enabled() else None
+    if job.world.is_main:
+        job.saver.checkpoint(job.opened.run, job.recognizer, optimizer, progress, keep=job.config.keep)
+
+
+# ---------------------------------------------------------------------------------------------- what is told
 
 
 def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> None:
@@ -244,354 +122,136 @@ def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> 
         progress.evaluations_since_best += 1
 
 
-def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:
-    """(K,) class weights proportional to 1 / frequency, 1 on average over the labelled utterances."""
-    counts = torch.bincount(
-        torch.tensor([y for y in labels if y != NO_LABEL], dtype=torch.int64), minlength=classes
-    ).double()
-    return (counts.sum() / (classes * counts.clamp(min=1))).float()
+def count_left_out(job: Job, log: Log, progress: Progress, result: UpdateResult, place: tuple[int, int]) -> None:
+    """Count an update that was left out, and name its utterances; end the run after too many in a row.
 
-
-def show_rows(world: World, evaluation: Evaluation, most: int = 5) -> None:
-    """Reference beside hypothesis, as the paper's script prints with --verbose."""
-    for utterance, reference, prediction in evaluation.rows[:most]:
-        say(world, printable(f"  {utterance.id}: {utterance.emotion} -> {prediction.emotion}"))
-        if prediction.transcript is not None:
-            say(world, printable(f"    reference:  {reference}"))
-            say(world, printable(f"    hypothesis: {prediction.transcript}"))
-
-
-def step_of(line: str) -> float:
-    """The step of a log line; infinity for one that a kill cut short."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-class Log:
-    """metrics.jsonl and the progress line, written by one rank."""
-
-    def __init__(self, path: Path, world: World, progress: Progress) -> None:
-        self.path, self.world = path, world
-        if world.is_main and path.exists():  # drop what an interrupted run wrote after its checkpoint
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if step_of(line) <= progress.step]
-            if progress.evaluation_due:
-                kept = [s for s in kept if step_of(s) < progress.step or json.loads(s)["kind"] != "valid"]
-            if kept == lines:
-                return
-            with written(path), replace_file(path) as file:
-                file.write("".join(line + "\n" for line in kept))
-
-    def write(self, kind: str, entry: dict[str, Any], progress: Progress, *, epoch: int) -> None:
-        """One line to the file and one to the screen."""
-        if not self.world.is_main:
-            return
-        record = {"kind": kind, "step": progress.step, "epoch": epoch, "time": round(time.time(), 3)} | entry
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with written(self.path) as path, path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
-        shown = "  ".join(f"{key} {short(value)}" for key, value in entry.items() if value is not None)
-        say(self.world, f"{kind} epoch {epoch + 1} update {progress.step}  {shown}")
-
-
-def _fit(
-    recognizer: Recognizer,
-    train: Sequence[Utterance],
-    valid: Sequence[Utterance],
-    config: TrainConfig,
-    run: Path,
-    world: World,
-    settings: dict[str, Any],
-    open_: Callable[[Path, dict[str, Any]], Opened],
-    held: ExitStack,
-    *,
-    anew: bool,
-    verbose: bool,
-) -> FitResult:
-    """`fit`, which gives back what is ``held`` at its end: the folder, the saver, the signals."""
-    recognizer.require_float32("to train it")
-    recognizer.require_single_label("to be trained")
-    model = recognizer.model
-    effective_batch = config.resolved_effective_batch(world.size)
-    trained = trained_heads(recognizer, config)
-    kind, why = choose_kind(model, config.freeze) if config.cache else ("", "")
-
-    dataset, validation = recognizer.dataset(train), recognizer.dataset(valid)
-    bad_audio = BadAudio(world, policy=config.on_bad_audio, limit=config.max_bad_audio, run=run)
-    for name, part in {"train": dataset, "valid": validation}.items():
-        bad_audio.read_lengths(name, part, least=model.config.min_samples, anew=anew)
-    lengths = dataset.lengths
-    recorded_lengths = {"train": lengths, "valid": validation.lengths}
-    if config.max_seconds:
-        kept = [i for i, n in enumerate(lengths) if n <= config.max_seconds * SAMPLE_RATE]
-        dropped = [dataset.utterances[i].id for i in sorted(set(range(len(lengths))) - set(kept))]
-        if dropped:
-            listed = printable(", ".join(dropped[:20])) + (" ..." if len(dropped) > 20 else "")
-            say(world, f"dropped {len(dropped)} training utterances over {config.max_seconds:g} s: {listed}")
-        dataset, lengths = recognizer.dataset([train[i] for i in kept]), [lengths[i] for i in kept]
-        dataset.lengths = lengths
-    unread = bad_audio.skipped["train"]
-    for note in check_training_data(recognizer, dataset, lengths, unread):
-        say(world, note)
-    batch_samples = int(config.batch_seconds * SAMPLE_RATE) or None
-    sampler = LengthBucketBatchSampler(
-        lengths,
-        seed=config.seed,
-        effective_batch=effective_batch,
-        batch_samples=batch_samples,
-        **config.micro_limits(world.size),
-        batching=config.batching,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    for note in check_learnable(recognizer, dataset, sampler.plan, trained, epochs=config.epochs, unread=unread):
-        say(world, note)
-
-    metric = choose_metric(config, recognizer, validation)
-    recorded = config.to_dict() | {"effective_batch": effective_batch or 0, "metric": metric} | settings
-    recorded["model"] = describe(recognizer)
-    sets = {"train": dataset, "valid": validation}
-    recorded["data"] = {name: fingerprint(part) for name, part in sets.items()}
-    recorded["content"] = {name: contents(part.utterances, part.lengths) for name, part in sets.items()}
-    if world.is_main:
-        opened: Opened | None = None
-        failure: SerError | None = None
-        try:
-            held.enter_context(own_run(run))
-            opened = open_(run, recorded)
-        except SerError as error:
-            failure = error
-        except (OSError, ValueError) as error:
-            failure = RunFolderError(f"{run}: cannot be used: {error.__class__.__name__}: {error}")
-    opened, failure = world.gather((opened, failure) if world.is_main else None)[0]
-    if opened is None:
-        assert failure is not None
-        raise failure
-    recorded = opened.run.settings
-    for lost in lost_here():
-        say(world, lost)
-    saver = held.enter_context(Saver())  # whatever way training ends, what is being written is finished
-    bad_audio.begin(recorded_lengths, {"train": dataset, "valid": validation})
-    for note in opened.notes:
-        say(world, note)
-
-    with memory_explained(SMALLER_MODEL, doing=f"when the model was put onto {world.device.type}"):
-        model.to(world.device)
-    model.wav2vec2.activation_checkpointing(config.activation_checkpointing)
-    model.freeze(config.freeze)
-    for parameter in model.untrained_by([name for name, weight in trained.items() if weight]):
-        parameter.requires_grad_(False)  # has no gradient, so it is no part of what is trained
-    if model.config.has_mask_embedding and not model.config.apply_spec_augment:
-        model.wav2vec2.masked_spec_embed.requires_grad_(False)
-    model.train()
-    with memory_explained(SMALLER_MODEL, doing="when room for gradients was made"):
-        wrapped = world.wrap(model)
-    optimizer = make_optimizer(
-        model,
-        rate=config.rate,
-        head_rate=config.head_rate,
-        weight_decay=config.weight_decay,
-        beta2=config.adam_beta2,
-    )
-    scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
-    objective = Objective(
-        weights=trained,
-        label_smoothing=config.label_smoothing,
-        class_weights=inverse_frequencies(dataset.labels["emotion"], len(recognizer.emotions))
-        if config.class_weights and recognizer.emotions
-        else None,
-        ctc_per_character=config.ctc_per_character,
-        blank=recognizer.vocabulary.blank if recognizer.vocabulary is not None else 0,
-    )
-    # By utterances every epoch has equally many updates; by padded seconds the jitter decides.
-    per_epoch = [len(sampler.plan(epoch=e)) for e in range(config.epochs if batch_samples else 1)]
-    per_epoch = per_epoch if batch_samples else per_epoch * config.epochs
-    total = sum(per_epoch)
-    progress = Progress()
-    if opened.checkpoint is not None:
-        with memory_explained(SMALLER_MODEL, doing="when a checkpoint was loaded"):
-            progress = load_checkpoint(opened.checkpoint, recognizer, optimizer)
-        if progress.scaler:
-            scaler.load_state_dict(progress.scaler)
-        if opened.changed:  # of epochs, perhaps, or of when to stop early
-            progress.finished = is_over(progress, recorded)
-        what = "is finished, nothing is left to do; it ended" if progress.finished else "is resumed"
-        say(world, f"{run} {what} at update {progress.step} of {total}, from {opened.checkpoint.name}")
-    finished_before = progress.finished
-    if config.cache and not progress.finished:  # of the checkpoint's weights, which are there by now
-        note = f": the layers' means are not kept, as {why}" if config.freeze == "encoder" and why else ""
-        say(world, f"cache of {'the feature encoder' if kind == 'features' else 'pooled layers'}{note}")
-        store = Cache.of(
-            model, config.cache, kind=kind, dtype=config.cache_dtype, do_normalize=recognizer.do_normalize
+    ``place`` is the epoch of the update and its number there.
+    """
+    if not result.skipped:
+        log.left_out = 0
+        return
+    log.left_out += 1
+    if not result.overflow:  # float16 overflows while its scale settles: expected
+        progress.skipped += 1
+        update = job.data.sampler.plan(epoch=place[0])[place[1]]
+        utterances = printable(", ".join(job.data.train.utterances[i].id for i in update))
+        say(job.world, f"update {progress.step} left out: loss or gradient not finite; it held {utterances}")
+    if log.left_out >= job.config.max_skipped * (3 if result.overflow else 1):
+        raise RunFolderError(
+            f"{job.opened.run.folder}: {log.left_out} updates in a row had gradients that are not finite; lower "
+            "--rate, or look at the utterances of these updates"
         )
-        for name, part in {"train": dataset, "valid": validation}.items():
-            if len(part):
-                stored = fill(store, part, world, partial(say, world), name)
-                bad_audio.agree(name, part, stored.errors if world.is_main else {})
-                part.stored = stored
-    log = Log(run / "metrics.jsonl", world, progress)
-    about = training_record(recognizer, dataset.utterances, lengths, recorded)
-    audio_hours = sum(lengths) / SAMPLE_RATE / 3600
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(
-        world,
-        f"{len(dataset)} utterances ({audio_hours:.2f} h), {parameters / 1e6:.1f} M trained parameters, "
-        f"{' + '.join(f'{w:g} {n}' for n, w in trained.items() if w)}, {total} updates in {config.epochs} epochs, "
-        f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}, "
-        f"padding {100 * sampler.padding:.1f} %",
-    )
 
-    evaluation: Evaluation | None = None
-    eval_every = parse_interval(config.eval_every, "eval_every")
-    save_every = parse_interval(config.save_every, "save_every")
-    skipped_in_a_row = 0
-    names = [u.id for u in dataset.utterances]
-    bar = tqdm(
-        total=total, initial=progress.step, unit="update", disable=not (world.is_main and sys.stderr.isatty())
-    )
-    meter = Meter(time.perf_counter())
-    stop = held.enter_context(stop_on_signals())
 
-    def save_model(name: str, judged: Evaluation | None) -> None:
-        """best/ or last/, with its card."""
-        if world.is_main:
-            record = about | {"step": progress.step, "epoch": progress.epoch, "weights": name}
-            if judged is not None:
-                records = [as_row(recognizer, *row) for row in judged.rows]
-                found = report(Outcomes.of(recognizer.emotions, records))
-                entry = evaluation_entry(found, recorded.get("valid"), chosen_on=name == "best")
-                record = with_evaluation(record, entry)
-            saver.model(run / name, recognizer, step=progress.step, also=lambda folder: write_card(folder, record))
+def log_updates(job: Job, log: Log, progress: Progress, result: UpdateResult, epoch: int) -> None:
+    """Log the updates since the last line. All ranks call this."""
+    entry = log.meter.totals(job.world)
+    entry["rate"] = max(group["lr"] for group in job.learner.optimizer.param_groups)
+    entry |= {"grad_norm": result.grad_norm, "padding": job.data.sampler.padding}
+    entry["memory_gib"] = memory_gib(job.world.device)
+    entry |= job.saver.seconds()
+    entry |= {"bad_audio": n} if (n := len(job.bad_audio.skipped["train"])) else {}
+    log.write("train", entry, progress, epoch=epoch)
+    log.meter = Meter()
 
-    def judge() -> bool:
-        """Evaluate and keep the best model; False if a signal came before the end: it is still due then."""
-        nonlocal evaluation
-        paused = time.perf_counter()
-        found = evaluate(
-            recognizer,
-            validation,
-            world=world,
-            objective=objective,
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def evaluate_and_keep_best(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
+    """Evaluate, and keep the best model; False if a signal came before the end: it is still due then."""
+    config = job.config
+    with log.meter.paused():
+        evaluation = evaluate(
+            job.recognizer,
+            job.data.valid,
+            world=job.world,
+            objective=job.learner.objective,
             batch_seconds=config.eval_seconds or None,
             workers=config.workers,
             keep_rows=True,
-            bad_audio=bad_audio,
+            bad_audio=job.bad_audio,
             stop=stop,
             timeout=config.timeout,
         )
-        if found.interrupted:
+        if evaluation.interrupted:
             return False
-        evaluation = found
-        note_evaluation(evaluation, metric, progress)
+        log.evaluation = evaluation
+        note_evaluation(evaluation, job.metric, progress)
         epoch = progress.epoch - (progress.update == 0)  # that of the update before
         log.write("valid", evaluation.metrics() | {"best": progress.best}, progress, epoch=epoch)
-        if verbose:
-            show_rows(world, evaluation)
+        if log.verbose:
+            show_rows(job.world, evaluation)
         if progress.evaluations_since_best == 0:
-            save_model("best", evaluation)
-        if stops_early(progress, config.early_stop):
-            say(world, f"stopping early: {metric} has not improved in {config.early_stop} evaluations")
+            save_model(job, progress, "best", evaluation)
+        if progress.stops_early(config.early_stop):
+            improved = f"{job.metric} has not improved in {config.early_stop} evaluations"
+            say(job.world, f"stopping early: {improved}")
             progress.finished = True
         progress.evaluation_due = False
-        meter.started += time.perf_counter() - paused
-        return True
+    return True
 
-    def save() -> None:
-        progress.scaler = scaler.state_dict() if scaler.is_enabled() else None
-        if world.is_main:
-            saver.checkpoint(opened.run, recognizer, optimizer, progress, keep=config.keep)
 
+def catch_up(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
+    """Do what a signal kept the run from doing after its last update; False if another one came before the end."""
     was_due = progress.evaluation_due
-    stopped = was_due and not judge()
-    if not stopped and (was_due or (progress.step == total and not progress.finished)):
-        progress.finished = progress.finished or progress.step == total
-        save()
+    if was_due and not evaluate_and_keep_best(job, progress, log, stop):
+        return False
+    if was_due or (progress.step == job.total and not progress.finished):
+        progress.finished = progress.finished or progress.step == job.total
+        save_checkpoint(job, progress)
+    return True
+
+
+def train_to_end(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
+    """Train from where the run stands to its end; False if it was asked to stop, at the end of that update."""
+    config, data, learner = job.config, job.data, job.learner
+    stopped = not catch_up(job, progress, log, stop)
     while progress.epoch < config.epochs and not progress.finished and not stopped:
-        sampler.set_position(epoch=progress.epoch, update=progress.update)
-        plan = sampler.plan(epoch=progress.epoch)
-        for batches in fetch_updates(dataset, sampler, config, world):
-            bad_audio.agree("train", dataset, errors_of(batches))
-            set_rate(optimizer, rate_factor(progress.step, total=total, warmup=config.warmup))
-            result = run_update(
-                wrapped,
-                model,
-                optimizer,
-                batches,
-                objective,
-                world,
-                scaler=scaler,
-                amp=config.amp,
-                clip=config.clip,
-                seed=config.seed,
-                epoch=progress.epoch,
-                step=progress.step,
-                names=names,
-                stop=bool(stop),
-            )
+        data.sampler.set_position(epoch=progress.epoch, update=progress.update)
+        for batches in fetch_updates(data.train, data.sampler, config, job.world):
+            job.bad_audio.agree("train", data.train, errors_of(batches))
+            set_rate(learner.optimizer, SCHEDULES[config.schedule](progress.step, job.total, config.warmup))
+            result = run_update(learner, batches, progress, stop=bool(stop))
+
             epoch, place = progress.epoch, progress.update
-            progress.step += 1
-            progress.update += 1
-            meter.add(result, batches)
-            saver.check()
-            bar.update()
-            ended = progress.update == per_epoch[epoch]
-            if ended:
-                progress.epoch, progress.update = epoch + 1, 0
-            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-            if result.skipped and not result.overflow:  # float16 overflows while its scale settles: expected
-                progress.skipped += 1
-                utterances = printable(", ".join(dataset.utterances[i].id for i in plan[place]))
-                say(world, f"update {progress.step} left out: loss or gradient not finite; it held {utterances}")
-            if skipped_in_a_row >= config.max_skipped * (3 if result.overflow else 1):
-                raise RunFolderError(
-                    f"{run}: {skipped_in_a_row} updates in a row had gradients that are not finite; lower --rate, "
-                    "or look at the utterances of these updates"
-                )
-            last = progress.step == total
-            if progress.step % config.log_every == 0 or last:
-                entry = meter.totals(world)
-                entry["rate"] = max(g["lr"] for g in optimizer.param_groups)
-                entry |= {"grad_norm": result.grad_norm, "padding": sampler.padding}
-                entry["memory_gib"] = memory_gib(world.device)
-                entry |= saver.seconds()
-                entry |= {"bad_audio": n} if (n := len(bad_audio.skipped["train"])) else {}
-                log.write("train", entry, progress, epoch=epoch)
-                meter = Meter(time.perf_counter())
+            epoch_ended = progress.advance(job.updates[epoch])
+            last = progress.step == job.total
+            job.saver.check()
+            log.count(result, batches)
+            count_left_out(job, log, progress, result, (epoch, place))
+            if last or progress.step % config.log_every == 0:
+                log_updates(job, log, progress, result, epoch)
+
             stopped = result.stop
-            progress.evaluation_due = bool(valid) and (
-                due(eval_every, step=progress.step, epoch=progress.epoch, epoch_ended=ended) or last
-            )
+            progress.evaluation_due = evaluation_is_due(job, progress, epoch_ended=epoch_ended)
             if progress.evaluation_due and not stopped:
-                stopped = not judge()
+                stopped = not evaluate_and_keep_best(job, progress, log, stop)
             progress.finished = progress.finished or (last and not progress.evaluation_due)
-            saving = due(save_every, step=progress.step, epoch=progress.epoch, epoch_ended=ended)
-            if saving or progress.finished or stopped:
-                save()
-            if progress.finished or stopped:
+            ending = progress.finished or stopped
+            if ending or is_due(config.save_every, progress, epoch_ended=epoch_ended):
+                save_checkpoint(job, progress)
+            if ending:
                 break
-    bar.close()
-    saver.wait()
-    if stopped and not progress.finished:
-        by = stop.signal or "a signal to another process"
-        again = "the same command continues (without --overwrite and --resume-from)"
-        say(world, f"stopped by {by} after update {progress.step} of {total}; {again}")
-        return FitResult(progress, metric, evaluation, resumed=opened.checkpoint is not None, stopped=True)
-    model.eval()
-    # A run that had ended before has them, unless it was stopped just there.
-    if not finished_before or world.gather(not (run / "last" / RECORD).is_file())[0]:
-        if valid and evaluation is None:
-            evaluation = evaluate(
-                recognizer, validation, world=world, batch_seconds=config.eval_seconds or None, keep_rows=True,
-                bad_audio=bad_audio,
-            )  # fmt: skip
-        save_model("last", evaluation)
-        if not valid:
-            save_model("best", None)
-    saver.wait()
-    world.barrier()
-    return FitResult(progress, metric, evaluation, resumed=opened.checkpoint is not None)
+    log.bar.close()
+    job.saver.wait()
+    return not stopped
+
+
+def save_last(job: Job, progress: Progress, log: Log) -> None:
+    """Save last/, and best/ where nothing was evaluated."""
+    if len(job.data.valid) and log.evaluation is None:
+        log.evaluation = evaluate(
+            job.recognizer,
+            job.data.valid,
+            world=job.world,
+            batch_seconds=job.config.eval_seconds or None,
+            keep_rows=True,
+            bad_audio=job.bad_audio,
+        )
+    save_model(job, progress, "last", log.evaluation)
+    if not len(job.data.valid):
+        save_model(job, progress, "best", None)
 
 
 @memory_explained(SMALLER_MODEL, doing="outside of an update")
@@ -623,7 +283,7 @@ def fit(
             must have the same.
         overwrite: start anew in a folder that holds a run.
         resume_from: the name or path of the checkpoint to go back to; later ones are set aside.
-        allow_changes: settings that may differ from the resumed run's; see `CHANGEABLE`.
+        allow_changes: settings that may differ from the resumed run's; see `ser.train.runs.CHANGEABLE`.
         verbose: print reference beside hypothesis for a few utterances of each evaluation.
 
     Asked to stop, by SIGTERM, SIGUSR1, SIGHUP or Ctrl-C to any rank, all finish the same update and save; the
@@ -633,9 +293,27 @@ def fit(
         ConfigError, RunFolderError, FileError, AudioError, ResourceError: with what to do.
     """
     world = world or World(device=choose_device(config.device, 0))
-    open_ = partial(open_run, overwrite=overwrite, resume_from=resume_from, allow_changes=allow_changes)
+    request = Request(Path(run), settings or {}, overwrite, resume_from, allow_changes)
     with freed_memory_kept(world.device), ExitStack() as held:
-        return _fit(
-            recognizer, train, valid, config, Path(run), world, settings or {}, open_, held,
-            anew=overwrite, verbose=verbose,
-        )  # fmt: skip
+        job = prepare(recognizer, train, valid, config, request, world, held)
+        progress = restore(job)
+        finished_before = progress.finished
+        if config.cache and not finished_before:  # of the checkpoint's weights, which are there by now
+            fill_caches(job)
+        log = Log(request.folder / "metrics.jsonl", world, progress, verbose=verbose)
+        say(world, job.summary())
+        log.begin(job.total, progress)
+        stop = held.enter_context(stop_on_signals())
+        resumed = job.opened.checkpoint is not None
+        if not train_to_end(job, progress, log, stop) and not progress.finished:
+            by = stop.signal or "a signal to another process"
+            again = "the same command continues (without --overwrite and --resume-from)"
+            say(world, f"stopped by {by} after update {progress.step} of {job.total}; {again}")
+            return FitResult(progress, job.metric, log.evaluation, resumed, stopped=True)
+        recognizer.model.eval()
+        # A run that had ended before has them, unless it was stopped just there.
+        if not finished_before or world.gather(not (request.folder / "last" / RECORD).is_file())[0]:
+            save_last(job, progress, log)
+        job.saver.wait()
+        world.barrier()
+        return FitResult(progress, job.metric, log.evaluation, resumed)

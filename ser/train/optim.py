@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 
-def rate_factor(step: int, *, total: int, warmup: float) -> float:
-    """The learning rate at an update, as a share of its peak: linear rise, then linear decay to 0.
+def linear(step: int, total: int, warmup: float) -> float:
+    """Let the rate rise linearly to its peak and fall linearly to 0, as the paper does (section 3.2).
 
-    ``step`` counts from 0 to ``total`` - 1; ``warmup`` is the rising share of ``total``. A pure function, so a
-    resumed run needs no scheduler state. The first update has a rate above 0.
+    The first update has a rate above 0.
     """
     rising = round(warmup * total)
     if step < rising:
@@ -18,13 +19,19 @@ def rate_factor(step: int, *, total: int, warmup: float) -> float:
     return max(0.0, (total - step) / max(1, total - rising))
 
 
+# Name of a schedule -> the learning rate at an update, as a share of its peak. ``step`` counts from 0 to
+# ``total`` - 1; ``warmup`` is the rising share of ``total``. Each is a pure function, so a resumed run needs no
+# scheduler state.
+SCHEDULES: dict[str, Callable[[int, int, float], float]] = {"linear": linear}
+
+
 def parameter_groups(
     model: nn.Module, *, rate: float, head_rate: float, weight_decay: float
 ) -> list[dict[str, object]]:
-    """AdamW's groups: encoder and heads by their own rates, decay on matrices alone.
+    """Divide the parameters for AdamW: encoder and heads have their own rates, and matrices alone decay.
 
-    Biases, norms and the mask embedding (anything with fewer than two dimensions larger than 1) are not
-    decayed: they set scales and offsets, which have no reason to be small.
+    Biases, norms and the mask embedding (anything with fewer than two dimensions larger than 1) do not decay:
+    they set scales and offsets, which have no reason to be small.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -46,7 +53,7 @@ def parameter_groups(
 def make_optimizer(
     model: nn.Module, *, rate: float, head_rate: float, weight_decay: float, beta2: float
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`."""
+    """Make an AdamW over `parameter_groups`."""
     groups = parameter_groups(model, rate=rate, head_rate=head_rate, weight_decay=weight_decay)
     device = next(model.parameters()).device
     return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-8, fused=device.type in ("cpu", "cuda"))

@@ -19,7 +19,7 @@ from ser.data.selection import Selection
 from ser.errors import brief_repr
 from ser.recognizer import Recognizer
 from ser.scores.card import counts_of, expected_choice, hours_of, same_data, trained_on
-from ser.train.checkpoint import CHANGEABLE, describe
+from ser.train.runs import CHANGEABLE, describe
 
 Moved = Callable[[Selection], Selection]  # the same data, where they are now
 

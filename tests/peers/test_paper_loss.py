@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_update import run_update
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,9 +20,8 @@ from ser.data.dataset import Example, collate
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.train.distributed import World
 from ser.train.losses import Objective
-from ser.train.update import run_update
 
-transformers = pytest.importorskip("transformers", reason="transformers is the reference: pip install ser[test]")
+transformers = pytest.importorskip("transformers", reason="transformers is the reference: see the extra test")
 
 SAMPLES = [9000, 5000, 7300, 4000, 9000, 6100, 5000, 8200]
 TARGETS = [[1, 2, 3], [4, 4, 5], [6], [7, 8, 1, 1], [2, 3, 2], [5, 5], [8, 1, 2, 3], [3]]

@@ -20,7 +20,7 @@ from ser.models.pretrained import written_names
 from ser.models.wav2vec2 import ConvLayer, Wav2Vec2
 from ser.train.losses import ctc_loss
 
-transformers = pytest.importorskip("transformers", reason="transformers is the reference: pip install ser[test]")
+transformers = pytest.importorskip("transformers", reason="transformers is the reference: see the extra test")
 modeling = pytest.importorskip("transformers.models.wav2vec2.modeling_wav2vec2")
 
 LENGTHS = [400, 401, 719, 720, 3000, 8003]  # 400 make the first frame, 720 the second

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from toy import toy_recognizer
 
 from ser.errors import FileError
-from ser.train.checkpoint import Progress, Run, checkpoints, newest_verified, open_run, save_checkpoint, step_of
+from ser.train.checkpoint import Progress, Run, checkpoints, newest_verified, save_checkpoint, step_of
+from ser.train.runs import open_run
 
 # ------------------------------------------------------------------------------- lives of a run's folder
 

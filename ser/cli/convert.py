@@ -2,26 +2,26 @@
 
 A folder of transformers with pytorch_model.bin, or its name on the Hugging Face hub:
 
-    python examples/convert.py downloads/wav2vec2-base models/wav2vec2-base
-    python examples/convert.py superb/wav2vec2-base-superb-er models/superb
+    ser convert downloads/wav2vec2-base models/wav2vec2-base
+    ser convert superb/wav2vec2-base-superb-er models/superb
 
 Its classes keep their names; where nobody gave them any (LABEL_0, LABEL_1), --labels does.
 
 fairseq, torchaudio:
 
-    python examples/convert.py wav2vec_small.pt models/wav2vec2-base
-    python examples/convert.py wav2vec2_fairseq_base_ls960.pth models/wav2vec2-base
+    ser convert wav2vec_small.pt models/wav2vec2-base
+    ser convert wav2vec2_fairseq_base_ls960.pth models/wav2vec2-base
 
 speechbrain keeps the encoder in wav2vec2.ckpt, without its configuration: that of the model it was made from. (The
 classifier of its emotion recipe reads a mean over an output that was normalised over frames and channels at once,
 which this package does not compute, so it is left.)
 
-    python examples/convert.py wav2vec2.ckpt models/speechbrain --config wav2vec2-base/config.json
+    ser convert wav2vec2.ckpt models/speechbrain --config wav2vec2-base/config.json
 
 A folder of the code of Cai et al. (2021), with the heads lm_head and cls_head, perhaps spk_head, and no names for
 their classes (e0..e3 are neutral, happy, angry, sad, as in the paper's manifests):
 
-    python examples/convert.py output/checkpoint-1000 models/paper --vocab vocab.json --labels e0,e1,e2,e3
+    ser convert output/checkpoint-1000 models/paper --vocab vocab.json --labels e0,e1,e2,e3
 
 Nothing in the source is executed: of a pickle only tensors and plain settings are read, and a file that names
 anything else is refused. The folder is written once its tensors are the source's bit for bit, and each layer's
@@ -32,27 +32,22 @@ certificate.json in it says so.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from references import reference_layers
-
-import ser
 from ser.convert.convert import convert
+from ser.convert.references import reference_layers
 from ser.data.text import Vocabulary
 from ser.errors import printable
 from ser.models.pretrained import read_json
 
 
 def names(text: str) -> list[str]:
+    """Split "a, b" into its names."""
     return [name.strip() for name in text.split(",")]
 
 
-def parse_arguments() -> argparse.Namespace:
-    description, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
     parser.add_argument(
         "source",
         help="folder of transformers, its OWNER/NAME on the hub, or file of fairseq, torchaudio, speechbrain",
@@ -68,11 +63,10 @@ def parse_arguments() -> argparse.Namespace:
         "--speakers", type=names, metavar="A,B,...", help="of the speaker head (default: s0,s1,...)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder at the target")
-    return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> int:
+    """Write the model folder and its certificate."""
     config = arguments.config
     convert(
         arguments.source,
@@ -85,10 +79,4 @@ def main() -> None:
         reference=reference_layers,
         say=lambda text: print(printable(text, lines=True)),
     )
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except ser.SerError as error:
-        sys.exit(f"error: {printable(str(error), lines=True)}")
+    return 0

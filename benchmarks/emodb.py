@@ -1,6 +1,6 @@
 """Train the small model from scratch on EmoDB's four emotions, leaving speakers out: real speech, three heads.
 
-    python examples/train_emodb.py ../shared/corpora/emodb-4class --out runs/emodb --seeds 0 1 2
+    python benchmarks/emodb.py EMODB4 --out runs/emodb --seeds 0 1 2
 
 Each seed trains on all speakers but those held out (two processes under torchrun) and is evaluated on them once,
 with the weights that training ended with: nothing is chosen on the speakers that are tested. EmoDB's ten sentences
@@ -21,16 +21,16 @@ from ser.data.manifest import read_manifest, write_manifest
 from ser.train.evaluation import evaluate
 from ser.train.processes import run_command
 
-TRAIN = Path(__file__).parent / "train_iemocap.py"
 # From scratch: a rate far above fine-tuning's, and many small updates. The loss of a transcript of sixty letters
 # is a hundred times that of an emotion, and gradients are clipped: at a higher alpha the text takes them all.
 SETTINGS = (
-    "--init small --build-vocab --heads emotion,ctc,speaker --alpha 0.002 --beta 0.1 --rate 1e-3 --micro-batch 2 "
+    "--init small --build-vocab --heads emotion,ctc,speaker --alpha 0.002 --beta 0.1 --rate 1e-3 "
     "--effective-batch 4 --class-weights --log-every 60"
 )
 
 
 def main() -> None:
+    """Train and evaluate one run per seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="folder with metadata.csv and wav/")
     parser.add_argument("--out", type=Path, default=Path("runs/emodb"), help="folder for manifests and runs")
@@ -55,8 +55,19 @@ def main() -> None:
     for seed in arguments.seeds:
         started = time.perf_counter()
         run = arguments.out / f"seed{seed}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(TRAIN)]
-        command += ["--train", str(manifest), "--out", str(run), "--overwrite", "--seed", str(seed)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command += [
+            "-m",
+            "ser",
+            "train",
+            "--train",
+            str(manifest),
+            "--out",
+            str(run),
+            "--overwrite",
+            "--seed",
+            str(seed),
+        ]
         command += ["--epochs", str(arguments.epochs), "--save-every", f"{arguments.epochs}ep", *SETTINGS.split()]
         if run_command(command, os.environ | {"OMP_NUM_THREADS": "1"}):
             sys.exit(f"error: training with seed {seed} failed")

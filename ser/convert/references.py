@@ -1,6 +1,6 @@
-"""What the libraries that a checkpoint comes from compute with its tensors: the other side of convert.py's proof.
+"""Compute the layers of a source with the library that it comes from: the other side of a conversion's proof.
 
-`ser` itself never imports them.
+The libraries are imported when a source is converted, and nothing else in `ser` imports them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ser.models.config import NEUTRAL_VALUES, Wav2Vec2Config
 
 @torch.no_grad()
 def layers_of_transformers(source: Source, config: Wav2Vec2Config, waveform: Tensor) -> tuple[str, list[Tensor]]:
-    """The layers that its model computes with the source's tensors; ImportError where it is not installed."""
+    """Compute the layers of transformers' model with the source's tensors; ImportError without transformers."""
     import transformers
 
     # From the values that stand there and not from our reading of them: defaults are then its own.
@@ -27,8 +27,8 @@ def layers_of_transformers(source: Source, config: Wav2Vec2Config, waveform: Ten
         "model_type": config.model_type
     }
     model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**values)).float().eval()
-    found = model.load_state_dict(encoder_tensors(source), strict=False)
-    problems = set(found.missing_keys + found.unexpected_keys) - {"masked_spec_embed"}
+    keys = model.load_state_dict(encoder_tensors(source), strict=False)
+    problems = set(keys.missing_keys + keys.unexpected_keys) - {"masked_spec_embed"}
     if problems:
         raise ModelFolderError(f"{source.path}: transformers has other tensors: {summary(sorted(problems))}")
     output = model(waveform, output_hidden_states=True)
@@ -38,7 +38,7 @@ def layers_of_transformers(source: Source, config: Wav2Vec2Config, waveform: Ten
 
 @torch.no_grad()
 def layers_of_torchaudio(source: Source, config: Wav2Vec2Config, waveform: Tensor) -> tuple[str, list[Tensor]]:
-    """The layers that its model computes with the source's tensors under its own keys; ImportError without it."""
+    """Compute the layers of torchaudio's model with the source's tensors; ImportError without torchaudio."""
     import torchaudio
     from torchaudio.models import wav2vec2_model, wavlm_model
 
@@ -78,7 +78,7 @@ def layers_of_torchaudio(source: Source, config: Wav2Vec2Config, waveform: Tenso
 
 
 def reference_layers(source: Source, config: Wav2Vec2Config, waveform: Tensor) -> tuple[str, list[Tensor]]:
-    """The reference's name and version, and its layers, for any kind of source."""
+    """Return the reference's name and version, and its layers, for any kind of source."""
     return (layers_of_torchaudio if source.kind == "torchaudio" else layers_of_transformers)(
         source, config, waveform
     )

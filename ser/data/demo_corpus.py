@@ -1,7 +1,6 @@
 """Make the demonstration corpus: synthetic speech with emotions by rule, in well under a minute on one core.
 
-    pip install 'ser[demo]'
-    python examples/make_demo_corpus.py --out data/demo
+`ser demo` makes it, and `ser demo --corpus-only --data FOLDER` nothing else. It needs the extra `demo`.
 
 espeak-ng speaks sentences of a small grammar ("bring two red boxes now") in English voices, at its own
 22.05 kHz. An emotion is a rule on rate, pitch, pitch range and loudness with a random spread, so classes
@@ -20,7 +19,6 @@ The same seed, size, espeak-ng and machine give the same bytes. A whole corpus o
 an unfinished one is made anew, and a folder that holds anything else is refused and left alone.
 """
 
-import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -29,7 +27,6 @@ import json
 import os
 import random
 import shutil
-import sys
 import tempfile
 import wave
 from collections.abc import Iterator
@@ -41,7 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ser.data.manifest import Utterance, write_manifest
-from ser.errors import ConfigError, SerError
+from ser.errors import ConfigError, SerError, pip_line
 from ser.files import write_json
 
 RECIPE = 1  # counts changes of the code below that the parameters in corpus.json do not show
@@ -111,7 +108,7 @@ class Turn:
     volume: int
 
     def utterance(self, folder: Path) -> Utterance:
-        """The row as a manifest in `folder` has it."""
+        """Return the row as a manifest in `folder` has it."""
         extra = {name: str(getattr(self, name)) for name in ("voice", "rate", "pitch", "range", "volume")}
         file = folder / self.file
         return Utterance(
@@ -145,13 +142,17 @@ def deal_sentences(count: int, taken: set[str], rng: random.Random) -> list[str]
     return sentences()
 
 
-def draw(name: str, spread: tuple[float, float], rng: random.Random) -> int:
+def draw_setting(name: str, spread: tuple[float, float], rng: random.Random) -> int:
+    """Draw the value of a setting of espeak-ng."""
     low, high = LIMITS[name]
     return round(min(max(rng.gauss(*spread), low), high))
 
 
 def plan(seed: int, size: int) -> dict[str, list[Turn]]:
-    """The turns of each manifest. Every sentence occurs in all four emotions, so words tell nothing of them."""
+    """Return the turns of each manifest.
+
+    Every sentence occurs in all four emotions, so words tell nothing of them.
+    """
     rng = random.Random(f"ser demo corpus {seed}")
     taken: set[str] = set()
     corpus: dict[str, list[Turn]] = {}
@@ -162,7 +163,7 @@ def plan(seed: int, size: int) -> dict[str, list[Turn]]:
             cast = [voices[(len(turns) + i) % len(voices)] for i in range(len(sentences))]
             rng.shuffle(cast)
             for text, voice in zip(sentences, cast, strict=True):
-                settings = {name: draw(name, spread, rng) for name, spread in vars(style).items()}
+                settings = {name: draw_setting(name, spread, rng) for name, spread in vars(style).items()}
                 file = f"wav/{part}-{len(turns):04d}.wav"
                 speaker = "synthetic-" + voice.replace("+", "-")
                 turns.append(Turn(file, emotion, text, speaker, voice, **settings))
@@ -213,7 +214,7 @@ class Espeak:
             raise SerError(f"espeak-ng {self.version} failed to {action}: status {status}, expected 0")
 
     def say(self, turn: Turn) -> np.ndarray:
-        """The samples of a turn, int16 at `self.sample_rate`, with at most 50 ms of silence around it."""
+        """Speak a turn: int16 samples at `self.sample_rate`, with at most 50 ms of silence around them."""
         variant = turn.voice.partition("+")[2]
         if not (self.voices_folder / variant).exists():  # espeak-ng would use the plain voice and say nothing
             raise SerError(f"espeak-ng {self.version} has no voice variant {variant!r} (of {turn.voice})")
@@ -235,11 +236,11 @@ class Espeak:
 
 @contextlib.contextmanager
 def open_espeak(seed: int) -> Iterator[Espeak]:
-    """A fresh espeak-ng from the package espeakng-loader.
+    """Load a fresh espeak-ng from the package espeakng-loader.
 
-    Through a short temporary folder, for two reasons. The library cuts the path of its data at 160 bytes. And
-    its static variables (the phase of the flutter, for one) survive even espeak_Terminate, so what it says
-    depends on what it said before in this process: a private copy of the file starts afresh.
+    It is loaded through a short temporary folder, for two reasons. The library cuts the path of its data at 160
+    bytes. And its static variables (the phase of the flutter, for one) survive even espeak_Terminate, so what it
+    says depends on what it said before in this process: a private copy of the file starts afresh.
     """
     try:
         import espeakng_loader
@@ -247,7 +248,7 @@ def open_espeak(seed: int) -> Iterator[Espeak]:
         source, data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
     except Exception as error:  # missing, or a library for another system: OSError
         raise SerError(
-            f"the demonstration corpus needs espeak-ng: pip install 'ser[demo]' ({type(error).__name__}: {error})"
+            f"the demonstration corpus needs espeak-ng: {pip_line('demo')} ({type(error).__name__}: {error})"
         ) from error
     with tempfile.TemporaryDirectory(prefix="ser-", ignore_cleanup_errors=True) as folder:
         if len(os.fsencode(folder)) > 100:
@@ -310,6 +311,7 @@ def claim(out: Path, wanted: dict[str, Any]) -> None:
 
 
 def write_wav(path: Path, samples: np.ndarray, sample_rate: int) -> None:
+    """Write int16 samples as a mono WAV file."""
     memory = io.BytesIO()
     with wave.open(memory, "wb") as file:
         file.setnchannels(1)
@@ -320,6 +322,7 @@ def write_wav(path: Path, samples: np.ndarray, sample_rate: int) -> None:
 
 
 def readme(corpus: dict[str, list[Turn]], state: dict[str, Any]) -> str:
+    """Return the README.md of the corpus."""
     rows = "".join(
         f"| {part}.csv | {len(turns)} | {len({turn.text for turn in turns})} "
         f"| {len({turn.voice for turn in turns})} | {state['seconds'][part] / 60:.1f} |\n"
@@ -329,7 +332,7 @@ def readme(corpus: dict[str, list[Turn]], state: dict[str, Any]) -> str:
 
 **{NOTICE}**
 
-Made by `examples/make_demo_corpus.py` of `ser` with espeak-ng {state["espeak_ng"]}: 16-bit mono WAV files of
+Made by `ser demo` with espeak-ng {state["espeak_ng"]}: 16-bit mono WAV files of
 {state["sample_rate"]} Hz in `wav/`. No sentence is in two parts, the voices of test.csv are in no other part, and
 every sentence is said in every emotion. The parameters are in `corpus.json`.
 
@@ -338,7 +341,7 @@ every sentence is said in every emotion. The parameters are in `corpus.json`.
 {rows}"""
 
 
-def build(out: Path, seed: int = 0, size: int = 192, *, progress: bool = True) -> dict[str, list[Turn]]:
+def build_corpus(out: Path, seed: int = 0, size: int = 192, *, progress: bool = True) -> dict[str, list[Turn]]:
     """Make the corpus in `out`, or keep the one that is there. `size` is the number of training sentences.
 
     Returns:
@@ -381,25 +384,3 @@ def build(out: Path, seed: int = 0, size: int = 192, *, progress: bool = True) -
     write_json(unfinished, state)
     unfinished.replace(whole)
     return corpus
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the corpus; made if missing")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default 0)")
-    parser.add_argument(
-        "--size", type=int, default=192, help="training sentences; each in 4 emotions (24 to 480; default 192)"
-    )
-    args = parser.parse_args()
-    try:
-        corpus = build(args.out, args.seed, args.size)
-    except (SerError, OSError) as error:
-        sys.exit(f"make_demo_corpus: {error}")
-    counts = ", ".join(f"{len(turns)} {part}" for part, turns in corpus.items())
-    print(f"{args.out}: {counts} utterances of synthetic speech")
-
-
-if __name__ == "__main__":
-    main()

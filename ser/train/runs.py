@@ -1,0 +1,253 @@
+"""A run's folder: whether training may begin or go on in it, and from which checkpoint.
+
+`ser.train.checkpoint` says what stands in the folder. A run goes on with the settings that it began with; which
+settings may differ stands with each of them in `ser.train.config`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ser.data.text import did_you_mean
+from ser.errors import ConfigError, RunFolderError
+from ser.files import clear_remains, remove_folder, sync, write_json
+from ser.recognizer import Recognizer
+from ser.train.checkpoint import (
+    SETTINGS,
+    Run,
+    checkpoints,
+    newest_verified,
+    own_manifest,
+    read_progress,
+    set_aside,
+    set_aside_after,
+    step_of,
+    verify,
+)
+from ser.train.config import TrainConfig, resumable
+from ser.train.content import changed_settings
+from ser.train.processes import OWNER, attempt, launch
+
+# Of what a run records beside its `TrainConfig`: what says where it ran, or follows from the data.
+FACTS = {"world_size", "versions", "licences", "shared_with_training", "protocol_description", "launch"}
+# What does not change what is computed, beyond rounding.
+MAY_CHANGE = resumable("freely") | FACTS
+# What changes that, but not what a checkpoint means: `open_run` lets these pass when asked. Beside settings: the
+# weights that a run began with, for the checkpoint has its own; names of recordings, where all else is the same.
+CHANGEABLE = resumable("asked") | {"init", "files"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """Describe the folder that a run asks for, and what may be done there; see `open_run`."""
+
+    folder: Path
+    settings: Mapping[str, Any] = field(default_factory=dict)  # to record beside the `TrainConfig`
+    overwrite: bool = False
+    resume_from: str | Path | None = None
+    allow_changes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Hold a run's folder that training may go on in."""
+
+    run: Run
+    checkpoint: Path | None = None  # verified; None: a new run
+    notes: tuple[str, ...] = ()  # what a person should know
+    changed: bool = False  # settings were changed on purpose
+
+
+def remove_run(folder: Path) -> None:
+    """Remove all of a run but its owner's name. Killed at any moment, it can be called again; last/ goes first.
+
+    Raises RunFolderError for what is no run.
+    """
+    if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
+        raise RunFolderError(f"{folder}: is not a training run, so --overwrite does not remove it")
+
+    def remove(path: Path) -> None:
+        remove_folder(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    kept = {OWNER, "config.json", "checkpoints"}  # it is locked; it is replaced; by these two it is known as a run
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != "last"):
+        if path.name not in kept:
+            remove(path)
+    for path in (folder / "checkpoints").iterdir():
+        remove(path)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process had begun to write into a run."""
+    if (folder / "checkpoints").is_dir():
+        files = ("config.json", "metrics.jsonl", "lengths.json", "skipped.jsonl")
+        for name in (*files, "best", "last", "checkpoints/step-*"):
+            clear_remains((folder / name).parent, Path(name).name)
+
+
+def find_checkpoint(run: Path, checkpoint: str | Path) -> Path:
+    """Find the checkpoint of a run that a person named, and verify it."""
+    there = checkpoints(run)
+    for folder in there:
+        if folder.name == str(checkpoint) or folder.resolve() == Path(checkpoint).resolve():
+            verify(folder)
+            return folder
+    raise RunFolderError(f"{checkpoint}: is no checkpoint of {run}, which has {', '.join(p.name for p in there)}")
+
+
+def differing_settings(recorded: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Compare the settings in a file with these: the name of each that matters -> what differs.
+
+    A setting of ours that the release which wrote the file did not know has its default there.
+    """
+    unknown_then = {name: value for name, value in TrainConfig().to_dict().items() if name in settings}
+    before = json.loads(json.dumps(unknown_then)) | json.loads(recorded.read_text(encoding="utf-8"))
+    return changed_settings(before, settings, may_change=MAY_CHANGE)
+
+
+def refuse_changes(checkpoint: Path, differences: Mapping[str, str], allowed: set[str]) -> None:
+    """Raise RunFolderError with all differences that are not allowed, if there are any."""
+    refused = {key: text for key, text in differences.items() if key not in allowed}
+    if not refused:
+        return
+    askable = sorted(refused.keys() & CHANGEABLE)
+    hint = f"--allow-changes {' '.join(askable)} if that is meant, " if askable else ""
+    told = list(refused.values())
+    if any(key.startswith("data.") for key in refused):
+        told += ["(where lengths differ: a recording mended since may be longer)"]
+    listed = "\n  ".join(told)
+    raise RunFolderError(
+        f"{checkpoint}: is of a run with other settings; resume it with the same, {hint}choose another "
+        f"folder, or --overwrite:\n  {listed}"
+    )
+
+
+def reopened(folder: Path, settings: dict[str, Any], resume_from: str | Path | None, allowed: set[str]) -> Opened:
+    """Do what `open_run` does in a folder that has checkpoints."""
+    if resume_from is None:
+        checkpoint, reasons = newest_verified(folder)
+    else:
+        checkpoint, reasons = find_checkpoint(folder, resume_from), []
+    if checkpoint is None:
+        listed = "\n  ".join(reasons)
+        raise RunFolderError(
+            f"{folder}: none of its {len(reasons)} checkpoints is sound; restore one from a copy, or --overwrite "
+            f"to start anew:\n  {listed}"
+        )
+    notes = [f"skipped a damaged checkpoint: {reason}" for reason in reasons]
+    differences = differing_settings(checkpoint / SETTINGS, settings)
+    refuse_changes(checkpoint, differences, allowed)
+    notes += [f"changed on purpose: {text}" for text in differences.values()]
+    if "init" in differences:  # the checkpoint has the weights, and they were begun from these
+        before = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
+        settings |= {name: before[name] for name in ("init", "init_content") if name in before}
+    progress = read_progress(checkpoint)
+    if differences:
+        progress.finished = progress.is_over(settings)
+    if not progress.finished and (folder / "last").is_dir():  # before anything else: a kill may come at any moment
+        notes.append(f"{folder / 'last'} is set aside as {set_aside(folder / 'last').name}: the run goes on")
+    notes += set_aside_after(folder, step_of(checkpoint))
+    write_json(folder / "config.json", settings)
+    run = Run(folder, own_manifest(checkpoint)["run"], settings)
+    return Opened(run, checkpoint, tuple(notes), changed=bool(differences))
+
+
+def interrupted_early(folder: Path, settings: dict[str, Any]) -> bool:
+    """Tell whether the folder holds this very run, stopped before its first checkpoint: it simply starts again."""
+    there = {p.name for p in folder.iterdir()} - {OWNER}
+    if there == {"checkpoints"}:  # stopped before config.json
+        return not any((folder / "checkpoints").iterdir())
+    return (
+        there <= {"config.json", "metrics.jsonl", "lengths.json", "skipped.jsonl", "checkpoints", "best"}
+        and (folder / "config.json").is_file()
+        and not differing_settings(folder / "config.json", settings)
+    )
+
+
+def allowed_changes(names: Sequence[str]) -> set[str]:
+    """Read the names of settings that may differ. Raises ConfigError for one that no run can go on with."""
+    allowed = {name.replace("-", "_") for name in names}
+    for name in sorted(allowed - CHANGEABLE):
+        raise ConfigError(
+            f"allow-changes names {name!r}{did_you_mean(name, CHANGEABLE)}; a run goes on with another "
+            f"{', '.join(sorted(CHANGEABLE))}"
+        )
+    return allowed
+
+
+def open_run(
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    resume_from: str | Path | None = None,
+    allow_changes: Sequence[str] = (),
+) -> Opened:
+    """Make a run's folder, or find the checkpoint to continue from: the newest sound one, or ``resume_from``.
+
+    Later checkpoints, be they damaged or what ``resume_from`` goes back behind, are renamed to aside-step-N. So is
+    last/ of a finished run that goes on, to aside-last: only finished runs have a last/.
+
+    Args:
+        folder: the run's.
+        settings: of the run, as JSON can hold them.
+        overwrite: remove the run that is there.
+        resume_from: the name or path of one of the folder's checkpoints.
+        allow_changes: names of settings in `CHANGEABLE` that may differ from the checkpoint's.
+
+    Raises:
+        RunFolderError: the folder holds something else, no sound checkpoint, or a run with other settings; the
+            differences are listed. ConfigError: ``allow_changes`` names something else.
+    """
+    allowed = allowed_changes(allow_changes)
+    if overwrite and resume_from is not None:
+        raise ConfigError("give --overwrite or --resume-from, not both")
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder}: is a file; a run needs a folder")
+    recorded: dict[str, Any] = json.loads(json.dumps(settings))  # as it will be read again: lists for tuples
+    occupied = folder.is_dir() and any(path.name != OWNER for path in folder.iterdir())
+    if occupied and overwrite:
+        remove_run(folder)
+        occupied = False
+    remove_unfinished(folder)
+    if checkpoints(folder):
+        return reopened(folder, recorded, resume_from, allowed)
+    if resume_from is not None:
+        raise RunFolderError(f"{folder}: has no checkpoint, so none to resume from")
+    if occupied and not interrupted_early(folder, recorded):
+        raise RunFolderError(
+            f"{folder}: is not empty and has no checkpoint to resume from; choose another folder, or --overwrite "
+            "to start a run anew"
+        )
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", recorded)
+    sync(folder)
+    return Opened(Run(folder, settings=recorded))
+
+
+def describe(recognizer: Recognizer) -> dict[str, Any]:
+    """Return what weights need to mean the same: configuration, heads, labels, vocabulary, preprocessing."""
+    return {
+        "encoder": recognizer.model.config.to_dict(),
+        "heads": recognizer.model.heads_config.to_dict(),
+        **recognizer.labels.to_dict(),
+    }
+
+
+def opened_before(folder: Path) -> bool:
+    """Tell whether an earlier attempt of this launch of torchrun has opened the run in a folder.
+
+    Then what was to be done there once (``overwrite``, ``resume_from``) was done. That processes were started
+    again does not tell it: they may have ended before.
+    """
+    if attempt() == "0":
+        return False
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(launch()) and settings.get("launch") == launch()
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,443 @@
+"""What stands before the first update: data made ready, the run's folder, the model and its optimizer.
+
+`prepare` does it in the order in which it stands here, on all ranks alike. Everything that can be refused is
+refused before the run's folder is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ser.audio import SAMPLE_RATE
+from ser.data.augment import augmented
+from ser.data.dataset import SpeechDataset
+from ser.data.labels import NO_LABEL
+from ser.data.manifest import Utterance
+from ser.data.sampler import LengthBucketBatchSampler
+from ser.data.text import Vocabulary, minimum_frames
+from ser.errors import ConfigError, RunFolderError, SerError, printable
+from ser.recognizer import Recognizer
+from ser.train.bad_audio import BadAudio
+from ser.train.cache import Cache, choose_kind, fill_cache
+from ser.train.checkpoint import Progress, Saver, load_checkpoint
+from ser.train.config import TrainConfig
+from ser.train.content import contents, fingerprint
+from ser.train.distributed import World
+from ser.train.learnable import check_learnable
+from ser.train.log import say
+from ser.train.losses import LOSSES, Objective
+from ser.train.optim import make_optimizer
+from ser.train.processes import lost_here, own_run
+from ser.train.resources import SMALLER_MODEL, memory_explained
+from ser.train.runs import Opened, Request, describe, open_run
+from ser.train.update import Learner
+
+# ---------------------------------------------------------------------------------------------- what is trained
+
+
+def head_weights(recognizer: Recognizer, config: TrainConfig) -> dict[str, float]:
+    """Return the weight of each head's loss, for the heads that the model has; 0 means not trained."""
+    heads = recognizer.model.heads
+    settings = {head: LOSSES[head].weight for head in heads}
+    weights = {head: getattr(config, w) if isinstance(w, str) else w for head, w in settings.items()}
+    if len(heads) == 1:  # nothing to weigh it against
+        weights[heads[0]] = 1.0
+    if not heads:
+        raise ConfigError("nothing would be trained: no training utterance has emotion or text; see --columns")
+    if not any(weights.values()):
+        raise ConfigError(
+            f"nothing would be trained: the weights of all heads ({', '.join(heads)}) are 0; see --alpha, --beta, "
+            "--gamma"
+        )
+    return weights
+
+
+def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:
+    """Return class weights (K,) proportional to 1 / frequency, 1 on average over the labelled utterances."""
+    counts = torch.bincount(
+        torch.tensor([y for y in labels if y != NO_LABEL], dtype=torch.int64), minlength=classes
+    ).double()
+    return (counts.sum() / (classes * counts.clamp(min=1))).float()
+
+
+def make_objective(
+    recognizer: Recognizer, config: TrainConfig, weights: dict[str, float], train: SpeechDataset
+) -> Objective:
+    """Make what is minimised."""
+    weighted = config.class_weights and recognizer.emotions
+    return Objective(
+        weights=weights,
+        label_smoothing=config.label_smoothing,
+        class_weights=inverse_frequencies(train.labels["emotion"], len(recognizer.emotions)) if weighted else None,
+        ctc_per_character=config.ctc_per_character,
+        blank=recognizer.vocabulary.blank if recognizer.vocabulary is not None else 0,
+    )
+
+
+def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: SpeechDataset) -> str:
+    """Choose the metric that decides which model is best: one that the validation data has labels for."""
+    possible = []
+    if any(label != NO_LABEL for label in validation.labels.get("emotion", ())):
+        possible += ["unweighted_accuracy", "accuracy", "macro_f1"]
+    for labels in zip(*validation.labels.get("dimensions", ()), strict=True):
+        if "ccc" not in possible and len({value for value in labels if math.isfinite(value)}) > 1:
+            possible += ["ccc"]  # which is not defined for equal labels
+    if any(validation.references):
+        possible += ["wer", "cer"]
+    if any(label != NO_LABEL for label in validation.labels.get("speaker", ())):
+        possible += ["speaker_accuracy"]
+    if not len(validation):
+        return "none" if config.metric == "auto" else config.metric
+    if not possible:
+        raise ConfigError(
+            f"the validation data has no label for any head ({', '.join(recognizer.model.heads)}; of a dimension "
+            "two different ones are needed), so no best model could be chosen; see --columns, or leave --valid out"
+        )
+    possible.append("loss")
+    if config.metric == "auto":
+        return possible[0]
+    if config.metric not in possible:
+        raise ConfigError(
+            f"metric {config.metric} cannot be measured with these heads and validation labels; possible: "
+            f"{', '.join(possible)}"
+        )
+    return config.metric
+
+
+# ---------------------------------------------------------------------------------------------- data made ready
+
+
+@dataclass(frozen=True)
+class Data:
+    """Hold the sets of a run, ready: all ranks know the same lengths and the same recordings that are no good."""
+
+    train: SpeechDataset
+    valid: SpeechDataset
+    sampler: LengthBucketBatchSampler  # of the training set
+    lengths: dict[str, list[int]]  # set -> samples of each recording, also of those that were dropped as too long
+
+    @property
+    def sets(self) -> dict[str, SpeechDataset]:
+        """Return the sets by the names that errors and files give them."""
+        return {"train": self.train, "valid": self.valid}
+
+
+def without_long(
+    dataset: SpeechDataset, recognizer: Recognizer, config: TrainConfig, world: World
+) -> SpeechDataset:
+    """Drop the training utterances over ``max_seconds``, and name them."""
+    if not config.max_seconds:
+        return dataset
+    kept = [i for i, n in enumerate(dataset.lengths) if n <= config.max_seconds * SAMPLE_RATE]
+    dropped = [dataset.utterances[i].id for i in sorted(set(range(len(dataset))) - set(kept))]
+    if dropped:
+        listed = printable(", ".join(dropped[:20])) + (" ..." if len(dropped) > 20 else "")
+        say(world, f"dropped {len(dropped)} training utterances over {config.max_seconds:g} s: {listed}")
+    shorter = recognizer.dataset([dataset.utterances[i] for i in kept])
+    shorter.lengths = [dataset.lengths[i] for i in kept]
+    return shorter
+
+
+def check_vocabulary(vocabulary: Vocabulary, dataset: SpeechDataset) -> None:
+    """Refuse a vocabulary that cannot write the transcripts."""
+    if any(dataset.texts) and not any(dataset.labels["ctc"]):
+        text = next(text for text in dataset.texts if text)
+        raise ConfigError(
+            f"no training transcript has a character of the vocabulary; the first is {text[:40]!r}, the "
+            f"symbols are {' '.join(vocabulary.tokens[:40])}. Try --build-vocab, or --orthography"
+        )
+    if not vocabulary.has_delimiter and (words := next((t for t in dataset.texts if " " in t), "")):
+        raise ConfigError(
+            f"the word delimiter {vocabulary.word_delimiter!r} is not in the vocabulary of "
+            f"{len(vocabulary)} symbols, and a training transcript has spaces: {words[:80]!r}; add "
+            "it, or take the spaces out"
+        )
+
+
+def misfits(recognizer: Recognizer, dataset: SpeechDataset, unread: Collection[str]) -> list[str]:
+    """Name the utterances whose transcript needs more frames than their audio has, in one note or none."""
+    frames = recognizer.model.config.num_frames(torch.tensor(dataset.lengths))
+    misfits = []
+    for utterance, target, there in zip(dataset.utterances, dataset.labels["ctc"], frames.tolist(), strict=True):
+        if (needed := minimum_frames(target)) > there and utterance.id not in unread:
+            misfits.append(printable(f"{utterance.id}: {needed} frames needed, {there} there"))
+    if not misfits:
+        return []
+    shown = "\n  ".join(misfits[:20] + ([f"and {len(misfits) - 20} more"] if len(misfits) > 20 else []))
+    return [f"{len(misfits)} transcripts do not fit their audio; left out of the CTC loss:\n  {shown}"]
+
+
+def check_training_data(recognizer: Recognizer, dataset: SpeechDataset, unread: Collection[str] = ()) -> list[str]:
+    """Refuse utterances without a frame; return what else is odd, such as transcripts that cannot fit."""
+    minimum = recognizer.model.config.min_samples
+    short = [(u, n) for u, n in zip(dataset.utterances, dataset.lengths, strict=True) if n < minimum]
+    if short:
+        listed = "\n  ".join(printable(f"{u.id}: {n} samples") for u, n in short[:50])
+        raise ConfigError(
+            f"{len(short)} training utterances are shorter than one frame ({minimum} samples at 16 kHz); remove "
+            f"them:\n  {listed}"
+        )
+    if recognizer.vocabulary is None:
+        return []
+    notes = []
+    if empty := sum(not text for text in dataset.texts):
+        notes.append(f"{empty} of {len(dataset)} utterances have no transcript; trained on their other labels")
+    check_vocabulary(recognizer.vocabulary, dataset)
+    return notes + dataset.rewriting().notes() + misfits(recognizer, dataset, unread)
+
+
+def make_ready(
+    recognizer: Recognizer,
+    train: Sequence[Utterance],
+    valid: Sequence[Utterance],
+    config: TrainConfig,
+    weights: Mapping[str, float],
+    bad_audio: BadAudio,
+    *,
+    anew: bool,
+) -> Data:
+    """Read all headers, agree with the other ranks, drop what is too long, and refuse what cannot be trained on.
+
+    ``anew`` means that no run began in the folder, or that it will be removed.
+    """
+    world = bad_audio.world
+    dataset, validation = recognizer.dataset(train), recognizer.dataset(valid)
+    for name, part in {"train": dataset, "valid": validation}.items():
+        bad_audio.read_lengths(name, part, least=recognizer.model.config.min_samples, anew=anew)
+    lengths = {"train": dataset.lengths, "valid": validation.lengths}
+    dataset = without_long(dataset, recognizer, config, world)
+    unread = bad_audio.skipped["train"]
+    if config.augment:
+        dataset.augment = augmented(config.augment, config.seed)
+    for note in check_training_data(recognizer, dataset, unread):
+        say(world, note)
+    sampler = LengthBucketBatchSampler(
+        dataset.lengths,
+        seed=config.seed,
+        effective_batch=config.resolved_effective_batch(world.size),
+        batch_samples=int(config.batch_seconds * SAMPLE_RATE) or None,
+        **config.micro_limits(world.size),
+        batching=config.batching,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    for note in check_learnable(recognizer, dataset, sampler.plan, weights, epochs=config.epochs, unread=unread):
+        say(world, note)
+    return Data(dataset, validation, sampler, lengths)
+
+
+# ---------------------------------------------------------------------------------------------- the run's folder
+
+
+def settings_to_record(
+    recognizer: Recognizer, config: TrainConfig, data: Data, request: Request, metric: str, world: World
+) -> dict[str, Any]:
+    """Return what config.json records: resolved settings, the model, and the data by their content."""
+    effective_batch = config.resolved_effective_batch(world.size) or 0
+    settings = config.to_dict() | {"effective_batch": effective_batch, "metric": metric} | dict(request.settings)
+    settings["model"] = describe(recognizer)
+    settings["data"] = {name: fingerprint(part) for name, part in data.sets.items()}
+    settings["content"] = {name: contents(part.utterances, part.lengths) for name, part in data.sets.items()}
+    return settings
+
+
+def open_folder(request: Request, settings: dict[str, Any], world: World, held: ExitStack) -> Opened:
+    """Let the main rank own the run's folder and open it. An error of it is one on every rank."""
+    opened: Opened | None = None
+    failure: SerError | None = None
+    if world.is_main:
+        try:
+            held.enter_context(own_run(request.folder))
+            opened = open_run(
+                request.folder,
+                settings,
+                overwrite=request.overwrite,
+                resume_from=request.resume_from,
+                allow_changes=request.allow_changes,
+            )
+        except SerError as error:
+            failure = error
+        except (OSError, ValueError) as error:
+            failure = RunFolderError(f"{request.folder}: cannot be used: {error.__class__.__name__}: {error}")
+    opened, failure = world.gather((opened, failure))[0]
+    if opened is None:
+        assert failure is not None
+        raise failure
+    return opened
+
+
+# ---------------------------------------------------------------------------------------------- the model
+
+
+def put_into_training(
+    recognizer: Recognizer, config: TrainConfig, weights: Mapping[str, float], world: World
+) -> None:
+    """Put the model onto the device, and switch off the gradients of what is not trained."""
+    model = recognizer.model
+    with memory_explained(SMALLER_MODEL, doing=f"when the model was put onto {world.device.type}"):
+        model.to(world.device)
+    model.wav2vec2.activation_checkpointing(config.activation_checkpointing)
+    model.freeze(config.freeze)
+    for parameter in model.untrained_by([name for name, weight in weights.items() if weight]):
+        parameter.requires_grad_(False)  # has no gradient, so it is no part of what is trained
+    if model.config.has_mask_embedding and not model.config.apply_spec_augment:
+        model.wav2vec2.masked_spec_embed.requires_grad_(False)
+    model.train()
+
+
+def make_learner(
+    recognizer: Recognizer, config: TrainConfig, objective: Objective, data: Data, world: World
+) -> Learner:
+    """Wrap the model for all ranks, and make its optimizer."""
+    model = recognizer.model
+    with memory_explained(SMALLER_MODEL, doing="when room for gradients was made"):
+        wrapped: nn.Module = world.wrap(model)
+    optimizer = make_optimizer(
+        model,
+        rate=config.rate,
+        head_rate=config.head_rate,
+        weight_decay=config.weight_decay,
+        beta2=config.adam_beta2,
+    )
+    return Learner(
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16"),
+        objective=objective,
+        world=world,
+        amp=config.amp,
+        clip=config.clip,
+        seed=config.seed,
+        names=[u.id for u in data.train.utterances],
+    )
+
+
+# ---------------------------------------------------------------------------------------------- all of it
+
+
+@dataclass(frozen=True)
+class Job:
+    """Hold all that a run has and that stays the same while it trains; `Progress` is what changes."""
+
+    config: TrainConfig
+    recognizer: Recognizer
+    data: Data
+    learner: Learner
+    updates: list[int]  # of each epoch
+    metric: str  # that decides which model is best
+    opened: Opened
+    saver: Saver
+    bad_audio: BadAudio
+
+    @property
+    def world(self) -> World:
+        """Return the ranks."""
+        return self.learner.world
+
+    @property
+    def total(self) -> int:
+        """Return the number of updates of the whole run."""
+        return sum(self.updates)
+
+    def summary(self) -> str:
+        """Say how much is trained on how much."""
+        model, data, world = self.learner.model, self.data, self.world
+        hours = sum(data.train.lengths) / SAMPLE_RATE / 3600
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return (
+            f"{len(data.train)} utterances ({hours:.2f} h), {parameters / 1e6:.1f} M trained parameters, "
+            f"{' + '.join(f'{w:g} {n}' for n, w in self.learner.objective.weights.items() if w)}, "
+            f"{self.total} updates in {self.config.epochs} epochs, "
+            f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}, "
+            f"padding {100 * data.sampler.padding:.1f} %"
+        )
+
+
+def updates_of_epochs(config: TrainConfig, sampler: LengthBucketBatchSampler) -> list[int]:
+    """Count the updates of each epoch: equally many by utterances; by padded seconds the jitter decides."""
+    if config.batch_seconds:
+        return [len(sampler.plan(epoch=epoch)) for epoch in range(config.epochs)]
+    return [len(sampler.plan(epoch=0))] * config.epochs
+
+
+def prepare(
+    recognizer: Recognizer,
+    train: Sequence[Utterance],
+    valid: Sequence[Utterance],
+    config: TrainConfig,
+    request: Request,
+    world: World,
+    held: ExitStack,
+) -> Job:
+    """Make everything ready for the first update. All ranks call this.
+
+    ``held`` gets what is given back when training ends, in whatever way: the folder, and the thread that saves.
+    """
+    recognizer.require_float32("to train it")
+    recognizer.require_single_label("to be trained")
+    config.resolved_effective_batch(world.size)
+    weights = head_weights(recognizer, config)
+    if config.cache:
+        choose_kind(recognizer.model, config.freeze)  # it may be refused
+    bad_audio = BadAudio(world, policy=config.on_bad_audio, limit=config.max_bad_audio, run=request.folder)
+    data = make_ready(recognizer, train, valid, config, weights, bad_audio, anew=request.overwrite)
+    metric = choose_metric(config, recognizer, data.valid)
+    settings = settings_to_record(recognizer, config, data, request, metric, world)
+    opened = open_folder(request, settings, world, held)
+    for lost in lost_here():
+        say(world, lost)
+    saver = held.enter_context(Saver())  # whatever way training ends, what is being written is finished
+    bad_audio.begin(data.lengths, data.sets)
+    for note in opened.notes:
+        say(world, note)
+    put_into_training(recognizer, config, weights, world)
+    objective = make_objective(recognizer, config, weights, data.train)
+    learner = make_learner(recognizer, config, objective, data, world)
+    updates = updates_of_epochs(config, data.sampler)
+    return Job(config, recognizer, data, learner, updates, metric, opened, saver, bad_audio)
+
+
+def restore(job: Job) -> Progress:
+    """Go on from the run's checkpoint, where it has one: its weights, its optimizer, and where it stood."""
+    opened, scaler = job.opened, job.learner.scaler
+    if opened.checkpoint is None:
+        return Progress()
+    with memory_explained(SMALLER_MODEL, doing="when a checkpoint was loaded"):
+        progress = load_checkpoint(opened.checkpoint, job.recognizer, job.learner.optimizer)
+    if progress.scaler:
+        scaler.load_state_dict(progress.scaler)
+    if opened.changed:  # of epochs, perhaps, or of when to stop early
+        progress.finished = progress.is_over(opened.run.settings)
+    what = "is finished, nothing is left to do; it ended" if progress.finished else "is resumed"
+    at = f"at update {progress.step} of {job.total}, from {opened.checkpoint.name}"
+    say(job.world, f"{opened.run.folder} {what} {at}")
+    return progress
+
+
+def fill_caches(job: Job) -> None:
+    """Compute what the frozen part makes of each recording, where no cache has it; then read that instead."""
+    config, world, recognizer = job.config, job.world, job.recognizer
+    kind, why = choose_kind(recognizer.model, config.freeze)
+    note = f": the layers' means are not kept, as {why}" if config.freeze == "encoder" and why else ""
+    say(world, f"cache of {'the feature encoder' if kind == 'features' else 'pooled layers'}{note}")
+    store = Cache.of(
+        recognizer.model,
+        config.cache,
+        kind=kind,
+        dtype=config.cache_dtype,
+        do_normalize=recognizer.do_normalize,
+    )
+    for name, part in job.data.sets.items():
+        if len(part):
+            stored = fill_cache(store, part, world, partial(say, world), name)
+            job.bad_audio.agree(name, part, stored.errors if world.is_main else {})
+            part.stored = stored
