@@ -287,9 +287,9 @@ def test_help_explains_every_setting_with_its_default(capsys):
         execute("train", ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for field in fields(TrainConfig):
-        assert f"--{field.name.replace('_', '-')}" in shown
-        if field.type != "bool":
-            assert f"(default: {field.default})" in shown
+        assert (f"--{field.name.replace('_', '-')}" in shown) != field.metadata["hidden"]
+        if field.type != "bool" and not field.metadata["hidden"]:
+            assert f"(default: {'none' if field.default == () else field.default})" in shown
     assert "torchrun --standalone" in shown
 
 
