@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from ser.data.manifest import Utterance
 from ser.errors import AudioError, ManifestError, indented, pip_line, printable
 from ser.models.pretrained import LoadReport
 from ser.recognizer import Prediction
-from ser.scores.folds import FoldFigures, PooledReport, pooled_markdown
+from ser.scores.folds import PooledReport, pooled_markdown
 from ser.scores.report import Figure, Report
 from ser.train.distributed import World
 from ser.train.evaluation import Evaluation
@@ -399,7 +400,7 @@ def test_a_fold_s_name_cannot_make_a_section_of_the_pooled_report():
     figures, judged = {"accuracy": Figure(0.5, [0.4, 0.6])}, {"emotion": 8, "words": 0, "speaker": 0}
     pooled = Report(8, ["```", HOSTILE], 2, 0, 1, figures, judged, confusion=[[4, 0], [4, 0]])
     name = "x |\n\n## Forged <b>"
-    fold = FoldFigures(8, None, name, {"accuracy": 0.5})
+    fold = replace(pooled, shared_with_training={name: 0.5})
     over = {"accuracy": {"mean": 0.5, "spread": None, "folds": 1}}
     result = PooledReport(pooled, name, name, {name: fold}, over, [], weights="last", audit="a\x1b\n```\n")
     result.repeat = {name: name}

@@ -11,7 +11,6 @@ import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import jiwer
 import numpy as np
@@ -21,7 +20,7 @@ from test_update import run_ranks
 from toy import toy_recognizer, write_corpus
 
 from ser.audio import audio_info
-from ser.data.labels import Labels
+from ser.data.labels import LABELS, Labels, LabelSpec
 from ser.data.manifest import Utterance, read_manifest
 from ser.data.protocols import PROTOCOLS
 from ser.data.text import Rewriting, Vocabulary
@@ -42,8 +41,6 @@ from ser.scores.report import (
     expected_calibration_error,
     intervals,
     mcnemar,
-    measure_of_classes,
-    measure_of_numbers,
     report,
     table,
     write_rows,
@@ -430,16 +427,15 @@ def test_figures_are_reported_by_any_column_that_is_named(tmp_path):
         Outcomes.read(tmp_path / "p.csv", ("kind", "side"))
 
 
-def test_a_further_head_is_a_further_row_of_the_table(monkeypatch, tmp_path):
-    monkeypatch.setitem(figures_module.MEASURES, "age", measure_of_numbers("age", ["age"]))
-    monkeypatch.setitem(figures_module.MEASURES, "gender", measure_of_classes("gender"))
+def test_a_head_that_somebody_adds_has_figures_by_the_kind_of_its_labels(monkeypatch, tmp_path):
+    monkeypatch.setitem(LABELS, "age", LabelSpec("numbers", ("age",)))
+    monkeypatch.setitem(LABELS, "gender", LabelSpec("class", ("gender",)))
     generator = np.random.default_rng(4)
     rows = []
     for i, row in enumerate(drawn(80)):
         age = None if i % 9 == 0 else float(generator.normal(40, 9))
-        label, answer = ("f", "m")[i % 2], ("f", "m")[i % 5 > 2]
         row |= {"age": age, "age_predicted": (age or 30) + generator.normal(0, 4)}
-        rows.append(row | {"gender": label, "gender_predicted": answer, "gender_confidence": 0.75})
+        rows.append(row | {"gender": ("f", "m")[i % 2], "gender_predicted": ("f", "m")[i % 5 > 2]})
     found = report(write_rows(tmp_path / "p.csv", [rows], EMOTIONS), resamples=5)
     assert report(Outcomes.read(tmp_path / "p.csv"), resamples=5) == found
     y, p = np.array([(r["age"], r["age_predicted"]) for r in rows if r["age"] is not None]).T
@@ -452,13 +448,11 @@ def test_a_further_head_is_a_further_row_of_the_table(monkeypatch, tmp_path):
     assert found.judged["gender"] == 80 and found.figures["gender accuracy"].interval_speakers is not None
     usual = report(Outcomes.of(EMOTIONS, drawn(80)), resamples=5)
     assert found.value("accuracy") == usual.value("accuracy") and found.confusion == usual.confusion
-    unknown = dict.fromkeys(("speaker", "emotion", "arousal", "dominance", "valence"))
-    utterance = SimpleNamespace(id="a", file="a.wav", extra={"room": "hall"}, age=41.0, gender="f", **unknown)
-    unknown = dict.fromkeys(("emotion", "probabilities", "transcript", "speaker", "dimensions"))
-    answers = {"age": {"age": 39.5}, "gender": "m", "gender_probability": 0.6}
-    row = as_row(toy_recognizer(), utterance, "", SimpleNamespace(seconds=1.0, **answers, **unknown))
+    utterance = Utterance("a", Path("a.wav"), labels={"age": 41.0, "gender": "f"}, extra={"room": "hall"})
+    prediction = Prediction("a.wav", 1.0, others={"age": {"age": 39.5}, "gender": "m"})
+    row = as_row(toy_recognizer(), utterance, "", prediction)
     assert (row["age"], row["age_predicted"], row["room"]) == (41.0, 39.5, "hall")
-    assert (row["gender"], row["gender_predicted"], row["gender_confidence"]) == ("f", "m", 0.6)
+    assert (row["gender"], row["gender_predicted"]) == ("f", "m")
 
 
 # ---------------------------------------------------------------------------------------------- comparison

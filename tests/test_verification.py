@@ -11,7 +11,7 @@ import pytest
 from toy import toy_recognizer, write_corpus
 
 import ser
-from ser.cli import execute, make_parser
+from ser.cli import evaluate, execute, make_parser
 from ser.data.manifest import read_manifest
 from ser.data.selection import Selection
 from ser.errors import ModelFolderError
@@ -28,7 +28,6 @@ from ser.scores.card import (
     write_card,
 )
 from ser.scores.report import Outcomes, report
-from ser.train.evaluation import evaluate
 from ser.train.verification import checks_of
 
 QUICK = ["--epochs", "2", "--effective-batch", "4", "--heads", "emotion", "--data-licence", "CC0"]

@@ -147,7 +147,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     return arguments
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
+def refuse_contradictions(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for arguments that are missing, contradict each other or are out of range."""
     options = arguments.training_options
     if not arguments.data or not arguments.protocol:
@@ -183,7 +183,7 @@ def lasting(options: list[str]) -> list[str]:
     return [word for group in sorted(kept) for word in group]
 
 
-def without_paths(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def fold_settings(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that decide a fold's result; where content is recorded, its path is left out.
 
     Earlier releases recorded the content of the manifest as a file, and none of --vocab.
@@ -211,7 +211,7 @@ def check_same(folder: Path, settings: dict[str, Any], as_written: Callable[[], 
         before = json.loads(path.read_text()) if begun else settings
     except ValueError:
         raise ConfigError(f"{path}: is damaged; remove {folder}, or choose another --out") from None
-    old, new = without_paths(before, settings), without_paths(settings, before)
+    old, new = fold_settings(before, settings), fold_settings(settings, before)
     if old != new:
         differing = [f"{k}: {old.get(k)!r} then, {v!r} now" for k, v in new.items() if old.get(k) != v]
         lines = "\n  ".join(differing)
@@ -271,7 +271,7 @@ class Commands:
 
 
 @dataclass(frozen=True)
-class Job:
+class CrossValidation:
     """What is done on each fold.
 
     Attributes:
@@ -312,7 +312,7 @@ class Job:
         return {"train": [*train, *self.options], "judge": [*evaluate, "--card"]}
 
 
-def train_and_evaluate(job: Job, fold: str, environment: dict[str, str], commands: Commands) -> None:
+def train_and_evaluate(job: CrossValidation, fold: str, environment: dict[str, str], commands: Commands) -> None:
     """Do both on a fold, as commands of their own, with logs in the fold's folder."""
     folder = job.out / fold
     if job.arguments.processes > 1:
@@ -333,7 +333,7 @@ def train_and_evaluate(job: Job, fold: str, environment: dict[str, str], command
         print_now(f"    {shared_line(result)}")
 
 
-def run_fold(job: Job, fold: str, devices: Queue[list[str]], commands: Commands) -> None:
+def run_fold(job: CrossValidation, fold: str, devices: Queue[list[str]], commands: Commands) -> None:
     """Train and evaluate one fold in its folder, unless that is done."""
     if commands.closed:
         return
@@ -409,7 +409,7 @@ def read_and_review(arguments: argparse.Namespace, options: list[str], selection
     return utterances
 
 
-def check_settings(job: Job, names: list[str], utterances: list[Utterance]) -> None:
+def check_settings(job: CrossValidation, names: list[str], utterances: list[Utterance]) -> None:
     """Refuse to go on with folds that were begun with other settings; record those of new ones."""
     given = job.arguments.evaluate_only
     settings = provenance(job.arguments, job.options, job.selection)
@@ -438,7 +438,7 @@ def free_devices(arguments: argparse.Namespace) -> Queue[list[str]]:
     return devices
 
 
-def run_folds(job: Job, names: list[str]) -> None:
+def run_folds(job: CrossValidation, names: list[str]) -> None:
     """Train and evaluate the folds, several at once if asked for; a failure ends it when what runs has ended."""
     devices, commands = free_devices(job.arguments), Commands()
     with stop_on_signals() as asked, ThreadPoolExecutor(job.arguments.parallel) as pool:
@@ -475,7 +475,7 @@ def cross_validate(
         if missing := [name for name in names if not (given / name).is_dir()]:
             raise ConfigError(f"{given}: has no folder {', '.join(missing)}; it needs one per fold")
     print_now(f"{protocol.name}: {protocol.description}\n{audits}\nthe {weights} weights of each fold are judged")
-    job = Job(arguments, options, selection, weights, out)
+    job = CrossValidation(arguments, options, selection, weights, out)
     check_settings(job, names, utterances)
     run_folds(job, names)
     result = pooled_report(out, names, protocol, resamples=arguments.resamples, parts=job.parts)
@@ -567,7 +567,7 @@ def run_ablation(arguments: argparse.Namespace, selection: Selection) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Cross-validate, once or for each value of an ablation."""
-    check_arguments(arguments)
+    refuse_contradictions(arguments)
     needs_matplotlib()
     selection = selected_data(arguments)
     try:

@@ -46,7 +46,7 @@ from ser.data.selection import Selection, add_data_arguments, selected_data
 from ser.data.spellings import check_spellings, label_lines
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
-from ser.device import cpu_threads
+from ser.device import cpu_threads, freed_memory_kept
 from ser.errors import ConfigError, FileError, SerError, brief_repr, printable, summary
 from ser.files import write_json
 from ser.models.pretrained import find_folder
@@ -126,7 +126,7 @@ def refuse_renaming(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{mode} takes no {', '.join(given)}: {how}")
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
+def check_flags(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for arguments that contradict each other or are out of range."""
     if arguments.resamples < 1 or arguments.seed < 0:
         raise ConfigError(
@@ -250,7 +250,7 @@ def read_data(
     return read(arguments, named, tell)
 
 
-def review(data: EvaluatedData, recognizer: Recognizer, tell: Callable[[str], None]) -> None:
+def show_classes(data: EvaluatedData, recognizer: Recognizer, tell: Callable[[str], None]) -> None:
     """Show the classes before anything is evaluated; refuse two spellings of one."""
     sets = {data.selection.part or "data": data.utterances}
     for line in label_lines(sets, emotions=recognizer.emotions):
@@ -344,7 +344,7 @@ def unscored_labels(utterances: list[Utterance], recognizer: Recognizer) -> list
         lines.append(f"the model writes no transcripts: the texts of {texts} utterances are in no figure")
     known = {name.lower() for name in recognizer.dimensions}
     for name in DIMENSIONS:
-        if name not in known and (labels := sum(getattr(u, name) is not None for u in utterances)):
+        if name not in known and (labels := sum(u.labels.get(name) is not None for u in utterances)):
             lines.append(f"the model gives no {name}: the labels of {labels} utterances are in no figure")
     speakers = Counter(u.speaker for u in utterances if u.speaker)
     if recognizer.speakers and speakers and speakers.keys().isdisjoint(recognizer.speakers):
@@ -380,7 +380,7 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
         raise ConfigError(f"--card: {arguments.model} has no {card.RECORD}, as training writes it")
     data = read_data(arguments, record, tell)
     check_parts(arguments.parts, data.utterances)
-    review(data, recognizer, tell)
+    show_classes(data, recognizer, tell)
     rewriting = Rewriting()
     outcomes = outcomes_of(recognizer, data.utterances, data.training, arguments, world, arguments.out, rewriting)
     known = known_turn_outcomes(recognizer, data, arguments, world)
@@ -471,7 +471,7 @@ def show_claims(claimed: list[str]) -> None:
     print(printable(f"claimed, and not computed here: {', '.join(names) or 'nothing'}"))
 
 
-def verify(arguments: argparse.Namespace, world: World) -> bool:
+def verify_card(arguments: argparse.Namespace, world: World) -> bool:
     """Tell whether card and record of --verify agree, and all that can be computed comes out again."""
     folder = arguments.verify
     record = card.read_record(folder)
@@ -500,16 +500,17 @@ def verify(arguments: argparse.Namespace, world: World) -> bool:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, verify or compare; the exit status is 1 for a card that does not hold."""
-    check_arguments(arguments)
+    check_flags(arguments)
     if arguments.compare:
         first, second = (Outcomes.read(path) for path in arguments.compare)
         compared = compare_predictions(first, second, resamples=arguments.resamples, seed=arguments.seed)
         print(json.dumps(compared, indent=2))
         return 0
     torch.set_num_threads(cpu_threads())
-    with joined_world(arguments.device, timeout=arguments.timeout, launcher=LAUNCHER) as world:
+    joined = joined_world(arguments.device, timeout=arguments.timeout, launcher=LAUNCHER)
+    with joined as world, freed_memory_kept(world.device):
         try:
-            good = verify(arguments, world) if arguments.verify else evaluate_model(arguments, world)
+            good = verify_card(arguments, world) if arguments.verify else evaluate_model(arguments, world)
         except OSError as error:
             raise FileError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
     return 0 if good else 1

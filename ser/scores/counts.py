@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ser.data.labels import labels_vary
-from ser.errors import ConfigError
 
 
 def edit_distance(reference: Sequence[Any], hypothesis: Sequence[Any]) -> tuple[int, int, int]:
@@ -129,68 +128,10 @@ class ClassificationCounts:
 
     Attributes:
         totals: (3, K) int64: of each class, the utterances that are recognised rightly, those of the reference
-            and those that were recognised as it. Read-only.
+            and those that were recognised as it.
     """
 
     totals: NDArray[np.int64]
-
-    def __post_init__(self) -> None:
-        """Check the totals, and copy them, so that nobody changes the counts afterwards."""
-        totals = np.asarray(self.totals)
-        sound = totals.ndim == 2 and len(totals) == 3 and np.issubdtype(totals.dtype, np.integer)
-        if not sound or (totals < 0).any() or (totals[0] > totals[1:]).any():
-            raise ConfigError(
-                "counts of classes are (3, K) integers from 0, of right ones no more than there are; found "
-                f"{totals.dtype} {totals.shape}"
-            )
-        totals = totals.astype(np.int64, copy=True)
-        totals.setflags(write=False)
-        object.__setattr__(self, "totals", totals)
-
-    @classmethod
-    def zeros(cls, num_classes: int) -> ClassificationCounts:
-        """Count no utterance: a sum begins here, and a rank without utterances adds this."""
-        return cls(np.zeros((3, num_classes), dtype=np.int64))
-
-    @classmethod
-    def from_labels(cls, reference: ArrayLike, predicted: ArrayLike, *, num_classes: int) -> ClassificationCounts:
-        """Count (B,) reference and (B,) predicted classes, integers in 0..K-1 (arrays or CPU tensors).
-
-        Raises:
-            ConfigError: different lengths, or a class out of range; utterances without a label are to be left
-                out by the caller, who knows them.
-        """
-        pairs = [np.asarray(reference), np.asarray(predicted)]
-        if pairs[0].shape != pairs[1].shape or pairs[0].ndim != 1:
-            raise ConfigError(
-                f"expected as many references as predictions, found {pairs[0].shape} and {pairs[1].shape}"
-            )
-        if pairs[0].size == 0:
-            return cls.zeros(num_classes)
-        for name, labels in zip(("reference", "predicted"), pairs, strict=True):
-            wrong = labels[(labels < 0) | (labels >= num_classes) | (labels != labels.astype(np.int64))]
-            if wrong.size:
-                raise ConfigError(f"{name} class {wrong[0]} is not one of 0..{num_classes - 1}")
-        true, recognised = (labels.astype(np.int64) for labels in pairs)
-        counted = (true[true == recognised], true, recognised)
-        return cls(np.stack([np.bincount(classes, minlength=num_classes) for classes in counted]))
-
-    def __add__(self, other: ClassificationCounts) -> ClassificationCounts:
-        """Count the utterances of both."""
-        if not isinstance(other, ClassificationCounts):
-            return NotImplemented
-        if self.totals.shape != other.totals.shape:
-            sizes = self.totals.shape[1], other.totals.shape[1]
-            raise ConfigError(f"cannot add counts of {sizes[0]} and of {sizes[1]} classes")
-        return ClassificationCounts(self.totals + other.totals)
-
-    def __eq__(self, other: object) -> bool:
-        """Compare the numbers."""
-        if not isinstance(other, ClassificationCounts):
-            return NotImplemented
-        return np.array_equal(self.totals, other.totals)
-
-    __hash__ = None  # type: ignore[assignment]
 
     @property
     def count(self) -> int:

@@ -64,37 +64,13 @@ def best_on_test(runs: Sequence[Path]) -> dict[str, float] | None:
     return {"accuracy": sum(e["accuracy"] * e["emotion_utterances"] for e in chosen) / total, "utterances": total}
 
 
-@dataclass(frozen=True)
-class FoldFigures:
-    """The figures of one fold.
-
-    Attributes:
-        utterances: how many were evaluated.
-        shared: kind -> share of them that training has too; None: not known.
-        shared_line: the same in words.
-        figures: name -> value.
-        known_turns: the speaker head's accuracy on turns that were held out of training; None: not measured.
-    """
-
-    utterances: int
-    shared: dict[str, float | None] | None
-    shared_line: str
-    figures: dict[str, float | None]
-    known_turns: float | None = None
-
-    @classmethod
-    def of(cls, result: Report) -> FoldFigures:
-        """Take them from a fold's report."""
-        figures = {name: figure.value for name, figure in result.figures.items()}
-        turns = result.known_turns
-        on_known = turns.figures["speaker_accuracy"].value if turns else None
-        return cls(result.utterances, result.shared_with_training, shared_line(result), figures, on_known)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON holds it."""
-        known = {} if self.known_turns is None else {"speaker_accuracy_on_known_turns": self.known_turns}
-        start = {"utterances": self.utterances, "shared": self.shared, "shared_line": self.shared_line}
-        return start | self.figures | known
+def fold_entry(result: Report) -> dict[str, Any]:
+    """Return what a pooled report keeps of a fold's report."""
+    shared = {"shared": result.shared_with_training, "shared_line": shared_line(result)}
+    entry = {"utterances": result.utterances} | shared | {name: f.value for name, f in result.figures.items()}
+    if turns := result.known_turns:
+        entry["speaker_accuracy_on_known_turns"] = turns.figures["speaker_accuracy"].value
+    return entry
 
 
 @dataclass
@@ -104,7 +80,7 @@ class PooledReport:
     Attributes:
         pooled: the report of the utterances of all folds.
         protocol, description: of the protocol.
-        folds: name -> figures.
+        folds: name -> report.
         over_folds: figure -> its mean over the folds, its spread (standard deviation) and the number of folds.
         curve: accuracy and WER on the validation part, epoch by epoch (see `pooled_curve`).
         validates_on_test: whether each fold's validation part is its test part.
@@ -118,7 +94,7 @@ class PooledReport:
     pooled: Report
     protocol: str
     description: str
-    folds: dict[str, FoldFigures]
+    folds: dict[str, Report]
     over_folds: dict[str, dict[str, Any]]
     curve: list[dict[str, Any]]
     validates_on_test: bool = False
@@ -133,7 +109,7 @@ class PooledReport:
         content = self.pooled.to_dict() | {
             "protocol": self.protocol,
             "description": self.description,
-            "folds": {name: fold.to_dict() for name, fold in self.folds.items()},
+            "folds": {name: fold_entry(fold) for name, fold in self.folds.items()},
             "over_folds": self.over_folds,
             "curve": self.curve,
         }
@@ -142,9 +118,9 @@ class PooledReport:
         return content | {"weights": self.weights, "audit": self.audit, "repeat": self.repeat}
 
 
-def over_folds(folds: Sequence[FoldFigures], name: str) -> dict[str, Any] | None:
+def over_folds(folds: Iterable[Report], name: str) -> dict[str, Any] | None:
     """Return a figure's mean over the folds that have it, its spread and their number; None without any."""
-    values = [value for fold in folds if (value := fold.figures.get(name)) is not None]
+    values = [value for fold in folds if (value := fold.value(name)) is not None]
     if not values:
         return None
     spread = statistics.stdev(values) if len(values) > 1 else None
@@ -178,15 +154,14 @@ def pooled_report(
     reports = {fold: Report.read(out / fold / "report.json") for fold in folds}
     for result in reports.values():
         pooled.rewriting += result.rewriting
-    by_fold = {fold: FoldFigures.of(result) for fold, result in reports.items()}
-    over = {name: over_folds(list(by_fold.values()), name) for name in pooled.figures}
+    over = {name: over_folds(reports.values(), name) for name in pooled.figures}
     runs = [out / fold / "run" for fold in folds]
     validates_on_test = "recordings" in protocol.declares.get(("valid", "test"), ())
     return PooledReport(
         pooled,
         protocol.name,
         protocol.description,
-        by_fold,
+        reports,
         {name: figure for name, figure in over.items() if figure is not None},
         pooled_curve(runs),
         validates_on_test,
@@ -200,7 +175,7 @@ def fold_table(result: PooledReport) -> list[str]:
     names = {short: name for short, name in SHORT.items() if name in result.pooled.figures}
     lines = ["| fold | utterances | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for fold, entry in result.folds.items():
-        cells = " | ".join(four_digits(entry.figures.get(name)) for name in names.values())
+        cells = " | ".join(four_digits(entry.value(name)) for name in names.values())
         lines.append(f"| {as_text(fold)} | {entry.utterances} | {cells} |")
     over = [result.over_folds[name] for name in names.values()]
     cells = " | ".join(f"{four_digits(o['mean'])} ± {four_digits(o['spread'])}" for o in over)
@@ -215,7 +190,7 @@ def pooled_markdown(result: PooledReport) -> str:
     lines = [f"# {as_text(result.protocol)}: {utterances} utterances, {len(result.folds)} folds", ""]
     lines += [as_text(result.description), "", f"The {result.weights} weights of each fold are judged.", ""]
     lines += [*fold_table(result), "", "What the judged models know of each fold's test part:", ""]
-    lines += [f"- {as_text(fold)}: {as_text(entry.shared_line)}" for fold, entry in result.folds.items()]
+    lines += [f"- {as_text(fold)}: {as_text(shared_line(entry))}" for fold, entry in result.folds.items()]
     if best := result.best_on_test:
         lines += [
             "",

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ser.data.labels import DIMENSIONS
+from ser.data.labels import LABELS
 from ser.data.manifest import Utterance, check_regular
 from ser.data.text import Rewriting
 from ser.errors import ConfigError, ManifestError, printable
@@ -80,13 +80,13 @@ def expected_calibration_error(totals: NDArray[np.float64]) -> NDArray[np.float6
 
 
 class ClassSums:
-    """Sums of a head of classes: those of `class_figures`, and of calibration.
+    """Sums of a head of classes: those of `class_figures`, and of calibration where probabilities are known.
 
     Attributes:
         scored: (N,) the utterances whose label and prediction are both classes.
         right: (N,) those of them that are recognised rightly.
         pairs: (scored, 2) the numbers of both classes.
-        confidence: (N,) the probability of the predicted class.
+        confidence: (N,) the probability of the predicted class; None: not known.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ClassSums:
         names: Sequence[str],
         reference: Iterable[str],
         predicted: Iterable[str],
-        confidence: NDArray[np.float64],
+        confidence: NDArray[np.float64] | None = None,
         prefix: str = "",
     ) -> None:
         """Take (N,) labels, predictions and confidences; ``prefix`` begins the figures' names."""
@@ -111,14 +111,16 @@ class ClassSums:
         place = np.full(len(index) + 1, -1)  # in `classes`; the last for -1, no class
         place[self.classes] = np.arange(len(self.classes))
         self.places = np.where(self.scored[:, None], place[pairs], -1)  # (N, 2)
-        self.width = 3 * len(self.classes) + 3 * CALIBRATION_BINS
+        self.width = 3 * len(self.classes) + (0 if confidence is None else 3 * CALIBRATION_BINS)
 
     def summands(self, rows: slice) -> NDArray[np.float64]:
         """Return (n, 3 C + 3 bins): right, in the reference, recognised as it; and those of calibration."""
         reference, predicted = (self.places[rows, i, None] == np.arange(len(self.classes)) for i in (0, 1))
-        confidence = np.nan_to_num(self.confidence[rows])
-        binned = calibration_summands(confidence, self.right[rows]) * self.scored[rows, None]
-        return np.concatenate([reference & self.right[rows, None], reference, predicted, binned], axis=1)
+        blocks: list[NDArray[Any]] = [reference & self.right[rows, None], reference, predicted]
+        if self.confidence is not None:
+            confidence = np.nan_to_num(self.confidence[rows])
+            blocks.append(calibration_summands(confidence, self.right[rows]) * self.scored[rows, None])
+        return np.concatenate(blocks, axis=1, dtype=np.float64)
 
     def figures(self, sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         """Compute the figures of `class_figures`, the ECE, and precision and recall of each class."""
@@ -126,7 +128,8 @@ class ClassSums:
             return {}
         totals, binned = np.split(sums, [3 * len(self.classes)], axis=1)
         totals = totals.reshape(len(sums), 3, -1)
-        values = class_figures(totals, len(self.names)) | {"ece": expected_calibration_error(binned)}
+        values = class_figures(totals, len(self.names))
+        values |= {} if self.confidence is None else {"ece": expected_calibration_error(binned)}
         for kind, whole in (("precision", totals[:, 2]), ("recall", totals[:, 1])):
             values |= dict.fromkeys((f"{kind} {name}" for name in self.names), np.full(len(sums), np.nan))
             of_class = ratio(totals[:, 0], whole)
@@ -149,6 +152,7 @@ class ClassSums:
 
     def calibration(self) -> list[dict[str, Any]]:
         """Return how many utterances each bin of confidence has, and their accuracy and mean confidence."""
+        assert self.confidence is not None
         binned = calibration_summands(self.confidence[self.scored], self.right[self.scored]).sum(0)
         bins = binned.reshape(3, -1).T.tolist()
         return [{"count": int(n), "accuracy": r / n, "confidence": c / n} for n, r, c in bins if n]
@@ -194,31 +198,51 @@ class ConcordanceSums:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a row of the predictions file is made of.
+
+    Attributes:
+        labels: column of the manifest -> label.
+        reference: the transcript as far as the vocabulary can write it; empty for none.
+        prediction: what was recognised.
+        speakers: those whom the model knows.
+    """
+
+    labels: Mapping[str, Any]
+    reference: str
+    prediction: Prediction
+    speakers: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Measure:
     """Describe how a head is scored: its columns in the predictions file, and what is summed of them.
 
     Attributes:
         texts: its columns of texts, "" where unknown.
         numbers: its columns of numbers, NaN where unknown -> the range they must be in.
-        cells: (recognizer, utterance, reference text, prediction) -> column -> what a row has there.
+        cells: what a row has in these columns.
         sums: outcomes -> one `Sums` for each of its figures that can be computed.
         judged: outcomes -> name -> how many items its figures count.
     """
 
     texts: tuple[str, ...]
     numbers: Mapping[str, tuple[float, float]]
-    cells: Callable[[Recognizer, Utterance, str, Prediction], dict[str, Any]]
+    cells: Callable[[Answer], dict[str, Any]]
     sums: Callable[[Outcomes], Sequence[Sums]]
     judged: Callable[[Outcomes], dict[str, int]] = lambda outcomes: {}
 
 
-def emotion_cells(
-    recognizer: Recognizer, utterance: Utterance, reference: str, prediction: Prediction
-) -> dict[str, Any]:
-    """Return label, predicted emotion and all probabilities of a row."""
+def emotion_cells(row: Answer) -> dict[str, Any]:
+    """Return label, predicted emotion and all probabilities."""
+    prediction = row.prediction
     cells = {f"p_{name}": probability for name, probability in (prediction.probabilities or {}).items()}
     confidence = cells.get(f"p_{prediction.emotion}")
-    return cells | {"emotion": utterance.emotion, "predicted": prediction.emotion, "confidence": confidence}
+    return cells | {
+        "emotion": row.labels.get("emotion"),
+        "predicted": prediction.emotion,
+        "confidence": confidence,
+    }
 
 
 def emotion_sums(outcomes: Outcomes) -> ClassSums:
@@ -227,22 +251,19 @@ def emotion_sums(outcomes: Outcomes) -> ClassSums:
     return ClassSums(outcomes.emotions, text["emotion"], text["predicted"], outcomes.numbers["confidence"])
 
 
-def transcript_cells(
-    recognizer: Recognizer, utterance: Utterance, reference: str, prediction: Prediction
-) -> dict[str, Any]:
-    """Return both texts of a row and their edits."""
-    if prediction.transcript is None or not reference:
-        return {"transcript": prediction.transcript}
-    words = word_errors(reference, prediction.transcript)
-    characters = character_errors(reference, prediction.transcript)
-    return {
-        "reference": reference,
-        "transcript": prediction.transcript,
+def transcript_cells(row: Answer) -> dict[str, Any]:
+    """Return both texts and their edits."""
+    transcript = row.prediction.transcript
+    if transcript is None or not row.reference:
+        return {"transcript": transcript}
+    words, characters = word_errors(row.reference, transcript), character_errors(row.reference, transcript)
+    cells = {
+        "reference": row.reference,
+        "transcript": transcript,
         "word_edits": words.edits,
         "words": words.length,
-        "character_edits": characters.edits,
-        "characters": characters.length,
     }
+    return cells | {"character_edits": characters.edits, "characters": characters.length}
 
 
 def transcript_sums(outcomes: Outcomes) -> list[Sums]:
@@ -252,13 +273,10 @@ def transcript_sums(outcomes: Outcomes) -> list[Sums]:
     return [rate for rate in rates if np.nan_to_num(rate.whole).any()]
 
 
-def speaker_cells(
-    recognizer: Recognizer, utterance: Utterance, reference: str, prediction: Prediction
-) -> dict[str, Any]:
+def speaker_cells(row: Answer) -> dict[str, Any]:
     """Return whether the speaker is recognised, if the model knows the speaker."""
-    if prediction.speaker is None or utterance.speaker not in recognizer.speakers:
-        return {}
-    return {"speaker_right": int(prediction.speaker == utterance.speaker)}
+    speaker, answer = row.labels.get("speaker"), row.prediction.speaker
+    return {"speaker_right": int(answer == speaker)} if answer is not None and speaker in row.speakers else {}
 
 
 def speaker_sums(outcomes: Outcomes) -> list[Sums]:
@@ -268,55 +286,37 @@ def speaker_sums(outcomes: Outcomes) -> list[Sums]:
     return [RatioSums("speaker_accuracy", right, known)] if known.any() else []
 
 
-def label_of(utterance: Utterance, column: str) -> Any:
-    """Return what a manifest has in a column of labels; None for nothing."""
-    return utterance.labels.get(column)
+def measure_of_classes(head: str, column: str) -> Measure:
+    """Describe a head of classes that somebody added. The names of its figures begin with the head's.
 
-
-def answer_of(prediction: Prediction, head: str) -> Any:
-    """Return what a head said: one of the fields of a prediction, or an entry of ``others``."""
-    return prediction.others.get(head, getattr(prediction, head, None))
-
-
-def measure_of_classes(head: str) -> Measure:
-    """Describe a head of classes, which is scored as emotions are; its figures begin with the head's name.
-
-    `answer_of` finds the class. The predictions file
-    has the label in the column HEAD, and beside it HEAD_predicted and HEAD_confidence.
+    The predictions file has the label in ``column`` of the manifest, and beside it the class in HEAD_predicted.
     """
-    predicted, confidence = f"{head}_predicted", f"{head}_confidence"
-
-    def cells(
-        recognizer: Recognizer, utterance: Utterance, reference: str, prediction: Prediction
-    ) -> dict[str, Any]:
-        answer, probability = answer_of(prediction, head), getattr(prediction, f"{head}_probability", None)
-        return {head: label_of(utterance, head), predicted: answer, confidence: probability}
+    predicted = f"{head}_predicted"
 
     def sums(outcomes: Outcomes) -> list[ClassSums]:
-        labels, answers = outcomes.text[head], outcomes.text[predicted]
-        names = sorted({*labels, *answers} - {""})
-        return [ClassSums(names, labels, answers, outcomes.numbers[confidence], prefix=f"{head} ")]
+        labels, answers = outcomes.text[column], outcomes.text[predicted]
+        return [ClassSums(sorted({*labels, *answers} - {""}), labels, answers, prefix=f"{head} ")]
 
-    def judged(outcomes: Outcomes) -> dict[str, int]:
-        return {head: int(sums(outcomes)[0].scored.sum())}
-
-    return Measure((head, predicted), {confidence: SHARE}, cells, sums, judged)
+    return Measure(
+        (column, predicted),
+        {},
+        lambda row: {column: row.labels.get(column), predicted: row.prediction.others.get(head)},
+        sums,
+        lambda outcomes: {head: int(sums(outcomes)[0].scored.sum())},
+    )
 
 
 def measure_of_numbers(head: str, columns: Sequence[str]) -> Measure:
     """Describe a head of numbers, which is scored by the concordance of each of its columns.
 
-    `answer_of` finds the numbers by name. The label of the column "age" stands in the
-    predictions file as age, and the prediction as age_predicted.
+    The predictions file has the label of the column "age" in age, and the prediction in age_predicted.
     """
 
-    def cells(
-        recognizer: Recognizer, utterance: Utterance, reference: str, prediction: Prediction
-    ) -> dict[str, Any]:
-        values = {name.lower(): value for name, value in (answer_of(prediction, head) or {}).items()}
+    def cells(row: Answer) -> dict[str, Any]:
+        numbers = row.prediction.dimensions if head == "dimensions" else row.prediction.others.get(head)
+        values = {name.lower(): value for name, value in (numbers or {}).items()}
         known = [name for name in columns if name in values]  # some models spell Arousal
-        labels = {name: label_of(utterance, name) for name in known}
-        return labels | {f"{name}_predicted": values[name] for name in known}
+        return {n: row.labels.get(n) for n in known} | {f"{n}_predicted": values[n] for n in known}
 
     def sums(outcomes: Outcomes) -> list[Sums]:
         pairs = {name: [outcomes.numbers[c] for c in (name, f"{name}_predicted")] for name in columns}
@@ -327,7 +327,7 @@ def measure_of_numbers(head: str, columns: Sequence[str]) -> Measure:
     return Measure((), dict.fromkeys(names, NUMBER), cells, sums)
 
 
-# head -> how it is scored. A further head is a further row.
+# head -> how it is scored; see `measures` for other heads
 MEASURES = {
     "emotion": Measure(
         ("emotion", "predicted"),
@@ -350,20 +350,32 @@ MEASURES = {
         speaker_sums,
         lambda outcomes: {"speaker": int(np.isfinite(outcomes.numbers["speaker_right"]).sum())},
     ),
-    "dimensions": measure_of_numbers("dimensions", DIMENSIONS),
 }
+
+
+def measures() -> list[Measure]:
+    """Return how each head is scored: its row in `MEASURES`, or what its kind of labels (`LABELS`) asks for."""
+    chosen = []
+    for head, label in LABELS.items():
+        if head in MEASURES:
+            chosen.append(MEASURES[head])
+        elif label.kind == "class":
+            chosen.append(measure_of_classes(head, label.columns[0]))
+        elif label.kind == "numbers":
+            chosen.append(measure_of_numbers(head, label.columns))
+    return chosen
 
 
 def text_columns(parts: Iterable[str]) -> tuple[str, ...]:
     """Return the columns of texts of a predictions file; ``parts`` are those by which figures are reported."""
-    of_heads = (column for measure in MEASURES.values() for column in measure.texts)
+    of_heads = (column for measure in measures() for column in measure.texts)
     return tuple(dict.fromkeys(["id", "file", "speaker", *parts, *of_heads]))
 
 
 def number_columns() -> dict[str, tuple[float, float]]:
     """Return the columns of numbers of a predictions file -> the range they must be in."""
     columns = {"seconds": COUNT}
-    for measure in MEASURES.values():
+    for measure in measures():
         columns |= measure.numbers
     return columns
 
@@ -390,8 +402,9 @@ def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, predict
     row: dict[str, Any] = dict(utterance.extra) | dict.fromkeys((*text_columns([SEEN_TEXT]), *number_columns()))
     row |= {"id": utterance.id, "file": str(utterance.file), "speaker": utterance.speaker}
     row |= {"seconds": prediction.seconds}
-    for measure in MEASURES.values():
-        row |= measure.cells(recognizer, utterance, reference, prediction)
+    answer = Answer(utterance.labels, reference, prediction, recognizer.speakers)
+    for measure in measures():
+        row |= measure.cells(answer)
     return row
 
 
@@ -534,9 +547,9 @@ class Figures:
     """
 
     def __init__(self, outcomes: Outcomes) -> None:
-        """Take the sums of every head in `MEASURES` that has labels."""
+        """Take the sums of every head that has labels."""
         self.size = len(outcomes)
-        self.sums = [sums for measure in MEASURES.values() for sums in measure.sums(outcomes)]
+        self.sums = [sums for measure in measures() for sums in measure.sums(outcomes)]
         self.widths = [sums.width for sums in self.sums]
         self.chunk = max(1, min(CHUNK, MAX_COUNTS // max(sum(self.widths), 1)))
         self._kept = self._summands(slice(None)) if self.size <= self.chunk else None
@@ -800,7 +813,7 @@ def report(outcomes: Outcomes, *, resamples: int = RESAMPLES, seed: int = 0) -> 
     emotion = emotion_sums(outcomes)
     labels = Counter(outcomes.text["emotion"])
     judged: dict[str, int] = {}
-    for measure in MEASURES.values():
+    for measure in measures():
         judged |= measure.judged(outcomes)
     return Report(
         utterances=len(outcomes),
