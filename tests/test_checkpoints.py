@@ -33,7 +33,7 @@ from ser.train.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
     set_aside_after,
-    verify,
+    verify_checkpoint,
 )
 from ser.train.config import TrainConfig
 from ser.train.loop import fit
@@ -262,7 +262,7 @@ def test_going_back_sets_later_checkpoints_aside_and_skipped_ones_too(saved, rec
     assert aside.endswith("step-00000002 is set aside as aside-step-00000002")
     names = {p.name for p in (run.folder / "checkpoints").iterdir()}
     assert names == {"step-00000001", "aside-step-00000002", "aside-step-00000003"}
-    verify(run.folder / "checkpoints/aside-step-00000003")
+    verify_checkpoint(run.folder / "checkpoints/aside-step-00000003")
 
 
 def test_a_run_of_which_no_checkpoint_is_sound_is_refused_with_every_reason(saved, tmp_path):
@@ -593,7 +593,7 @@ def test_going_back_again_keeps_what_was_set_aside_before(saved, recognizer, tmp
     asides = sorted((run.folder / "checkpoints").glob("aside-*"))
     assert [p.name.removeprefix("aside-step-00000002") for p in asides] == ["", "-2", "-3"]
     assert (asides[0] / "manifest.json").read_bytes() == first
-    assert len({(p / "state.json").read_text() for p in asides}) == 2 and all(verify(p) for p in asides)
+    assert len({(p / "state.json").read_text() for p in asides}) == 2 and all(verify_checkpoint(p) for p in asides)
     assert checkpoints(run.folder) == [run.path(1), run.path(2)], "and none of them is one of the run's"
     save(run, recognizer, 9, keep=1)
     assert sorted((run.folder / "checkpoints").glob("aside-*")) == asides, "nor does rotation remove them"

@@ -14,6 +14,7 @@ from toy import toy_recognizer, write_corpus
 
 from ser.cli import execute
 from ser.cli.crossval import check_same
+from ser.data.labels import LABELS, LabelSpec
 from ser.data.manifest import Utterance, read_manifest, write_manifest
 from ser.errors import ConfigError, ModelFolderError, RunFolderError
 from ser.train.checkpoint import SETTINGS, checkpoints, seal_checkpoint
@@ -353,3 +354,13 @@ def test_a_fold_of_a_release_that_told_no_content_goes_on_by_its_manifest(tmp_pa
         go_on(tmp_path, before, fold_settings(options=["--vocab", "v"], sha256="2"))
     with pytest.raises(ConfigError, match="training_options"):
         go_on(tmp_path, before, fold_settings(options=["--vocab", "w"], vocab_sha256="7"))
+
+
+def test_each_label_that_a_head_adds_has_a_digest_of_its_own(monkeypatch):
+    monkeypatch.setitem(LABELS, "health", LabelSpec("numbers", ("age", "weight")))
+    kept, *changed = (
+        contents([Utterance("a", Path("/a.wav"), labels={"age": age, "weight": weight})])
+        for age, weight in [(30.0, 70.0), (31.0, 70.0), (30.0, 71.0)]
+    )
+    differing = [{name for name in kept if kept[name] != other[name]} for other in changed]
+    assert differing == [{"age"}, {"weight"}]

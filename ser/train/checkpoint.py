@@ -171,7 +171,7 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """List the checkpoints in a run's folder, oldest first; `verify` tells whether one is sound."""
+    """List the checkpoints in a run's folder, oldest first; `verify_checkpoint` tells whether one is sound."""
     found = [p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
     return sorted(found, key=step_of)
 
@@ -238,7 +238,7 @@ def save_checkpoint(
     return target
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint whose every byte is as it was written.
 
     Raises RunFolderError, with the file that differs.
@@ -291,7 +291,7 @@ def newest_verified(run: Path) -> tuple[Path | None, list[str]]:
     reasons: list[str] = []
     for folder in reversed(checkpoints(run)):
         try:
-            verify(folder)
+            verify_checkpoint(folder)
             return folder, reasons
         except RunFolderError as error:
             reasons.append(str(error))

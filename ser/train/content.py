@@ -41,29 +41,35 @@ def rows_sha256(rows: Iterable[tuple[Any, ...]]) -> str:
     return total.hexdigest()
 
 
-def contents(utterances: Sequence[Utterance], lengths: Sequence[int] | None = None) -> dict[str, Any]:
-    """Count the utterances, and digest each of their properties that training depends on, in order.
+def names_of_files(utterances: Sequence[Utterance]) -> list[str]:
+    """Name each utterance's file, from below the folder that all files share.
 
-    The name of a file begins below the folder that all of them share. So it stays when the corpus is moved as a
-    whole, also where the manifest has absolute paths. Training does not depend on ids.
+    So the names stay when the corpus is moved as a whole, also where the manifest has absolute paths.
     """
     files = [Path(os.path.normpath(u.file.absolute())).parts for u in utterances]
     folders = [parts[:-1] for parts in files] or [()]
     ends = zip(min(folders), max(folders), strict=False)  # what these two share, all between them share
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], ends)))
+    return [nfc("/".join(parts[shared:])) for parts in files]
+
+
+def contents(utterances: Sequence[Utterance], lengths: Sequence[int] | None = None) -> dict[str, Any]:
+    """Count the utterances, and digest each of their properties that training depends on, in order.
+
+    Training does not depend on ids.
+    """
     columns: dict[str, Iterable[Any]] = {
-        "files": (nfc("/".join(parts[shared:])) for parts in files),
+        "files": names_of_files(utterances),
         "excerpts": ((u.start, u.end) for u in utterances),
         "emotions": (u.emotion for u in utterances),
         "texts": (u.text for u in utterances),
         "speakers": (u.speaker for u in utterances),
         "dimensions": (tuple(map(u.labels.get, DIMENSIONS)) for u in utterances),
     }
-    for column in label_columns():
-        if column not in ("emotion", "text", "speaker", *DIMENSIONS) and any(
-            column in u.labels for u in utterances
-        ):
-            columns[column] = (u.labels.get(column) for u in utterances)
+    ours = {"emotion", "text", "speaker", *DIMENSIONS}
+    for column in label_columns():  # of heads that somebody added
+        if column not in ours and any(column in u.labels for u in utterances):
+            columns[column] = [u.labels.get(column) for u in utterances]
     if lengths is not None:
         columns["lengths"] = lengths
     digests = {name: rows_sha256((row,) for row in rows) for name, rows in columns.items()}
@@ -119,7 +125,7 @@ def changed_init(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     }
 
 
-def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+def settings_without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings without the paths in them."""
     kept = dict(settings)
     for part in ("train", "valid"):
@@ -157,7 +163,9 @@ def changed_settings(
     if before.get("init_content") and now.get("init_content"):
         found |= changed_init(before, now)
         settled.add("init")
-    old, new = (flat(without_paths({k: v for k, v in s.items() if k not in settled})) for s in (before, now))
+    old, new = (
+        flat(settings_without_paths({k: v for k, v in s.items() if k not in settled})) for s in (before, now)
+    )
     return found | {
         key: f"{key}: {brief_repr(old.get(key), 200)} then, {brief_repr(new.get(key), 200)} now"
         for key in sorted(old.keys() | new.keys())

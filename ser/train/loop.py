@@ -101,7 +101,7 @@ def save_model(job: Job, progress: Progress, name: str, evaluation: Evaluation |
     )
 
 
-def save_checkpoint(job: Job, progress: Progress) -> None:
+def save_progress(job: Job, progress: Progress) -> None:
     """Begin to save where the run stands."""
     scaler, optimizer = job.learner.scaler, job.learner.optimizer
     progress.scaler = scaler.state_dict() if scaler.is_enabled() else None
@@ -199,7 +199,7 @@ def catch_up(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
         return False
     if was_due or (progress.step == job.total and not progress.finished):
         progress.finished = progress.finished or progress.step == job.total
-        save_checkpoint(job, progress)
+        save_progress(job, progress)
     return True
 
 
@@ -230,7 +230,7 @@ def train_to_end(job: Job, progress: Progress, log: Log, stop: StopRequest) -> b
             progress.finished = progress.finished or (last and not progress.evaluation_due)
             ending = progress.finished or stopped
             if ending or is_due(config.save_every, progress, epoch_ended=epoch_ended):
-                save_checkpoint(job, progress)
+                save_progress(job, progress)
             if ending:
                 break
     log.bar.close()

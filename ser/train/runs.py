@@ -26,7 +26,7 @@ from ser.train.checkpoint import (
     set_aside,
     set_aside_after,
     step_of,
-    verify,
+    verify_checkpoint,
 )
 from ser.train.config import TrainConfig, resumable
 from ser.train.content import changed_settings
@@ -94,7 +94,7 @@ def find_checkpoint(run: Path, checkpoint: str | Path) -> Path:
     there = checkpoints(run)
     for folder in there:
         if folder.name == str(checkpoint) or folder.resolve() == Path(checkpoint).resolve():
-            verify(folder)
+            verify_checkpoint(folder)
             return folder
     raise RunFolderError(f"{checkpoint}: is no checkpoint of {run}, which has {', '.join(p.name for p in there)}")
 
