@@ -18,5 +18,11 @@ import sys
 
 from ser.cli import call
 
+
+def main() -> int:
+    """Run `ser demo`, with this page's help."""
+    return call("demo", sys.argv[1:], text=__doc__)
+
+
 if __name__ == "__main__":
-    sys.exit(call("demo", sys.argv[1:], text=__doc__))
+    sys.exit(main())

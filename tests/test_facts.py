@@ -50,6 +50,5 @@ def test_facts_are_those_of_the_source(tmp_path):
 
 
 @pytest.mark.skipif(not BARS_HOLD, reason="not yet")
-def test_the_package_and_the_examples_keep_the_limits():
+def test_the_package_keeps_the_limits():
     assert facts.measure(ROOT / "ser").passed_bars() == []
-    assert facts.measure(ROOT / "examples").passed_bars() == []

@@ -4,7 +4,6 @@ import ctypes
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -104,11 +103,11 @@ def on(system: str, folder: Path, lines: list[str]) -> subprocess.CompletedProce
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_importing_is_silent_and_every_command_and_script_shows_its_help(system, tmp_path):
-    commands = [f"ser {name}" for name, (module, _) in COMMANDS.items() if find_spec(module)]
+    commands = [f"ser {name}" for name in COMMANDS]
     scripts = [path for path in sorted(EXAMPLES.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
     done = on(system, tmp_path, [f"{start} --help" for start in ("ser", *commands, *scripts)])
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert done.stdout.count("usage: ") == 1 + len(commands) + len(scripts) >= 8
+    assert done.stdout.count("usage: ") == 1 + len(commands) + len(scripts) >= 11
 
 
 LOST = {  # what a training run there says, once each
@@ -129,7 +128,7 @@ def test_one_process_trains_goes_on_is_judged_and_recognises_and_says_once_what_
     data, many = f"{corpus}/train.csv", f"--workers {workers}"
     train = f"{EXAMPLES}/train_iemocap.py --train {data} --valid {data} --allow-overlap utterances --out run"
     train += f" --init {corpus}/init --effective-batch 4 --log-every 1 {many}"
-    judge = f"{EXAMPLES}/evaluate.py --model run/best --manifest {data} --out judged --no-pictures {many}"
+    judge = f"ser evaluate --model run/best --manifest {data} --out judged --no-pictures {many}"
     recognise = f"ser predict {corpus}/train0.wav {corpus}/train1.wav --model run/best {many} --output table"
     lines = [f"{train} --epochs 1", judge, recognise]
     done = on(system, tmp_path, lines)

@@ -182,7 +182,9 @@ def origin(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"init": str(init), "init_content": weights_sha256(init), "licence": licence}
 
 
-def review(sets: dict[str, list[Utterance]], selection: Selection, config: TrainConfig, world: World) -> None:
+def show_classes(
+    sets: dict[str, list[Utterance]], selection: Selection, config: TrainConfig, world: World
+) -> None:
     """Show the classes of each set before anything is trained; refuse two spellings of one."""
     used = config.heads == "auto" or "emotion" in config.heads.split(",")
     sets = {"train": sets["train"]} | sets  # the first one is what the others are compared with
@@ -212,7 +214,7 @@ def read_manifests(
     chosen = [selected_data(arguments, path) for path in (arguments.train, arguments.valid) if path]
     parts = [selection.read(check_files=check_files, tell=partial(say, world)) for selection in chosen]
     train, valid = parts[0], parts[1] if arguments.valid else []
-    review(dict(zip(("train", "valid"), parts, strict=False)), chosen[0], config, world)
+    show_classes(dict(zip(("train", "valid"), parts, strict=False)), chosen[0], config, world)
     check_overlap(train, valid, allow=arguments.allow_overlap)
     about: dict[str, Any] = dict(zip(("train", "valid"), (s.to_dict() for s in chosen), strict=False))
     if valid:
@@ -250,7 +252,7 @@ def read_fold(
         say(world, f"the protocol tests on strangers: {held_out} (--known-turns)")
     say(world, f"{protocol.name}: {protocol.description}\n{to_table([audit])}")
     parts = fold.select(utterances)
-    review(parts, selection, config, world)
+    show_classes(parts, selection, config, world)
     about: dict[str, Any] = {
         part: replace(selection, part=part).to_dict() for part in ("train", "valid") if part in fold.parts
     }
