@@ -1,11 +1,11 @@
-"""A model with everything that inference needs: labels, vocabulary, preprocessing.
+"""Recognise speech with a model and everything that it needs: labels, vocabulary, preprocessing.
 
     recognizer = ser.load("runs/demo/best")
     for prediction in recognizer.predict(["a.wav", "b.flac"]):
         print(prediction.emotion, prediction.transcript)
 
-A `Recognizer` is what a model folder holds. Training starts from one, saves through it and loads it again, so a
-folder that training wrote is all that inference needs, and nothing else decides what goes into one.
+A `Recognizer` is what a model folder holds. Training starts from a recognizer and saves through it. So a folder
+that training wrote is all that inference needs, and nothing else decides what goes into a folder.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ BATCH_SECONDS = {"cpu": 16.0, "cuda": 64.0}
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was recognised in one recording; None where the model has no such head."""
+    """Hold what was recognised in one recording; None where the model has no such head."""
 
     file: str | None  # None for samples that were passed in memory
     seconds: float
@@ -100,22 +100,22 @@ class Prediction:
 
 
 def build(config: Wav2Vec2Config, sizes: HeadsConfig) -> MultiTaskModel:
-    """A model on the meta device, to be filled."""
+    """Build a model on the meta device, to be filled."""
     model = materialise(lambda: MultiTaskModel(config, sizes))
     assert isinstance(model, MultiTaskModel)
     return model
 
 
 class Recognizer:
-    """A multi-task model with its labels, vocabulary and preprocessing.
+    """Hold a multi-task model with its labels, vocabulary and preprocessing, and predict with it.
 
     Attributes:
         model: the `MultiTaskModel`.
         labels: its `Labels`. Their fields are attributes too: emotions, speakers, dimensions, multi_label,
             vocabulary, orthography, tags, do_normalize.
-        precision: in which the model predicts: torch.float32, or torch.bfloat16, which is faster where the
-            processor has the instructions, and leaves scores two to three digits. Loaded so, the encoder's
-            weights are rounded: for predictions and evaluation, and not to be saved or trained. Call the model
+        precision: in which the model predicts: torch.float32 or torch.bfloat16. The latter is faster where the
+            processor has the instructions, and leaves scores two to three digits. The encoder's weights are
+            rounded then: such a model can predict and be evaluated, but neither saved nor trained. Call the model
             itself inside of `autocast`.
     """
 
@@ -157,8 +157,9 @@ class Recognizer:
     def kind(self) -> str | None:
         """What the model answers with on emotions.
 
-        "single-label": one of them, with probabilities that sum to 1. "multi-label": each by itself, with
-        probabilities that do not. "regression": numbers by their names, in `Prediction.dimensions`. None: nothing.
+        "single-label" gives one emotion, with probabilities that sum to 1. "multi-label" gives each emotion by
+        itself, with probabilities that do not. "regression" gives numbers by their names, in
+        `Prediction.dimensions`. None: the model says nothing of emotions.
         """
         if self.emotions:
             return "multi-label" if self.multi_label else "single-label"
@@ -279,7 +280,7 @@ class Recognizer:
         return recognizer
 
     def autocast(self) -> torch.autocast:
-        """The context in which the model computes in `precision`; of no effect at float32."""
+        """Return the context in which the model computes in `precision`; it has no effect at float32."""
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def require_float32(self, purpose: str) -> None:
@@ -297,11 +298,11 @@ class Recognizer:
         *,
         also: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write a model folder: complete or not at all, replacing what stood there.
+        """Write a model folder completely or not at all, and replace what stood there.
 
-        ``tensors``, by the names of the model's, stand for its own: what they were at a moment (see `Saver`).
-        ``also`` may write further files into the folder before it is put into its place. Raises FileError where
-        the disk does not take it.
+        ``tensors`` by the model's names replace its own: the tensors of an earlier moment (see `Saver`). ``also``
+        may write further files into the folder before it is put into its place. A disk that does not take the
+        folder raises FileError.
 
         `transformers` loads the encoder from it with its Model class and the CTC head with ForCTC; where
         config.json names ForSequenceClassification, also as that.
@@ -338,17 +339,17 @@ class Recognizer:
     # ------------------------------------------------------------------------------------ using one
 
     def dataset(self, utterances: Sequence[Utterance]) -> SpeechDataset:
-        """Utterances with this model's labels, vocabulary and preprocessing: to train on, or to be judged by."""
+        """Give utterances this model's labels, vocabulary and preprocessing, for training or evaluation."""
         return SpeechDataset(utterances, self.labels)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device that the model is on."""
         return next(self.model.parameters()).device
 
     @property
     def batch_seconds(self) -> float:
-        """Padded seconds per forward pass, where the model is."""
+        """The padded seconds per forward pass on the model's device."""
         return BATCH_SECONDS.get(self.device.type, BATCH_SECONDS["cuda"])
 
     def predict(
@@ -395,12 +396,12 @@ class Recognizer:
         max_seconds: float = MAX_SECONDS,
         timeout: float = WORKER_SECONDS,
     ) -> Iterator[Prediction | SerError]:
-        """As `predict`, but lazily and in bounded memory; a bad recording gives its error and the rest go on.
+        """Recognise lazily and in bounded memory; a bad recording gives its error, and the rest go on.
 
-        A generator is asked for a batch's worth (`batch_seconds`, at most 64 recordings) before the first result,
-        and then for more at a time, since little is padded where many are sorted by length; of one that lets us
-        wait, such as a microphone, results go on to come with every batch's worth. Each of ``workers`` has two
-        batches more under way. Of a list, 512 are looked at together.
+        A generator is asked for a batch's worth (`batch_seconds`, at most 64 recordings) before the first result.
+        Later it is asked for more at a time, since little is padded where many are sorted by length. From a slow
+        generator, such as a microphone, results still come with every batch's worth. Each of ``workers`` has two
+        batches more under way. Of a list, 512 recordings are sorted together.
         """
         if not max_seconds > 0:
             raise ConfigError(f"max_seconds is {max_seconds!r}; expected a number above 0")
@@ -438,13 +439,13 @@ class Recognizer:
             for prediction in recognizer.predict_windows("lecture.flac", window=10, hop=5):
                 print(prediction.start, prediction.end, prediction.emotion)
 
-        Each window is recognised as if it were a recording of its own: normalised by itself, and nothing outside
-        of it has an effect, so its prediction is that of ``Utterance(file, start, end)``. Emotion models were
-        trained on utterances of some seconds; a word that a window cuts is lost to its transcript.
+        Each window is recognised as if it were a recording of its own. It is normalised by itself, and nothing
+        outside of it has an effect, so its prediction is that of ``Utterance(file, start, end)``. Emotion models
+        were trained on utterances of some seconds; a word that a window cuts is lost to its transcript.
 
         Args:
-            source: a path, samples, or a dict, as for `predict`; or a manifest row, of whose excerpt the windows
-                are then.
+            source: a path, samples, or a dict, as for `predict`; or a manifest row, whose excerpt is cut into
+                windows.
             sampling_rate: of samples, in Hz.
             window: seconds of each, at most 120. A remainder of under a second (or under a window, where that is
                 shorter) makes the last one longer.

@@ -1,4 +1,4 @@
-"""What stands on the encoder: which layers are read, pooling over valid frames, and the heads.
+"""Define what stands on the encoder: the mean of layers, pooling over valid frames, and the heads.
 
 Shapes: B batch, T frames, D hidden size, K classes or dimensions, V vocabulary.
 """
@@ -29,10 +29,10 @@ def initialise(module: nn.Module, initializer_range: float) -> None:
 
 
 class Pooling(nn.Module):
-    """One vector per utterance from its valid frames: a mean, weighted or not, and perhaps a standard deviation.
+    """Pool the valid frames of an utterance to one vector: a mean, weighted or not, perhaps a standard deviation.
 
-    "mean" is what the code of Cai et al. does (their text says sum; a sum grows with the length). "sum" and "max"
-    are the other two of a widespread notebook (``pooling_mode``), over valid frames here. "mean+std"
+    "mean" is what the code of Cai et al. does. (Their text says sum, but a sum grows with the length.) "sum" and
+    "max" are the other two modes of a widespread notebook (``pooling_mode``), here over valid frames. "mean+std"
     appends the standard deviation over time, as in x-vectors (Snyder et al., 2018). "attentive" weights the frames
     of both by a learnt score (attentive statistics pooling, Okabe et al., Interspeech 2018, eq. 2 to 6).
     """
@@ -49,9 +49,9 @@ class Pooling(nn.Module):
             initialise(self, initializer_range)
 
     def forward(self, hidden: Tensor, num_frames: Tensor) -> Tensor:
-        """hidden (B, T, D), num_frames (B,) -> (B, D) or (B, 2D), in float32 or wider.
+        """Pool hidden (B, T, D) over num_frames (B,) to (B, D) or (B, 2D), in float32 or wider.
 
-        A mean over a thousand frames loses digits in half precision.
+        In half precision, a mean over a thousand frames would lose digits.
         """
         count = num_frames.to(hidden.device, non_blocking=True)[:, None]  # (B, 1)
         padding = torch.arange(hidden.shape[1], device=hidden.device) >= count  # (B, T)
@@ -76,17 +76,17 @@ class Pooling(nn.Module):
 
 
 def new_linear(inputs: int, outputs: int, initializer_range: float) -> nn.Linear:
-    """A head: normal(0, initializer_range) weights and zero bias."""
+    """Make a linear layer with weights from normal(0, initializer_range) and zero bias."""
     layer = nn.Linear(inputs, outputs)
     initialise(layer, initializer_range)
     return layer
 
 
 class DenseHead(nn.Module):
-    """Scores from a pooled vector: dropout, linear, tanh, dropout, linear, and no squashing after it.
+    """Compute scores of a pooled vector: dropout, linear, tanh, dropout, linear, and no squashing after it.
 
-    It gives arousal, dominance and valence in the model of Wagner et al. (*Dawn of the Transformer Era in Speech
-    Emotion Recognition*, TPAMI 2023), and emotions in ``Wav2Vec2ForSpeechClassification`` of a widespread
+    This head gives arousal, dominance and valence in the model of Wagner et al. (*Dawn of the Transformer Era in
+    Speech Emotion Recognition*, TPAMI 2023), and emotions in ``Wav2Vec2ForSpeechClassification`` of a widespread
     notebook.
     """
 
@@ -97,14 +97,14 @@ class DenseHead(nn.Module):
         self.out_proj = new_linear(inputs, outputs, initializer_range)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(B, D) -> (B, K)."""
+        """Compute scores (B, K) of pooled vectors (B, D)."""
         return self.out_proj(self.dropout(self.dense(pooled).tanh()))
 
 
 def mix_layers(layers: list[Tensor], layer_weights: Tensor) -> Tensor:
-    """Layers (B, T, D), as many as layer_weights (N,) -> their mean weighted by softmax(layer_weights), (B, T, D).
+    """Return the mean (B, T, D) of N layers (B, T, D), weighted by the softmax of layer_weights (N,).
 
-    As in SUPERB (Yang et al., Interspeech 2021, section 3).
+    SUPERB does the same (Yang et al., Interspeech 2021, section 3).
     """
     weights = layer_weights.softmax(-1)
     mixed = weights[0] * layers[0]

@@ -1,13 +1,13 @@
-"""The losses of the heads. Each returns ``(sum, count)``; the loop divides once.
+"""Compute the losses of the heads. Each returns ``(sum, count)``; the loop divides once.
 
 The objective of an update is
 
     CE(emotion) + alpha * CTC(text) + beta * CE(speaker) + gamma * (1 - CCC(dimensions))
 
-(Cai et al., 2021, eq. 4, and extensions), each of the first three terms its sum over the update's utterances on
-all ranks divided by its own count there: utterances with a label (the sum of their class weights where classes
-are weighted), utterances with a transcript that fits. So neither the split into micro-batches and ranks nor
-an utterance that lacks a label changes the weight of another.
+(Cai et al., 2021, eq. 4, and extensions). Each of the first three terms is its sum over the update's utterances on
+all ranks, divided by its own count there. The count is that of utterances with a label (the sum of their class
+weights where classes are weighted), or with a transcript that fits. So neither the split into micro-batches and
+ranks nor an utterance that lacks a label changes the weight of another.
 
 The concordance correlation coefficient is no sum over utterances. It follows from six sums (`ccc_moments`), which
 a first pass without gradient adds up over the whole update; the gradient at each prediction follows from them
@@ -37,7 +37,7 @@ from ser.scores.counts import concordance, weighted
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Softmax over half-precision scores loses the small probabilities that CTC sums over."""
+    """Widen half-precision scores, whose softmax loses the small probabilities that CTC sums over."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -49,7 +49,7 @@ def classification_loss(
     label_smoothing: float = 0.0,
     utterance_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy and what to divide it by.
+    """Compute the summed cross entropy and what to divide it by.
 
     Args:
         logits: (B, K).
@@ -79,7 +79,7 @@ def classification_loss(
 
 
 def ctc_feasible(targets: Tensor, target_lengths: Tensor, num_frames: Tensor) -> Tensor:
-    """(B,) bool: has a transcript, and it fits its frames. All arguments on the CPU.
+    """Tell which utterances (B,) have a transcript that fits its frames. All arguments are on the CPU.
 
     A transcript of L symbols with r equal neighbours needs L + r frames, since CTC must put a blank between
     equal symbols (Graves et al., 2006). targets (B, L), target_lengths (B,), num_frames (B,).
@@ -101,7 +101,7 @@ def ctc_loss(
     per_character: bool = False,
     utterance_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Summed CTC loss over the utterances whose transcript fits, and their number.
+    """Compute the summed CTC loss over the utterances whose transcript fits, and their number.
 
     Args:
         logits: (B, T, V) on any device.
@@ -109,8 +109,8 @@ def ctc_loss(
         targets: (B, L) symbols, on the CPU, anything past each length.
         target_lengths: (B,), 0 where there is no transcript, on the CPU.
         blank: id of the blank symbol.
-        per_character: divide each utterance's loss by its length. Not what the paper does: long and short
-            transcripts then weigh alike.
+        per_character: divide each utterance's loss by its length, so that long and short transcripts weigh
+            alike. The paper does not do this.
         utterance_weights: (B,), 0 for an utterance that only keeps a rank busy; None: all 1.
 
     Returns:
@@ -154,13 +154,13 @@ def ctc_loss(
 def ccc_loss(
     predictions: Tensor, labels: Tensor, moments: Tensor, utterance_weights: Tensor | None = None
 ) -> Tensor:
-    """A scalar whose gradient is that of the mean over dimensions of 1 - CCC, CCC being that of ``moments``.
+    """Return a scalar with the gradient of the mean over dimensions of 1 - CCC, where ``moments`` give the CCC.
 
     A dimension whose CCC is undefined adds 0. With D the denominator in `concordance`,
 
         d CCC / d p_i = 2 / (n D) * ((y_i - mean y) - CCC * (p_i - mean y))
 
-    which depends on the other utterances through the moments alone: so each micro-batch on each rank contributes
+    This depends on the other utterances through the moments alone. So each micro-batch on each rank contributes
     its predictions, times these fixed coefficients. The scalar's value means nothing.
 
     Args:
