@@ -62,7 +62,7 @@ def has_fast_bf16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -
 
     They are on GPUs from compute capability 8 on, on CPUs with AMX, and on AMD's CPUs with AVX512_BF16. Intel's
     CPUs without AMX run that instruction at half the rate: bf16 took twice the time of float32 there
-    (docs/performance.md).
+    (docs/lab.md).
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
