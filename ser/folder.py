@@ -1,7 +1,7 @@
-"""What a model folder says besides its tensors: labels, what its heads compute, how sound and text are prepared.
+"""Read and write what a model folder says besides its tensors: labels, what heads read, how sound is prepared.
 
-A folder is ours, or one that a release from 3 to 5 of `transformers` wrote, and those put the same things into
-different files. Where several say something, the first of these counts, as in release 5:
+A folder is ours, or a release from 3 to 5 of `transformers` wrote it. Those releases put the same things into
+different files. Where several files say something, the first of these counts, as in release 5:
 
     sound   "feature_extractor" in processor_config.json, preprocessor_config.json, tokenizer_config.json
     tokens  vocab.json (else tokenizer.json), then what completes it: "added_tokens_decoder" in
@@ -9,7 +9,7 @@ different files. Where several say something, the first of these counts, as in r
     names of special tokens
             tokenizer_config.json where it has "added_tokens_decoder"; else special_tokens_map.json, then it
 
-What no file says, and what they contradict each other in, becomes a note with what was taken instead.
+Where no file says something, or files contradict each other, a note tells what was taken.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class FolderSettings:
 
 
 def check_names(path: Path, what: str, names: Any) -> list[str]:
-    """``names`` as a list of strings that can be written and printed, or ModelFolderError."""
+    """Return ``names``, which must be a list of strings that can be written and printed (ModelFolderError)."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelFolderError(f"{path}: {what} needs a list of names; found {brief_repr(names)}")
     for name in names:
@@ -108,7 +108,7 @@ def check_names(path: Path, what: str, names: Any) -> list[str]:
 
 
 def class_names(path: Path, values: Mapping) -> list[str]:
-    """The names in id2label, in the order of the head's rows; empty without any."""
+    """Return the names in id2label, in the order of the head's rows; empty without any."""
     id2label = values.get("id2label")
     if id2label is None:
         return []
@@ -119,7 +119,7 @@ def class_names(path: Path, values: Mapping) -> list[str]:
 
 
 def classifier_form(files: TensorFiles) -> str | None:
-    """The form (`HEAD_FORMS`) of the head that `transformers` calls classifier, None without one."""
+    """Return the form (`HEAD_FORMS`) of the head that `transformers` calls classifier, None without one."""
     for name, form in (("cls_head.weight", "linear"), ("dimension_head.dense.weight", "dense")):
         _, key = files.names.get(name, (None, ""))
         if "classifier" in key.split("."):
@@ -128,7 +128,7 @@ def classifier_form(files: TensorFiles) -> str | None:
 
 
 def answer_kind(path: Path, values: Mapping, names: list[str], notes: list[str]) -> str:
-    """What the classifier answers with: "single-label", "multi-label" or "regression"."""
+    """Tell what the classifier answers with: "single-label", "multi-label" or "regression"."""
     problem = values.get("problem_type")
     if problem is not None and problem not in (*PROBLEMS,):
         raise ModelFolderError(
@@ -146,32 +146,32 @@ def answer_kind(path: Path, values: Mapping, names: list[str], notes: list[str])
     return PROBLEMS.get(problem or "", "single-label")
 
 
-def label_classifier(path: Path, values: Mapping, files: TensorFiles, found: FolderSettings) -> None:
+def label_classifier(path: Path, values: Mapping, files: TensorFiles, settings: FolderSettings) -> None:
     """Decide whose head `transformers`' classifier is, emotions' or dimensions', and move its tensors there."""
     form, names = classifier_form(files), class_names(path, values)
     if form is not None and not names and "ser" not in values:
         weight = "cls_head.weight" if form == "linear" else "dimension_head.out_proj.weight"
         names = [f"LABEL_{i}" for i in range((files.shapes.get(weight) or (0,))[0])]
-        found.notes.append(
+        settings.notes.append(
             f"{path.name} has no id2label: the classes are called {', '.join(names[:4])}, as transformers does; "
             "`ser convert --labels` names them"
         )
-    kind = answer_kind(path, values, names, found.notes)
+    kind = answer_kind(path, values, names, settings.notes)
     if kind == "regression":
-        found.names["dimensions"] = found.names.get("dimensions") or names
+        settings.names["dimensions"] = settings.names.get("dimensions") or names
         if form == "linear":
             files.move("cls_head", "dimension_head")
         if form is not None:
-            found.reads["dimension_head"] = form
+            settings.reads["dimension_head"] = form
     else:
-        found.names["emotion"], found.multi_label = names, kind == "multi-label"
+        settings.names["emotion"], settings.multi_label = names, kind == "multi-label"
         if form == "dense":
             files.move("dimension_head", "cls_head")
-            found.reads["emotion_head"] = form
+            settings.reads["emotion_head"] = form
 
 
 def own_entries(path: Path, values: Mapping) -> dict:
-    """The "ser" part of config.json, of this version's format."""
+    """Return the "ser" part of config.json, which must have this version's format."""
     own = values.get("ser", {})
     if not isinstance(own, dict):
         raise ModelFolderError(f"{path}: ser is {brief_repr(own)}; expected an object")
@@ -196,7 +196,7 @@ def names_of_others(path: Path, own: Mapping) -> dict[str, list[str]]:
 
 
 def what_heads_read(path: Path, values: Mapping, own: Mapping, form: str | None, notes: list[str]) -> dict:
-    """The settings of `HeadsConfig` but its sizes."""
+    """Return the settings of `HeadsConfig` but its sizes; ``form`` is `classifier_form`."""
     weighted = values.get("use_weighted_layer_sum") or False
     if not isinstance(weighted, bool):
         raise ModelFolderError(f"{path}: use_weighted_layer_sum is {brief_repr(weighted)}; expected true or false")
@@ -228,28 +228,28 @@ def what_heads_read(path: Path, values: Mapping, own: Mapping, form: str | None,
 
 
 def extractors(folder: Path) -> dict[str, dict]:
-    """What a folder's files say of the preparation of sound, by where it stands; the first counts."""
-    found = {}
+    """Return what a folder's files say of the preparation of sound, by where it stands; the first counts."""
+    said = {}
     processor, preprocessor = PREPROCESSORS
     if stands_in(folder, processor):
         values = read_json(folder, processor)
         name = "feature_extractor" if "feature_extractor" in values else "audio_processor"
         if values.get(name) is not None:  # else of a release that kept it in the other file
-            found[f"{name} in {processor}"] = values[name]
+            said[f"{name} in {processor}"] = values[name]
     if stands_in(folder, preprocessor):
-        found[preprocessor] = read_json(folder, preprocessor)
+        said[preprocessor] = read_json(folder, preprocessor)
     if stands_in(folder, "tokenizer_config.json"):
         values = read_json(folder, "tokenizer_config.json")
         if "do_normalize" in values:  # the Wav2Vec2Tokenizer of release 4.3
-            found["tokenizer_config.json"] = {"do_normalize": values["do_normalize"]}
-    for place, values in found.items():
+            said["tokenizer_config.json"] = {"do_normalize": values["do_normalize"]}
+    for place, values in said.items():
         if not isinstance(values, dict):
             raise ModelFolderError(f"{folder}: {place} is {brief_repr(values, 80)}; expected an object")
-    return found
+    return said
 
 
 def read_do_normalize(folder: Path, notes: list[str]) -> bool:
-    """Whether waveforms are made zero mean and unit variance; ``notes`` take what was assumed."""
+    """Tell whether waveforms are made zero mean and unit variance; ``notes`` take what was assumed."""
     said: dict[str, bool] = {}
     places = extractors(folder)
     for place, values in places.items():
@@ -287,28 +287,28 @@ def read_settings(folder: Path, values: dict, files: TensorFiles) -> FolderSetti
     The tensors of a classifier are moved in ``files`` to the head that its labels make it.
     """
     path = folder / "config.json"
-    own, found = own_entries(path, values), FolderSettings()
-    found.names["speaker"] = check_names(path, "ser.speakers", own.get("speakers", []))
-    found.names["dimensions"] = check_names(path, "ser.dimensions", own.get("dimensions", []))
-    found.names |= names_of_others(path, own)
-    found.reads = what_heads_read(path, values, own, classifier_form(files), found.notes)
+    own, settings = own_entries(path, values), FolderSettings()
+    settings.names["speaker"] = check_names(path, "ser.speakers", own.get("speakers", []))
+    settings.names["dimensions"] = check_names(path, "ser.dimensions", own.get("dimensions", []))
+    settings.names |= names_of_others(path, own)
+    settings.reads = what_heads_read(path, values, own, classifier_form(files), settings.notes)
     for name, known in (("orthography", [*ORTHOGRAPHIES]), ("tags", ["remove", "keep-letters"])):
-        choice = own.get(name, getattr(found, name))
+        choice = own.get(name, getattr(settings, name))
         if choice not in known:  # lists, for what stands there may be unhashable
             raise ModelFolderError(
                 f"{path}: ser.{name} is {brief_repr(choice)}; expected one of {', '.join(known)}"
             )
-        setattr(found, name, choice)
-    label_classifier(path, values, files, found)
-    found.do_normalize = read_do_normalize(folder, found.notes)
-    return found
+        setattr(settings, name, choice)
+    label_classifier(path, values, files, settings)
+    settings.do_normalize = read_do_normalize(folder, settings.notes)
+    return settings
 
 
 # ------------------------------------------------------------------------------------------------ text
 
 
 def token_text(path: Path, name: str, token: Any) -> str | None:
-    """A token of a tokenizer's files: a string, or an object whose content it is."""
+    """Return the text of a token of a tokenizer's files: a string, or the content of an object."""
     text = token.get("content") if isinstance(token, dict) else token
     if text is not None and not isinstance(text, str):
         raise ModelFolderError(f"{path}: {name} is {brief_repr(token, 80)}; expected a token")
@@ -316,30 +316,15 @@ def token_text(path: Path, name: str, token: Any) -> str | None:
 
 
 def tokenizer_settings(folder: Path) -> dict:
-    """tokenizer_config.json with special_tokens_map.json, in the precedence of the head of this file."""
-    found = read_json(folder, "tokenizer_config.json") if stands_in(folder, "tokenizer_config.json") else {}
-    if "added_tokens_decoder" not in found and stands_in(folder, "special_tokens_map.json"):
-        found |= read_json(folder, "special_tokens_map.json")
-    return found
+    """Read tokenizer_config.json with special_tokens_map.json; which counts stands at the top of this file."""
+    settings = read_json(folder, "tokenizer_config.json") if stands_in(folder, "tokenizer_config.json") else {}
+    if "added_tokens_decoder" not in settings and stands_in(folder, "special_tokens_map.json"):
+        settings |= read_json(folder, "special_tokens_map.json")
+    return settings
 
 
-def added_tokens(folder: Path, settings: Mapping) -> list[tuple[Any, Any, bool]]:
-    """(token, id, whether it is special) of the tokens that complete a vocabulary."""
-    decoder = settings.get("added_tokens_decoder")
-    path = folder / "tokenizer_config.json"
-    if decoder is None:
-        found = []
-        if stands_in(folder, "added_tokens.json"):
-            found += [(token, id_, False) for token, id_ in read_json(folder, "added_tokens.json").items()]
-        if stands_in(folder, "tokenizer.json"):
-            path = folder / "tokenizer.json"
-            rows = read_json(folder, "tokenizer.json").get("added_tokens") or []
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise ModelFolderError(
-                    f"{path}: added_tokens is {brief_repr(rows, 80)}; expected a list of objects"
-                )
-            found += [(token_text(path, "added_tokens", r), r.get("id"), r.get("special") is True) for r in rows]
-        return found
+def tokens_by_id(path: Path, decoder: Any) -> list[tuple[Any, Any, bool]]:
+    """Read the entry added_tokens_decoder of tokenizer_config.json; see `added_tokens`."""
     if not isinstance(decoder, dict) or not all(i.isdecimal() and len(i) < 10 for i in decoder):
         raise ModelFolderError(f"{path}: added_tokens_decoder is {brief_repr(decoder, 80)}; expected tokens by id")
     return [
@@ -348,41 +333,67 @@ def added_tokens(folder: Path, settings: Mapping) -> list[tuple[Any, Any, bool]]
     ]
 
 
+def added_tokens(folder: Path, settings: Mapping) -> list[tuple[Any, Any, bool]]:
+    """Return (token, id, whether it is special) of the tokens that complete a vocabulary."""
+    decoder = settings.get("added_tokens_decoder")
+    if decoder is not None:
+        return tokens_by_id(folder / "tokenizer_config.json", decoder)
+    tokens = []
+    if stands_in(folder, "added_tokens.json"):
+        tokens += [(token, id_, False) for token, id_ in read_json(folder, "added_tokens.json").items()]
+    if stands_in(folder, "tokenizer.json"):
+        path = folder / "tokenizer.json"
+        rows = read_json(folder, "tokenizer.json").get("added_tokens") or []
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ModelFolderError(f"{path}: added_tokens is {brief_repr(rows, 80)}; expected a list of objects")
+        tokens += [(token_text(path, "added_tokens", r), r.get("id"), r.get("special") is True) for r in rows]
+    return tokens
+
+
+def ids_of_language(folder: Path, languages: Mapping, settings: Mapping) -> dict[str, Any]:
+    """Return the tokens of one of the languages of vocab.json, the one that the tokenizer names."""
+    language = settings.get("target_lang")
+    if not isinstance(language, str) or language not in languages:
+        raise ModelFolderError(
+            f"{folder / 'vocab.json'}: has {len(languages)} languages, {brief_repr([*languages], 80)}, and "
+            f"target_lang in tokenizer_config.json is {brief_repr(language, 80)}; expected one of them"
+        )
+    return languages[language]
+
+
 def base_ids(folder: Path, settings: Mapping) -> dict[str, Any] | None:
-    """The tokens of vocab.json (of one language), or of tokenizer.json without it; None without either."""
+    """Read the tokens of vocab.json (of one language), or of tokenizer.json without it; None without either."""
     if stands_in(folder, "vocab.json"):
         resolve_inside(folder, "vocab.json")
         ids = Vocabulary.read_ids(folder / "vocab.json")
-        if ids and all(isinstance(value, dict) for value in ids.values()):  # by language
-            language = settings.get("target_lang")
-            if not isinstance(language, str) or language not in ids:
-                raise ModelFolderError(
-                    f"{folder / 'vocab.json'}: has {len(ids)} languages, {brief_repr([*ids], 80)}, and "
-                    f"target_lang in tokenizer_config.json is {brief_repr(language, 80)}; expected one of them"
-                )
-            ids = ids[language]
-        return ids
+        by_language = ids and all(isinstance(value, dict) for value in ids.values())
+        return ids_of_language(folder, ids, settings) if by_language else ids
     if stands_in(folder, "tokenizer.json"):
         model = read_json(folder, "tokenizer.json").get("model")
-        found = model.get("vocab") if isinstance(model, dict) else None
-        return found if isinstance(found, dict) else None
+        tokens = model.get("vocab") if isinstance(model, dict) else None
+        return tokens if isinstance(tokens, dict) else None
     return None
 
 
-def complete(
-    ids: dict[str, Any], added: Iterable[tuple[Any, Any, bool]], special: Iterable[str | None], rows: int | None
-) -> list[str]:
-    """Give ``ids`` the added tokens that the CTC head has one of its ``rows`` for; return names for the others.
+def add_tokens(ids: dict[str, Any], added: Iterable[tuple[Any, Any, bool]], rows: int | None) -> None:
+    """Give ``ids`` the added tokens that the CTC head has one of its ``rows`` for.
 
-    A token that vocab.json has keeps its id, as in `transformers`, which also gives special tokens that no file
-    has the next ids. A head may have more rows than there are symbols, as one of 32 for an alphabet of 20 letters
-    (the default of ForCTC): `transformers` reads these rows as the unknown token.
+    A token that vocab.json has keeps its id, as in `transformers`.
     """
     taken = set(map(str, ids.values()))
     for token, id_, _ in added:
         fits = rows is None or (type(id_) is int and id_ < rows)
         if token not in ids and str(id_) not in taken and fits:
             ids[token] = id_
+
+
+def name_free_rows(ids: dict[str, Any], special: Iterable[str | None], rows: int | None) -> list[str]:
+    """Give the rows of the CTC head that have no token names in ``ids``; return those that are no special token.
+
+    As in `transformers`, special tokens that no file has get the next ids. A head may have more rows than there
+    are symbols, such as 32 for an alphabet of 20 letters (the default of ForCTC). `transformers` reads these rows
+    as the unknown token.
+    """
     if rows is None or rows > MAX_SYMBOLS:
         return []
     taken = set(map(str, ids.values()))
@@ -399,7 +410,7 @@ def complete(
 
 
 def choose_blank(path: Path, ids: Mapping, stated: str | None, values: Mapping, notes: list[str]) -> str | None:
-    """The CTC blank: pad_token of the tokenizer, else ``<pad>`` or ``[PAD]``, else pad_token_id of config.json."""
+    """Choose the CTC blank: the tokenizer's pad_token, ``<pad>`` or ``[PAD]``, or pad_token_id of config.json."""
     named = values.get("pad_token_id")
     by_id = next((token for token, id_ in ids.items() if type(named) is int and id_ == named), None)
     blank = next((token for token in (stated, *BLANKS, by_id) if token in ids), None)
@@ -413,33 +424,23 @@ def choose_blank(path: Path, ids: Mapping, stated: str | None, values: Mapping, 
     return blank
 
 
-def listed(settings: Mapping, name: str) -> list:
-    """The entry called ``name`` where it is a list."""
-    found = settings.get(name)
-    return found if isinstance(found, list) else []
+SPECIAL_NAMES = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+}  # the usual ones
 
 
-def read_vocabulary(
-    folder: Path,
-    orthography: str,
-    *,
-    rows: int | None = None,
-    values: Mapping | None = None,
-    notes: list[str] | None = None,
-) -> Vocabulary | None:
-    """The symbols of a folder's CTC head, of ``rows`` outputs; None where no file has any.
+def extra_tokens(path: Path, settings: Mapping, added: Iterable[tuple[Any, Any, bool]]) -> list[str | None]:
+    """Return the further special tokens: those that settings list, and those among the added ones."""
+    lists = (settings.get(name) for name in ("additional_special_tokens", "extra_special_tokens"))
+    tokens = [token for tokens in lists if isinstance(tokens, list) for token in tokens]
+    return [token_text(path, "a special token", token) for token in tokens] + [t for t, _, s in added if s]
 
-    Where the orthography has a word delimiter of its own, that counts. ``values`` is config.json; ``notes`` take
-    what was assumed.
-    """
-    notes = notes if notes is not None else []
-    settings = tokenizer_settings(folder)
-    ids = base_ids(folder, settings)
-    if ids is None:
-        return None
-    path = folder / "tokenizer_config.json"
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    special = {name: token_text(path, name, settings.get(name, usual)) for name, usual in names.items()}
+
+def text_style(path: Path, settings: Mapping, orthography: str) -> dict[str, Any]:
+    """Return how a tokenizer writes text, as arguments of `Vocabulary`: delimiter, case and separator."""
     delimiter = token_text(path, "word_delimiter_token", settings.get("word_delimiter_token", "|")) or " "
     lower_case, separator = settings.get("do_lower_case", False), settings.get("replace_word_delimiter_char", " ")
     if not isinstance(lower_case, bool):
@@ -450,8 +451,34 @@ def read_vocabulary(
         )
     if ORTHOGRAPHIES[orthography].word_delimiter != "|":
         delimiter = ORTHOGRAPHIES[orthography].word_delimiter
+    return {"word_delimiter": delimiter, "lower_case": lower_case, "separator": separator}
+
+
+def read_vocabulary(
+    folder: Path,
+    orthography: str,
+    *,
+    rows: int | None = None,
+    values: Mapping | None = None,
+    notes: list[str] | None = None,
+) -> Vocabulary | None:
+    """Read the symbols of a folder's CTC head, of ``rows`` outputs; None where no file has any.
+
+    Where the orthography has a word delimiter of its own, that counts. ``values`` is config.json; ``notes`` take
+    what was assumed.
+    """
+    notes = notes if notes is not None else []
+    settings = tokenizer_settings(folder)
+    ids = base_ids(folder, settings)
+    if ids is None:
+        return None
+    path = folder / "tokenizer_config.json"
+    special = {name: token_text(path, name, settings.get(name, usual)) for name, usual in SPECIAL_NAMES.items()}
+    style = text_style(path, settings, orthography)
+    delimiter = style["word_delimiter"]
     added = added_tokens(folder, settings)
-    nameless = complete(ids, added, [*special.values(), delimiter], rows)
+    add_tokens(ids, added, rows)
+    nameless = name_free_rows(ids, [*special.values(), delimiter], rows)
     if nameless:
         notes.append(
             f"the CTC head has {rows} rows, {len(nameless)} of them without a symbol in any file: they are read "
@@ -466,17 +493,14 @@ def read_vocabulary(
         )
     elif delimiter not in ids:
         notes.append(f"the word delimiter {brief_repr(delimiter, 40)} is not in the vocabulary: words are joined")
-    extra = [*listed(settings, "additional_special_tokens"), *listed(settings, "extra_special_tokens")]
-    tokens = [token_text(path, "a special token", token) for token in extra] + [t for t, _, s in added if s]
+    specials = [*special.values(), *extra_tokens(path, settings, added), *nameless]
     try:
         return Vocabulary(
             ids,
-            word_delimiter=delimiter,
             blank=blank,
             unknown=special["unk_token"],
-            specials=[token for token in (*special.values(), *tokens, *nameless) if isinstance(token, str)],
-            lower_case=lower_case,
-            separator=separator,
+            specials=[t for t in specials if t is not None],
+            **style,
         )
     except TextError as error:
         raise TextError(f"{folder / 'vocab.json'}: not a vocabulary: {error}") from error
@@ -586,8 +610,8 @@ def labels_of(init: str | Path, head: str) -> list[str]:
 def inherited_labels(init: str | Path, head: str, training: Iterable[str]) -> list[str]:
     """Return the names to train a head with: the folder's if it has all of training's, else those sorted.
 
-    With the folder's own names its head can be kept (`Recognizer.create`). Speakers must be the very same: nobody
-    is scored on a speaker whom this training lacks.
+    With the folder's own names its head can be kept (`Recognizer.create`). Speakers must be the same, so that no
+    head has a class for a speaker whom this training lacks.
     """
     wanted, own = sorted(set(training)), labels_of(init, head)
     kept = set(wanted) == set(own) if head == "speaker" else set(wanted) <= set(own)

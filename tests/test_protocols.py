@@ -44,7 +44,7 @@ def turns() -> list[Utterance]:
         columns = {"code": code, "sha256": turn, **name.columns()}
         file = name.file(Path("/release"))
         utterances.append(
-            Utterance(turn, file, FOUR_CLASSES[code], said(turn), speaker=name.speaker, extra=columns)
+            Utterance(turn, file, emotion=FOUR_CLASSES[code], text=said(turn), speaker=name.speaker, extra=columns)
         )
     return utterances
 
@@ -218,7 +218,7 @@ def row(name: str, **columns) -> Utterance:
     text, speaker = columns.pop("text", f"text of {name}"), columns.pop("speaker", f"speaker of {name}")
     file = columns.pop("file", f"/{name}.wav")
     extra = {"dialogue": name, "session": name, "sha256": name} | columns
-    return Utterance(name, Path(file), "sad", text, speaker, extra=extra)
+    return Utterance(name, Path(file), emotion="sad", text=text, speaker=speaker, extra=extra)
 
 
 STRICT = Protocol("strict", "shares nothing", lambda utterances, seed: [])

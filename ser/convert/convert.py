@@ -1,6 +1,6 @@
-"""Checkpoints of other libraries -> a model folder that `ser` and `transformers` load, with proof.
+"""Convert checkpoints of other libraries to model folders that `ser` and `transformers` load, and prove it.
 
-Four kinds, told apart by what they hold:
+There are four kinds, which are told apart by what they hold:
 
     hugging-face  a folder with config.json and model.safetensors or pytorch_model.bin; or a state dict alone, with
                   the configuration beside it
@@ -8,16 +8,16 @@ Four kinds, told apart by what they hold:
     fairseq       ``model`` and ``args`` or ``cfg`` in a file: wav2vec 2.0 and HuBERT, pre-trained or fine-tuned
     torchaudio    the state dict of `torchaudio.models.Wav2Vec2Model`, which is also its HuBERT and WavLM
 
-Read it from the top: a source, writing, verification, the whole. What is called how in other libraries stands in
-`ser.convert.foreign`, and pickles are opened by `ser.convert.pickles` alone.
+This file goes from reading a source, to writing, to verification, to the whole. The names that other libraries use
+stand in `ser.convert.foreign`, and `ser.convert.pickles` alone opens pickles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -69,6 +69,8 @@ from ser.recognizer import Recognizer
 # and version, and the last of its layers' outputs, (1, T, D) each. ImportError where it is not installed.
 Reference = Callable[["Source", Wav2Vec2Config, Tensor], tuple[str, list[Tensor]]]
 
+Say = Callable[[str], None]  # takes a line on what is done
+
 TOLERANCE = 1e-5  # of each layer: norm of the difference, relative to the reference's norm
 SAMPLES = 16_000  # of the waveform that both compute: one second
 MAX_SAMPLES = 160_000  # a model whose first frame needs more is none
@@ -79,7 +81,7 @@ MAX_SAMPLES = 160_000  # a model whose first frame needs more is none
 
 @dataclass
 class Source:
-    """A checkpoint of any kind, read."""
+    """Hold a checkpoint of any kind, as it was read."""
 
     path: Path
     kind: str
@@ -97,48 +99,63 @@ class Source:
 
     @property
     def paper(self) -> bool:
-        """Whether it is a folder of the paper's code: an emotion head beside CTC's, and no names for either."""
+        """Tell whether this is a folder of the paper's code: an emotion head whose classes have no names."""
         return self.keys.get("cls_head.weight") == "cls_head.weight" and "ser" not in self.values
 
     def rows(self, head: str) -> int:
-        """Outputs of a head, 0 without it."""
+        """Return the number of outputs of a head, 0 without it."""
         weight = self.tensors.get(f"{head}.weight")
         return 0 if weight is None else weight.shape[0]
 
 
 def by_our_names(path: Path, state: Mapping[str, Tensor], keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """``keys`` maps our names to those of ``state``; an error where two of these mean the same."""
+    """Return the tensors of ``state`` by our names, which ``keys`` maps to its keys.
+
+    Raises:
+        ModelFolderError: two keys of ``state`` mean the same tensor.
+    """
     if len(keys) < len(state):
         left = sorted(set(state) - set(keys.values()))
         raise ModelFolderError(f"{path}: tensors that mean the same stand there twice, such as {summary(left)}")
     return {name: state[key] for name, key in keys.items()}
 
 
-def read_hugging_face_folder(folder: Path) -> Source:
-    """A folder in the layout of `transformers`: safetensors or pickles, one file or shards."""
-    check_folder(folder)
-    values = read_json(folder, "config.json")
-    state: dict[str, Tensor] = {}
+def pickled_files(folder: Path) -> list[Path]:
+    """Return the pickles of a folder that has its tensors in nothing else; none where safetensors hold them."""
     pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if stands_in(folder, name)]
-    if pickled and not any(stands_in(folder, f"model.safetensors{end}") for end in ("", ".index.json")):
-        names = {pickled[0]}
-        if pickled[0].endswith(".json"):
-            weight_map = read_json(folder, pickled[0]).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-                raise ModelFolderError(f"{folder / pickled[0]}: has no weight_map of tensor names to file names")
-            names = set(weight_map.values())
-        files = [resolve_inside(folder, name) for name in sorted(names)]
+    if not pickled or any(stands_in(folder, f"model.safetensors{end}") for end in ("", ".index.json")):
+        return []
+    names = {pickled[0]}
+    if pickled[0].endswith(".json"):
+        weight_map = read_json(folder, pickled[0]).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise ModelFolderError(f"{folder / pickled[0]}: has no weight_map of tensor names to file names")
+        names = set(weight_map.values())
+    return [resolve_inside(folder, name) for name in sorted(names)]
+
+
+def read_folder_tensors(folder: Path) -> tuple[list[Path], dict[str, Tensor]]:
+    """Return the files of a folder that hold tensors, and the tensors by the keys that they have there."""
+    state: dict[str, Tensor] = {}
+    if files := pickled_files(folder):
         for file in files:
             part = copied_tensors(file, read_pickle(file))
             if state.keys() & part.keys():
                 raise ModelFolderError(f"{file}: tensors of another shard: {summary(state.keys() & part.keys())}")
             state |= part
-    else:
-        stored = TensorFiles(folder)
-        files = sorted({path for path, _ in stored.names.values()})
-        for path, key in stored.names.values():
-            with opened(path) as file:
-                state[key] = file.get_tensor(key).clone()
+        return files, state
+    stored = TensorFiles(folder)
+    for path, key in stored.names.values():
+        with opened(path) as file:
+            state[key] = file.get_tensor(key).clone()
+    return sorted({path for path, _ in stored.names.values()}), state
+
+
+def read_hugging_face_folder(folder: Path) -> Source:
+    """Read a folder in the layout of `transformers`: safetensors or pickles, one file or shards."""
+    check_folder(folder)
+    values = read_json(folder, "config.json")
+    files, state = read_folder_tensors(folder)
     refuse_adapters(folder, state)
     keys = {canonical_name(key): key for key in state}
     tensors = by_our_names(folder, state, keys)
@@ -148,10 +165,10 @@ def read_hugging_face_folder(folder: Path) -> Source:
 
 
 def fairseq_symbols(path: Path, checkpoint: Mapping) -> list[str] | None:
-    """The dictionary of a fine-tuned checkpoint, if it was saved with it.
+    """Return the dictionary of a fine-tuned checkpoint, if it was saved with it.
 
-    CTC's blank is fairseq's ``<s>``, row 0; here and in `transformers` it is called ``<pad>``. The rows stay, and
-    the two change names.
+    The CTC blank is fairseq's ``<s>``, row 0. Here and in `transformers` the blank is called ``<pad>``. The rows
+    stay where they are, and the two symbols change names.
     """
     task = settings_of(checkpoint.get("task_state"))
     found = task.get("target_dictionary")
@@ -167,39 +184,39 @@ def fairseq_symbols(path: Path, checkpoint: Mapping) -> list[str] | None:
     return ["<pad>", "<s>", *symbols[2:]]
 
 
-def read_file(path: Path) -> Source:
-    """A file with a state dict of any kind."""
-    checkpoint = read_pickle(path)
-    state = checkpoint
+def state_dict_in(checkpoint: Any) -> Any:
+    """Return the state dict in a checkpoint: an entry of it, or the whole."""
     for name in ("model", "state_dict"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
-            state = checkpoint[name]
-            break
-    copied = copied_tensors(path, state)
-    state = {without_wrappers(key): tensor for key, tensor in copied.items()}
-    by_our_names(path, copied, {without_wrappers(key): key for key in copied})
-    refuse_adapters(path, state)
-    kind, prefix = recognised(path, state)
-    if kind == "hugging-face":
-        outer = prefix
-        for row in ARCHITECTURES.values():
-            outer = outer.removesuffix(row.prefix)
-        original = {key.removeprefix(outer): state[key] for key in state if key.startswith(outer)}
-        unused = [key for key in state if not key.startswith(outer)]
-        keys = {canonical_name(key): key for key in original}
-        tensors = by_our_names(path, original, keys)
-        kind = "speechbrain" if outer else kind
-        return Source(path, kind, [path], len(state), tensors, tensors, keys, unused)
+            return checkpoint[name]
+    return checkpoint
 
+
+def wrapped_source(path: Path, state: Mapping[str, Tensor], prefix: str) -> Source:
+    """Return the source that a state dict of `transformers`' names is, perhaps within speechbrain's wrapper."""
+    outer = prefix
+    for row in ARCHITECTURES.values():
+        outer = outer.removesuffix(row.prefix)
+    original = {key.removeprefix(outer): state[key] for key in state if key.startswith(outer)}
+    unused = [key for key in state if not key.startswith(outer)]
+    keys = {canonical_name(key): key for key in original}
+    tensors = by_our_names(path, original, keys)
+    kind = "speechbrain" if outer else "hugging-face"
+    return Source(path, kind, [path], len(state), tensors, tensors, keys, unused)
+
+
+def renamed_source(path: Path, state: Mapping[str, Tensor], kind: str, prefix: str) -> Source:
+    """Return the source that a state dict of fairseq's or torchaudio's names is, under our names."""
     # A fine-tuned fairseq model has its CTC head beside the encoder, w2v_encoder.proj and w2v_encoder.w2v_model.
     outer = prefix.removesuffix("w2v_model.")
     original = {key.removeprefix(prefix).removeprefix(outer): t for key, t in state.items()}
     if len(original) < len(state):
         raise ModelFolderError(f"{path}: tensors stand there twice, with and without {prefix!r} before them")
+    rename = renamed_fairseq if kind == "fairseq" else renamed_torchaudio
     names: dict[str, str] = {}
     unused, strange = [], []
     for key in original:
-        ours = (renamed_fairseq if kind == "fairseq" else renamed_torchaudio)(key)
+        ours = rename(key)
         if ours is not None:
             names[canonical_name(ours)] = key
         elif key.startswith((*FAIRSEQ_PRETRAINING, "mask_generator.", "logit_generator.")):
@@ -211,25 +228,43 @@ def read_file(path: Path) -> Source:
             f"{path}: {len(strange)} tensors that {kind}'s encoders have not: {summary(strange)}"
         )
     tensors = by_our_names(path, {key: original[key] for key in names.values()}, names)
-    source = Source(path, kind, [path], len(state), original, with_split_attention(tensors), unused=unused)
+    return Source(path, kind, [path], len(state), original, with_split_attention(tensors), unused=unused)
+
+
+def add_settings(source: Source, checkpoint: Any) -> None:
+    """Add the configuration to a source of fairseq's or torchaudio's names: what it says, shows or leaves open."""
     said: dict[str, Any] = {}
     normalize = None
-    told, assumed = derived_values(source.tensors)
-    if kind == "fairseq":
-        said, normalize = fairseq_values(path, checkpoint)
-        if "label_embs_concat" in original:
+    shown, assumed = derived_values(source.tensors)
+    if source.kind == "fairseq":
+        said, normalize = fairseq_values(source.path, checkpoint)
+        if "label_embs_concat" in source.original:
             said["model_type"] = "hubert"
-        source.symbols = fairseq_symbols(path, checkpoint)
-    source.values = assumed | told | said
+        source.symbols = fairseq_symbols(source.path, checkpoint)
+    source.values = assumed | shown | said
     source.assumed = {name: value for name, value in assumed.items() if name not in said}
     if normalize is None:  # as torchaudio's bundles: sound is normalised for feature encoders with layer norms
         normalize = source.assumed["do_normalize"] = source.values.get("feat_extract_norm") == "layer"
     source.do_normalize = normalize
+
+
+def read_file(path: Path) -> Source:
+    """Read a file with a state dict of any kind."""
+    checkpoint = read_pickle(path)
+    copied = copied_tensors(path, state_dict_in(checkpoint))
+    state = {without_wrappers(key): tensor for key, tensor in copied.items()}
+    by_our_names(path, copied, {without_wrappers(key): key for key in copied})
+    refuse_adapters(path, state)
+    kind, prefix = recognised(path, state)
+    if kind == "hugging-face":
+        return wrapped_source(path, state, prefix)
+    source = renamed_source(path, state, kind, prefix)
+    add_settings(source, checkpoint)
     return source
 
 
 def read_source(path: Path, config: Mapping) -> Source:
-    """Read a folder or a file. ``config`` are values of config.json that stand above the source's own."""
+    """Read a folder or a file; values of config.json in ``config`` replace the source's own."""
     source = read_hugging_face_folder(path) if path.is_dir() else read_file(path)
     source.values |= config
     source.values.setdefault("model_type", "wav2vec2")
@@ -243,7 +278,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class TensorsInMemory(TensorFiles):
-    """As the tensors of a folder's files, for `fill`; of the types that they have."""
+    """Give `fill` the tensors of a source as if they stood in files, with the types that they have."""
 
     def __init__(self, source: Source) -> None:
         self.folder = source.path
@@ -252,7 +287,7 @@ class TensorsInMemory(TensorFiles):
         self.shapes = {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, which are of floating point, but for a batch norm's counter."""
+        """Return the named tensors; all must be of floating point, but for a batch norm's counter."""
         found = {name: self.tensors[name] for name in names}
         for name, tensor in found.items():
             if tensor.dtype not in FLOATS and not name.endswith(".num_batches_tracked"):
@@ -260,43 +295,66 @@ class TensorsInMemory(TensorFiles):
         return found
 
 
-def chosen_labels(
-    source: Source, labels: Sequence[str] | None, speakers: Sequence[str] | None, vocabulary: Vocabulary | None
-) -> dict[str, Any]:
-    """Names for the classes of the heads: those that were passed, those of the source, or the paper's."""
-    assumed = source.assumed
+class GivenNames(TypedDict, total=False):
+    """Names that a caller gives to the outputs of heads; see `convert`."""
+
+    labels: Sequence[str] | None
+    speakers: Sequence[str] | None
+    vocabulary: Vocabulary | None
+
+
+def chosen_vocabulary(source: Source) -> Vocabulary:
+    """Return the symbols of the source's CTC head, or those of LibriSpeech where no file has any."""
+    vocabulary = None
+    if source.symbols is not None:
+        vocabulary = Vocabulary({symbol: i for i, symbol in enumerate(source.symbols)})
+    elif source.path.is_dir():
+        rows, values, notes = source.rows("lm_head"), source.values, source.notes
+        vocabulary = read_vocabulary(source.path, "librispeech", rows=rows, values=values, notes=notes)
+    if vocabulary is None:
+        vocabulary = Vocabulary.librispeech()
+        source.assumed["vocabulary"] = "".join(vocabulary.tokens)
+    return vocabulary
+
+
+def check_counts(source: Source, names: Mapping[str, tuple[str, Sized]]) -> None:
+    """Refuse names that are not as many as a head's outputs; ``names`` maps a head to its flag and names."""
+    for head, (flag, given) in names.items():
+        rows = source.rows(head)
+        if rows == len(given):
+            continue
+        if rows:
+            raise ModelFolderError(
+                f"{source.path}: {head}.weight has {rows} rows for {len(given)} names; pass {flag}"
+            )
+        raise ModelFolderError(f"{source.path}: has no {head}; {flag} names classes that do not exist")
+
+
+def chosen_labels(source: Source, **given: Unpack[GivenNames]) -> dict[str, Any]:
+    """Choose the names of the heads' outputs: those that were given, those of the source, or the paper's."""
+    labels, speakers, vocabulary = given.get("labels"), given.get("speakers"), given.get("vocabulary")
     if labels is None:
-        labels = assumed["emotions"] = [*PAPER_EMOTIONS.values()] if source.rows("cls_head") else []
+        labels = source.assumed["emotions"] = [*PAPER_EMOTIONS.values()] if source.rows("cls_head") else []
     elif set(labels) <= PAPER_EMOTIONS.keys():
         labels = [PAPER_EMOTIONS[name] for name in labels]
     if speakers is None:
-        speakers = assumed["speakers"] = [f"s{i}" for i in range(source.rows("speaker_head"))]
+        speakers = source.assumed["speakers"] = [f"s{i}" for i in range(source.rows("speaker_head"))]
     if vocabulary is None and source.rows("lm_head"):
-        if source.symbols is not None:
-            vocabulary = Vocabulary({symbol: i for i, symbol in enumerate(source.symbols)})
-        elif source.path.is_dir():
-            rows, values, notes = source.rows("lm_head"), source.values, source.notes
-            vocabulary = read_vocabulary(source.path, "librispeech", rows=rows, values=values, notes=notes)
-        if vocabulary is None:
-            vocabulary = Vocabulary.librispeech()
-            assumed["vocabulary"] = "".join(vocabulary.tokens)
-    for head, flag, names in (
-        ("cls_head", "--labels", labels),
-        ("speaker_head", "--speakers", speakers),
-        ("lm_head", "--vocab", vocabulary or ()),
-    ):
-        if source.rows(head) != len(names):
-            raise ModelFolderError(
-                f"{source.path}: {head}.weight has {source.rows(head)} rows for {len(names)} names; pass {flag}"
-                if source.rows(head)
-                else f"{source.path}: has no {head}; {flag} names classes that do not exist"
-            )
-    source.assumed = {name: value for name, value in assumed.items() if value != []}
+        vocabulary = chosen_vocabulary(source)
+    check_counts(
+        source,
+        {
+            "cls_head": ("--labels", labels),
+            "speaker_head": ("--speakers", speakers),
+            "lm_head": ("--vocab", vocabulary or ()),
+        },
+    )
+    source.assumed = {name: value for name, value in source.assumed.items() if value != []}
     return {"emotions": labels, "speakers": speakers, "vocabulary": vocabulary}
 
 
 def encoder_config(source: Source) -> Wav2Vec2Config:
-    """The configuration, or an error that says what is missing or wrong in it."""
+    """Return the encoder's configuration, or raise ModelFolderError that says what is missing or wrong."""
     for name in ("num_attention_heads", "conv_stride"):
         if name not in source.values and not source.keys:
             raise ModelFolderError(
@@ -320,7 +378,7 @@ def check_encoder(source: Source) -> LoadReport:
 
 
 def built_recognizer(source: Source, labels: Mapping[str, Any]) -> tuple[Recognizer, LoadReport]:
-    """The source as a model with these labels, its tensors of the type that they have."""
+    """Make the source a model with these labels; its tensors keep the types that they have."""
     config, report = encoder_config(source), LoadReport(source.path)
     try:
         sizes = HeadsConfig(source.rows("cls_head"), source.rows("lm_head"), source.rows("speaker_head"))
@@ -350,7 +408,7 @@ CODE = ("auto_map", "custom_pipelines", "custom_object_save", "chat_template", "
 
 
 def without_code(values: Mapping) -> dict:
-    """The entries that no program would take for code; also of entries, such as feature_extractor."""
+    """Return the entries that no program takes for code, and the same of entries such as feature_extractor."""
     kept = {key: value for key, value in values.items() if key not in CODE}
     return {
         key: {k: v for k, v in value.items() if k not in CODE} if isinstance(value, dict) else value
@@ -359,7 +417,7 @@ def without_code(values: Mapping) -> dict:
 
 
 def write_hugging_face(source: Source, folder: Path) -> None:
-    """The folder as it is, but for code and wrappers' prefixes: the same keys, types and numbers."""
+    """Write the folder's own keys, types and numbers, without code and wrappers' prefixes."""
     write_json(folder / "config.json", without_code(source.values))
     for name in COMPANIONS if source.path.is_dir() else ():
         if stands_in(source.path, name):
@@ -369,7 +427,7 @@ def write_hugging_face(source: Source, folder: Path) -> None:
     )
 
 
-def named(source: Source, labels: Sequence[str]) -> None:
+def name_classes(source: Source, labels: Sequence[str]) -> None:
     """Give the classes of a `transformers` classifier their names, where it has none of its own."""
     form = classifier_form(TensorsInMemory(source))
     rows = source.rows("cls_head") if form == "linear" else source.rows("dimension_head.out_proj")
@@ -390,14 +448,14 @@ def named(source: Source, labels: Sequence[str]) -> None:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether type, shape and every bit agree."""
+    """Tell whether type, shape and every bit agree."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))
 
 
 def check_tensors(source: Source, folder: Path) -> int:
-    """How many of the source's tensors stand in the folder, bit for bit; an error unless all do."""
+    """Return how many tensors the folder holds, after checking that all the source's are there, bit for bit."""
     written = {canonical_name(key): tensor for key, tensor in read_tensors(folder / "model.safetensors").items()}
     wrong = [n for n, tensor in source.tensors.items() if n not in written or not same_bits(tensor, written[n])]
     encoder = load_encoder(folder).state_dict()
@@ -410,7 +468,7 @@ def check_tensors(source: Source, folder: Path) -> int:
 
 
 def encoder_tensors(source: Source) -> dict[str, Tensor]:
-    """Those of the encoder, by our names, in float32."""
+    """Return the tensors of the encoder, by our names, in float32."""
     others = head_parts() + PRETRAINING_PARTS
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
@@ -420,10 +478,11 @@ def encoder_tensors(source: Source) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def compare(source: Source, folder: Path, reference: Reference | None) -> dict:
-    """Each layer of the folder's encoder against the reference that holds the source's tensors.
+def compare_layers(source: Source, folder: Path, reference: Reference | None) -> dict:
+    """Compare each layer of the folder's encoder with the reference, which computes with the source's tensors.
 
-    Raises ModelFolderError where one differs by more than `TOLERANCE`.
+    Raises:
+        ModelFolderError: a layer differs by more than `TOLERANCE`.
     """
     encoder = load_encoder(folder)
     config = encoder.config
@@ -476,17 +535,63 @@ def check_paths(source: Path, target: Path, *, overwrite: bool) -> None:
         raise ModelFolderError(f"{target}: exists and is not a model folder; it is not replaced")
 
 
+def write_checked(
+    source: Source, folder: Path, recognizer: Recognizer | None, reference: Reference | None, say: Say
+) -> dict[str, Any]:
+    """Write the files of a source into an empty folder and compare the two; return what a certificate says."""
+    if recognizer is not None:
+        recognizer.write_files(folder)
+    else:
+        write_hugging_face(source, folder)
+    written = check_tensors(source, folder)
+    say(f"{written} tensors written, {len(source.tensors)} of them the source's, bit for bit")
+    comparison = compare_layers(source, folder, reference)
+    say(f"compared with: {comparison['reference']}; largest difference {comparison['largest']}")
+    return {"written": written, "comparison": comparison}
+
+
+def certificate_of(source: Source, folder: Path, *, name: str, new: list[str], checked: Mapping) -> dict[str, Any]:
+    """Return what is known of a conversion: the two sides by their digests, and how they were compared."""
+    import ser
+
+    return {
+        "source": {"name": name, "kind": source.kind, "sha256": {f.name: digest(f) for f in source.files}},
+        "model": {"type": encoder_config(source).model_type, "sha256": digest(folder / "model.safetensors")},
+        "tensors": {"read": source.count, "written": checked["written"], "unused": source.unused, "new": new},
+        "assumed": source.assumed | ({"notes": source.notes} if source.notes else {}),
+        "comparison": checked["comparison"],
+        "versions": {"ser": ser.__version__, "torch": str(torch.__version__)},
+    }
+
+
+def built_source(source: Source, given: GivenNames) -> tuple[Recognizer | None, list[str]]:
+    """Give a source what it lacks, and check it; return the recognizer that it became, and names of new tensors.
+
+    A folder that says all that there is to say stays as it is, and there is no recognizer.
+    """
+    if not source.keys or source.paper:
+        recognizer, report = built_recognizer(source, chosen_labels(source, **given))
+        return recognizer, report.new
+    if given.get("speakers") or given.get("vocabulary"):
+        raise ModelFolderError(
+            f"{source.path}: --speakers and --vocab are for the paper's folders, and for heads of fairseq and "
+            "torchaudio; the heads of this one keep the names that they have"
+        )
+    if labels := given.get("labels"):
+        name_classes(source, labels)
+    check_encoder(source)
+    return None, []
+
+
 def convert(
     source: str | Path,
     target: str | Path,
     *,
     config: Mapping[str, Any] | None = None,
-    vocabulary: Vocabulary | None = None,
-    labels: Sequence[str] | None = None,
-    speakers: Sequence[str] | None = None,
     overwrite: bool = False,
     reference: Reference | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
+    **given: Unpack[GivenNames],
 ) -> dict:
     """Write the model folder ``target`` from a checkpoint of another library, after comparing the two.
 
@@ -495,14 +600,14 @@ def convert(
             torchaudio or speechbrain saved.
         target: the folder to write; complete or not at all.
         config: values of config.json that the source lacks or has wrong.
-        vocabulary: of the CTC head; default: the source's own, else the 32 symbols of LibriSpeech.
-        labels: of the emotion head; default: those of the paper, e0..e3: neutral, happy, angry, sad. Of a folder
-            of `transformers` only where its classes have no names, or LABEL_0 and so on.
-        speakers: of the speaker head; default: s0, s1, ...
         overwrite: replace a model folder that stands there.
         reference: what computes the layers to compare with, such as that of `ser.convert.references`; None: the
             tensors are compared, and no layers.
         say: called with a line on each step.
+        given: ``labels`` of the emotion head; default: those of the paper, e0..e3: neutral, happy, angry, sad. Of
+            a folder of `transformers` only where its classes have no names, or LABEL_0 and so on. ``speakers`` of
+            the speaker head; default: s0, s1, ... ``vocabulary`` of the CTC head; default: the source's own, else
+            the 32 symbols of LibriSpeech.
 
     Returns:
         the certificate, which also stands in the folder as certificate.json. ``assumed`` in it is what the source
@@ -512,55 +617,22 @@ def convert(
         ModelFolderError: the source cannot be read, names something else than tensors and settings, does not fit
             its configuration, or the result differs from it by more than `TOLERANCE`.
     """
-    import ser
-
     path, target, name = Path(source), Path(target), Path(source).name
     if not exists(path) and is_hub_name(str(source)):
         path, name = find_folder(str(source), pickles=True), str(source)
     check_paths(path, target, overwrite=overwrite)
-    found = read_source(path, config or {})
-    say(f"{source}: {found.kind}, {found.count} tensors")
-    # A folder that says all that there is to say stays as it is; the others get what they lack.
-    recognizer = None
-    if found.keys and not found.paper:
-        if speakers or vocabulary:
-            raise ModelFolderError(
-                f"{path}: --speakers and --vocab are for the paper's folders, and for heads of fairseq and "
-                "torchaudio; the heads of this one keep the names that they have"
-            )
-        if labels:
-            named(found, labels)
-        report = check_encoder(found)
-        report.new = []  # nothing is added
-    else:
-        recognizer, report = built_recognizer(found, chosen_labels(found, labels, speakers, vocabulary))
-    for name, value in found.assumed.items():
-        say(f"assumed {name}: {value}")
-    for note in found.notes:
+    read = read_source(path, config or {})
+    say(f"{source}: {read.kind}, {read.count} tensors")
+    recognizer, new = built_source(read, given)
+    for setting, value in read.assumed.items():
+        say(f"assumed {setting}: {value}")
+    for note in read.notes:
         say(note)
     certificate: dict[str, Any] = {}
 
     def write(folder: Path) -> None:
-        if recognizer is not None:
-            recognizer.write_files(folder)
-        else:
-            write_hugging_face(found, folder)
-        written = check_tensors(found, folder)
-        say(f"{written} tensors written, {len(found.tensors)} of them the source's, bit for bit")
-        comparison = compare(found, folder, reference)
-        say(f"compared with: {comparison['reference']}; largest difference {comparison['largest']}")
-        certificate.update(
-            source={
-                "name": name,
-                "kind": found.kind,
-                "sha256": {f.name: digest(f) for f in found.files},
-            },
-            model={"type": encoder_config(found).model_type, "sha256": digest(folder / "model.safetensors")},
-            tensors={"read": found.count, "written": written, "unused": found.unused, "new": report.new},
-            assumed=found.assumed | ({"notes": found.notes} if found.notes else {}),
-            comparison=comparison,
-            versions={"ser": ser.__version__, "torch": str(torch.__version__)},
-        )
+        checked = write_checked(read, folder, recognizer, reference, say)
+        certificate.update(certificate_of(read, folder, name=name, new=new, checked=checked))
         write_json(folder / "certificate.json", certificate)
 
     write_folder_atomically(target, write)

@@ -1,4 +1,4 @@
-"""Utterances to padded batches."""
+"""Turn utterances into padded batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ser.audio import audio_info, load_audio, normalise
 from ser.data.labels import LABELS, Labels, collate_labels, encoder, unknown
 from ser.data.manifest import Utterance
 from ser.data.sampler import Item
-from ser.data.text import ORTHOGRAPHIES, Rewriting, clean
+from ser.data.text import ORTHOGRAPHIES, Rewriting, Vocabulary, clean
 from ser.errors import AudioError, MissingLibraryError, indented
 
 
@@ -35,18 +35,18 @@ class Batch:
     kind: str = ""
 
     def pin_memory(self) -> Batch:
-        """Page-locked copies of what goes to a GPU; called by the DataLoader."""
+        """Copy what goes to a GPU into page-locked memory; the DataLoader calls this."""
         stored = None if self.stored is None else self.stored.pin_memory()
         return replace(self, waveforms=self.waveforms.pin_memory(), stored=stored)
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What a model's forward pass takes by name: waveforms, or what stands for them; num_samples."""
+        """The arguments of a model's forward pass by name: waveforms or what stands for them, and num_samples."""
         first = {"waveforms": self.waveforms} if self.stored is None else {self.kind: self.stored}
         return first | {"num_samples": self.num_samples}
 
     def to(self, device: torch.device) -> Batch:
-        """Waveforms and labels on the device. Lengths and transcripts stay on the CPU, where they decide."""
+        """Put waveforms and labels onto the device. Lengths and transcripts stay on the CPU, where they decide."""
         return replace(
             self,
             waveforms=self.waveforms.to(device, non_blocking=True),
@@ -60,7 +60,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Example:
-    """One utterance, ready for `collate`."""
+    """Hold one utterance, ready for `collate`."""
 
     index: int
     weight: float
@@ -73,24 +73,23 @@ class Example:
 
 
 class StoredInputs(Protocol):
-    """What a model makes of recordings, kept somewhere."""
+    """Read what a model made of recordings from where that is kept."""
 
     kind: str  # the model's name for it: "features" or "pooled"
 
     def __call__(self, index: int) -> tuple[Tensor, str]:
-        """What is kept for an utterance, or zeros of its shape and why there is nothing."""
+        """Return what is kept for an utterance; or zeros of its shape, and why nothing is kept."""
 
 
 class SpeechDataset(Dataset[Example]):
-    """Utterances with their labels as numbers and their audio read on demand.
+    """Hold utterances with their labels as numbers, and read their audio on demand.
 
-    ``labels`` are those of the model: a class that is not among them counts as unknown, and without a vocabulary
-    there are no transcripts. An example is asked for by its number or by an `Item` as the samplers yield.
+    ``labels`` are those of the model. A class that is not among them counts as unknown, and without a vocabulary
+    there are no transcripts. An example is asked for by its number, or by an `Item` as the samplers yield it.
 
-    A recording that cannot be read is no exception here, which a loader worker would bury in its own traceback,
-    but an Example with `error`: silence of the planned length at weight 0, without labels, in the utterance's
-    place. What is to be done about it is decided where the batch arrives (`ser.train.bad_audio`), on all
-    ranks alike.
+    A recording that cannot be read raises nothing here, as a loader worker would bury the error in its own
+    traceback. It gives an Example with `error`: silence of the planned length, at weight 0, without labels.
+    `ser.train.bad_audio` decides what to do about it where the batch arrives, on all ranks alike.
 
     Attributes:
         utterances: the rows.
@@ -114,46 +113,56 @@ class SpeechDataset(Dataset[Example]):
 
     def write_texts(self) -> None:
         """Clean the transcripts, and write them with the vocabulary as far as it can."""
-        vocabulary, orthography = self.model_labels.vocabulary, self.model_labels.orthography
-        tags = self.model_labels.tags
+        labels = self.model_labels
         # What is learnt and compared: the cleaned text as the vocabulary writes it. Empty (tags alone, or none
         # given) is no text. Beside it what was changed: whether the case, and which characters.
-        self.texts = [clean(u.text or "", orthography=orthography, tags=tags) for u in self.utterances]
+        self.texts = [
+            clean(u.text or "", orthography=labels.orthography, tags=labels.tags) for u in self.utterances
+        ]
         self.recased, self.replaced = [False] * len(self.texts), [""] * len(self.texts)
-        if vocabulary is not None and not ORTHOGRAPHIES[orthography].script:
-            plain = self.texts
-            if ORTHOGRAPHIES[orthography].follows(vocabulary):
-                how: dict[str, Any] = {"orthography": orthography, "tags": tags, "vocabulary": vocabulary}
-                self.texts = [clean(u.text or "", **how) for u in self.utterances]
-                self.recased = [a != b for a, b in zip(plain, self.texts, strict=True)]
-            spelt = [vocabulary.spell(text) for text in self.texts]
-            self.texts, self.replaced = [text for text, _ in spelt], [characters for _, characters in spelt]
-        joined = vocabulary is not None and not vocabulary.has_delimiter
-        spelt_texts = ["".join(text.split()) for text in self.texts] if joined else self.texts
-        # What WER compares with: the transcript as far as the vocabulary can write it, as the paper does.
         self.references = [""] * len(self.texts)
-        if vocabulary is not None:
-            present = ORTHOGRAPHIES[orthography].present
-            self.labels["ctc"] = [vocabulary.encode(text) for text in spelt_texts]
-            self.references = [present(vocabulary.spelt(symbols)) for symbols in self.labels["ctc"]]
+        if labels.vocabulary is None:
+            return
+        orthography = ORTHOGRAPHIES[labels.orthography]
+        if not orthography.script:
+            self.spell_texts(labels.vocabulary)
+        texts = self.texts
+        if not labels.vocabulary.has_delimiter:
+            texts = ["".join(text.split()) for text in texts]
+        self.labels["ctc"] = [labels.vocabulary.encode(text) for text in texts]
+        # What WER compares with: the transcript as far as the vocabulary can write it, as the paper does.
+        self.references = [orthography.present(labels.vocabulary.spelt(symbols)) for symbols in self.labels["ctc"]]
+
+    def spell_texts(self, vocabulary: Vocabulary) -> None:
+        """Write the texts in the vocabulary's case and characters, and note what was changed in each."""
+        labels = self.model_labels
+        if ORTHOGRAPHIES[labels.orthography].follows(vocabulary):
+            how: dict[str, Any] = {
+                "orthography": labels.orthography,
+                "tags": labels.tags,
+                "vocabulary": vocabulary,
+            }
+            followed = [clean(u.text or "", **how) for u in self.utterances]
+            self.recased = [a != b for a, b in zip(self.texts, followed, strict=True)]
+            self.texts = followed
+        spelt = [vocabulary.spell(text) for text in self.texts]
+        self.texts, self.replaced = [text for text, _ in spelt], [characters for _, characters in spelt]
 
     def __len__(self) -> int:
         return len(self.utterances)
 
     def rewriting(self, without: Container[int] = ()) -> Rewriting:
-        """What was changed in the texts so that the vocabulary can write them, but for positions ``without``."""
-        if self.model_labels.vocabulary is None:
+        """Count what was changed in the texts so that the vocabulary can write them; leave out ``without``."""
+        vocabulary = self.model_labels.vocabulary
+        if vocabulary is None:
             return Rewriting()
         kept = [i for i, text in enumerate(self.texts) if text and i not in without]
-        removed = self.model_labels.vocabulary.unknown_characters(self.texts[i] for i in kept)
-        spaces = (
-            0 if self.model_labels.vocabulary.has_delimiter else sum(len(self.texts[i].split()) - 1 for i in kept)
-        )
+        spaces = 0 if vocabulary.has_delimiter else sum(len(self.texts[i].split()) - 1 for i in kept)
         return Rewriting(
-            case=self.model_labels.vocabulary.case,
+            case=vocabulary.case,
             recased=sum(self.recased[i] for i in kept),
             replaced=Counter(c for i in kept for c in self.replaced[i]),
-            removed=removed + Counter({" ": spaces}),
+            removed=vocabulary.unknown_characters(self.texts[i] for i in kept) + Counter({" ": spaces}),
             emptied=sum(not self.references[i] for i in kept),
         )
 
@@ -193,32 +202,33 @@ class SpeechDataset(Dataset[Example]):
         return {head: unknown(head, len(self.model_labels.names.get(head, ()))) for head in self.labels}
 
     def read_headers(self, indices: Iterable[int]) -> tuple[dict[int, int], dict[int, str]]:
-        """From file headers alone: samples at 16 kHz of these utterances, and why others cannot be used."""
-        found, bad = {}, {}
+        """Read the file headers alone; return samples at 16 kHz of utterances, and why others cannot be used."""
+        lengths, bad = {}, {}
         for i in indices:
             u = self.utterances[i]
             try:
-                found[i] = audio_info(u.file, start=u.start, end=u.end).num_samples
+                lengths[i] = audio_info(u.file, start=u.start, end=u.end).num_samples
             except MissingLibraryError:
                 raise
             except AudioError as error:
                 bad[i] = str(error)
-        return found, bad
+        return lengths, bad
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Samples at 16 kHz of each utterance, from the file headers alone. May be set by who knows them already.
+        """Samples at 16 kHz of each utterance, from the file headers alone; a caller may set them instead.
 
-        Raises AudioError that lists every recording whose header cannot be used.
+        Raises:
+            AudioError: recordings cannot be used, as their headers show. The error lists all of them.
         """
-        found, bad = self.read_headers(range(len(self)))
+        lengths, bad = self.read_headers(range(len(self)))
         if bad:
             raise AudioError(f"{len(bad)} of {len(self)} recordings cannot be used:{indented(bad.values())}")
-        return list(found.values())
+        return list(lengths.values())
 
 
 def pad(rows: Sequence[Tensor]) -> Tensor:
-    """(S_i, ...) each -> (B, max S_i, ...), zeros on the right."""
+    """Pad tensors (S_i, ...) with zeros on the right, and stack them to (B, max S_i, ...)."""
     out = rows[0].new_zeros(len(rows), max(len(row) for row in rows), *rows[0].shape[1:])
     for i, row in enumerate(rows):
         out[i, : len(row)] = row

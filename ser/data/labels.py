@@ -1,4 +1,4 @@
-"""Labels, from a row of a manifest to a batch: what a head's outputs are called, and what its labels look like.
+"""Follow labels from a row of a manifest to a batch: the names of a head's outputs, and the form of its labels.
 
 A row's labels are one mapping from column to value (`Utterance.labels`). A batch's labels are one mapping from
 head to tensor (`Batch.labels`). The table `LABELS` says how one becomes the other, so a further
@@ -194,3 +194,9 @@ def known(head: str, labels: Tensor) -> Tensor:
     if kind == "numbers":
         return labels.isfinite().any(1)
     return labels != NO_LABEL if kind == "class" else labels[:, 0] != NO_LABEL
+
+
+def labels_vary(n: Tensor, y: Tensor, yy: Tensor) -> Tensor:
+    """Tell whether there are two labels or more and they differ, by their number and the sums of y and of y^2."""
+    # A variance is the difference of two sums: what is left of equal labels is rounding.
+    return (n >= 2) & (yy / n - (y / n).square() > 1e-12 * yy / n)

@@ -1,9 +1,9 @@
-"""One encoder and up to four heads, trained together.
+"""Put several heads on one encoder, to be trained together.
 
-Cai et al., *Speech Emotion Recognition with Multi-task Learning*, INTERSPEECH 2021: an emotion classifier on
-the mean of the hidden frames and a CTC head on every frame share a wav2vec 2.0 encoder; a speaker classifier
-is the extension by others, and a regression to arousal, dominance and valence is that of Wagner et al., TPAMI
-2023. Which heads there are is configuration, and each may be absent.
+In Cai et al., *Speech Emotion Recognition with Multi-task Learning*, INTERSPEECH 2021, two heads share a wav2vec
+2.0 encoder: an emotion classifier reads the mean of the hidden frames, and a CTC head reads every frame. Others
+added a speaker classifier. The regression to arousal, dominance and valence is that of Wagner et al., TPAMI 2023.
+The configuration says which of these heads a model has.
 
     waveforms -> encoder -> one layer or a mean of all -> projector -> pooling -> emotion, speaker, dimensions
                         `-> last layer -> ctc
@@ -30,13 +30,13 @@ from ser.models.wav2vec2 import Wav2Vec2
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """Which heads stand on the encoder, and on what; a size of 0 means that there is no such part."""
+    """Describe the heads on the encoder and what they read; a size of 0 means that there is no such part."""
 
     num_emotions: int = 0
     vocab_size: int = 0  # CTC symbols, the blank included
     num_speakers: int = 0
     num_dimensions: int = 0  # of arousal, dominance, valence
-    # What the heads but CTC's read. "last", "weighted" (a learnt mean of all), or a layer's number as text: "0" is
+    # What pooled heads read: "last", "weighted" (a learnt mean of all layers), or a layer's number as text. "0" is
     # the transformer's input, "1" the output of the first layer.
     layers: str = "last"
     # Whether the last of the weighted layers has a pre-norm encoder's final norm. In transformers 5 it has not; in
@@ -51,14 +51,7 @@ class HeadsConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes and names that cannot be built."""
-        if missing := [name for name in self.others if name not in HEADS]:
-            raise ConfigError(
-                f"there is no head called {missing[0]!r}; add its row to ser.models.heads.HEADS first"
-            )
-        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
-        for name, value in {**sizes, **self.others}.items():
-            if type(value) is not int or not 0 <= value <= 1_000_000:
-                raise ConfigError(f"{name} is {brief_repr(value)}; expected a whole number from 0 to 1,000,000")
+        self.check_sizes()
         if not isinstance(self.pooling, str) or self.pooling not in POOLINGS:
             raise ConfigError(f"pooling is {brief_repr(self.pooling)}; expected one of {', '.join(POOLINGS)}")
         for name in ("emotion_head", "dimension_head"):
@@ -76,8 +69,19 @@ class HeadsConfig:
                 f"layers is {brief_repr(self.layers)}; expected last, weighted, or the number of a layer"
             )
 
+    def check_sizes(self) -> None:
+        """Refuse sizes that are no numbers of outputs, and heads that nobody has added."""
+        if missing := [name for name in self.others if name not in HEADS]:
+            raise ConfigError(
+                f"there is no head called {missing[0]!r}; add its row to ser.models.heads.HEADS first"
+            )
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
+        for name, value in {**sizes, **self.others}.items():
+            if type(value) is not int or not 0 <= value <= 1_000_000:
+                raise ConfigError(f"{name} is {brief_repr(value)}; expected a whole number from 0 to 1,000,000")
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields; those that earlier versions lacked, only where they differ from what those did."""
+        """Return the fields; leave out those that earlier versions lacked where they hold the default."""
         default = HeadsConfig()
         later = ("emotion_head", "dimension_head", "others")
         return {k: v for k, v in asdict(self).items() if k not in later or v != getattr(default, k)}
@@ -99,7 +103,7 @@ class HeadsConfig:
 
 
 class Outputs(NamedTuple):
-    """Unnormalised scores of the heads that the model has."""
+    """Hold the unnormalised scores of the heads that the model has."""
 
     scores: dict[str, Tensor]  # head -> (B, K), or (B, T, V) of a head that reads frames
     num_frames: Tensor  # (B,) int64 on the CPU: valid frames
@@ -126,7 +130,7 @@ class Outputs(NamedTuple):
 
 
 class MultiTaskModel(nn.Module):
-    """An encoder with emotion, CTC, speaker and dimension heads."""
+    """Compute the scores of every head from waveforms: an encoder and the heads of `HEADS` that it has."""
 
     cls_head: nn.Module | None
     lm_head: nn.Linear | None
@@ -139,7 +143,7 @@ class MultiTaskModel(nn.Module):
         self.wav2vec2 = Wav2Vec2(config)
         self.dropout = Dropout(config.final_dropout)
         deepest = config.num_hidden_layers
-        # The layer whose output the heads but CTC's read; None: a weighted mean of all.
+        # The layer whose output pooled heads read; None: a weighted mean of all.
         named = {"weighted": None, "last": deepest}
         self.layer = named[heads.layers] if heads.layers in named else int(heads.layers)
         if self.layer is not None and self.layer > deepest:
@@ -178,7 +182,7 @@ class MultiTaskModel(nn.Module):
             initialise(getattr(self, part).to_empty(device="cpu"), self.config.initializer_range)
 
     def untrained_by(self, tasks: Collection[str]) -> Iterator[nn.Parameter]:
-        """The parameters that have no gradient when only ``tasks`` (names of heads) have a loss."""
+        """Yield the parameters that have no gradient when only ``tasks`` (names of heads) have a loss."""
         parts: list[nn.Module | None] = [self.head(name) for name in HEADS if name not in tasks]
         if not any(HEADS[task].reads == "pooled" for task in tasks):
             parts += [self.projector, self.pooling]
@@ -212,7 +216,7 @@ class MultiTaskModel(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> MultiTaskModel:
-        """As `nn.Module.train`, but frozen parts stay in eval mode."""
+        """Set the mode as `nn.Module.train` does, but leave frozen parts in eval mode."""
         super().train(mode)
         for part in (self.wav2vec2, self.wav2vec2.feature_extractor):
             if not any(p.requires_grad for p in part.parameters()):
@@ -229,9 +233,9 @@ class MultiTaskModel(nn.Module):
         mask_time: Tensor | None = None,
         mask_feature: Tensor | None = None,
     ) -> Outputs:
-        """waveforms (B, S), num_samples (B,) as in `Wav2Vec2.forward` -> the scores of every head.
+        """Compute the scores of every head from waveforms (B, S) and num_samples (B,), as in `Wav2Vec2.forward`.
 
-        In place of the waveforms may stand what was computed of them before: ``features`` (B, T, C) as in
+        What was computed of the waveforms before may stand in their place: ``features`` (B, T, C) as in
         `Wav2Vec2.layers`, or ``pooled`` (B, N, D) of `layer_means`.
         """
         if pooled is not None:
@@ -256,7 +260,7 @@ class MultiTaskModel(nn.Module):
     def encode(
         self, waveforms: Tensor | None, num_samples: Tensor | None, **rest: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The layers that are needed, the last of them before a pre-norm encoder's final norm, and num_frames."""
+        """Return the layers that heads read, the last before a pre-norm encoder's final norm, and num_frames."""
         outputs, num_frames = self.wav2vec2.layers(
             waveforms,
             num_samples,
@@ -270,15 +274,15 @@ class MultiTaskModel(nn.Module):
         return outputs, raw, num_frames
 
     def read_layers(self, outputs: list[Tensor], raw: Tensor) -> list[Tensor]:
-        """Those that the heads but CTC's read: one, or all of a weighted mean."""
+        """Return the layers that pooled heads read: one, or all of a weighted mean."""
         if self.layer is not None:
             return [outputs[self.layer]]
         return outputs if self.heads_config.weighted_final_norm else [*outputs[:-1], raw]
 
     def layer_means(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
-        """The mean over time of each layer that the heads read, (B, N, D).
+        """Return the mean over time of each layer that pooled heads read, (B, N, D).
 
-        With mean pooling and without dropout between, heads may be given these in place of the frames: sums over
+        With mean pooling and without dropout before it, these means may stand in place of the frames: the sum over
         layers, the projector and the mean over time commute.
         """
         outputs, raw, num_frames = self.encode(waveforms, num_samples)
@@ -286,9 +290,10 @@ class MultiTaskModel(nn.Module):
         return torch.stack([mean(layer, num_frames) for layer in self.read_layers(outputs, raw)], dim=1)
 
     def pool(self, outputs: list[Tensor], raw: Tensor, last: Tensor, num_frames: Tensor) -> Tensor:
-        """One vector per utterance, (B, D) or (B, 2D).
+        """Pool the layers to one vector per utterance, (B, D) or (B, 2D).
 
-        ``outputs`` are the layers, ``raw`` the last of them before the final norm, ``last`` it after dropout.
+        ``outputs`` are the layers. ``raw`` is the last of them before the final norm, and ``last`` is the last of
+        them after the final norm and dropout.
         """
         if self.layer is None:
             hidden = self.dropout(mix_layers(self.read_layers(outputs, raw), self.layer_weights))

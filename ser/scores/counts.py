@@ -18,6 +18,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ser.data.labels import labels_vary
 from ser.errors import ConfigError
 
 
@@ -224,12 +225,6 @@ def ccc_moments(predictions: Tensor, labels: Tensor, utterance_weights: Tensor |
     ``utterance_weights`` (B,) are 0 for an utterance that only keeps a rank busy.
     """
     return ccc_summands(predictions, labels, utterance_weights).sum(1)
-
-
-def labels_vary(n: Tensor, y: Tensor, yy: Tensor) -> Tensor:
-    """Tell whether there are two labels or more and they differ, by their number and the sums of y and of y^2."""
-    # A variance is the difference of two sums: what is left of equal labels is rounding.
-    return (n >= 2) & (yy / n - (y / n).square() > 1e-12 * yy / n)
 
 
 def concordance(moments: Tensor) -> Tensor:

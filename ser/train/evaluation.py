@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -41,15 +42,14 @@ from ser.train.resources import memory_explained
 
 @dataclass
 class Evaluation:
-    """Counts over a set of utterances, each counted exactly once on any number of ranks."""
+    """Hold counts over a set of utterances, each counted exactly once on any number of ranks."""
 
     utterances: int = 0
     unread: int = 0  # utterances that were left out, as their recordings cannot be read
     rewriting: Rewriting = field(default_factory=Rewriting)  # of the references, as the vocabulary writes them
     classes: dict[str, ClassificationCounts] = field(default_factory=dict)  # head of classes -> its counts
-    ccc: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # head of numbers -> name -> CCC; NaN: undefined
+    # Head of numbers -> name -> concordance; NaN where it is undefined.
+    ccc: dict[str, dict[str, float]] = field(default_factory=dict)
     words: ErrorRateCounts | None = None
     characters: ErrorRateCounts | None = None
     loss: float = math.nan
@@ -62,28 +62,42 @@ class Evaluation:
         figures: dict[str, Any] = {"utterances": self.utterances, "loss": self.loss}
         figures |= {"bad_audio": self.unread} if self.unread else {}
         figures |= {f"loss_{name}": value for name, value in self.losses.items()}
-        emotion = self.classes.get("emotion")
-        if emotion is not None and emotion.count:
-            figures["emotion_utterances"] = emotion.count
-            figures |= emotion.figures
+        figures |= self.class_metrics("emotion") | self.concordance_metrics() | self.text_metrics()
+        for head in self.classes:
+            figures |= self.class_metrics(head) if head != "emotion" else {}
+        return figures
+
+    def class_metrics(self, head: str) -> dict[str, Any]:
+        """Return the figures of a head of classes; of emotions, which are seldom balanced, more than accuracy."""
+        counts = self.classes.get(head)
+        if counts is None or not counts.count:
+            return {}
+        if head != "emotion":
+            # Of speakers, the utterances counted are those of speakers that training knew.
+            return {f"{head}_accuracy": counts.figures["accuracy"], f"{head}_utterances": counts.count}
+        return {"emotion_utterances": counts.count, **counts.figures}
+
+    def concordance_metrics(self) -> dict[str, float]:
+        """Return the concordance of each number, and "ccc", the mean of the dimensions where it is defined."""
+        figures = {}
         for head, values in self.ccc.items():
             if head == "dimensions":
                 defined = [value for value in values.values() if math.isfinite(value)]
                 figures["ccc"] = sum(defined) / len(defined) if defined else math.nan
             figures |= {f"ccc_{name.lower()}": value for name, value in values.items()}
+        return figures
+
+    def text_metrics(self) -> dict[str, Any]:
+        """Return the error rates of transcripts, and how much was changed in the references."""
         changes = {
             "references_recased": self.rewriting.recased,
             "characters_replaced": self.rewriting.replaced.total(),
             "characters_outside_vocabulary": self.rewriting.removed.total(),
             "references_left_empty": self.rewriting.emptied,
         }
-        figures |= {name: count for name, count in changes.items() if count}
+        figures: dict[str, Any] = {name: count for name, count in changes.items() if count}
         if self.words is not None and self.characters is not None and self.words.length:
             figures |= {"wer": self.words.rate, "cer": self.characters.rate, "words": self.words.length}
-        for head, counts in self.classes.items():
-            if counts.count and head != "emotion":
-                figures[f"{head}_accuracy"] = counts.figures["accuracy"]
-                figures[f"{head}_utterances"] = counts.count  # of speakers, those that training knew
         return figures
 
 
@@ -100,13 +114,16 @@ def collate_at_least(examples: list[Any], min_samples: int) -> Batch:
 class Tally:
     """Count what one rank sees of an evaluation; `summed` adds the counts of all ranks."""
 
-    def __init__(self, recognizer: Recognizer, dataset: SpeechDataset) -> None:
-        self.dataset = dataset
+    def __init__(
+        self, recognizer: Recognizer, dataset: SpeechDataset, objective: Objective, *, keep_rows: bool
+    ) -> None:
+        self.recognizer, self.dataset, self.objective = recognizer, dataset, objective
+        self.keep_rows, self.rows = keep_rows, dict[int, Prediction]()
         names = recognizer.labels.names
         self.numbers = {
             head: {name: i for i, name in enumerate(names[head])} for head in names if LABELS[head].kind == "class"
         }
-        # Right, of the reference, recognised as it: of each class, see `ClassificationCounts`.
+        # For each class: right, in the references, recognised. See `ClassificationCounts`.
         self.classes = {head: np.zeros((3, len(ids)), dtype=np.int64) for head, ids in self.numbers.items()}
         self.edits = np.zeros(4, dtype=np.int64)  # word edits, words, character edits, characters
         self.losses = torch.zeros(2, len(HEADS), dtype=torch.float64)  # sums and counts
@@ -116,9 +133,16 @@ class Tally:
             if head in names and LABELS[head].kind == "numbers"
         }
 
-    def add_scores(self, objective: Objective, outputs: Outputs, batch: Batch) -> None:
+    def add(self, outputs: Outputs, batch: Batch) -> None:
+        """Count a batch. Recordings that could not be read have no labels and no answer."""
+        self.add_scores(outputs, batch)
+        for index, prediction in zip(batch.indices, self.recognizer.decode(outputs), strict=True):
+            if index not in batch.errors:
+                self.add_prediction(index, prediction)
+
+    def add_scores(self, outputs: Outputs, batch: Batch) -> None:
         """Count a batch's losses, and what concordance needs."""
-        for head, (total, count) in objective.sums(outputs, batch).items():
+        for head, (total, count) in self.objective.sums(outputs, batch).items():
             place = list(HEADS).index(head)
             self.losses[0, place] += total.double().cpu()
             self.losses[1, place] += count.double().cpu()
@@ -127,6 +151,8 @@ class Tally:
 
     def add_prediction(self, index: int, prediction: Prediction) -> None:
         """Compare what was recognised in an utterance with its labels."""
+        if self.keep_rows:
+            self.rows[index] = prediction
         answers = {**prediction.others, "emotion": prediction.emotion, "speaker": prediction.speaker}
         for head, totals in self.classes.items():
             reference = self.dataset.labels[head][index]
@@ -156,11 +182,11 @@ class Tally:
             world.sum(moments)
         return False
 
-    def evaluation(self, recognizer: Recognizer, objective: Objective, unread: Collection[int]) -> Evaluation:
+    def evaluation(self, unread: Collection[int]) -> Evaluation:
         """Return the figures that follow from the counts."""
         result = Evaluation(utterances=len(self.dataset) - len(unread), unread=len(unread))
         result.classes = {head: ClassificationCounts(totals) for head, totals in self.classes.items()}
-        if recognizer.vocabulary is not None:
+        if self.recognizer.vocabulary is not None:
             result.rewriting = self.dataset.rewriting(without=unread)
             result.words = ErrorRateCounts(int(self.edits[0]), int(self.edits[1]))
             result.characters = ErrorRateCounts(int(self.edits[2]), int(self.edits[3]))
@@ -171,12 +197,81 @@ class Tally:
             if not moments[0].any():
                 continue
             ccc = concordance(moments)
-            result.ccc[head] = dict(zip(recognizer.labels.names[head], ccc.tolist(), strict=True))
-            if objective.weights.get(head) and LOSSES[head].sums is None:
+            result.ccc[head] = dict(zip(self.recognizer.labels.names[head], ccc.tolist(), strict=True))
+            if self.objective.weights.get(head) and LOSSES[head].sums is None:
                 result.losses[head] = float((1 - ccc).nan_to_num().mean())  # as in an update
         if result.losses:
-            result.loss = sum(objective.weights.get(head, 0.0) * value for head, value in result.losses.items())
+            weights = self.objective.weights
+            result.loss = sum(weights.get(head, 0.0) * value for head, value in result.losses.items())
         return result
+
+    def rows_of_all(self, world: World, unread: Collection[int]) -> list[tuple[Utterance, str, Prediction]]:
+        """Return (utterance, reference text, prediction) of all ranks, in the order of the data."""
+        merged = {i: prediction for part in world.gather(self.rows) for i, prediction in part.items()}
+        rows = []
+        for i, utterance in enumerate(self.dataset.utterances):
+            if i not in unread:
+                seconds = self.dataset.lengths[i] / SAMPLE_RATE
+                prediction = replace(merged[i], file=str(utterance.file), seconds=seconds)
+                rows.append((utterance, self.dataset.references[i], prediction))
+        return rows
+
+
+class Decoding(TypedDict, total=False):
+    """How recordings are decoded for an evaluation; see `evaluate`."""
+
+    batch_seconds: float | None
+    workers: int
+    timeout: float
+
+
+def with_lengths(
+    recognizer: Recognizer, utterances: Sequence[Utterance] | SpeechDataset, bad_audio: BadAudio
+) -> SpeechDataset:
+    """Return the utterances as a data set whose lengths all ranks know."""
+    dataset = utterances if isinstance(utterances, SpeechDataset) else recognizer.dataset(utterances)
+    if "lengths" not in vars(dataset):
+        bad_audio.read_lengths("valid", dataset, least=recognizer.model.config.min_samples)
+    return dataset
+
+
+def open_batches(
+    dataset: SpeechDataset, recognizer: Recognizer, world: World, decoding: Decoding
+) -> tuple[Generator[Batch, None, None], int]:
+    """Return this rank's batches of like length, decoded ahead, and their number."""
+    batches = evaluation_batches(
+        dataset.lengths,
+        batch_samples=int((decoding.get("batch_seconds") or recognizer.batch_seconds) * SAMPLE_RATE),
+        rank=world.rank,
+        world_size=world.size,
+    )
+    loader = decoded(
+        dataset,
+        batches,
+        partial(collate_at_least, min_samples=recognizer.model.config.min_samples),
+        workers=min(decoding.get("workers", 0), len(batches)),
+        timeout=decoding.get("timeout", WORKER_SECONDS),
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=outlive_signals,
+    )
+    return loader, len(batches)
+
+
+def equal_weights(recognizer: Recognizer) -> Objective:
+    """Return the objective in which each task has weight 1."""
+    vocabulary = recognizer.vocabulary
+    return Objective(dict.fromkeys(HEADS, 1.0), blank=vocabulary.blank if vocabulary is not None else 0)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Switch dropout and masks off, and in the end put the model back into the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -188,85 +283,54 @@ def evaluate(
     *,
     world: World | None = None,
     objective: Objective | None = None,
-    batch_seconds: float | None = None,
-    workers: int = 0,
     keep_rows: bool = False,
     progress: bool = False,
     bad_audio: BadAudio | None = None,
     stop: StopRequest | None = None,
-    timeout: float = WORKER_SECONDS,
+    **decoding: Unpack[Decoding],
 ) -> Evaluation:
-    """Score a model on utterances. Every rank calls this and gets the same result.
+    """Evaluate a model on utterances. Every rank calls this and gets the same result.
 
     Args:
         recognizer: the model with its labels.
-        utterances: rows of a manifest, or `Recognizer.dataset` of them; labels that are absent, or speakers that
+        utterances: rows of a manifest, or `Recognizer.dataset` of them. Labels that are absent, and speakers that
             the model does not know, are left out of that task's figures, which say how many they count.
         world: the ranks that share the work; None: this process alone.
         objective: for the losses; None: each task at weight 1.
-        batch_seconds: padded seconds per forward pass; None: as in prediction, `Recognizer.batch_seconds`.
-        workers: processes per rank that decode audio.
         keep_rows: also return the prediction for every utterance, on every rank, in their order.
         progress: show a progress bar.
         bad_audio: what becomes of recordings that cannot be read; None: the first is an AudioError, on all ranks.
         stop: may become true on any rank meanwhile; then the result, on all ranks, is ``interrupted``.
-        timeout: seconds to wait for a worker.
+        decoding: ``batch_seconds``, padded seconds per forward pass; None: as in prediction,
+            `Recognizer.batch_seconds`. ``workers``, processes per rank that decode audio. ``timeout``, seconds to
+            wait for a worker.
     """
     recognizer.require_single_label("for an evaluation")
     world = world or World(device=recognizer.device)
     bad_audio = bad_audio or BadAudio(world)
-    model, vocabulary = recognizer.model, recognizer.vocabulary
-    objective = objective or Objective(dict.fromkeys(HEADS, 1.0), blank=vocabulary.blank if vocabulary else 0)
-    dataset = utterances if isinstance(utterances, SpeechDataset) else recognizer.dataset(utterances)
-    if "lengths" not in vars(dataset):
-        bad_audio.read_lengths("valid", dataset, least=model.config.min_samples)
-    batches = evaluation_batches(
-        dataset.lengths,
-        batch_samples=int((batch_seconds or recognizer.batch_seconds) * SAMPLE_RATE),
-        rank=world.rank,
-        world_size=world.size,
-    )
-    loader = decoded(
-        dataset,
-        batches,
-        partial(collate_at_least, min_samples=model.config.min_samples),
-        workers=min(workers, len(batches)),
-        timeout=timeout,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=outlive_signals,
-    )
-    tally = Tally(recognizer, dataset)
-    rows: dict[int, Prediction] = {}
+    objective = objective or equal_weights(recognizer)
+    dataset = with_lengths(recognizer, utterances, bad_audio)
+    loader, count = open_batches(dataset, recognizer, world, decoding)
+    tally = Tally(recognizer, dataset, objective, keep_rows=keep_rows)
     errors: dict[int, str] = {}
     names = [u.id for u in dataset.utterances]
-    was_training = model.training
-    model.eval()
-    shown = {"desc": "evaluating", "unit": "batch", "total": len(batches), "leave": False}
-    for batch in tqdm(loader, **shown, disable=not progress):
-        errors |= batch.errors
-        if stop or (errors and bad_audio.policy == "fail"):
-            break  # to where the ranks meet
-        with memory_explained("Try a lower --eval-seconds", batch, names):
-            batch = batch.to(world.device)
-            with recognizer.autocast():
-                outputs = model(**batch.inputs)
-        tally.add_scores(objective, outputs, batch)
-        for index, prediction in zip(batch.indices, recognizer.decode(outputs), strict=True):
-            if index not in errors:
-                tally.add_prediction(index, prediction)
-                if keep_rows:
-                    seconds = dataset.lengths[index] / SAMPLE_RATE
-                    rows[index] = replace(prediction, file=str(dataset.utterances[index].file), seconds=seconds)
-    loader.close()
-    model.train(was_training)
+    shown = {"desc": "evaluating", "unit": "batch", "total": count, "leave": False}
+    with in_eval_mode(recognizer.model) as model, closing(loader):
+        for batch in tqdm(loader, **shown, disable=not progress):
+            errors |= batch.errors
+            if stop or (errors and bad_audio.policy == "fail"):
+                break  # to where the ranks meet
+            with memory_explained("Try a lower --eval-seconds", batch, names):
+                batch = batch.to(world.device)
+                with recognizer.autocast():
+                    outputs = model(**batch.inputs)
+            tally.add(outputs, batch)
     unread = bad_audio.agree("valid", dataset, errors)
     if tally.summed(world, stop=bool(stop)):
         return Evaluation(interrupted=True)
-    result = tally.evaluation(recognizer, objective, unread)
+    result = tally.evaluation(unread)
     if keep_rows:
-        merged = {i: p for part in world.gather(rows) for i, p in part.items()}
-        read = [(i, u) for i, u in enumerate(dataset.utterances) if i not in unread]
-        result.rows = [(u, dataset.references[i], merged[i]) for i, u in read]
+        result.rows = tally.rows_of_all(world, unread)
     return result
 
 

@@ -7,7 +7,7 @@ refused before the run's folder is touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ser.audio import SAMPLE_RATE
+from ser.data.audit import check_learnable, check_training_data
 from ser.data.augment import augmented
 from ser.data.dataset import SpeechDataset
 from ser.data.labels import NO_LABEL
 from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler
-from ser.data.text import Vocabulary, minimum_frames
 from ser.errors import ConfigError, RunFolderError, SerError, printable
 from ser.recognizer import Recognizer
 from ser.train.bad_audio import BadAudio
@@ -31,7 +31,6 @@ from ser.train.checkpoint import Progress, Saver, load_checkpoint
 from ser.train.config import TrainConfig
 from ser.train.content import contents, fingerprint
 from ser.train.distributed import World
-from ser.train.learnable import check_learnable
 from ser.train.log import say
 from ser.train.losses import LOSSES, Objective
 from ser.train.optim import make_optimizer
@@ -146,54 +145,6 @@ def without_long(
     return shorter
 
 
-def check_vocabulary(vocabulary: Vocabulary, dataset: SpeechDataset) -> None:
-    """Refuse a vocabulary that cannot write the transcripts."""
-    if any(dataset.texts) and not any(dataset.labels["ctc"]):
-        text = next(text for text in dataset.texts if text)
-        raise ConfigError(
-            f"no training transcript has a character of the vocabulary; the first is {text[:40]!r}, the "
-            f"symbols are {' '.join(vocabulary.tokens[:40])}. Try --build-vocab, or --orthography"
-        )
-    if not vocabulary.has_delimiter and (words := next((t for t in dataset.texts if " " in t), "")):
-        raise ConfigError(
-            f"the word delimiter {vocabulary.word_delimiter!r} is not in the vocabulary of "
-            f"{len(vocabulary)} symbols, and a training transcript has spaces: {words[:80]!r}; add "
-            "it, or take the spaces out"
-        )
-
-
-def misfits(recognizer: Recognizer, dataset: SpeechDataset, unread: Collection[str]) -> list[str]:
-    """Name the utterances whose transcript needs more frames than their audio has, in one note or none."""
-    frames = recognizer.model.config.num_frames(torch.tensor(dataset.lengths))
-    misfits = []
-    for utterance, target, there in zip(dataset.utterances, dataset.labels["ctc"], frames.tolist(), strict=True):
-        if (needed := minimum_frames(target)) > there and utterance.id not in unread:
-            misfits.append(printable(f"{utterance.id}: {needed} frames needed, {there} there"))
-    if not misfits:
-        return []
-    shown = "\n  ".join(misfits[:20] + ([f"and {len(misfits) - 20} more"] if len(misfits) > 20 else []))
-    return [f"{len(misfits)} transcripts do not fit their audio; left out of the CTC loss:\n  {shown}"]
-
-
-def check_training_data(recognizer: Recognizer, dataset: SpeechDataset, unread: Collection[str] = ()) -> list[str]:
-    """Refuse utterances without a frame; return what else is odd, such as transcripts that cannot fit."""
-    minimum = recognizer.model.config.min_samples
-    short = [(u, n) for u, n in zip(dataset.utterances, dataset.lengths, strict=True) if n < minimum]
-    if short:
-        listed = "\n  ".join(printable(f"{u.id}: {n} samples") for u, n in short[:50])
-        raise ConfigError(
-            f"{len(short)} training utterances are shorter than one frame ({minimum} samples at 16 kHz); remove "
-            f"them:\n  {listed}"
-        )
-    if recognizer.vocabulary is None:
-        return []
-    notes = []
-    if empty := sum(not text for text in dataset.texts):
-        notes.append(f"{empty} of {len(dataset)} utterances have no transcript; trained on their other labels")
-    check_vocabulary(recognizer.vocabulary, dataset)
-    return notes + dataset.rewriting().notes() + misfits(recognizer, dataset, unread)
-
-
 def make_ready(
     recognizer: Recognizer,
     train: Sequence[Utterance],
@@ -217,7 +168,8 @@ def make_ready(
     unread = bad_audio.skipped["train"]
     if config.augment:
         dataset.augment = augmented(config.augment, config.seed)
-    for note in check_training_data(recognizer, dataset, unread):
+    shape = recognizer.model.config
+    for note in check_training_data(dataset, shape.num_frames, min_samples=shape.min_samples, unread=unread):
         say(world, note)
     sampler = LengthBucketBatchSampler(
         dataset.lengths,
@@ -229,7 +181,16 @@ def make_ready(
         rank=world.rank,
         world_size=world.size,
     )
-    for note in check_learnable(recognizer, dataset, sampler.plan, weights, epochs=config.epochs, unread=unread):
+    concordant = [head for head, loss in LOSSES.items() if loss.sums is None]
+    for note in check_learnable(
+        dataset,
+        sampler.plan,
+        weights,
+        shape.num_frames,
+        concordant=concordant,
+        epochs=config.epochs,
+        unread=unread,
+    ):
         say(world, note)
     return Data(dataset, validation, sampler, lengths)
 

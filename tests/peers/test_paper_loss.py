@@ -38,7 +38,10 @@ def examples(samples=SAMPLES):
     generator = torch.Generator().manual_seed(5)
     return [
         Example(
-            i, 1.0, torch.randn(n, generator=generator, dtype=torch.float64), EMOTIONS[i], -100, [], TARGETS[i]
+            i,
+            1.0,
+            torch.randn(n, generator=generator, dtype=torch.float64),
+            {"emotion": EMOTIONS[i], "ctc": TARGETS[i]},
         )
         for i, n in enumerate(samples)
     ]
@@ -73,12 +76,14 @@ def paper_update(model, groups, alpha):
         log_probs = reference.lm_head(hidden).log_softmax(-1).transpose(0, 1)
         ctc = F.ctc_loss(
             log_probs,
-            torch.tensor([symbol for example in group for symbol in example.target]),
+            torch.tensor([symbol for example in group for symbol in example.labels["ctc"]]),
             torch.full((len(group),), len(log_probs)),
-            torch.tensor([len(example.target) for example in group]),
+            torch.tensor([len(example.labels["ctc"]) for example in group]),
             reduction="sum",
         )
-        emotion = F.cross_entropy(reference.cls_head(hidden.mean(1)), torch.tensor([e.emotion for e in group]))
+        emotion = F.cross_entropy(
+            reference.cls_head(hidden.mean(1)), torch.tensor([e.labels["emotion"] for e in group])
+        )
         loss = (emotion + alpha * ctc) / len(groups)
         loss.backward()
         whole = whole + loss.detach()

@@ -8,10 +8,11 @@ import torch
 from test_train import log, quick
 from toy import toy_recognizer, toy_rows
 
+from ser.data.audit import check_learnable
+from ser.data.labels import labels_vary
 from ser.data.manifest import read_manifest
 from ser.errors import ConfigError
-from ser.scores.counts import concordance, labels_vary
-from ser.train.learnable import check_learnable
+from ser.scores.counts import concordance
 from ser.train.loop import fit
 
 DIMENSIONS = {"heads": ("dimensions",)}
@@ -27,6 +28,12 @@ def told(capsys, tmp_path, rows, *, heads=("emotion", "dimensions"), valid=(), s
     config = quick(epochs=1, log_every=1, **changes)
     fit(toy_recognizer(heads=heads, speakers=speakers), rows, list(valid), config, tmp_path / "run")
     return capsys.readouterr().err.partition("train epoch 1")[0]
+
+
+def audited(recognizer, rows, plan, weights, **options) -> list[str]:
+    """What `check_learnable` says before this recognizer is trained on these rows."""
+    frames = recognizer.model.config.num_frames
+    return check_learnable(recognizer.dataset(rows), plan, weights, frames, concordant=["dimensions"], **options)
 
 
 def refused(tmp_path, rows, *, heads=("dimensions",), speakers=3, **changes) -> str:
@@ -102,19 +109,18 @@ def test_few_labelled_among_many_are_counted_by_update(tmp_path, rows, capsys):
 def test_an_unlucky_first_epoch_is_not_refused_where_another_teaches(rows):
     few = [replace(row, arousal=float(i) if i < 2 else None, valence=None) for i, row in enumerate(rows)]
     recognizer = toy_recognizer(heads=("dimensions",))
-    dataset = recognizer.dataset(few)
 
     def plan(epoch):
         order = range(12) if epoch == 3 else [0, *range(2, 12), 1]
         return [list(order[k : k + 2]) for k in range(0, 12, 2)]
 
-    told = check_learnable(recognizer, dataset, plan, {"dimensions": 1.0}, epochs=4)
+    told = audited(recognizer, few, plan, {"dimensions": 1.0}, epochs=4)
     assert any("6 of the 6 updates of an epoch have no two different labels of arousal" in line for line in told)
     with pytest.raises(ConfigError, match="no update would have a gradient"):
-        check_learnable(recognizer, dataset, plan, {"dimensions": 1.0}, epochs=3)
+        audited(recognizer, few, plan, {"dimensions": 1.0}, epochs=3)
     with pytest.raises(ConfigError, match="1 labels, and concordance needs different ones"):
         unread = [few[1].id]
-        check_learnable(recognizer, dataset, plan, {"dimensions": 1.0}, epochs=4, unread=unread)
+        audited(recognizer, few, plan, {"dimensions": 1.0}, epochs=4, unread=unread)
 
 
 def test_labels_of_recordings_that_cannot_be_read_teach_nothing(rows):
@@ -123,9 +129,7 @@ def test_labels_of_recordings_that_cannot_be_read_teach_nothing(rows):
 
     def check(unread):
         plan = [list(range(12))]
-        return check_learnable(
-            recognizer, recognizer.dataset(few), lambda epoch: plan, {"emotion": 1.0}, epochs=2, unread=unread
-        )
+        return audited(recognizer, few, lambda epoch: plan, {"emotion": 1.0}, epochs=2, unread=unread)
 
     assert check([few[0].id]) == []
     with pytest.raises(ConfigError, match="nothing of emotion is learnt: no training utterance has a label"):

@@ -1,0 +1,217 @@
+"""Check training data before hours are spent: can it be trained on, and can updates learn anything from it?
+
+A loss of 0 looks like success, so what teaches nothing is told. Most heads learn from any label. A loss of
+concordance (that of dimensions) has a gradient only where an update has two different labels of a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ser.data.dataset import SpeechDataset
+from ser.data.labels import LABELS, known, labels_vary
+from ser.data.text import Vocabulary, minimum_frames
+from ser.errors import ConfigError, printable
+
+WORTH_TELLING = 0.1  # the share of updates that teach nothing; the last one of an epoch may be small
+LARGER = "a larger --effective-batch (such as 32) helps where more utterances have labels"
+FLAGS = {"ctc": " (--alpha)", "speaker": " (--beta)", "dimensions": " (--gamma)"}
+
+# Number of samples of each utterance (N,) -> its frames (N,): `Wav2Vec2Config.num_frames`.
+NumFrames = Callable[[Tensor], Tensor]
+
+# --------------------------------------------------------------------------------------- recordings and text
+
+
+def check_vocabulary(vocabulary: Vocabulary, dataset: SpeechDataset) -> None:
+    """Raise ConfigError for a vocabulary that cannot write the transcripts."""
+    if any(dataset.texts) and not any(dataset.labels["ctc"]):
+        text = next(text for text in dataset.texts if text)
+        raise ConfigError(
+            f"no training transcript has a character of the vocabulary; the first is {text[:40]!r}, the "
+            f"symbols are {' '.join(vocabulary.tokens[:40])}. Try --build-vocab, or --orthography"
+        )
+    if not vocabulary.has_delimiter and (words := next((t for t in dataset.texts if " " in t), "")):
+        raise ConfigError(
+            f"the word delimiter {vocabulary.word_delimiter!r} is not in the vocabulary of "
+            f"{len(vocabulary)} symbols, and a training transcript has spaces: {words[:80]!r}; add "
+            "it, or take the spaces out"
+        )
+
+
+def misfits(dataset: SpeechDataset, num_frames: NumFrames, unread: Collection[str]) -> list[str]:
+    """Name the utterances whose transcript needs more frames than their audio has, in one note or none."""
+    frames = num_frames(torch.tensor(dataset.lengths)).tolist()
+    lines = []
+    for utterance, target, there in zip(dataset.utterances, dataset.labels["ctc"], frames, strict=True):
+        if (needed := minimum_frames(target)) > there and utterance.id not in unread:
+            lines.append(printable(f"{utterance.id}: {needed} frames needed, {there} there"))
+    if not lines:
+        return []
+    shown = "\n  ".join(lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else []))
+    return [f"{len(lines)} transcripts do not fit their audio; left out of the CTC loss:\n  {shown}"]
+
+
+def check_training_data(
+    dataset: SpeechDataset, num_frames: NumFrames, *, min_samples: int, unread: Collection[str] = ()
+) -> list[str]:
+    """Refuse utterances without a frame; return what else is odd, such as transcripts that cannot fit.
+
+    Args:
+        dataset: what a model is to be trained on.
+        num_frames: of the model's configuration.
+        min_samples: of the model's configuration: the samples of one frame.
+        unread: ids of utterances whose recording cannot be read.
+
+    Raises:
+        ConfigError: utterances are shorter than a frame, or the vocabulary cannot write the transcripts.
+    """
+    short = [(u, n) for u, n in zip(dataset.utterances, dataset.lengths, strict=True) if n < min_samples]
+    if short:
+        lines = "\n  ".join(printable(f"{u.id}: {n} samples") for u, n in short[:50])
+        raise ConfigError(
+            f"{len(short)} training utterances are shorter than one frame ({min_samples} samples at 16 kHz); "
+            f"remove them:\n  {lines}"
+        )
+    vocabulary = dataset.model_labels.vocabulary
+    if vocabulary is None:
+        return []
+    notes = []
+    if empty := sum(not text for text in dataset.texts):
+        notes.append(f"{empty} of {len(dataset)} utterances have no transcript; trained on their other labels")
+    check_vocabulary(vocabulary, dataset)
+    return notes + dataset.rewriting().notes() + misfits(dataset, num_frames, unread)
+
+
+# ----------------------------------------------------------------------------------------- what can be learnt
+
+
+def usable_of_head(dataset: SpeechDataset, head: str, num_frames: NumFrames) -> tuple[Tensor, str]:
+    """Tell which utterances (N,) a head can learn from, and why, where there are none."""
+    none = "no training utterance has a label"
+    if LABELS[head].kind == "text":
+        frames = num_frames(torch.tensor(dataset.lengths))
+        needed = torch.tensor([minimum_frames(target) for target in dataset.labels[head]])
+        none = "no transcript fits its audio" if bool(needed.any()) else "no training utterance has a transcript"
+        return (needed > 0) & (needed <= frames), none
+    labelled = known(head, torch.tensor(dataset.labels[head]))
+    if head == "speaker" and len(dataset.model_labels.speakers) < 2:
+        return labelled & False, "all of training is by one speaker"
+    return labelled, none
+
+
+def why_constant(values: Tensor) -> str:
+    """Say why concordance learns nothing from labels (N,), NaN where unknown; "" where it does."""
+    labels = values[values.isfinite()]
+    if len(labels) > 1 and not bool((labels == labels[0]).all()):
+        return ""
+    what = f"all {len(labels)} labels are {float(labels[0]):g}" if len(labels) > 1 else f"{len(labels)} labels"
+    return f"{what}, and concordance needs different ones"
+
+
+def usable_labels(
+    dataset: SpeechDataset,
+    heads: Collection[str],
+    concordant: Collection[str],
+    read: Tensor,
+    num_frames: NumFrames,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Find what can be learnt from, and what can learn nothing, with the reason.
+
+    ``concordant`` are the heads of numbers that learn by concordance: each number by itself. The first is (N,) for
+    each head, whether an utterance has a label; and (N,) for each number of a concordant head, the label, NaN for
+    none. ``read`` (N,) tells which recordings can be read.
+    """
+    labels, never = {}, {}
+    for head in [head for head in heads if head not in concordant]:
+        usable, why = usable_of_head(dataset, head, num_frames)
+        labels[head] = usable & read
+        if not labels[head].any():
+            never[head] = why
+    for head in [head for head in heads if head in concordant]:
+        names = dataset.model_labels.names[head]
+        numbers = torch.tensor(dataset.labels[head], dtype=torch.float64).reshape(len(dataset), -1)
+        for name, values in zip(names, numbers.unbind(1), strict=True):
+            labels[name] = values.masked_fill(~read, torch.nan)
+            if why := why_constant(labels[name]):
+                never[name] = why
+    return {name: values for name, values in labels.items() if name not in never}, never
+
+
+def teaches(labels: Tensor, updates: Sequence[Sequence[int]]) -> Tensor:
+    """Tell which updates (updates,) have a gradient of a head or number with these `usable_labels` (N,)."""
+    members = torch.tensor([i for update in updates for i in update])
+    sizes = torch.tensor([len(update) for update in updates])
+    places = torch.arange(len(updates)).repeat_interleave(sizes)
+    labels = labels[members]
+    if labels.dtype == torch.bool:
+        return torch.bincount(places[labels], minlength=len(updates)) > 0
+    places, y = places[labels.isfinite()], labels[labels.isfinite()]
+    n, total, squares = (torch.bincount(places, w, len(updates)) for w in (torch.ones_like(y), y, y * y))
+    return labels_vary(n, total, squares)
+
+
+def idle_updates(teaching: Mapping[str, Tensor], never: Collection[str], numbers: Collection[str]) -> list[str]:
+    """Say how many updates of an epoch teach nothing of a number, or nothing at all, where they are many.
+
+    ``teaching`` has (updates,) for each head and number, ``numbers`` are those of concordance.
+    """
+    updates = len(next(iter(teaching.values())))
+    notes = []
+    for name, taught in teaching.items():
+        idle = int((~taught).sum())
+        if name in numbers and name not in never and idle > WORTH_TELLING * updates:
+            notes.append(
+                f"{idle} of the {updates} updates of an epoch have no two different labels of {name}, so they "
+                f"teach nothing of it; {LARGER}"
+            )
+    idle = int((~torch.stack([*teaching.values()]).any(0)).sum())
+    if idle > WORTH_TELLING * updates and not teaching.keys() <= set(numbers):
+        notes.append(f"{idle} of the {updates} updates of an epoch have no label that any head learns from")
+    return notes
+
+
+def check_learnable(
+    dataset: SpeechDataset,
+    plan: Callable[..., Sequence[Sequence[int]]],
+    weights: Mapping[str, float],
+    num_frames: NumFrames,
+    *,
+    concordant: Collection[str],
+    epochs: int,
+    unread: Collection[str] = (),
+) -> list[str]:
+    """Refuse a run of which no update teaches any head; return what a person should know of any other.
+
+    Args:
+        dataset: what a model is to be trained on.
+        plan: the updates of each epoch, as `ser.data.sampler.plan_epoch` gives them.
+        weights: of each head's loss; 0: not trained.
+        num_frames: of the model's configuration.
+        concordant: the heads of numbers whose loss is one minus concordance.
+        epochs: that the run has.
+        unread: ids of utterances whose recording cannot be read.
+
+    Raises:
+        ConfigError: no update would have a gradient.
+    """
+    off = [head for head, weight in weights.items() if not weight]
+    notes = [f"the weight of {head} is 0{FLAGS.get(head, '')}: this head is not trained" for head in off]
+    heads = [head for head, weight in weights.items() if weight]
+    read = torch.tensor([u.id not in unread for u in dataset.utterances])
+    labels, never = usable_labels(dataset, heads, concordant, read, num_frames)
+    first = plan(epoch=0)
+    teaching = {name: teaches(values, first) for name, values in labels.items()}
+    for name in [name for name, updates in teaching.items() if not updates.any()]:
+        # The first epoch may be unlucky, unless an update is a single utterance.
+        others = range(1, epochs) if max(map(len, first)) > 1 else ()
+        if not any(teaches(labels[name], plan(epoch=epoch)).any() for epoch in others):
+            never[name] = f"no update has two different labels of it, and so concordance no gradient; {LARGER}"
+    told = [f"nothing of {name} is learnt: {why}" for name, why in never.items()]
+    if not labels.keys() - never.keys():
+        raise ConfigError("no update would have a gradient:\n  " + "\n  ".join(told))
+    numbers = [name for head in concordant for name in dataset.model_labels.names.get(head, ())]
+    return notes + idle_updates(teaching, never, numbers) + told
