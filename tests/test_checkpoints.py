@@ -341,10 +341,11 @@ def test_a_checkpoint_with_other_labels_or_symbols_of_equal_number_is_refused(tm
     run = open_run(tmp_path / "run", SETTINGS | {"model": describe(model)}).run
     save(run, model, 1)
     if part == "emotions":
-        model.emotions = model.emotions[::-1]
+        changes = {"names": {**model.labels.names, "emotion": model.emotions[::-1]}}
     else:
         tokens = model.vocabulary.tokens
-        model.vocabulary = Vocabulary({token: len(tokens) - 1 - i for i, token in enumerate(tokens)})
+        changes = {"vocabulary": Vocabulary({token: len(tokens) - 1 - i for i, token in enumerate(tokens)})}
+    model.labels = replace(model.labels, **changes)
     with pytest.raises(RunFolderError, match=r"model\.(emotions|symbols): \["):
         open_run(run.folder, SETTINGS | {"model": describe(model)})
 

@@ -195,7 +195,7 @@ def test_a_run_of_another_model_or_with_other_labels_is_refused_and_the_differen
     with pytest.raises(RunFolderError, match=r"model\.encoder\.intermediate_size: 32 then, 24 now"):
         fit(toy_recognizer(intermediate_size=24), train, valid, QUICK, folder / "run")
     other = toy_recognizer()
-    other.emotions = other.emotions[::-1]
+    other.labels = replace(other.labels, names={**other.labels.names, "emotion": other.emotions[::-1]})
     with pytest.raises(RunFolderError, match=r"model\.emotions: \['angry', "):
         fit(other, train, valid, QUICK, folder / "run")
 

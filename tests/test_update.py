@@ -479,6 +479,7 @@ def test_training_has_the_memory_that_tensors_gave_back_without_new_page_faults(
     """In a process of its own, as the setting is one of the whole process; at the end it is given back."""
     program = """
 import resource, torch
+import ser.train.loop  # what a training process has imported
 from ser.device import freed_memory_kept
 torch.set_num_threads(1)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
