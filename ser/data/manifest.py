@@ -192,8 +192,14 @@ def _delimiter(path: Path) -> str:
     return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
+def our_columns() -> tuple[str, ...]:
+    """Return the columns that have a meaning: the usual ones, and those of heads that were added to `LABELS`."""
+    return (*COLUMNS, *(column for column in label_columns() if column not in COLUMNS))
+
+
 def _unknown_column(name: str) -> str:
-    return f"no column of ours is called {name!r}{did_you_mean(name, COLUMNS)}; ours are {', '.join(COLUMNS)}"
+    ours = our_columns()
+    return f"no column of ours is called {name!r}{did_you_mean(name, ours)}; ours are {', '.join(ours)}"
 
 
 def _quoted(word: str) -> str:
@@ -208,7 +214,7 @@ class _Renaming:
         self.path = path
         self.columns = columns
         for ours in columns:
-            if ours not in COLUMNS:
+            if ours not in our_columns():
                 raise ManifestError(f"{path}: {_unknown_column(ours)}")
         self.found: list[str] = []  # the manifest's names, as soon as they are known
         self.remark = ""  # for errors about them
@@ -241,11 +247,12 @@ class _Renaming:
 
     def lines(self) -> list[str]:
         """Which columns were read as what, and those that were not, with what they may be meant for."""
-        read = {self(name): name for name in self.found if self(name) in COLUMNS}
-        others = [name for name in self.found if name and self(name) not in COLUMNS]
+        columns = our_columns()
+        read = {self(name): name for name in self.found if self(name) in columns}
+        others = [name for name in self.found if name and self(name) not in columns]
         shown = [
             ours if ours == read[ours] else f"{ours} (from {brief_repr(read[ours])})"
-            for ours in COLUMNS
+            for ours in columns
             if ours in read
         ]
         nameless = self.found.count("")
@@ -256,7 +263,7 @@ class _Renaming:
         hints = [
             f"  {brief_repr(name)} is not read; did you mean --columns {_quoted(f'{ours}={name}')}?"
             for name in others[:MAX_COLUMNS]
-            if name not in aside and (ours := often_called(name, [c for c in COLUMNS if c not in read]))
+            if name not in aside and (ours := often_called(name, [c for c in columns if c not in read]))
         ]
         return lines + hints[:MAX_SHOWN]
 
@@ -398,7 +405,8 @@ def _cell(name: str, value: Any, renaming: _Renaming) -> str | None:
         return value
     unfit = isinstance(value, dict | list) or (isinstance(value, float) and not math.isfinite(value))
     ours = renaming(name)
-    if unfit and ours in COLUMNS and not (isinstance(value, float) and ours in NUMBERS):
+    numbers = (*NUMBERS, *label_columns("numbers")) if unfit else ()
+    if unfit and ours in our_columns() and not (isinstance(value, float) and ours in numbers):
         raise ValueError(f"{brief_repr(name)} is {brief_repr(value)}, expected a string or number")
     return json.dumps(value, ensure_ascii=False)
 
@@ -472,10 +480,12 @@ def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], mis
     if not name:
         found.append("has no file")
     start, end = (_number(part, full.pop(part, None), found, least=0) for part in ("start", "end"))
-    dimensions = {name: _number(name, full.pop(name, None), found, missing) for name in DIMENSIONS}
+    numbers = {name: _number(name, full.pop(name, None), found, missing) for name in label_columns("numbers")}
     if end is not None and end <= (start or 0.0):
         found.append(f"end {end} is not after start {start or 0.0}")
     emotion, speaker = (_label(full.pop(kind, None)) for kind in ("emotion", "speaker"))
+    others = {name: _label(full.pop(name, None)) for name in label_columns("class") if name not in COLUMNS}
+    others = {name: None if cell and missing(name, cell) else cell for name, cell in others.items()}
     text = full.pop("text", None)
     if text is not None and len(text) < 8 and missing("text", text):  # the cells that can be
         text = None
@@ -484,7 +494,7 @@ def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], mis
         file=folder / name,
         start=start,
         end=end,
-        labels={"emotion": emotion, "text": text, "speaker": speaker, **dimensions},
+        labels={"emotion": emotion, "text": text, "speaker": speaker, **others, **numbers},
         extra=dict(full),  # a copy is as small as what is left
     )
 
@@ -700,7 +710,7 @@ def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
         ours, equals, theirs = (part.strip() for part in pair.partition("="))
         if not equals or not ours or not theirs:
             raise ConfigError(f"expected OURS=THEIRS, such as text=transcript, found {pair!r}")
-        if ours not in COLUMNS:
+        if ours not in our_columns():
             raise ConfigError(_unknown_column(ours))
         if ours in columns:
             raise ConfigError(f"the column {ours!r} is given twice: {columns[ours]!r} and {theirs!r}")
@@ -720,7 +730,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique_names, parse_constant=_const
 def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
     """Which labels a reader would take for something else."""
     advice = "write and read it with literal_labels"
-    for column in ("emotion", "speaker", "text"):
+    for column in sorted(label_columns("class", "text")):
         value = utterance.labels.get(column)
         if value is None:
             continue
@@ -733,7 +743,7 @@ def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
 def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
     """name -> value of what is known."""
     file = utterance.file.absolute()
-    cells: dict[str, str | float | None] = {name: value_of(utterance, name) for name in COLUMNS}
+    cells: dict[str, str | float | None] = {name: value_of(utterance, name) for name in our_columns()}
     cells["file"] = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
     return {name: value for name, value in {**utterance.extra, **cells}.items() if value is not None}
 
@@ -770,9 +780,10 @@ def write_manifest(
     utterances = list(utterances)
     if not utterances:
         raise ManifestError(f"{path}: there are no utterances to write")
-    used = {"file", "id", *(name for name in COLUMNS for u in utterances if value_of(u, name) is not None)}
+    columns = our_columns()
+    used = {"file", "id", *(name for name in columns for u in utterances if value_of(u, name) is not None)}
     others = dict.fromkeys(name for u in utterances for name in u.extra)
-    names = [*(name for name in COLUMNS if name in used), *others]
+    names = [*(name for name in columns if name in used), *others]
     delimiter = _delimiter(path)
     to_line = functools.partial(csv_line, delimiter=delimiter)
     as_json = _is_json(path)
@@ -783,7 +794,7 @@ def write_manifest(
         return delimiter == "\t" and "\n" in cell and not as_json
 
     for name in others:
-        if name in COLUMNS or not name or name != name.strip() or not _is_text(name) or breaks(name):
+        if name in columns or not name or name != name.strip() or not _is_text(name) or breaks(name):
             problems.add(f"extra column {brief_repr(name)}", "is not a name of its own")
     checks = _Checks(check_files=False, unit="utterance")
     try:
