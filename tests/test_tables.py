@@ -22,7 +22,7 @@ from ser.data.labels import (
     names_in,
     unknown,
 )
-from ser.data.manifest import Utterance
+from ser.data.manifest import Utterance, parse_columns, read_manifest, write_manifest
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError, ModelFolderError
 from ser.folder import head_config
@@ -150,6 +150,17 @@ def test_two_heads_of_classes_from_outside_and_inside_stand_beside_each_other(ge
     assert figures["gender_accuracy"] == sum(right) / 16 and {p.emotion for p in answers} <= set(emotions)
     assert figures["loss"] == pytest.approx(figures["loss_emotion"] + 0.5 * figures["loss_gender"])
     assert again.model.gender_head.dense.weight.shape == (16, 16), "its form is dense"
+
+
+@pytest.mark.parametrize("name", ["written.csv", "written.jsonl"])
+def test_columns_of_heads_from_outside_travel_through_a_manifest(age, gender, tmp_path, name):
+    rows = [row.relabelled(gender="fm"[i % 2] if i else None) for i, row in enumerate(aged_rows(tmp_path))]
+    write_manifest(tmp_path / name, rows)
+    again = read_manifest(tmp_path / name)
+    assert [row.labels for row in again] == [row.labels for row in rows]
+    assert labelled_heads([again[0].labels]) == labelled_heads([rows[0].labels])
+    assert {"age", "gender"} <= {*labelled_heads([row.labels for row in again])}
+    assert parse_columns(["age=years"]) == {"age": "years"}
 
 
 # --------------------------------------------------------------------------------------------------------- labels

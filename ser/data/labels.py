@@ -54,6 +54,11 @@ def label_columns(*kinds: str) -> tuple[str, ...]:
     return tuple(c for label in LABELS.values() for c in label.columns if not kinds or label.kind in kinds)
 
 
+def label_kinds() -> dict[str, str]:
+    """Return the kind of label that each column of a manifest holds."""
+    return {column: label.kind for label in LABELS.values() for column in label.columns}
+
+
 def labelled_heads(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the heads that at least one row (`Utterance.labels`) has a label for."""
     present = set().union(*rows)

@@ -52,7 +52,7 @@ from ser.data.cells import (
     swallowed,
     whole,
 )
-from ser.data.labels import DIMENSIONS, label_columns
+from ser.data.labels import DIMENSIONS, label_columns, label_kinds
 from ser.data.text import did_you_mean, nfc, unique_names
 from ser.errors import ConfigError, ManifestError, brief_repr, shorten, summary
 from ser.files import csv_line, replace_file
@@ -116,11 +116,12 @@ class Utterance:
         **columns: str | float | None,
     ) -> None:
         """Make a row; ``columns`` are labels by name, which count before ``labels``, and None is no label."""
-        for name in columns.keys() - label_columns():
-            raise TypeError(f"Utterance has no {name!r}{did_you_mean(name, label_columns())}")
-        every = {**(labels or {}), **columns}
-        values = (id, file, start, end, {name: v for name, v in every.items() if v is not None}, extra or {})
-        for name, value in zip(self.__slots__, values, strict=True):
+        if columns:
+            for name in columns.keys() - label_columns():
+                raise TypeError(f"Utterance has no {name!r}{did_you_mean(name, label_columns())}")
+            labels = {**(labels or {}), **columns}
+        known = {name: value for name, value in labels.items() if value is not None} if labels else {}
+        for name, value in zip(self.__slots__, (id, file, start, end, known, extra or {}), strict=True):
             object.__setattr__(self, name, value)
 
     def relabelled(self, **columns: str | float | None) -> Utterance:
@@ -510,21 +511,29 @@ def _excerpt_suffix(start: float | None, end: float | None) -> str:
     return f"#{'' if start is None else start}-{'' if end is None else end}"
 
 
-def _utterance(cells: dict[str, str | None], folder: Path, found: list[str], missing: Missing) -> Utterance:
-    """Make an utterance of a row; what is wrong with the row goes to `found`."""
+def _utterance(
+    cells: dict[str, str | None], folder: Path, found: list[str], missing: Missing, kinds: Mapping[str, str]
+) -> Utterance:
+    """Make an utterance of a row; what is wrong with the row goes to `found`. ``kinds`` are `label_kinds`."""
     full: dict[str, Any] = {name: cell for name, cell in cells.items() if cell and not cell.isspace()}
     name = full.pop("file", "")
     if not name:
         found.append("has no file")
     start, end = (_cell_number(part, full.pop(part, None), found, least=0) for part in ("start", "end"))
-    labels: dict[str, Any] = {column: _label(full.pop(column, None)) for column in label_columns("class")}
-    for column in label_columns("numbers"):
-        labels[column] = _cell_number(column, full.pop(column, None), found, missing)
+    labels: dict[str, Any] = {}
+    for column, kind in kinds.items():
+        cell = full.pop(column, None)
+        if cell is None:
+            continue
+        if kind == "numbers":
+            labels[column] = _cell_number(column, cell, found, missing)
+        elif kind == "class":  # of emotions and speakers `_with_names` knows more
+            none = column not in ("emotion", "speaker") and missing(column, cell)
+            labels[column] = None if none else _label(cell)
+        elif not (len(cell) < 8 and missing(column, cell)):  # the texts that can be none
+            labels[column] = cell
     if end is not None and end <= (start or 0.0):
         found.append(f"end {end} is not after start {start or 0.0}")
-    text = full.pop("text", None)
-    if text is not None and not (len(text) < 8 and missing("text", text)):  # the cells that can be
-        labels["text"] = text
     return Utterance(
         id=full.pop("id", None) or name + _excerpt_suffix(start, end),
         file=folder / name,
@@ -655,11 +664,11 @@ def _checked_utterances(
     problems: _Problems,
 ) -> list[Utterance]:
     """Make an utterance of each row, whose file is under its name on the disk; report what is wrong with it."""
-    files = Files()
+    files, kinds = Files(), label_kinds()
     utterances: list[Utterance] = []
     for line, cells in rows:
         found: list[str] = []
-        utterance = _utterance(cells, folder, found, missing)
+        utterance = _utterance(cells, folder, found, missing, kinds)
         if not found:
             name = cells["file"]
             if name is not None and not name.isascii():
@@ -770,7 +779,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique_names, parse_constant=_const
 def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
     """Say which labels a reader would take for something else."""
     advice = "write and read it with literal_labels"
-    for column in ("emotion", "speaker", "text"):
+    for column in sorted(label_columns("class", "text")):
         value = utterance.labels.get(column)
         if value is None:
             continue
@@ -845,14 +854,14 @@ def _written_lines(
     utterances: Iterable[Utterance], folder: Path, layout: _Layout, literal: Missing, problems: _Problems
 ) -> Iterator[str]:
     """Yield the line of each utterance that would be read as it is; report what is wrong with the others."""
-    checks = _Checks(check_files=False, unit="utterance")
+    checks, kinds = _Checks(check_files=False, unit="utterance"), label_kinds()
     for number, utterance in enumerate(utterances, 1):
         cells = _cells(utterance, folder)
         texts = {name: str(value) for name, value in cells.items()}
         line = layout.line(cells)
         found: list[str] = []
         # As the reader will see it.
-        found += _read_otherwise(_utterance({**texts}, folder, found, Missing(literal=True)), literal)
+        found += _read_otherwise(_utterance({**texts}, folder, found, Missing(literal=True), kinds), literal)
         found += [*checks.of(utterance, number), *layout.faults(texts, line)]
         for what in found:
             problems.add(f"utterance {number} {brief_repr(utterance.id)}", what)
