@@ -1,11 +1,14 @@
-"""How far `ser` is from the reference implementation, for each architecture, head and source format.
+"""Measure how far `ser` is from the reference implementation, for each architecture, head and source format.
 
     make parity        (python tests/peers/parity.py --write docs/parity.md)
 
-Encoders have random weights at their public width, two transformer layers, and one second of noise. Each figure is
-the norm of a difference relative to the norm of what is expected: the largest over all layers' outputs in float32,
-the gradient of a random projection of the output in float64 (all parameters together), and, without a reference,
-an utterance alone beside the same in a padded batch of three (N2), float32.
+Encoders have random weights at their public width and two transformer layers. They get one second of noise. Each
+figure is the norm of a difference, relative to the norm of what is expected:
+
+* forward: the largest difference over all layers' outputs, in float32;
+* gradient: that of a random projection of the output, over all parameters together, in float64;
+* in a batch: the output of an utterance alone beside that of the same in a padded batch of three, in float32. This
+  needs no reference.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.pretrained import written_names
 from ser.models.wav2vec2 import Wav2Vec2
 
+LIMITS = {"forward": 1e-5, "gradient": 1e-9, "in a batch": 1e-5}
 EMOTIONS = {0: "ang", 1: "hap", 2: "neu", 3: "sad"}
 
 
@@ -84,7 +88,7 @@ def encoder_row(values: dict[str, Any], *, samples: int = 16_000) -> dict[str, f
         lengths = [samples, samples // 2 + 7, 400]
         batch = torch.randn(3, samples, generator=torch.Generator().manual_seed(2))
         together, frames = ours(batch, torch.tensor(lengths))
-        company = max(
+        in_a_batch = max(
             difference(together[i, : frames[i]], ours(batch[i : i + 1, :n])[0][0]) for i, n in enumerate(lengths)
         )
 
@@ -98,7 +102,7 @@ def encoder_row(values: dict[str, Any], *, samples: int = 16_000) -> dict[str, f
     gradient = difference(
         torch.cat([found[name].flatten() for name in wanted]), torch.cat([g.flatten() for g in wanted.values()])
     )
-    return {"forward": max(forward), "gradient": gradient, "company": company}
+    return {"forward": max(forward), "gradient": gradient, "in a batch": in_a_batch}
 
 
 def head_row(values: dict[str, Any], suffix: str, **settings: Any) -> dict[str, float]:
@@ -239,19 +243,19 @@ def main() -> None:
             continue
         if part != group:
             group = part
-            lines += ["", f"## {part}", "", "| what | forward | gradient | company |", "|---|---|---|---|"]
+            lines += ["", f"## {part}", "", "| what | forward | gradient | in a batch |", "|---|---|---|---|"]
         started = time.perf_counter()
         figures = measure()
-        cells = " | ".join(f"{figures[k]:.1e}" if k in figures else "" for k in ("forward", "gradient", "company"))
+        cells = " | ".join(f"{figures[key]:.1e}" if key in figures else "" for key in LIMITS)
         lines.append(f"| {name} | {cells} |")
         print(f"{lines[-1]}  ({time.perf_counter() - started:.1f} s)", flush=True)
-        limits = {"forward": 1e-5, "gradient": 1e-9, "company": 1e-5}
-        if any(value > limits[key] for key, value in figures.items()):
+        if any(value > LIMITS[key] for key, value in figures.items()):
             failed.append(name)
     if arguments.write:
         introduction = (__doc__ or "").split("\n\n", 2)[2].strip()
         versions = f"transformers {transformers.__version__}, torch {torch.__version__}, {platform.machine()}"
-        text = f"# Parity\n\nMade by `make parity` with {versions}.\n\n{introduction}\n" + "\n".join(lines) + "\n"
+        head = f"# Parity\n\nThe command `make parity` wrote this page with {versions}."
+        text = f"{head}\n\n{introduction}\n" + "\n".join(lines) + "\n"
         arguments.write.write_text(text)
         print(f"written: {arguments.write}")
     if failed:

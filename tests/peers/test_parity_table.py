@@ -11,6 +11,6 @@ TABLE = Path(__file__).resolve().parents[2] / "docs" / "parity.md"
 def test_every_row_of_the_command_stands_in_the_table_and_none_is_over_its_tolerance():
     found = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+\|[^|]+\|[^|]+) \|$", TABLE.read_text(), flags=re.M))
     for _, name, _ in rows():
-        forward, gradient, company = (cell.strip() for cell in found[name].split("|"))
+        forward, gradient, in_a_batch = (cell.strip() for cell in found[name].split("|"))
         assert float(forward) <= 1e-5, name
-        assert float(gradient or 0) <= 1e-9 and float(company or 0) <= 1e-5, name
+        assert float(gradient or 0) <= 1e-9 and float(in_a_batch or 0) <= 1e-5, name

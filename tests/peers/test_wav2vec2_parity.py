@@ -301,9 +301,9 @@ def test_a_public_configuration_scaled_down_equals_the_reference(hf_configs, ran
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_each_claimed_encoder_scaled_down_equals_the_reference_forward_backward_and_in_company(name):
+def test_each_claimed_encoder_scaled_down_equals_the_reference_forward_backward_and_in_a_batch(name):
     figures = encoder_row(ENCODERS[name] | SIZES, samples=5000)
-    assert figures["forward"] <= 1e-5 and figures["gradient"] <= 1e-9 and figures["company"] <= 1e-5, figures
+    assert figures["forward"] <= 1e-5 and figures["gradient"] <= 1e-9 and figures["in a batch"] <= 1e-5, figures
 
 
 @pytest.mark.parametrize("name", ENCODERS)
