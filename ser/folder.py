@@ -372,8 +372,8 @@ def base_ids(folder: Path, settings: Mapping) -> dict[str, Any] | None:
         return ids_of_language(folder, ids, settings) if by_language else ids
     if stands_in(folder, "tokenizer.json"):
         model = read_json(folder, "tokenizer.json").get("model")
-        ids = model.get("vocab") if isinstance(model, dict) else None
-        return ids if isinstance(ids, dict) else None
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        return vocab if isinstance(vocab, dict) else None
     return None
 
 
