@@ -51,7 +51,11 @@ LABELS = {
 
 def label_columns(*kinds: str) -> tuple[str, ...]:
     """Return the columns of a manifest that hold labels of these kinds, or of every kind."""
-    return tuple(c for label in LABELS.values() for c in label.columns if not kinds or label.kind in kinds)
+    columns: list[str] = []  # a loop, as this is asked for every row of a manifest
+    for label in LABELS.values():
+        if not kinds or label.kind in kinds:
+            columns += label.columns
+    return tuple(columns)
 
 
 def label_kinds() -> dict[str, str]:
