@@ -31,6 +31,7 @@ from public import ENCODERS
 from torch import Tensor, nn
 
 import ser
+from ser.data.text import Vocabulary
 from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.pretrained import written_names
 from ser.models.wav2vec2 import Wav2Vec2
@@ -114,7 +115,7 @@ def head_row(values: dict[str, Any], suffix: str, **settings: Any) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         if suffix == "ForCTC":
-            ser.recognizer.Vocabulary.librispeech().write(Path(folder) / "vocab.json")
+            Vocabulary.librispeech().write(Path(folder) / "vocab.json")
         ours = ser.load(folder).model
     with torch.no_grad():
         found, expected = ours(waveform), model(waveform).logits
@@ -158,7 +159,7 @@ def paper_row(values: dict[str, Any]) -> dict[str, float]:
         config = Path(folder) / "config.json"
         speakers = {"format": 1, "speakers": [f"s{i}" for i in range(10)]}
         config.write_text(json.dumps(json.loads(config.read_text()) | {"id2label": EMOTIONS, "ser": speakers}))
-        ser.recognizer.Vocabulary.librispeech().write(Path(folder) / "vocab.json")
+        Vocabulary.librispeech().write(Path(folder) / "vocab.json")
         found, (ctc, emotion, speaker) = ser.load(folder).model(waveform), model(waveform)
         pairs = ((found.ctc, ctc), (found.emotion, emotion), (found.speaker, speaker))
         return {"forward": max(difference(a, b) for a, b in pairs if a is not None)}
