@@ -387,7 +387,7 @@ def test_two_ranks_end_with_the_same_message_where_the_list_cannot_be_written(tw
 def test_out_of_memory_names_the_utterance_its_seconds_and_what_to_change(two_ranks):
     message = two_ranks[1][0]["memory"]
     assert message.startswith(f"{ResourceError.__name__}: out of memory")
-    for words in ("long (120.0 s)", "--micro-batch 1", "--max-seconds", "--activation-checkpointing", "--amp"):
+    for words in ("long (120.0 s)", "--micro-seconds 1", "--max-seconds", "--activation-checkpointing", "--amp"):
         assert words in message
 
 
@@ -408,7 +408,7 @@ FORK = OSError(12, "Cannot allocate memory")
         ),
         ("torch.optim.AdamW.step", CUDA, r"in the optimizer's step: .*CUDA out of memory\. Tried to allocate 2"),
         ("torch.nn.utils.clip_grad_norm_", CUDA, "in the optimizer's step"),
-        ("torch.Tensor.backward", CUBLAS, r"with 2 utterances padded to .*train.*Try --micro-batch 1"),
+        ("torch.Tensor.backward", CUBLAS, r"with 2 utterances padded to .*train.*Try --micro-seconds 1"),
         ("ser.train.checkpoint.optimizer_tensors", MemoryError(), r"outside of an update\. .*\(MemoryError\)"),
         ("torch.nn.Module.to", CUDA, "when the model was put onto cpu"),
         ("ser.train.distributed.World.wrap", CUDA, "when room for gradients was made"),

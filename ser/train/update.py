@@ -26,7 +26,7 @@ from ser.train.losses import Objective, at_least_float32, ccc_loss
 from ser.train.resources import SMALLER_MODEL, memory_explained
 
 SMALLER_UPDATES = (
-    "Try --micro-batch 1 (the effective batch stays), --max-seconds to drop the longest training utterances, "
+    "Try --micro-seconds 1 (the effective batch stays), --max-seconds to drop the longest training utterances, "
     "--activation-checkpointing, --amp bf16; a run that has a checkpoint continues from it"
 )
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,6 +9,7 @@ import transformers
 from foreign_models import EmotionModel, Wav2Vec2ForCTCnCLS
 
 import ser
+from ser.data.text import Vocabulary
 from ser.errors import ModelFolderError
 from ser.models.heads import mix_layers
 from ser.models.multitask import HeadsConfig, MultiTaskModel
@@ -113,7 +114,7 @@ def test_a_classifier_that_reads_another_layer_claims_no_class_that_would_read_t
 
 def test_a_ctc_model_of_each_architecture_gives_the_same_scores_and_text(config, randomise, tmp_path, waveform):
     peer = getattr(transformers, config.architecture.classes + "ForCTC")
-    vocabulary = ser.recognizer.Vocabulary.librispeech()
+    vocabulary = Vocabulary.librispeech()
     model = randomise(peer(peer.config_class(**config.to_dict(), vocab_size=len(vocabulary)))).eval()
     model.save_pretrained(tmp_path)
     preprocessor(tmp_path)
@@ -170,7 +171,7 @@ def test_the_paper_s_model_with_a_speaker_head_gives_the_same_scores_once_it_has
         id2label={"0": "neutral", "1": "happy", "2": "angry", "3": "sad"},
         ser={"format": 1, "speakers": [f"s{i}" for i in range(10)]},
     )
-    ser.recognizer.Vocabulary.librispeech().write(tmp_path / "vocab.json")
+    Vocabulary.librispeech().write(tmp_path / "vocab.json")
     recognizer = ser.load(tmp_path)
     with torch.no_grad():
         outputs, expected = recognizer.model(waveform), model(waveform)
@@ -222,14 +223,14 @@ def test_training_from_a_classifier_makes_a_head_anew_that_reads_or_names_someth
 def test_a_ctc_head_is_kept_when_the_vocabularies_are_equal_else_made_new_and_reported(
     styles, randomise, tmp_path
 ):
-    vocabulary = ser.recognizer.Vocabulary.librispeech()
+    vocabulary = Vocabulary.librispeech()
     heads = HeadsConfig(vocab_size=len(vocabulary))
     source = Recognizer(randomise(MultiTaskModel(styles["base-style"], heads)), vocabulary=vocabulary)
     source.save(tmp_path / "asr")
     same, report = Recognizer.create(tmp_path / "asr", emotions=["a", "b"], vocabulary=vocabulary)
     assert torch.equal(same.model.lm_head.weight, source.model.lm_head.weight)
     assert sorted(report.new) == ["cls_head.bias", "cls_head.weight"]
-    other = ser.recognizer.Vocabulary.build(["ABC"])
+    other = Vocabulary.build(["ABC"])
     fresh, report = Recognizer.create(tmp_path / "asr", emotions=["a", "b"], vocabulary=other)
     assert {"lm_head.weight", "lm_head.bias"} <= set(report.new) & set(report.unused)
     assert "newly initialised: " in str(report) and "lm_head.weight" in str(report)
