@@ -141,21 +141,25 @@ class Recognizer:
             )
 
     emotions = property(
-        lambda self: self.labels.emotions, doc="Names of the emotion head's classes, in their order."
+        lambda self: self.labels.emotions, doc="Return the names of the emotion head's classes, in their order."
     )
     speakers = property(
-        lambda self: self.labels.speakers, doc="Names of the speaker head's classes, in their order."
+        lambda self: self.labels.speakers, doc="Return the names of the speaker head's classes, in their order."
     )
-    dimensions = property(lambda self: self.labels.dimensions, doc="Names of the dimension head's numbers.")
-    multi_label = property(lambda self: self.labels.multi_label, doc="Whether several emotions can be right.")
-    vocabulary = property(lambda self: self.labels.vocabulary, doc="The CTC symbols, or None without a CTC head.")
-    orthography = property(lambda self: self.labels.orthography, doc="How training wrote its text.")
-    tags = property(lambda self: self.labels.tags, doc="What training did with tags in its text.")
-    do_normalize = property(lambda self: self.labels.do_normalize, doc="Whether waveforms are normalised.")
+    dimensions = property(
+        lambda self: self.labels.dimensions, doc="Return the names of the dimension head's numbers."
+    )
+    multi_label = property(lambda self: self.labels.multi_label, doc="Tell whether several emotions can be right.")
+    vocabulary = property(
+        lambda self: self.labels.vocabulary, doc="Return the CTC symbols, or None without a CTC head."
+    )
+    orthography = property(lambda self: self.labels.orthography, doc="Return how training wrote its text.")
+    tags = property(lambda self: self.labels.tags, doc="Return what training did with tags in its text.")
+    do_normalize = property(lambda self: self.labels.do_normalize, doc="Tell whether waveforms are normalised.")
 
     @property
     def kind(self) -> str | None:
-        """What the model answers with on emotions.
+        """Tell what the model answers with on emotions.
 
         "single-label" gives one emotion, with probabilities that sum to 1. "multi-label" gives each emotion by
         itself, with probabilities that do not. "regression" gives numbers by their names, in
@@ -344,12 +348,12 @@ class Recognizer:
 
     @property
     def device(self) -> torch.device:
-        """The device that the model is on."""
+        """Return the device that the model is on."""
         return next(self.model.parameters()).device
 
     @property
     def batch_seconds(self) -> float:
-        """The padded seconds per forward pass on the model's device."""
+        """Return the padded seconds per forward pass on the model's device."""
         return BATCH_SECONDS.get(self.device.type, BATCH_SECONDS["cuda"])
 
     def predict(

@@ -41,7 +41,7 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """The arguments of a model's forward pass by name: waveforms or what stands for them, and num_samples."""
+        """Return the arguments of a model's forward pass: waveforms or what stands for them, and num_samples."""
         first = {"waveforms": self.waveforms} if self.stored is None else {self.kind: self.stored}
         return first | {"num_samples": self.num_samples}
 
@@ -216,7 +216,7 @@ class SpeechDataset(Dataset[Example]):
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Samples at 16 kHz of each utterance, from the file headers alone; a caller may set them instead.
+        """Read the samples at 16 kHz of each utterance from the file headers alone; a caller may set them instead.
 
         Raises:
             AudioError: recordings cannot be used, as their headers show. The error lists all of them.

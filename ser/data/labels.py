@@ -127,22 +127,22 @@ class Labels:
 
     @property
     def emotions(self) -> list[str]:
-        """The names of the emotion head's classes."""
+        """Return the names of the emotion head's classes."""
         return list(self.names.get("emotion", ()))
 
     @property
     def speakers(self) -> list[str]:
-        """The names of the speaker head's classes."""
+        """Return the names of the speaker head's classes."""
         return list(self.names.get("speaker", ()))
 
     @property
     def dimensions(self) -> list[str]:
-        """The names of the dimension head's numbers."""
+        """Return the names of the dimension head's numbers."""
         return list(self.names.get("dimensions", ()))
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Head -> how many outputs it has, of the heads that there are."""
+        """Map each head that the model has to the number of its outputs."""
         sizes = {head: len(names) for head, names in self.names.items()}
         return sizes if self.vocabulary is None else sizes | {"ctc": len(self.vocabulary)}
 

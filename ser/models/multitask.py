@@ -88,7 +88,7 @@ class HeadsConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Head -> the number of its outputs, in the order of `HEADS`; 0 where the model has no such head."""
+        """Map each head of `HEADS` in order to the number of its outputs; 0 where the model has no such head."""
         usual = {
             "emotion": self.num_emotions,
             "ctc": self.vocab_size,
@@ -110,22 +110,22 @@ class Outputs(NamedTuple):
 
     @property
     def emotion(self) -> Tensor | None:
-        """(B, K), None without an emotion head."""
+        """Return emotion scores (B, K), None without an emotion head."""
         return self.scores.get("emotion")
 
     @property
     def ctc(self) -> Tensor | None:
-        """(B, T, V), None without a CTC head."""
+        """Return symbol scores (B, T, V), None without a CTC head."""
         return self.scores.get("ctc")
 
     @property
     def speaker(self) -> Tensor | None:
-        """(B, K), None without a speaker head."""
+        """Return speaker scores (B, K), None without a speaker head."""
         return self.scores.get("speaker")
 
     @property
     def dimensions(self) -> Tensor | None:
-        """(B, K) on the scale of the labels, None without a dimension head."""
+        """Return dimensions (B, K) on the scale of the labels, None without a dimension head."""
         return self.scores.get("dimensions")
 
 
@@ -166,12 +166,12 @@ class MultiTaskModel(nn.Module):
 
     @property
     def heads(self) -> list[str]:
-        """Names of the heads that exist."""
+        """Return the names of the heads that the model has."""
         return [name for name in HEADS if self.head(name) is not None]
 
     @property
     def reads_frames(self) -> bool:
-        """Whether a head reads the frames of the last layer."""
+        """Tell whether a head reads the frames of the last layer."""
         return any(HEADS[name].reads == "frames" for name in self.heads)
 
     def initialise(self, part: str) -> None:
