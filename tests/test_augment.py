@@ -8,6 +8,7 @@ from toy import write_corpus
 
 from ser.data.augment import AUGMENTATIONS, augmented
 from ser.data.dataset import SpeechDataset, collate
+from ser.data.labels import Labels
 from ser.data.manifest import read_manifest
 from ser.data.sampler import Item, LengthBucketBatchSampler, evaluation_batches
 from ser.data.workers import decoded
@@ -44,7 +45,7 @@ def heard(utterances, names, *, seed=0, epoch=0, world_size=1, workers=0, update
     """Utterance -> the waveform that training hears in an epoch, over all ranks."""
     waveforms = {}
     for rank in range(world_size):
-        dataset = SpeechDataset(utterances, do_normalize=False)
+        dataset = SpeechDataset(utterances, Labels(do_normalize=False))
         dataset.augment = augmented(names, seed) if names else None
         sampler = LengthBucketBatchSampler(
             dataset.lengths, seed=0, effective_batch=4, micro_batch=2, rank=rank, world_size=world_size

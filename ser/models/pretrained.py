@@ -245,7 +245,7 @@ def fetch_folder(name: str, revision: str | None, *, pickles: bool) -> Path:
         raise ModelFolderError(
             f"{name}: the repository on the Hugging Face hub has no model.safetensors, and of it config files and "
             "safetensors alone are fetched. Where it has pytorch_model.bin, a pickle, this makes a folder of it: "
-            f"python ser convert {name} FOLDER"
+            f"ser convert {name} FOLDER"
         )
     return folder
 

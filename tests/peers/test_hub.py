@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,8 @@ def cache(tmp_path):
     (home / "refs").mkdir()
     for commit, speaker in ((OLD, "Old"), (NEW, "New")):
         recognizer = toy_recognizer()
-        recognizer.speakers[0] = speaker
+        names = {**recognizer.labels.names, "speaker": [speaker, *recognizer.speakers[1:]]}
+        recognizer.labels = replace(recognizer.labels, names=names)
         recognizer.save(tmp_path / commit)
         snapshot = home / "snapshots" / commit
         snapshot.mkdir(parents=True)
