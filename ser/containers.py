@@ -503,8 +503,7 @@ def mp3_container(file: Bytes, size: int, name: str) -> Container:
     if size < 0.99 * declared:
         raise AudioError(
             f"{name}: truncated: its header declares {declared} bytes of sound, the file holds {size} "
-            f"({100 * size / declared:.1f} %); copy it again, or keep what is there: "
-            "ffmpeg -i INPUT OUTPUT.wav"
+            f"({100 * size / declared:.1f} %); copy it again, or keep what is there: ffmpeg -i INPUT OUTPUT.wav"
         )
     if next_mp3_frame(file, declared, end) is not None:
         runs = list(mp3_runs(file, end))

@@ -521,11 +521,7 @@ def materialise(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def load_encoder(
-    folder: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    report: bool = False,
-    revision: str | None = None,
+    folder: str | Path, *, device: str | torch.device = "cpu", report: bool = False, revision: str | None = None
 ):
     """Load an encoder (wav2vec 2.0, HuBERT, WavLM or data2vec-audio) from a model folder.
 
