@@ -121,10 +121,8 @@ def store_answers() -> bool:
         return True
     try:
         socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
-    except ConnectionRefusedError:
-        return False
-    except OSError:
-        return True  # a slow network, perhaps: joining the others will tell
+    except OSError as error:  # of another kind: a slow network, perhaps; joining the others will tell
+        return not isinstance(error, ConnectionRefusedError)
     return True
 
 
@@ -266,12 +264,11 @@ def error_store() -> dist.Store | None:
     """Open a connection of our own to torchrun's key-value store; None without torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_PORT" not in os.environ:
         return None
-    try:
-        limit = timedelta(seconds=5)
+    with suppress(RuntimeError, ValueError):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.PrefixStore(f"ser-errors-{attempt()}", dist.TCPStore(address, port, timeout=limit))
-    except (RuntimeError, ValueError):
-        return None
+        store = dist.TCPStore(address, port, timeout=timedelta(seconds=5))
+        return dist.PrefixStore(f"ser-errors-{attempt()}", store)
+    return None
 
 
 def print_once(text: str, *, consequence: bool = False) -> None:
@@ -284,14 +281,11 @@ def print_once(text: str, *, consequence: bool = False) -> None:
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
         # torch raises the death of a loader worker wherever this process is, and again for each that ends with it.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    store = error_store()
     first = before = 0
-    if store is not None:
-        try:
-            first = store.add("consequences" if consequence else hashlib.sha256(text.encode()).hexdigest(), 1)
-            before = store.add("errors", int(not consequence))
-        except RuntimeError:
-            first = before = 0  # the launcher is gone, and the store with it: better twice than never
+    if (store := error_store()) is not None:
+        key = "consequences" if consequence else hashlib.sha256(text.encode()).hexdigest()
+        with suppress(RuntimeError):  # the launcher is gone, and the store with it: better twice than never
+            first, before = store.add(key, 1), store.add("errors", int(not consequence))
     if first <= 1 and not (consequence and before):
         print(text, file=sys.stderr, flush=True)
     if consequence:
