@@ -221,9 +221,8 @@ def chunks_end(file: Bytes, position: int, size: int) -> int:
     for _ in range(1000):  # real files have a handful
         head = bytes_at(file, position, 8)
         kind, length = head[:4], int.from_bytes(head[4:], "little")
-        if len(head) < 8 or not all(32 <= byte < 127 for byte in kind) or kind in (b"RIFF", b"RF64"):
-            break
-        if position + 8 + length > size:
+        is_chunk = len(head) == 8 and all(32 <= byte < 127 for byte in kind) and kind not in (b"RIFF", b"RF64")
+        if not is_chunk or position + 8 + length > size:
             break
         position = min(position + 8 + length + (length & 1), size)
     return position
@@ -510,9 +509,8 @@ def begins_as_sound(path: Path) -> bool:
             head = file.read(12)
     except OSError:
         return False
-    if head.startswith(b"\xff") and len(head) > 1:
-        return head[1] & 0xE6 == 0xE2  # of MPEG audio, layer III
-    return head.startswith((b"fLaC", b"OggS", b"ID3")) or head[8:] in (b"WAVE", b"M4A ")
+    is_layer_3 = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2  # of MPEG audio
+    return is_layer_3 or head.startswith((b"fLaC", b"OggS", b"ID3")) or head[8:] in (b"WAVE", b"M4A ")
 
 
 def not_sound_error(head: bytes, name: str) -> AudioError:

@@ -71,11 +71,8 @@ class TupleSizes:
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
             return
-        if name in ("GET", "BINGET", "LONG_BINGET"):
-            self.stack.append(self.memo[argument])
-            return
-        if name == "DUP":
-            self.stack.append(self.stack[-1])
+        if name in ("GET", "BINGET", "LONG_BINGET", "DUP"):
+            self.stack.append(self.stack[-1] if name == "DUP" else self.memo[argument])
             return
         taken: list[int | None] = []
         before = list(opcode.stack_before)
@@ -199,16 +196,14 @@ def copied_tensors(path: Path, state: Any) -> dict[str, Tensor]:
         raise ModelFolderError(f"{path}: holds no state dict: a {type(state).__name__}, not tensors by name")
     most, total = path.stat().st_size, 0
     for key, tensor in state.items():
+        named = f"{path}: {key[:200]}"
         if type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise ModelFolderError(f"{path}: {key[:200]} is a {type(tensor).__name__}; expected a tensor")
+            raise ModelFolderError(f"{named} is a {type(tensor).__name__}; expected a tensor")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise ModelFolderError(
-                f"{path}: {key[:200]} is {tensor.layout} on {tensor.device}; expected a plain tensor"
-            )
+            raise ModelFolderError(f"{named} is {tensor.layout} on {tensor.device}; expected a plain tensor")
         shown, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
         total += shown
         if shown > held or held > most or total > 2 * most:  # twice: tied weights stand there under two names
-            raise ModelFolderError(
-                f"{path}: {key[:200]} has shape {tuple(tensor.shape)}, more than the file's {most:,} bytes hold"
-            )
+            shape = tuple(tensor.shape)
+            raise ModelFolderError(f"{named} has shape {shape}, more than the file's {most:,} bytes hold")
     return {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}

@@ -443,7 +443,7 @@ def fill(module: nn.Module, files: TensorFiles, report: LoadReport, names: Itera
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     expected = shapes if names is None else {name: shapes[name] for name in names}
     # Old checkpoints lack the mask embedding; it matters to training alone.
-    new = [name for name in expected if name == "masked_spec_embed" and name not in files.shapes]
+    new = {"masked_spec_embed"} & (expected.keys() - files.shapes.keys())
     told = {name: f"found {shape}" for name, shape in files.shapes.items()}
     problems = [
         f"{name}: {told.get(name, 'missing')}, expected {shape}"

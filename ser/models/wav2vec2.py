@@ -383,9 +383,7 @@ class Transformer(nn.Module):
             else:
                 hidden = kernels.recomputed(layer, hidden, attend, bias, lengths, enabled=recompute)
             outputs.append(hidden)
-        if lengths is None:
-            return outputs
-        return [kernels.unpack_frames(output, lengths, size) for output in outputs]
+        return outputs if lengths is None else [kernels.unpack_frames(output, lengths, size) for output in outputs]
 
 
 class Wav2Vec2(nn.Module):

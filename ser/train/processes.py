@@ -179,14 +179,13 @@ def run_command(command: list[str], environment: dict[str, str]) -> int:
     """
     with stop_on_signals() as asked:
         process = subprocess.Popen(following(command), env=environment)
-        passed_on = False
         try:
-            while process.poll() is None:
-                if asked and not passed_on:
-                    passed_on = True
-                    process.terminate()
+            while process.poll() is None and not asked:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(LAUNCHER_POLL)
+            if asked:
+                process.terminate()
+            process.wait()
         finally:
             if process.poll() is None:  # a second Ctrl-C
                 process.terminate()
