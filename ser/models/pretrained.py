@@ -375,8 +375,7 @@ class TensorFiles:
             if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
                 raise ModelFolderError(f"{folder / index}: has no weight_map of tensor names to file names")
             shards = sorted(set(weight_map.values()))
-            present = {p.name for p in folder.iterdir()}
-            missing = [name for name in shards if Path(name).name == name and name not in present]
+            missing = [name for name in shards if Path(name).name == name and not stands_in(folder, name)]
             if missing:
                 raise ModelFolderError(f"{folder}: shards named by {index} are missing: {summary(missing)}")
             return [resolve_inside(folder, name) for name in shards]

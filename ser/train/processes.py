@@ -309,11 +309,10 @@ def one_voice() -> Iterator[None]:
     except KeyboardInterrupt:
         print_once("interrupted")
         sys.exit(130)
-    except SerError as error:
-        print_once(f"error: {error}")
-        sys.exit(1)
     except Exception as error:
-        if lost_peer(error):
+        if isinstance(error, SerError):
+            print_once(f"error: {error}")
+        elif lost_peer(error):
             print_once(
                 "error: another process of this run was lost: it was killed, its machine ended, or it did not "
                 "answer within --timeout seconds. What it said stands above. The same command continues from the "
