@@ -38,6 +38,8 @@ from torch import Tensor
 from ser.containers import ADVICE, SUBTYPES, Container, mp3_lead, read_container
 from ser.errors import AudioError, ConfigError, MissingLibraryError
 
+StrPath = str | os.PathLike[str]
+
 SAMPLE_RATE = 16_000  # Hz: what every wav2vec 2.0 checkpoint was trained on
 MIN_RATE, MAX_RATE = 4_000, 192_000  # Hz: telephone speech is 8 kHz, studio recordings end at 192 kHz
 MAX_CHANNELS = 32
@@ -351,13 +353,11 @@ def _mono(block: Tensor, name: str, first_frame: int, sample_rate: int, channels
     """Average a block (frames, channels) over its channels; refuse NaN, infinity and the range of integers."""
     low, high = torch.aminmax(block)  # both are NaN if any value is; nothing is allocated
     if not (low >= -_MAX_AMPLITUDE and high <= _MAX_AMPLITUDE):
-        wrong = ~torch.isfinite(block)
-        if wrong.any():
-            frame, channel = wrong.nonzero()[0].tolist()
-            advice = "samples must be finite; mend or leave out this recording"
-        else:
-            frame, channel = (block.abs() > _MAX_AMPLITUDE).nonzero()[0].tolist()
+        wrong, advice = ~torch.isfinite(block), "samples must be finite; mend or leave out this recording"
+        if not wrong.any():
+            wrong = block.abs() > _MAX_AMPLITUDE
             advice = "full scale is 1; divide integers stored as floats by 32768 (16 bit) or 2147483648 (32 bit)"
+        frame, channel = wrong.nonzero()[0].tolist()
         at = first_frame + frame
         raise AudioError(
             f"{name}: found a sample of {block[frame, channel].item():g} at frame {at} "
@@ -376,14 +376,8 @@ def _block_frames(channels: int) -> int:
     return min(_BLOCK_FRAMES, 4 * _BLOCK_FRAMES // channels)
 
 
-_FULL_SCALE = {
-    torch.float16: 1.0,
-    torch.bfloat16: 1.0,
-    torch.float32: 1.0,
-    torch.float64: 1.0,
-    torch.int16: 2.0**15,
-    torch.int32: 2.0**31,
-}
+_FULL_SCALE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), 1.0)
+_FULL_SCALE |= {torch.int16: 2.0**15, torch.int32: 2.0**31}
 
 
 def _as_columns(samples: np.ndarray | Tensor, name: str) -> Tensor:
@@ -456,13 +450,8 @@ def _regular_file(path: Path) -> int:
     except (OSError, ValueError) as error:  # no permission, a circle of links, a zero byte, too long
         raise AudioError(f"{path}: cannot be reached: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISREG(status.st_mode):
-        kinds = {
-            stat.S_IFDIR: "a folder",
-            stat.S_IFIFO: "a named pipe",
-            stat.S_IFCHR: "a device",
-            stat.S_IFBLK: "a device",
-            stat.S_IFSOCK: "a socket",
-        }
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        kinds |= dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
         kind = kinds.get(stat.S_IFMT(status.st_mode), "a special file")
         raise AudioError(f"{path}: found {kind}, expected a regular sound file")
     if status.st_size == 0:
@@ -542,7 +531,7 @@ def _checked_frames(name: str, sound: Any, container: Container) -> int:
 
 @contextlib.contextmanager
 def _opened(
-    path: str | os.PathLike[str], start: float | None, end: float | None, max_seconds: float | None
+    path: StrPath, start: float | None, end: float | None, max_seconds: float | None
 ) -> Iterator[tuple[AudioInfo, int, Any]]:
     """Open a recording with all checks: the excerpt's description, its first frame, the `soundfile.SoundFile`."""
     path = Path(path)
@@ -560,7 +549,7 @@ def _opened(
         except OSError as error:
             raise AudioError(f"{name}: cannot be read: {error.strerror or error}") from error
         except RuntimeError as error:  # every error of libsndfile
-            said = getattr(error, "error_string", str(error))
+            said = _error_string(error)
             raise AudioError(f"{name}: damaged header: libsndfile says: {said} Copy it again") from error
         # Else soundfile seeks after every read to where it is already, and in MP3 the next block begins wrongly.
         sound.seekable = lambda: False
@@ -636,11 +625,7 @@ def _mono_blocks(sound: Any, info: AudioInfo, first: int, channels: _Channels) -
 
 
 def audio_info(
-    path: str | os.PathLike[str],
-    *,
-    start: float | None = None,
-    end: float | None = None,
-    max_seconds: float | None = None,
+    path: StrPath, *, start: float | None = None, end: float | None = None, max_seconds: float | None = None
 ) -> AudioInfo:
     """Describe a recording from its header, with every check that needs no decoding.
 
@@ -659,11 +644,7 @@ def audio_info(
 
 
 def read_audio(
-    path: str | os.PathLike[str],
-    *,
-    start: float | None = None,
-    end: float | None = None,
-    max_seconds: float | None = None,
+    path: StrPath, *, start: float | None = None, end: float | None = None, max_seconds: float | None = None
 ) -> tuple[Tensor, str | None]:
     """Do what :func:`load_audio` does, and say what is wrong with the sound, for `Prediction.warning`."""
     with _opened(path, start, end, max_seconds) as (info, first, sound):
@@ -674,11 +655,7 @@ def read_audio(
 
 
 def load_audio(
-    path: str | os.PathLike[str],
-    *,
-    start: float | None = None,
-    end: float | None = None,
-    max_seconds: float | None = None,
+    path: StrPath, *, start: float | None = None, end: float | None = None, max_seconds: float | None = None
 ) -> Tensor:
     """Read a recording, or only an excerpt of it, as 16 kHz mono: the mean over its channels.
 
@@ -718,12 +695,7 @@ def _window_bounds(frames: int, rate: int, window: float, hop: float) -> Iterato
 
 
 def read_windows(
-    path: str | os.PathLike[str],
-    *,
-    window: float,
-    hop: float,
-    start: float | None = None,
-    end: float | None = None,
+    path: StrPath, *, window: float, hop: float, start: float | None = None, end: float | None = None
 ) -> Iterator[tuple[float, float, Tensor, str | None]]:
     """Do what :func:`load_windows` does, and say what is wrong with each window, for `Prediction.warning`.
 
@@ -754,12 +726,7 @@ def read_windows(
 
 
 def load_windows(
-    path: str | os.PathLike[str],
-    *,
-    window: float,
-    hop: float,
-    start: float | None = None,
-    end: float | None = None,
+    path: StrPath, *, window: float, hop: float, start: float | None = None, end: float | None = None
 ) -> Iterator[tuple[float, float, Tensor]]:
     """Read a recording of any length, or an excerpt of it, window by window: memory is that of one window.
 

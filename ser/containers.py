@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 from ser.errors import AudioError
 
@@ -64,20 +64,10 @@ REFUSED_MAGIC = {  # only for a better message; what is not recognised is refuse
 }
 
 
-class Bytes(Protocol):
-    """A binary file that is open for reading, or a part of one."""
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        """Move to a place, as a file does."""
-
-    def read(self, count: int, /) -> bytes:
-        """Read from that place on, as a file does."""
-
-
 class FilePart:
     """A part of a file, which libsndfile then takes for the whole; some of its bytes may be replaced."""
 
-    def __init__(self, file: Bytes, start: int, end: int, replaced: dict[int, bytes] | None = None):
+    def __init__(self, file: "Bytes", start: int, end: int, replaced: dict[int, bytes] | None = None):
         self._file, self._start, self._size, self._replaced = file, start, end - start, replaced or {}
         self._at = 0
 
@@ -107,11 +97,14 @@ class FilePart:
         raise OSError("read only")
 
 
+Bytes = BinaryIO | FilePart
+
+
 class Container(NamedTuple):
     """What `read_container` found out about a file."""
 
     frames: int | None = None  # set where libsndfile needs to be told the length, or needs a check
-    part: FilePart | None = None  # set where libsndfile needs to see something else than the file
+    part: Bytes | None = None  # set where libsndfile needs to see something else than the file
     warning: str | None = None
 
 
@@ -129,7 +122,7 @@ def bytes_at(file: Bytes, position: int, count: int) -> bytes:
     return file.read(count)
 
 
-def joined_files_error(name: str, found: str) -> AudioError:
+def joined_error(name: str, found: str) -> AudioError:
     """Word the error for a file that holds several recordings; ``found`` says what shows them."""
     return AudioError(
         f"{name}: holds more sound than its header declares ({found}): files that were joined byte by byte, of "
@@ -228,9 +221,8 @@ def chunks_end(file: Bytes, position: int, size: int) -> int:
     for _ in range(1000):  # real files have a handful
         head = bytes_at(file, position, 8)
         kind, length = head[:4], int.from_bytes(head[4:], "little")
-        if len(head) < 8 or not all(32 <= byte < 127 for byte in kind) or kind in (b"RIFF", b"RF64"):
-            break
-        if position + 8 + length > size:
+        is_chunk = len(head) == 8 and all(32 <= byte < 127 for byte in kind) and kind not in (b"RIFF", b"RF64")
+        if not is_chunk or position + 8 + length > size:
             break
         position = min(position + 8 + length + (length & 1), size)
     return position
@@ -244,17 +236,12 @@ def second_wav(file: Bytes, position: int, size: int) -> int | None:
     return None
 
 
-class WavSound(NamedTuple):
-    """Describe where the sound of a WAV or RF64 file begins, and what its header says of it."""
+def find_wav_sound(file: Bytes, size: int, name: str) -> tuple[int, int, int, int]:
+    """Go through the chunks of a WAV or RF64 file to its sound, and check its coding.
 
-    body: int  # place of its first byte
-    declared: int  # bytes
-    block_align: int  # bytes of a frame
-    ds64: int  # place of the sizes that do not fit into 32 bits; 0 without them, as in all but RF64
-
-
-def find_wav_sound(file: Bytes, size: int, name: str) -> WavSound:
-    """Go through the chunks of a WAV or RF64 file to its sound, and check its coding."""
+    Returns the place of the sound's first byte, the bytes that are declared, the bytes of a frame, and the place
+    of the sizes that do not fit into 32 bits (0 without them, as in all but RF64).
+    """
     position, ds64, data_size_64, block_align = 12, 0, 0, 0
     for _ in range(1000):  # chunks; real files have a handful
         if position + 8 > size:
@@ -275,7 +262,7 @@ def find_wav_sound(file: Bytes, size: int, name: str) -> WavSound:
             if not block_align:
                 raise AudioError(f"{name}: its data chunk comes before its format; {ADVICE}")
             declared = data_size_64 if data_size_64 and length == 0xFFFFFFFF else length
-            return WavSound(body, declared, block_align, ds64)
+            return body, declared, block_align, ds64
         position = body + length + (length & 1)
     raise AudioError(f"{name}: ends before its sound begins (no data chunk): truncated or damaged; copy it again")
 
@@ -298,7 +285,7 @@ def wav_container(file: Bytes, size: int, name: str) -> Container:
         )
     second = second_wav(file, body if stream else after, size) if stream or rest < size else None
     if second is not None:
-        raise joined_files_error(name, f"another WAV file begins at byte {second}")
+        raise joined_error(name, f"another WAV file begins at byte {second}")
     if not stream:
         more = size - rest
         warning = None
@@ -309,12 +296,11 @@ def wav_container(file: Bytes, size: int, name: str) -> Container:
     sizes = {4: struct.pack("<I", min(size - 8, 0xFFFFFFFF)), body - 4: struct.pack("<I", min(held, 0xFFFFFFFF))}
     if ds64:
         sizes |= {body - 4: b"\xff" * 4, ds64: struct.pack("<QQQ", size - 8, held, held // block_align)}
-    part = FilePart(file, 0, size, sizes)
     warning = (
         f"its header leaves its length open (0x{declared:x} bytes, as programs write that cannot go back): read "
         "to the end of the file, so nothing would show that it was cut"
     )
-    return Container(held // block_align, part, warning)
+    return Container(held // block_align, FilePart(file, 0, size, sizes), warning)
 
 
 # OGG -----------------------------------------------------------------------------------------------
@@ -472,9 +458,7 @@ def mp3_length(file: Bytes, size: int, name: str) -> int:
     rest = after_tags(file, end, size)
     following = next(runs, None)
     if following is not None and following[0] == rest:
-        raise joined_files_error(
-            name, f"behind a tag, or at another rate, another recording begins at byte {rest}"
-        )
+        raise joined_error(name, f"behind a tag, or at another rate, another recording begins at byte {rest}")
     if following is not None or size - rest > MP3_JUNK:
         raise AudioError(f"{name}: damaged MP3: no MPEG frame at byte {end}; copy it again")
     return samples
@@ -503,14 +487,13 @@ def mp3_container(file: Bytes, size: int, name: str) -> Container:
     if size < 0.99 * declared:
         raise AudioError(
             f"{name}: truncated: its header declares {declared} bytes of sound, the file holds {size} "
-            f"({100 * size / declared:.1f} %); copy it again, or keep what is there: "
-            "ffmpeg -i INPUT OUTPUT.wav"
+            f"({100 * size / declared:.1f} %); copy it again, or keep what is there: ffmpeg -i INPUT OUTPUT.wav"
         )
     if next_mp3_frame(file, declared, end) is not None:
         runs = list(mp3_runs(file, end))
         held = sum(samples for *_, samples in runs) // frame.samples - 1  # without the frame of the tag itself
         if held > frames + 1:  # some encoders count that one too
-            raise joined_files_error(name, f"{frames} MPEG frames of {held} or more")
+            raise joined_error(name, f"{frames} MPEG frames of {held} or more")
     return Container()
 
 
@@ -526,9 +509,8 @@ def begins_as_sound(path: Path) -> bool:
             head = file.read(12)
     except OSError:
         return False
-    if head.startswith(b"\xff") and len(head) > 1:
-        return head[1] & 0xE6 == 0xE2  # of MPEG audio, layer III
-    return head.startswith((b"fLaC", b"OggS", b"ID3")) or head[8:] in (b"WAVE", b"M4A ")
+    is_layer_3 = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2  # of MPEG audio
+    return is_layer_3 or head.startswith((b"fLaC", b"OggS", b"ID3")) or head[8:] in (b"WAVE", b"M4A ")
 
 
 def not_sound_error(head: bytes, name: str) -> AudioError:
@@ -545,7 +527,7 @@ def not_sound_error(head: bytes, name: str) -> AudioError:
     return AudioError(f"{name}: found {found or f'an unknown format (first bytes {head[:12]!r})'}; {ADVICE}")
 
 
-def read_container(file: Any, size: int, name: str) -> Container:
+def read_container(file: BinaryIO, size: int, name: str) -> Container:
     """Check an open file's container, and say how libsndfile has to see it.
 
     Args:
@@ -566,7 +548,7 @@ def read_container(file: Any, size: int, name: str) -> Container:
     elif head[:4] == b"fLaC":
         second = second_flac(name, start, size, os.fstat(file.fileno()).st_mtime_ns)
         if second is not None:
-            raise joined_files_error(name, f"another FLAC begins at byte {second}")
+            raise joined_error(name, f"another FLAC begins at byte {second}")
         container = Container()
     elif mp3_frame(head) is not None:
         container = mp3_container(inner, size - start, name)

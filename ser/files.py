@@ -431,11 +431,7 @@ def recover_folder(target: Path) -> None:
 
 
 def write_folder_atomically(
-    target: Path,
-    write: Callable[[Path], None],
-    *,
-    seal: Callable[[Path], None] | None = None,
-    size: int = 0,
+    target: Path, write: Callable[[Path], None], *, seal: Callable[[Path], None] | None = None, size: int = 0
 ) -> None:
     """Let ``write`` fill a new folder, then put it in the place of ``target`` at once.
 

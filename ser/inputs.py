@@ -202,8 +202,7 @@ def plan_batches(runs: Iterable[list[Recording]], seconds: float) -> Iterator[li
         good = [r for r in run if r.error is None]
         if len(good) < len(run):
             yield [r for r in run if r.error is not None]
-        lengths = [r.num_samples for r in good]
-        for batch in evaluation_batches(lengths, batch_samples=int(seconds * SAMPLE_RATE)):
+        for batch in evaluation_batches([r.num_samples for r in good], batch_samples=int(seconds * SAMPLE_RATE)):
             yield [good[item.index] for item in batch]
 
 

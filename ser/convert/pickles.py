@@ -35,22 +35,17 @@ Dictionary = type(
 )
 
 # All that a file may name: "module name", as in the pickle.
-GLOBALS = frozenset(
-    {
-        "argparse Namespace",
-        "fairseq.data.dictionary Dictionary",
-        "collections OrderedDict",
-        "torch Size",
-        "torch device",
-        "torch._utils _rebuild_tensor_v2",
-        "torch._utils _rebuild_parameter",
-        *(
-            f"torch {kind}Storage"
-            for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Bool", "Byte")
-        ),
-        *(f"torch {dtype}" for dtype in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")),
-    }
-)
+GLOBALS = {
+    "argparse Namespace",
+    "fairseq.data.dictionary Dictionary",
+    "collections OrderedDict",
+    "torch Size",
+    "torch device",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    *(f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Bool", "Byte")),
+    *(f"torch {dtype}" for dtype in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")),
+}
 
 ADVICE = (
     "such files can run code, and only tensors and plain settings are read. Where the file is trusted, load it "
@@ -76,11 +71,8 @@ class TupleSizes:
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
             return
-        if name in ("GET", "BINGET", "LONG_BINGET"):
-            self.stack.append(self.memo[argument])
-            return
-        if name == "DUP":
-            self.stack.append(self.stack[-1])
+        if name in ("GET", "BINGET", "LONG_BINGET", "DUP"):
+            self.stack.append(self.stack[-1] if name == "DUP" else self.memo[argument])
             return
         taken: list[int | None] = []
         before = list(opcode.stack_before)
@@ -88,8 +80,7 @@ class TupleSizes:
             while (value := self.stack.pop()) is not None:
                 taken.append(value)
             before = before[: before.index(pickletools.markobject)]
-        for _ in before:
-            taken.append(self.stack.pop())
+        taken += [self.stack.pop() for _ in before]
         size = 1 + sum(value or 0 for value in taken) if "TUPLE" in name else 1
         if size > MAX_TUPLE_ITEMS:
             raise ValueError(f"tuples in tuples, of more than {MAX_TUPLE_ITEMS:,} items together")
@@ -134,16 +125,14 @@ def globals_of_zip(path: Path) -> set[str]:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could swell
                 raise ModelFolderError(f"{path}: has compressed entries, which torch.save never writes")
-            pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
-            if len(pickles) != 1:
+            found = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
+            if len(found) != 1:
+                raise ModelFolderError(f"{path}: is a zip with {len(found)} data.pkl; expected a torch.save file")
+            if (size := found[0].file_size) > MAX_PICKLE_BYTES:
                 raise ModelFolderError(
-                    f"{path}: is a zip with {len(pickles)} data.pkl; expected a torch.save file"
+                    f"{path}: its pickle has {size:,} bytes; at most {MAX_PICKLE_BYTES:,} are read"
                 )
-            if pickles[0].file_size > MAX_PICKLE_BYTES:
-                raise ModelFolderError(
-                    f"{path}: its pickle has {pickles[0].file_size:,} bytes; at most {MAX_PICKLE_BYTES:,} are read"
-                )
-            content = archive.read(pickles[0])
+            content = archive.read(found[0])
             # Of a file with two directories torch might read the other one.
             if torch._C.PyTorchFileReader(str(path)).get_record("data.pkl") != content:
                 raise ModelFolderError(f"{path}: is two archives in one, which torch.save never writes")
@@ -207,16 +196,14 @@ def copied_tensors(path: Path, state: Any) -> dict[str, Tensor]:
         raise ModelFolderError(f"{path}: holds no state dict: a {type(state).__name__}, not tensors by name")
     most, total = path.stat().st_size, 0
     for key, tensor in state.items():
+        named = f"{path}: {key[:200]}"
         if type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise ModelFolderError(f"{path}: {key[:200]} is a {type(tensor).__name__}; expected a tensor")
+            raise ModelFolderError(f"{named} is a {type(tensor).__name__}; expected a tensor")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise ModelFolderError(
-                f"{path}: {key[:200]} is {tensor.layout} on {tensor.device}; expected a plain tensor"
-            )
+            raise ModelFolderError(f"{named} is {tensor.layout} on {tensor.device}; expected a plain tensor")
         shown, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
         total += shown
         if shown > held or held > most or total > 2 * most:  # twice: tied weights stand there under two names
-            raise ModelFolderError(
-                f"{path}: {key[:200]} has shape {tuple(tensor.shape)}, more than the file's {most:,} bytes hold"
-            )
+            shape = tuple(tensor.shape)
+            raise ModelFolderError(f"{named} has shape {shape}, more than the file's {most:,} bytes hold")
     return {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}

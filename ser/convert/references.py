@@ -23,9 +23,7 @@ def layers_of_transformers(source: Source, config: Wav2Vec2Config, waveform: Ten
 
     # From the values that stand there and not from our reading of them: defaults are then its own.
     known = {f.name for f in fields(Wav2Vec2Config)} | NEUTRAL_VALUES.keys()
-    values = {key: value for key, value in source.values.items() if key in known} | {
-        "model_type": config.model_type
-    }
+    values = {key: v for key, v in source.values.items() if key in known} | {"model_type": config.model_type}
     model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**values)).float().eval()
     keys = model.load_state_dict(encoder_tensors(source), strict=False)
     problems = set(keys.missing_keys + keys.unexpected_keys) - {"masked_spec_embed"}
@@ -42,34 +40,26 @@ def layers_of_torchaudio(source: Source, config: Wav2Vec2Config, waveform: Tenso
     import torchaudio
     from torchaudio.models import wav2vec2_model, wavlm_model
 
+    convolutions = zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
     options: dict[str, Any] = {
         "extractor_mode": f"{config.feat_extract_norm}_norm",
-        "extractor_conv_layer_config": list(
-            zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
-        ),
+        "extractor_conv_layer_config": list(convolutions),
         "extractor_conv_bias": config.conv_bias,
         "encoder_embed_dim": config.hidden_size,
-        "encoder_projection_dropout": 0.0,
         "encoder_pos_conv_kernel": config.num_conv_pos_embeddings,
         "encoder_pos_conv_groups": config.num_conv_pos_embedding_groups,
         "encoder_num_layers": config.num_hidden_layers,
         "encoder_num_heads": config.num_attention_heads,
-        "encoder_attention_dropout": 0.0,
         "encoder_ff_interm_features": config.intermediate_size,
-        "encoder_ff_interm_dropout": 0.0,
-        "encoder_dropout": 0.0,
         "encoder_layer_norm_first": config.do_stable_layer_norm,
-        "encoder_layer_drop": 0.0,
         "aux_num_out": None,
     }
+    for dropout in ("projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout", "layer_drop"):
+        options[f"encoder_{dropout}"] = 0.0
     if config.model_type == "wavlm":
         options |= {"encoder_num_buckets": config.num_buckets, "encoder_max_distance": config.max_bucket_distance}
-        model = wavlm_model(**options)
-    else:
-        model = wav2vec2_model(**options)
-    own = {
-        key: t.float() for key, t in source.original.items() if key.startswith(("encoder.", "feature_extractor."))
-    }
+    model = (wavlm_model if config.model_type == "wavlm" else wav2vec2_model)(**options)
+    own = {k: t.float() for k, t in source.original.items() if k.startswith(("encoder.", "feature_extractor."))}
     model.eval().load_state_dict(own)
     hidden, _ = model(waveform)
     # The input of the first layer is not to be had from it, nor is the last layer with its norm but as the result.
@@ -79,6 +69,5 @@ def layers_of_torchaudio(source: Source, config: Wav2Vec2Config, waveform: Tenso
 
 def reference_layers(source: Source, config: Wav2Vec2Config, waveform: Tensor) -> tuple[str, list[Tensor]]:
     """Return the reference's name and version, and its layers, for any kind of source."""
-    return (layers_of_torchaudio if source.kind == "torchaudio" else layers_of_transformers)(
-        source, config, waveform
-    )
+    layers_of = layers_of_torchaudio if source.kind == "torchaudio" else layers_of_transformers
+    return layers_of(source, config, waveform)

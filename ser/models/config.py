@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -63,36 +63,23 @@ NEUTRAL_VALUES: dict[str, tuple] = {
 }
 
 
+SIZES = (
+    "hidden_size num_hidden_layers num_attention_heads intermediate_size num_conv_pos_embeddings "
+    "num_conv_pos_embedding_groups num_buckets max_bucket_distance conv_pos_kernel_size mask_time_length "
+    "mask_feature_length conv_dim conv_kernel conv_stride"
+)
+SHARES = (
+    "feat_proj_dropout hidden_dropout attention_dropout activation_dropout final_dropout layerdrop "
+    "mask_time_prob mask_feature_prob"
+)
 # (fields, the least and the most that each of their numbers may be, the message where one is not), as checked
 FIELD_RANGES: tuple[tuple[str, float, float, str], ...] = (
-    (
-        "hidden_size num_hidden_layers num_attention_heads intermediate_size num_conv_pos_embeddings "
-        "num_conv_pos_embedding_groups num_buckets max_bucket_distance conv_pos_kernel_size mask_time_length "
-        "mask_feature_length conv_dim conv_kernel conv_stride",
-        1,
-        65_536,
-        "{name} is {value}; sizes from 1 to 65,536 can be built",
-    ),
+    (SIZES, 1, 65_536, "{name} is {value}; sizes from 1 to 65,536 can be built"),
     ("num_hidden_layers", 1, 512, "{name} is {value}; at most 512 can be built"),
-    (
-        "feat_proj_dropout hidden_dropout attention_dropout activation_dropout final_dropout layerdrop "
-        "mask_time_prob mask_feature_prob",
-        0,
-        1,
-        "{name} is {value}; expected a share from 0 to 1",
-    ),
-    (
-        "layer_norm_eps initializer_range",
-        math.ulp(0.0),  # the least number above 0
-        math.inf,
-        "layer_norm_eps and initializer_range must be above 0",
-    ),
-    (
-        "mask_time_min_masks mask_feature_min_masks",
-        0,
-        math.inf,
-        "mask_time_min_masks and mask_feature_min_masks must be 0 or more",
-    ),
+    (SHARES, 0, 1, "{name} is {value}; expected a share from 0 to 1"),
+    # math.ulp(0.0) is the least number above 0
+    ("layer_norm_eps initializer_range", math.ulp(0.0), math.inf, "{names} must be above 0"),
+    ("mask_time_min_masks mask_feature_min_masks", 0, math.inf, "{names} must be 0 or more"),
 )
 
 
@@ -156,10 +143,10 @@ class Wav2Vec2Config:
         self._check_architecture()
         for names, least, most, message in FIELD_RANGES:
             for name in names.split():
-                value = getattr(self, name)
+                value, told = getattr(self, name), names.replace(" ", " and ")
                 numbers = value if isinstance(value, tuple) else (value,)
                 if not numbers or len(numbers) > 64 or not all(least <= number <= most for number in numbers):
-                    raise ConfigError(message.format(name=name, value=brief_repr(value)))
+                    raise ConfigError(message.format(name=name, names=told, value=brief_repr(value)))
         self._check_together()
 
     def _check_types(self) -> None:
@@ -199,10 +186,9 @@ class Wav2Vec2Config:
 
     def _check_together(self) -> None:
         """Refuse values that do not fit each other, each of which is a value by itself."""
-        if self.feat_extract_norm not in ("group", "layer"):
-            raise ConfigError(
-                f"feat_extract_norm is {brief_repr(self.feat_extract_norm)}; expected 'group' or 'layer'"
-            )
+        norm = self.feat_extract_norm
+        if norm not in ("group", "layer"):
+            raise ConfigError(f"feat_extract_norm is {brief_repr(norm)}; expected 'group' or 'layer'")
         if self.architecture.positions == "stack" and self.num_conv_pos_embeddings > 64:
             raise ConfigError(
                 f"num_conv_pos_embeddings is {self.num_conv_pos_embeddings}; in {self.model_type} it counts "
@@ -219,10 +205,8 @@ class Wav2Vec2Config:
                 f"{len(self.conv_dim)}, {len(self.conv_kernel)} and {len(self.conv_stride)}"
             )
         for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
-            if self.hidden_size % getattr(self, name):
-                raise ConfigError(
-                    f"hidden_size {self.hidden_size} is not a multiple of {name} {getattr(self, name)}"
-                )
+            if self.hidden_size % (divisor := getattr(self, name)):
+                raise ConfigError(f"hidden_size {self.hidden_size} is not a multiple of {name} {divisor}")
 
     @classmethod
     def from_dict(cls, values: dict) -> Wav2Vec2Config:
@@ -286,128 +270,57 @@ class Wav2Vec2Config:
         return self.mask_time_prob > 0 or self.mask_feature_prob > 0
 
 
-PRESETS: dict[str, Wav2Vec2Config] = {
-    # For CPUs, tests and corpora of minutes: trained from scratch, under two million parameters. The
-    # convolutions widen as their frame rate falls, so that each costs about the same; pre-norm, because it
-    # trains from scratch at a high rate without care.
-    "small": Wav2Vec2Config(
-        conv_dim=(32, 48, 64, 96, 128, 160, 192),
-        conv_kernel=(10, 3, 3, 3, 3, 2, 2),
-        conv_stride=(5, 2, 2, 2, 2, 2, 2),
-        conv_bias=False,
-        feat_extract_norm="group",
-        hidden_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=512,
-        do_stable_layer_norm=True,
-        layer_norm_eps=1e-5,
-        num_conv_pos_embeddings=32,
-        num_conv_pos_embedding_groups=16,
-        feat_proj_dropout=0.0,
-        hidden_dropout=0.1,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        final_dropout=0.1,
-        layerdrop=0.0,
-        apply_spec_augment=True,
-        mask_time_prob=0.05,
-        mask_time_length=5,
-        mask_time_min_masks=1,
-        mask_feature_prob=0.0,
-        mask_feature_length=10,
-        mask_feature_min_masks=0,
-        initializer_range=0.02,
-    ),
-    # wav2vec2-base, as the paper fine-tunes it.
-    "base": Wav2Vec2Config(
-        conv_dim=(512, 512, 512, 512, 512, 512, 512),
-        conv_kernel=(10, 3, 3, 3, 3, 2, 2),
-        conv_stride=(5, 2, 2, 2, 2, 2, 2),
-        conv_bias=False,
-        feat_extract_norm="group",
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        do_stable_layer_norm=False,
-        layer_norm_eps=1e-5,
-        num_conv_pos_embeddings=128,
-        num_conv_pos_embedding_groups=16,
-        feat_proj_dropout=0.1,
-        hidden_dropout=0.1,
-        attention_dropout=0.1,
-        activation_dropout=0.1,
-        final_dropout=0.1,
-        layerdrop=0.1,
-        apply_spec_augment=True,
-        mask_time_prob=0.05,
-        mask_time_length=10,
-        mask_time_min_masks=2,
-        mask_feature_prob=0.0,
-        mask_feature_length=10,
-        mask_feature_min_masks=0,
-        initializer_range=0.02,
-    ),
-    # wav2vec2-large-960h, the paper's second model: large, and yet group norm and post-norm. (The lv60,
-    # robust and XLS-R checkpoints are layer norm and pre-norm, as the next.)
-    "large": Wav2Vec2Config(
-        conv_dim=(512, 512, 512, 512, 512, 512, 512),
-        conv_kernel=(10, 3, 3, 3, 3, 2, 2),
-        conv_stride=(5, 2, 2, 2, 2, 2, 2),
-        conv_bias=False,
-        feat_extract_norm="group",
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        do_stable_layer_norm=False,
-        layer_norm_eps=1e-5,
-        num_conv_pos_embeddings=128,
-        num_conv_pos_embedding_groups=16,
-        feat_proj_dropout=0.1,
-        hidden_dropout=0.1,
-        attention_dropout=0.1,
-        activation_dropout=0.1,
-        final_dropout=0.1,
-        layerdrop=0.1,
-        apply_spec_augment=True,
-        mask_time_prob=0.05,
-        mask_time_length=10,
-        mask_time_min_masks=2,
-        mask_feature_prob=0.0,
-        mask_feature_length=10,
-        mask_feature_min_masks=0,
-        initializer_range=0.02,
-    ),
-    # wav2vec2-large-lv60, large-robust and XLS-R 300M.
-    "large-lv60": Wav2Vec2Config(
-        conv_dim=(512, 512, 512, 512, 512, 512, 512),
-        conv_kernel=(10, 3, 3, 3, 3, 2, 2),
-        conv_stride=(5, 2, 2, 2, 2, 2, 2),
-        conv_bias=True,
-        feat_extract_norm="layer",
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        do_stable_layer_norm=True,
-        layer_norm_eps=1e-5,
-        num_conv_pos_embeddings=128,
-        num_conv_pos_embedding_groups=16,
-        feat_proj_dropout=0.1,
-        hidden_dropout=0.1,
-        attention_dropout=0.1,
-        activation_dropout=0.1,
-        final_dropout=0.1,
-        layerdrop=0.1,
-        apply_spec_augment=True,
-        mask_time_prob=0.05,
-        mask_time_length=10,
-        mask_time_min_masks=2,
-        mask_feature_prob=0.0,
-        mask_feature_length=10,
-        mask_feature_min_masks=0,
-        initializer_range=0.02,
-    ),
-}
+# wav2vec2-base, as the paper fine-tunes it.
+_BASE = Wav2Vec2Config(
+    conv_dim=(512, 512, 512, 512, 512, 512, 512),
+    conv_kernel=(10, 3, 3, 3, 3, 2, 2),
+    conv_stride=(5, 2, 2, 2, 2, 2, 2),
+    conv_bias=False,
+    feat_extract_norm="group",
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    intermediate_size=3072,
+    do_stable_layer_norm=False,
+    layer_norm_eps=1e-5,
+    num_conv_pos_embeddings=128,
+    num_conv_pos_embedding_groups=16,
+    feat_proj_dropout=0.1,
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+    activation_dropout=0.1,
+    final_dropout=0.1,
+    layerdrop=0.1,
+    apply_spec_augment=True,
+    mask_time_prob=0.05,
+    mask_time_length=10,
+    mask_time_min_masks=2,
+    mask_feature_prob=0.0,
+    mask_feature_length=10,
+    mask_feature_min_masks=0,
+    initializer_range=0.02,
+)
+# wav2vec2-large-960h, the paper's second model: large, and yet group norm and post-norm.
+_LARGE = replace(_BASE, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+# wav2vec2-large-lv60, large-robust and XLS-R 300M: layer norm and pre-norm.
+_LARGE_LV60 = replace(_LARGE, conv_bias=True, feat_extract_norm="layer", do_stable_layer_norm=True)
+# For CPUs, tests and corpora of minutes: trained from scratch, under two million parameters. The convolutions
+# widen as their frame rate falls, so that each costs about the same; pre-norm, because it trains from scratch at
+# a high rate without care.
+_SMALL = replace(
+    _BASE,
+    conv_dim=(32, 48, 64, 96, 128, 160, 192),
+    hidden_size=192,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=512,
+    do_stable_layer_norm=True,
+    num_conv_pos_embeddings=32,
+    feat_proj_dropout=0.0,
+    attention_dropout=0.0,
+    activation_dropout=0.0,
+    layerdrop=0.0,
+    mask_time_length=5,
+    mask_time_min_masks=1,
+)
+PRESETS = {"small": _SMALL, "base": _BASE, "large": _LARGE, "large-lv60": _LARGE_LV60}

@@ -117,20 +117,12 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     return ByteDropout.apply(x, draw_mask(x.shape, p), 1 / (1 - p))
 
 
-class Dropout(nn.Module):
+class Dropout(nn.Dropout):
     """`dropout` with probability ``p``, in training only."""
 
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop elements of x, of any shape."""
-        return dropout(x, self.p, self.training)
-
-    def extra_repr(self) -> str:
-        """Show the probability, as `nn.Dropout` does."""
-        return f"p={self.p}"
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop elements of ``input``, of any shape."""
+        return dropout(input, self.p, self.training)
 
 
 # ---------------------------------------------------------------------------------------------- feed-forward
@@ -155,9 +147,7 @@ class GeluDropoutLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # noqa: D102
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x, mask, weight = ctx.saved_tensors
         for_x, _, _, for_weight, for_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)  # (..., D) -> (N, D)
@@ -271,18 +261,26 @@ def unpack_frames(packed: Tensor, lengths: Sequence[int], size: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------- convolutions
 
 
+def centred(x: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Subtract from x (B, T, C) its mean over the valid frames, num_frames (B,).
+
+    Returns the difference, which is 0 where a frame is padding, the mean (B, 1, C) and the count of valid frames
+    (B, 1, 1).
+    """
+    count = num_frames.to(x.device, non_blocking=True)[:, None, None]
+    padding = torch.arange(x.shape[1], device=x.device)[:, None] >= count  # (B, T, 1)
+    mean = x.masked_fill(padding, 0.0).sum(1, keepdim=True) / count
+    return (x - mean).masked_fill(padding, 0.0), mean, count
+
+
 def group_norm(x: Tensor, num_frames: Tensor, norm: nn.GroupNorm) -> Tensor:
     """Normalise each channel of x (B, T, O) by its statistics over the valid frames, num_frames (B,).
 
     `F.group_norm` with a channel a group computes this of an utterance alone; in a batch it would count padding.
     """
-    count = num_frames.to(x.device, non_blocking=True)[:, None, None]
-    padding = torch.arange(x.shape[1], device=x.device)[:, None] >= count  # (B, T, 1)
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    mean = wide.masked_fill(padding, 0.0).sum(1, keepdim=True) / count
-    centred = (wide - mean).masked_fill(padding, 0.0)
-    variance = centred.square().sum(1, keepdim=True) / count  # (B, 1, O)
-    return (centred * (torch.rsqrt(variance + norm.eps) * norm.weight) + norm.bias).to(x.dtype)
+    wide, _, count = centred(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, num_frames)
+    variance = wide.square().sum(1, keepdim=True) / count  # (B, 1, O)
+    return (wide * (torch.rsqrt(variance + norm.eps) * norm.weight) + norm.bias).to(x.dtype)
 
 
 def windows_of(x: Tensor, size: int, stride: int) -> Tensor:
@@ -302,8 +300,7 @@ class Kernel(NamedTuple):
     @staticmethod
     def of(conv: nn.Conv1d) -> Kernel:
         """Build the kernel of a convolution without group norm."""
-        matrix = conv.weight.permute(2, 1, 0).flatten(0, 1)
-        return Kernel(matrix, conv.bias, conv.kernel_size[0], conv.stride[0])
+        return Kernel(conv.weight.permute(2, 1, 0).flatten(0, 1), conv.bias, conv.kernel_size[0], conv.stride[0])
 
     @staticmethod
     def normalised(conv: nn.Conv1d, norm: nn.GroupNorm, x: Tensor, num_frames: Tensor) -> Kernel:
@@ -317,12 +314,8 @@ class Kernel(NamedTuple):
         x is (B, S, 1); of its windows, the first num_frames (B,) are valid.
         """
         size, stride = conv.kernel_size[0], conv.stride[0]
-        windows = windows_of(x, size, stride).double()  # (B, N, K)
-        count = num_frames.to(x.device, non_blocking=True)[:, None, None]
-        padding = torch.arange(windows.shape[1], device=x.device)[:, None] >= count  # (B, N, 1)
-        mean = windows.masked_fill(padding, 0.0).sum(1, keepdim=True) / count
-        centred = (windows - mean).masked_fill(padding, 0.0)
-        covariance = centred.transpose(1, 2) @ centred / count  # (B, K, K)
+        windows, mean, count = centred(windows_of(x, size, stride).double(), num_frames)  # (B, N, K)
+        covariance = windows.transpose(1, 2) @ windows / count  # (B, K, K)
         weight = conv.weight.flatten(1)  # (O, K)
         variance = ((weight.double() @ covariance) * weight).sum(-1).clamp(min=0)  # (B, O)
         scale = torch.rsqrt(variance + norm.eps).to(weight.dtype) * norm.weight
@@ -483,19 +476,17 @@ def in_pieces(
 
 
 def feature_encoder(
-    config: Wav2Vec2Config,
-    convs: list[nn.Conv1d],
-    norms: list[nn.Module],
-    x: Tensor,
-    num_samples: Tensor,
-    *,
-    recompute: bool,
+    config: Wav2Vec2Config, layers: Sequence[Any], x: Tensor, num_samples: Tensor, *, recompute: bool
 ) -> Tensor:
-    """Compute the feature encoder, x (B, S, 1) -> (B, T, C), its group norm folded in; `in_pieces` if frozen."""
+    """Compute the feature encoder, x (B, S, 1) -> (B, T, C), its group norm folded in; `in_pieces` if frozen.
+
+    Each layer has a convolution, ``conv``, and a norm, ``layer_norm``.
+    """
     counts = conv_length(num_samples, config.conv_kernel[0], config.conv_stride[0])
+    norms = [layer.layer_norm for layer in layers]
     kernels = [
-        Kernel.normalised(conv, norm, x, counts) if isinstance(norm, nn.GroupNorm) else Kernel.of(conv)
-        for conv, norm in zip(convs, norms, strict=True)
+        Kernel.normalised(layer.conv, norm, x, counts) if isinstance(norm, nn.GroupNorm) else Kernel.of(layer.conv)
+        for layer, norm in zip(layers, norms, strict=True)
     ]
     if not (torch.is_grad_enabled() and any(kernel.matrix.requires_grad for kernel in kernels)):
         return in_pieces(config, kernels, norms, x, config.num_frames(num_samples))

@@ -35,8 +35,7 @@ def draw_spans(
     count = max(int(prob * length / span + generator.random()), min_masks)
     most = max(1, min(round(max(prob, 0.5) * length), length - 1) // span)  # a prob above a half is kept
     count = min(count, most, length - span + 1)
-    starts = generator.choice(length - span + 1, size=count, replace=False)
-    for start in starts:
+    for start in generator.choice(length - span + 1, size=count, replace=False):
         mask[start : start + span] = True
     return mask
 

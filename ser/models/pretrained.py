@@ -130,10 +130,8 @@ def resolve_inside(folder: Path, name: str) -> Path:
             f"{path}: cannot be read ({error.__class__.__name__}: missing, or a broken or looping link?)"
         ) from None
     home = folder.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if target.parent not in allowed:
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if target.parent not in (home, blobs):
         raise ModelFolderError(
             f"{path}: links to {target}, outside the model folder; copy the file into the folder"
         )
@@ -306,11 +304,8 @@ def opened(path: Path):
         return open_tensors(path)
     except (SafetensorError, OSError, ValueError) as error:
         head = path.open("rb").read(2)
-        kind = (
-            " (it is a zip or a pickle under another name, which is never read)"
-            if head == b"PK" or (head[:1] == b"\x80" and head[1:] in b"\2\3\4\5")
-            else ""
-        )
+        pickled = head == b"PK" or (head[:1] == b"\x80" and head[1:] in b"\2\3\4\5")
+        kind = " (it is a zip or a pickle under another name, which is never read)" if pickled else ""
         raise ModelFolderError(f"{path}: is not a sound safetensors file{kind}: {error}") from None
 
 
@@ -380,20 +375,15 @@ class TensorFiles:
             if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
                 raise ModelFolderError(f"{folder / index}: has no weight_map of tensor names to file names")
             shards = sorted(set(weight_map.values()))
-            present = {p.name for p in folder.iterdir()}
-            missing = [name for name in shards if Path(name).name == name and name not in present]
+            missing = [name for name in shards if Path(name).name == name and not stands_in(folder, name)]
             if missing:
                 raise ModelFolderError(f"{folder}: shards named by {index} are missing: {summary(missing)}")
             return [resolve_inside(folder, name) for name in shards]
         refuse_adapter(folder)
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
-        advice = (
-            f"; {', '.join(pickles)} is a pickle, which can run code, so it is not read here; "
-            "`ser convert` takes nothing but the tensors out of it"
-            if pickles
-            else ""
-        )
-        raise ModelFolderError(f"{folder}: has no model.safetensors{advice}")
+        advice = f"; {', '.join(pickles)} is a pickle, which can run code, so it is not read here; "
+        advice += "`ser convert` takes nothing but the tensors out of it"
+        raise ModelFolderError(f"{folder}: has no model.safetensors{advice if pickles else ''}")
 
     def move(self, old: str, new: str) -> None:
         """Rename the tensors of the part ``old`` (such as cls_head): whose they are, config.json says."""
@@ -451,15 +441,14 @@ def fill(module: nn.Module, files: TensorFiles, report: LoadReport, names: Itera
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     expected = shapes if names is None else {name: shapes[name] for name in names}
-    problems, new = [], []
-    for name, shape in expected.items():
-        if name not in files.shapes:
-            if name == "masked_spec_embed":  # old checkpoints lack it; it matters to training alone
-                new.append(name)
-            else:
-                problems.append(f"{name}: missing, expected {shape}")
-        elif files.shapes[name] != shape:
-            problems.append(f"{name}: found {files.shapes[name]}, expected {shape}")
+    # Old checkpoints lack the mask embedding; it matters to training alone.
+    new = {"masked_spec_embed"} & (expected.keys() - files.shapes.keys())
+    told = {name: f"found {shape}" for name, shape in files.shapes.items()}
+    problems = [
+        f"{name}: {told.get(name, 'missing')}, expected {shape}"
+        for name, shape in expected.items()
+        if files.shapes.get(name) != shape and name not in new
+    ]
     if problems:
         listed = "\n  ".join(problems)
         raise ModelFolderError(
@@ -521,11 +510,7 @@ def materialise(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def load_encoder(
-    folder: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    report: bool = False,
-    revision: str | None = None,
+    folder: str | Path, *, device: str | torch.device = "cpu", report: bool = False, revision: str | None = None
 ):
     """Load an encoder (wav2vec 2.0, HuBERT, WavLM or data2vec-audio) from a model folder.
 
@@ -547,10 +532,9 @@ def load_encoder(
     """
     folder = find_folder(folder, revision=revision)
     config, values = read_encoder_config(folder)
-    files = TensorFiles(folder)
     encoder = materialise(lambda: Wav2Vec2(config))
     assert isinstance(encoder, Wav2Vec2)
     loaded = LoadReport(folder, ignored_settings=sorted(set(values) - set(config.to_dict())))
-    fill_encoder(encoder, files, loaded)
+    fill_encoder(encoder, TensorFiles(folder), loaded)
     encoder.eval().to(device)
     return (encoder, loaded) if report else encoder

@@ -25,7 +25,7 @@ Conventions:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -72,13 +72,8 @@ class ConvLayer(nn.Module):
     def __init__(self, config: Wav2Vec2Config, index: int) -> None:
         super().__init__()
         channels = config.conv_dim[index]
-        self.conv = nn.Conv1d(
-            config.conv_dim[index - 1] if index else 1,
-            channels,
-            kernel_size=config.conv_kernel[index],
-            stride=config.conv_stride[index],
-            bias=config.conv_bias,
-        )
+        before, size, stride = (1, *config.conv_dim)[index], config.conv_kernel[index], config.conv_stride[index]
+        self.conv = nn.Conv1d(before, channels, kernel_size=size, stride=stride, bias=config.conv_bias)
         # Both norms are called layer_norm in the checkpoints, and neither uses layer_norm_eps.
         if config.feat_extract_norm == "layer":
             self.layer_norm: nn.Module = nn.LayerNorm(channels)
@@ -114,8 +109,7 @@ class FeatureEncoder(nn.Module):
         recompute = self.activation_checkpointing and self.training
         layers: list[Any] = [*self.conv_layers]
         if kernels.in_use(x):  # the same, with the group norm folded into the first convolution
-            convs, norms = [layer.conv for layer in layers], [layer.layer_norm for layer in layers]
-            features = kernels.feature_encoder(self.config, convs, norms, x, num_samples, recompute=recompute)
+            features = kernels.feature_encoder(self.config, layers, x, num_samples, recompute=recompute)
             return features, self.config.num_frames(num_samples)
         for layer in layers:
             num_frames = conv_length(num_frames, layer.conv.kernel_size[0], layer.conv.stride[0])
@@ -128,11 +122,10 @@ class FeatureProjection(nn.Module):
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
-        if config.feat_proj_layer_norm:
-            self.layer_norm: nn.Module = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
-        else:
-            self.layer_norm = nn.Identity()
-        self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
+        channels = config.conv_dim[-1]
+        norm = nn.LayerNorm(channels, eps=config.layer_norm_eps) if config.feat_proj_layer_norm else nn.Identity()
+        self.layer_norm = norm
+        self.projection = nn.Linear(channels, config.hidden_size)
         self.dropout = Dropout(config.feat_proj_dropout)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -143,18 +136,18 @@ class FeatureProjection(nn.Module):
 # ---------------------------------------------------------------------------------------------- transformer
 
 
+def positional_conv(config: Wav2Vec2Config, size: int) -> nn.Conv1d:
+    """Build a grouped convolution over time of hidden vectors, with a kernel of ``size`` frames."""
+    channels, groups = config.hidden_size, config.num_conv_pos_embedding_groups
+    return nn.Conv1d(channels, channels, kernel_size=size, padding=size // 2, groups=groups)
+
+
 class PositionalConvolution(nn.Module):
     """Relative positions by a wide grouped convolution over time (paper section 2, "Contextualized ...")."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(
-            config.hidden_size,
-            config.hidden_size,
-            kernel_size=config.num_conv_pos_embeddings,
-            padding=config.num_conv_pos_embeddings // 2,
-            groups=config.num_conv_pos_embedding_groups,
-        )
+        self.conv = positional_conv(config, config.num_conv_pos_embeddings)
         self.batch_norm = nn.BatchNorm1d(config.hidden_size) if config.conv_pos_batch_norm else None
         if self.batch_norm is None:
             # The parametrization's own load hook accepts weight_g / weight_v, the older spelling, as well.
@@ -178,13 +171,7 @@ class PositionalLayer(nn.Module):
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(
-            config.hidden_size,
-            config.hidden_size,
-            kernel_size=config.conv_pos_kernel_size,
-            padding=config.conv_pos_kernel_size // 2,
-            groups=config.num_conv_pos_embedding_groups,
-        )
+        self.conv = positional_conv(config, config.conv_pos_kernel_size)
 
     def forward(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
         """Compute hidden (B, T, D), padding (B, T) -> (B, T, D)."""
@@ -238,11 +225,7 @@ class Attention(nn.Module):
         return bias if attend is None else bias.masked_fill(~attend, -math.inf)
 
     def forward(
-        self,
-        hidden: Tensor,
-        attend: Tensor | None,
-        bias: Tensor | None = None,
-        lengths: Sequence[int] | None = None,
+        self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None = None, lengths: list[int] | None = None
     ) -> Tensor:
         """Compute hidden (B, T, D), attend (B, 1, 1, T) or None, bias (1, H, T, T) or None -> (B, T, D).
 
@@ -400,9 +383,7 @@ class Transformer(nn.Module):
             else:
                 hidden = kernels.recomputed(layer, hidden, attend, bias, lengths, enabled=recompute)
             outputs.append(hidden)
-        if lengths is None:
-            return outputs
-        return [kernels.unpack_frames(output, lengths, size) for output in outputs]
+        return outputs if lengths is None else [kernels.unpack_frames(output, lengths, size) for output in outputs]
 
 
 class Wav2Vec2(nn.Module):
@@ -428,23 +409,23 @@ class Wav2Vec2(nn.Module):
     def reset_parameters(self) -> None:
         """Draw new weights as the reference does (normal 0.02 for linear layers, Kaiming for convolutions)."""
         for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
             elif isinstance(module, ConvLayer):
                 nn.init.kaiming_normal_(module.conv.weight)
                 if module.conv.bias is not None:
-                    fan_in = module.conv.in_channels * module.conv.kernel_size[0]
-                    nn.init.uniform_(module.conv.bias, -(fan_in**-0.5), fan_in**-0.5)
-        projection = self.feature_projection.projection
-        nn.init.uniform_(projection.weight, -(projection.in_features**-0.5), projection.in_features**-0.5)
-        nn.init.uniform_(projection.bias, -(projection.in_features**-0.5), projection.in_features**-0.5)
+                    bound = (module.conv.in_channels * module.conv.kernel_size[0]) ** -0.5
+                    nn.init.uniform_(module.conv.bias, -bound, bound)
+        bound = self.feature_projection.projection.in_features**-0.5
+        for parameter in self.feature_projection.projection.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
         for module in self.encoder.pos_conv_embed.modules():
             if isinstance(module, nn.Conv1d):
-                std = 2 / math.sqrt(module.kernel_size[0] * module.in_channels)
-                drawn = torch.randn_like(module.weight) * std
+                drawn = torch.randn_like(module.weight) * (
+                    2 / math.sqrt(module.kernel_size[0] * module.in_channels)
+                )
                 if nn.utils.parametrize.is_parametrized(module):
                     module.weight = drawn  # sets g and v
                 else:

@@ -65,11 +65,8 @@ class BadAudio:
         run: the run's folder; None: nothing is written.
     """
 
-    def __init__(
-        self, world: World, *, policy: str = "fail", limit: float = 0.0, run: str | Path | None = None
-    ) -> None:
-        self.world, self.policy, self.limit = world, policy, limit
-        self.run = None if run is None else Path(run)
+    def __init__(self, world: World, *, policy: str = "fail", limit: float = 0.0, run: Path | None = None) -> None:
+        self.world, self.policy, self.limit, self.run = world, policy, limit, run
         self.skipped: dict[str, dict[str, str]] = {"train": {}, "valid": {}}  # set -> id -> why
         self.rows: list[dict[str, Any]] = []  # of skipped.jsonl; of the main rank alone
         self.begun = False
@@ -93,8 +90,7 @@ class BadAudio:
         for i in new:
             utterance = dataset.utterances[i]
             skipped[utterance.id] = found[i]
-            row = {"set": name, "id": utterance.id, "file": str(utterance.file), "why": found[i]}
-            self.rows.append(row)
+            self.rows.append({"set": name, "id": utterance.id, "file": str(utterance.file), "why": found[i]})
             if self.world.is_main:
                 count = f"{name}, {len(skipped)} of {len(dataset)}"
                 tqdm.write(f"skipped ({count}): {printable(found[i])}", file=sys.stderr)
@@ -125,8 +121,7 @@ class BadAudio:
         """Read the lengths that the run began with; none if they are not of ``count`` recordings."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             if self.run is not None:
-                text = (self.run / "lengths.json").read_text(encoding="utf-8")
-                lengths = json.loads(text)[name]
+                lengths = json.loads((self.run / "lengths.json").read_text(encoding="utf-8"))[name]
                 if len(lengths) == count and all(type(n) is int and n > 0 for n in lengths):
                     return lengths
         return []

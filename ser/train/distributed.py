@@ -58,9 +58,7 @@ class World:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Put the model under DistributedDataParallel. Freeze parts before: the graph must not change later."""
-        if self.size == 1:
-            return model
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return model if self.size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def no_sync(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         """Keep gradients local, for all but the last micro-batch of an update.
@@ -68,9 +66,7 @@ class World:
         DistributedDataParallel reads the switch in the forward pass too, so the context has to hold both
         forward and backward.
         """
-        if isinstance(wrapped, DistributedDataParallel) and not last:
-            return wrapped.no_sync()
-        return nullcontext()
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext()
 
 
 @contextmanager

@@ -121,10 +121,8 @@ def store_answers() -> bool:
         return True
     try:
         socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
-    except ConnectionRefusedError:
-        return False
-    except OSError:
-        return True  # a slow network, perhaps: joining the others will tell
+    except OSError as error:  # of another kind: a slow network, perhaps; joining the others will tell
+        return not isinstance(error, ConnectionRefusedError)
     return True
 
 
@@ -181,14 +179,13 @@ def run_command(command: list[str], environment: dict[str, str]) -> int:
     """
     with stop_on_signals() as asked:
         process = subprocess.Popen(following(command), env=environment)
-        passed_on = False
         try:
-            while process.poll() is None:
-                if asked and not passed_on:
-                    passed_on = True
-                    process.terminate()
+            while process.poll() is None and not asked:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(LAUNCHER_POLL)
+            if asked:
+                process.terminate()
+            process.wait()
         finally:
             if process.poll() is None:  # a second Ctrl-C
                 process.terminate()
@@ -266,12 +263,11 @@ def error_store() -> dist.Store | None:
     """Open a connection of our own to torchrun's key-value store; None without torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_PORT" not in os.environ:
         return None
-    try:
-        limit = timedelta(seconds=5)
+    with suppress(RuntimeError, ValueError):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.PrefixStore(f"ser-errors-{attempt()}", dist.TCPStore(address, port, timeout=limit))
-    except (RuntimeError, ValueError):
-        return None
+        store = dist.TCPStore(address, port, timeout=timedelta(seconds=5))
+        return dist.PrefixStore(f"ser-errors-{attempt()}", store)
+    return None
 
 
 def print_once(text: str, *, consequence: bool = False) -> None:
@@ -284,14 +280,11 @@ def print_once(text: str, *, consequence: bool = False) -> None:
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
         # torch raises the death of a loader worker wherever this process is, and again for each that ends with it.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    store = error_store()
     first = before = 0
-    if store is not None:
-        try:
-            first = store.add("consequences" if consequence else hashlib.sha256(text.encode()).hexdigest(), 1)
-            before = store.add("errors", int(not consequence))
-        except RuntimeError:
-            first = before = 0  # the launcher is gone, and the store with it: better twice than never
+    if (store := error_store()) is not None:
+        key = "consequences" if consequence else hashlib.sha256(text.encode()).hexdigest()
+        with suppress(RuntimeError):  # the launcher is gone, and the store with it: better twice than never
+            first, before = store.add(key, 1), store.add("errors", int(not consequence))
     if first <= 1 and not (consequence and before):
         print(text, file=sys.stderr, flush=True)
     if consequence:
@@ -316,11 +309,10 @@ def one_voice() -> Iterator[None]:
     except KeyboardInterrupt:
         print_once("interrupted")
         sys.exit(130)
-    except SerError as error:
-        print_once(f"error: {error}")
-        sys.exit(1)
     except Exception as error:
-        if lost_peer(error):
+        if isinstance(error, SerError):
+            print_once(f"error: {error}")
+        elif lost_peer(error):
             print_once(
                 "error: another process of this run was lost: it was killed, its machine ended, or it did not "
                 "answer within --timeout seconds. What it said stands above. The same command continues from the "
