@@ -80,10 +80,7 @@ def make_parser(text: str | None, prog: str | None = None) -> argparse.ArgumentP
     """Return a parser whose help begins with the first paragraph of ``text`` and ends with the others."""
     description, _, usage = (text or "").partition("\n\n")
     return argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 

@@ -9,7 +9,6 @@ declared.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import unicodedata
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ser.data.manifest import Utterance
-from ser.data.text import clean, did_you_mean, unique_names
+from ser.data.text import clean, did_you_mean
 from ser.errors import ConfigError, ManifestError, indented, printable
 from ser.files import write_json
 
@@ -36,7 +35,8 @@ KINDS = ("speakers", "dialogues", "sessions", "transcripts", "recordings", "copi
 KNOWN_SPEAKER_TURNS = 50  # held out of each speaker
 KNOWN_TURNS = 10  # held out of each training speaker where a speaker head could not be scored otherwise
 
-Leaks = Mapping[tuple[str, str], frozenset[str]]
+Leaks = dict[tuple[str, str], frozenset[str]]
+Having = dict[str, dict[str, str]]  # kind -> id of an utterance -> what stands for it
 
 
 @dataclass(frozen=True)
@@ -169,26 +169,25 @@ def _except(groups: Mapping[str, list[str]], *names: str) -> list[str]:
     return sorted(i for value, ids in groups.items() if value not in names for i in ids)
 
 
+def _leave_one_out(groups: Mapping[str, list[str]], validates: Mapping[str, str] | None = None) -> list[Fold]:
+    """Test on each value once, and validate on the one that ``validates`` gives it.
+
+    By default that is the next value; of two values, none validates.
+    """
+    names = list(groups)
+    if validates is None:
+        validates = dict(zip(names, [*names[1:], names[0]], strict=True)) if len(names) > 2 else {}
+    folds = []
+    for name in names:
+        valid = {"valid": groups[validates[name]]} if name in validates else {}
+        train = _except(groups, name, validates.get(name, name))
+        folds.append(Fold(name, {"train": train, **valid, "test": groups[name]}))
+    return folds
+
+
 def _paper10(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
     groups = _by_value(utterances, "side", "paper10")
-    return [
-        Fold(side, {"train": _except(groups, side), "valid": list(ids), "test": list(ids)})
-        for side, ids in groups.items()
-    ]
-
-
-def _leave_one_out(groups: Mapping[str, list[str]]) -> list[Fold]:
-    """Test on each value once, and validate on the next one. Of two values, none validates."""
-    names = list(groups)
-    folds = []
-    for i, name in enumerate(names):
-        if len(names) == 2:
-            folds.append(Fold(name, {"train": _except(groups, name), "test": groups[name]}))
-        else:
-            valid = names[(i + 1) % len(names)]
-            parts = {"train": _except(groups, name, valid), "valid": groups[valid], "test": groups[name]}
-            folds.append(Fold(name, parts))
-    return folds
+    return _leave_one_out(groups, {side: side for side in groups})
 
 
 def _session5(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
@@ -206,13 +205,7 @@ def _speaker10(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
                 f"the protocol speaker10 needs two speakers per session, found {sorted(speakers)} in {session}"
             )
     partner = {speaker: (pair - {speaker}).pop() for pair in pairs.values() for speaker in pair}
-    return [
-        Fold(
-            speaker,
-            {"train": _except(groups, speaker, partner[speaker]), "valid": groups[partner[speaker]], "test": ids},
-        )
-        for speaker, ids in groups.items()
-    ]
+    return _leave_one_out(groups, partner)
 
 
 def _draw_turns(groups: Mapping[str, list[str]], count: int, seed: int, what: str) -> set[str]:
@@ -229,7 +222,7 @@ def _draw_turns(groups: Mapping[str, list[str]], count: int, seed: int, what: st
     return drawn
 
 
-def _speaker_known(utterances: Sequence[Utterance], seed: int, count: int = KNOWN_SPEAKER_TURNS) -> list[Fold]:
+def _speaker_known(utterances: Sequence[Utterance], seed: int, count: int) -> list[Fold]:
     groups = _by_value(utterances, "speaker", "speaker-known")
     test = _draw_turns(groups, count, seed, "the protocol speaker-known")
     return [Fold("all", {"train": [u.id for u in utterances if u.id not in test], "test": sorted(test)})]
@@ -239,9 +232,7 @@ def _transcript(u: Utterance) -> str:
     return _cleaned(u.text or "")
 
 
-def _speaker_known_text(
-    utterances: Sequence[Utterance], seed: int, count: int = KNOWN_SPEAKER_TURNS
-) -> list[Fold]:
+def _speaker_known_text(utterances: Sequence[Utterance], seed: int, count: int) -> list[Fold]:
     (fold,) = _speaker_known(utterances, seed, count)
     parts = fold.select(utterances)
     said = {text for u in parts["test"] if (text := _transcript(u))}
@@ -255,8 +246,14 @@ def _speaker_known_text(
     return [Fold(fold.name, {"train": [u.id for u in train], "test": fold.parts["test"]})]
 
 
-_STRANGERS = frozenset({"transcripts"})
 _ACQUAINTED = frozenset({"speakers", "dialogues", "sessions"})
+
+
+def _declared(*kinds: str) -> Leaks:
+    """Declare the same kinds for all pairs of parts. Raises ConfigError for an unknown kind."""
+    for kind in sorted(set(kinds) - set(KINDS)):
+        raise ConfigError(f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; parts can share {', '.join(KINDS)}")
+    return dict.fromkeys(PAIRS, frozenset(kinds))
 
 
 def _known_speakers(count: int, *, disjoint_text: bool = False) -> Protocol:
@@ -289,11 +286,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "are in training. The test fold is the evaluation fold, so what is chosen on it is chosen on the "
             "test. The only protocol whose figures may stand beside the paper's 78.15 %.",
             _paper10,
-            {
-                ("train", "valid"): frozenset({"speakers", "sessions", "transcripts"}),
-                ("train", "test"): frozenset({"speakers", "sessions", "transcripts"}),
-                ("valid", "test"): frozenset(KINDS),
-            },
+            _declared("speakers", "sessions", "transcripts") | {("valid", "test"): frozenset(KINDS)},
         ),
         # A whole session validates. One speaker of a training session would share its dialogues with training (the
         # two talk to each other in all of them), and so the scenes, the room and the annotators.
@@ -302,31 +295,19 @@ PROTOCOLS: dict[str, Protocol] = {
             "Leave one session out, the next one validates: no speaker, dialogue or session is in two parts. The "
             "scripts are the same in all sessions, so transcripts are shared.",
             _session5,
-            dict.fromkeys(PAIRS, _STRANGERS),
+            _declared("transcripts"),
         ),
         Protocol(
             "speaker10",
             "Leave one speaker out, the partner in the same dialogues validates; the other four sessions train. "
             "Transcripts of the scripts are shared.",
             _speaker10,
-            {
-                ("train", "valid"): _STRANGERS,
-                ("train", "test"): _STRANGERS,
-                ("valid", "test"): frozenset({"dialogues", "sessions", "transcripts"}),
-            },
+            _declared("transcripts") | {("valid", "test"): frozenset({"dialogues", "sessions", "transcripts"})},
         ),
         _known_speakers(KNOWN_SPEAKER_TURNS),
         _known_speakers(KNOWN_SPEAKER_TURNS, disjoint_text=True),
     )
 }
-
-
-def _shares(kinds: Iterable[str]) -> Leaks:
-    """Declare the same kinds for all pairs of parts. Raises ConfigError for an unknown kind."""
-    kinds = frozenset(kinds)
-    for kind in sorted(kinds - set(KINDS)):
-        raise ConfigError(f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; parts can share {', '.join(KINDS)}")
-    return dict.fromkeys(PAIRS, kinds)
 
 
 def by_column(*, shares: Iterable[str] = ()) -> Protocol:
@@ -352,7 +333,7 @@ def by_column(*, shares: Iterable[str] = ()) -> Protocol:
             raise ManifestError(f"the column 'split' holds {unknown}, expected train, valid and test")
         return [Fold("all", {part: parts[part] for part in PARTS if part in parts})]
 
-    return Protocol("column", "As the manifest's own column divides it.", divide, _shares(shares))
+    return Protocol("column", "As the manifest's own column divides it.", divide, _declared(*shares))
 
 
 def kfold(column: str, count: int, *, shares: Iterable[str] = ()) -> Protocol:
@@ -382,7 +363,7 @@ def kfold(column: str, count: int, *, shares: Iterable[str] = ()) -> Protocol:
         return _leave_one_out(groups)
 
     description = f"{count} folds by {column}; the next fold validates."
-    return Protocol(name, description, divide, _shares(shares))
+    return Protocol(name, description, divide, _declared(*shares))
 
 
 def find_protocol(name: str, *, shares: Iterable[str] = ()) -> Protocol:
@@ -504,7 +485,7 @@ def _value(u: Utterance, kind: str) -> str:
     return u.extra.get({"dialogues": "dialogue", "sessions": "session", "copies": "sha256"}[kind], "")
 
 
-def _having(rows: Iterable[Utterance]) -> dict[str, dict[str, str]]:
+def _having(rows: Iterable[Utterance]) -> Having:
     """Collect kind -> id -> what stands for the utterance."""
     rows = list(rows)
     return {kind: {u.id: value for u in rows if (value := _value(u, kind))} for kind in KINDS}
@@ -519,9 +500,7 @@ def _shared(first: Mapping[str, str], second: Mapping[str, str], *, ids: bool) -
     return Shared(sorted(hits if ids else set(hits.values())), len(hits), len(second))
 
 
-def _overlap(
-    first: Mapping[str, Mapping[str, str]], second: Mapping[str, Mapping[str, str]]
-) -> dict[str, Shared | None]:
+def _overlap(first: Having, second: Having) -> dict[str, Shared | None]:
     """Find what two parts share of each kind."""
     return {kind: _shared(first[kind], second[kind], ids=kind in ("recordings", "copies")) for kind in KINDS}
 
@@ -664,24 +643,3 @@ def write_folds(
     except OSError as error:
         raise ManifestError(f"{path}: cannot write the folds: {error.strerror or error}") from error
     return audits
-
-
-def read_folds(path: str | os.PathLike[str]) -> list[Fold]:
-    """Read the folds that `write_folds` wrote.
-
-    Raises:
-        ManifestError: the file cannot be read, or is no file of folds.
-    """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_names)
-        folds = [Fold(fold["name"], fold["parts"]) for fold in content["folds"]]
-        for fold in folds:
-            good = isinstance(fold.name, str) and fold.parts and fold.parts.keys() <= set(PARTS)
-            if not good or not all(isinstance(i, str) for ids in fold.parts.values() for i in ids):
-                raise ValueError(f"fold {fold.name!r} is no lists of ids called train, valid and test")
-    except OSError as error:
-        raise ManifestError(f"{path}: cannot read the folds: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ManifestError(f"{path}: not a file of folds: {error!r}") from error
-    return folds
