@@ -9,8 +9,6 @@ A first model on a synthetic corpus, in minutes (needs the extra `demo`), and it
 `torchrun --standalone --nproc-per-node=2 -m ser train ...`.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os
