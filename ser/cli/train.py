@@ -25,14 +25,12 @@ A manifest is a CSV with a header (or JSONL): file, and any of emotion, text, sp
 dominance, valence. The files are relative to --root, else to the manifest's folder.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import shlex
 import sys
-from argparse import SUPPRESS, ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -142,9 +140,9 @@ def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
     arguments = parser.parse_args(argv)
     init = found_init(arguments)
     if arguments.paper or arguments.paper_script:
-        given = ArgumentParser(argument_default=SUPPRESS, add_help=False, allow_abbrev=False)
+        given = ArgumentParser(add_help=False, allow_abbrev=False)
         given.add_argument("--alpha", type=float)
-        alpha = getattr(given.parse_known_args(argv)[0], "alpha", None)
+        alpha = given.parse_known_args(argv)[0].alpha
         settings = paper_settings(alpha=alpha, large=is_large_960h(init), script=arguments.paper_script)
         parser.set_defaults(tags="keep-letters", **settings)
         arguments = parser.parse_args(argv)
@@ -180,10 +178,15 @@ def origin(arguments: Namespace) -> dict[str, Any]:
     return {"init": str(init), "init_content": weights_sha256(init), "licence": licence}
 
 
+def read(selection: Selection, config: TrainConfig, world: World) -> list[Utterance]:
+    """Read a manifest. Where bad audio is skipped, a file that is not there is skipped like any other."""
+    return selection.read(check_files=config.on_bad_audio == "fail", tell=partial(say, world))
+
+
 def review(sets: dict[str, list[Utterance]], selection: Selection, config: TrainConfig, world: World) -> None:
     """Show the classes of each set before anything is trained; refuse two spellings of one."""
     used = config.heads == "auto" or "emotion" in config.heads.split(",")
-    selection.review({"train": sets["train"]} | sets, partial(say, world), emotions=None if used else ())
+    selection.review({"train": sets["train"]} | sets, partial(say, world), emotions=None if used else [])
 
 
 def emotions_of_init(known: list[str], train: list[Utterance]) -> list[str]:
@@ -200,11 +203,11 @@ def emotions_of_init(known: list[str], train: list[Utterance]) -> list[str]:
     return []
 
 
-def read_manifests(arguments: Namespace, config: TrainConfig, world: World, *, check_files: bool) -> Parts:
+def read_manifests(arguments: Namespace, config: TrainConfig, world: World) -> Parts:
     """Read --train and --valid."""
     files = {"train": arguments.train} | ({"valid": arguments.valid} if arguments.valid else {})
     chosen = {part: selected_data(arguments, path) for part, path in files.items()}
-    parts = {part: s.read(check_files=check_files, tell=partial(say, world)) for part, s in chosen.items()}
+    parts = {part: read(selection, config, world) for part, selection in chosen.items()}
     review(parts, chosen["train"], config, world)
     train, valid = parts["train"], parts.get("valid", [])
     check_overlap(train, valid, allow=arguments.allow_overlap)
@@ -222,11 +225,11 @@ def turns_to_hold_out(fold: Fold, audit: Audit, utterances: list[Utterance], con
     return usual_known_turns(fold, utterances) if strangers and trained else 0
 
 
-def read_fold(arguments: Namespace, config: TrainConfig, world: World, *, check_files: bool) -> Parts:
+def read_fold(arguments: Namespace, config: TrainConfig, world: World) -> Parts:
     """Read --data and divide it."""
     selection = selected_data(arguments)
     protocol = selection.find_protocol()
-    utterances = selection.read(check_files=check_files, tell=partial(say, world))
+    utterances = read(selection, config, world)
     fold, audit = selection.find_fold(utterances)
     if arguments.known_turns is None and (turns := turns_to_hold_out(fold, audit, utterances, config)):
         selection = replace(selection, known_turns=turns)
@@ -264,9 +267,8 @@ def chosen_heads(config: TrainConfig, train: list) -> list[str]:
         wanted = ["emotion", "ctc", *(["speaker"] if config.beta > 0 else [])]
         return [name for name in wanted if name in has]
     heads = config.heads.split(",")
-    for name in heads:
-        if name not in has:
-            raise ConfigError(f"--heads names {name}, but no training utterance has a label for it; see --columns")
+    if lacks := [name for name in heads if name not in has]:
+        raise ConfigError(f"--heads names {lacks[0]}, but no training utterance has a label for it; see --columns")
     return heads
 
 
@@ -313,11 +315,8 @@ def make_recognizer(
     arguments: Namespace, config: TrainConfig, train: list[Utterance], texts: list[str], heads: list[str]
 ) -> tuple[Recognizer, LoadReport]:
     """Make the model from --init, with the labels of the training data."""
-    names = {
-        head: inherited_labels(arguments.init, head, names_in(head, (u.labels for u in train)))
-        for head in heads
-        if LABELS[head].kind != "text"
-    }
+    learnt = {head: names_in(head, (u.labels for u in train)) for head in heads if LABELS[head].kind != "text"}
+    names = {head: inherited_labels(arguments.init, head, own) for head, own in learnt.items()}
     with memory_explained(SMALLER_MODEL, doing="when the model was loaded"):
         return Recognizer.create(
             arguments.init,
@@ -331,9 +330,7 @@ def make_recognizer(
         )
 
 
-def settings_of_run(
-    arguments: Namespace, recognizer: Recognizer, world: World, about: dict[str, Any]
-) -> dict[str, Any]:
+def settings_of_run(arguments: Namespace, recognizer: Recognizer, world: World, about: dict) -> dict[str, Any]:
     """Return what the run's folder and the model card record beside the `TrainConfig`."""
     begun = origin(arguments) if world.is_main else {}  # which reads all weights; the main rank records it
     return {
@@ -367,9 +364,7 @@ def say_how_it_starts(arguments: Namespace, world: World) -> None:
 def train_in(world: World, arguments: Namespace, config: TrainConfig) -> FitResult:
     """Read the data, make the model and train it."""
     say_how_it_starts(arguments, world)
-    read_parts = read_manifests if arguments.train else read_fold
-    # Where bad audio is skipped, a file that is not there is skipped like any other.
-    train, valid, about = read_parts(arguments, config, world, check_files=config.on_bad_audio == "fail")
+    train, valid, about = (read_manifests if arguments.train else read_fold)(arguments, config, world)
     heads = chosen_heads(config, train)
     for line in emotions_of_init(labels_of(arguments.init, "emotion"), train) if "emotion" in heads else ():
         say(world, line)
@@ -378,7 +373,6 @@ def train_in(world: World, arguments: Namespace, config: TrainConfig) -> FitResu
     say(world, str(report))
     if recognizer.emotions:
         check_labels(valid, emotions=recognizer.emotions)
-    settings = settings_of_run(arguments, recognizer, world, about)
     again = opened_before(arguments.out)
     result = fit(
         recognizer,
@@ -387,7 +381,7 @@ def train_in(world: World, arguments: Namespace, config: TrainConfig) -> FitResu
         config,
         arguments.out,
         world=world,
-        settings=settings,
+        settings=settings_of_run(arguments, recognizer, world, about),
         # Not again when torchrun restarts the processes after a fault: then the run continues.
         overwrite=arguments.overwrite and not again,
         resume_from=None if again else arguments.resume_from,

@@ -6,8 +6,6 @@ protocol declares what its parts share, `audit` finds what they share, and `chec
 declared.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -70,16 +68,10 @@ class Fold:
 
 def can_name_a_folder(name: str) -> bool:
     """Tell whether a folder of this name, below any other, is harmless and the same on every system."""
-    return (
-        name.isprintable()  # no control, no invisible or undefined character, no lone surrogate
-        and bool(name)
-        and name[0] not in " .-~"
-        and name[-1] not in " ."
-        and FORBIDDEN.isdisjoint(name)
-        and len(name.encode()) <= LONGEST
-        and not RESERVED.fullmatch(name)
-        and not TAKEN.fullmatch(name)
-    )
+    # Not printable: controls, characters that are invisible or undefined, lone surrogates.
+    plain = bool(name) and name.isprintable() and name[0] not in " .-~" and name[-1] not in " ."
+    short = plain and FORBIDDEN.isdisjoint(name) and len(name.encode()) <= LONGEST
+    return short and not RESERVED.fullmatch(name) and not TAKEN.fullmatch(name)
 
 
 def folder_names(names: Iterable[str]) -> dict[str, str]:
@@ -152,12 +144,12 @@ def _column(utterances: Sequence[Utterance], name: str, protocol: str) -> list[s
     return [str(value) for value in values]
 
 
-def _by_value(utterances: Sequence[Utterance], name: str, protocol: str) -> dict[str, list[str]]:
-    """Group the ids by value, both sorted."""
+def _by_value(utterances: Sequence[Utterance], name: str, protocol: str, least: int = 2) -> dict[str, list[str]]:
+    """Group the ids by value, both sorted. Raises ManifestError for fewer values than ``least``."""
     groups = defaultdict(list)
     for u, value in zip(utterances, _column(utterances, name, protocol), strict=True):
         groups[value].append(u.id)
-    if len(groups) < 2:
+    if len(groups) < least:
         raise ManifestError(
             f"the protocol {protocol} needs two values of {name!r} or more, found {sorted(groups)}"
         )
@@ -374,17 +366,16 @@ def find_protocol(name: str, *, shares: Iterable[str] = ()) -> Protocol:
     Raises:
         ConfigError: there is no such protocol, or it declares itself what its parts share.
     """
-    known_speakers, _, turns = name.partition(":")
     own = PROTOCOLS.get(name)
-    if known_speakers in ("speaker-known", "speaker-known-text") and turns.isdecimal() and int(turns):
-        own = _known_speakers(int(turns), disjoint_text=known_speakers.endswith("text"))
+    kind, _, rest = name.partition(":")
+    if kind in ("speaker-known", "speaker-known-text") and rest.isdecimal() and int(rest):
+        own = _known_speakers(int(rest), disjoint_text=kind.endswith("text"))
     if own is not None:
         if list(shares):
             raise ConfigError(f"the protocol {name} declares itself what its parts share")
         return own
     if name == "column":
         return by_column(shares=shares)
-    kind, _, rest = name.partition(":")
     column, _, count = rest.rpartition(":")
     if kind == "kfold" and column and count.isdecimal():
         return kfold(column, int(count), shares=shares)
@@ -420,10 +411,8 @@ def with_known_turns(fold: Fold, utterances: Iterable[Utterance], count: int, *,
         ManifestError: a training speaker has no more utterances than that, or an utterance has no speaker.
     """
     train = fold.select(utterances)["train"]
-    groups = defaultdict(list)
-    for u, speaker in zip(train, _column(train, "speaker", "of known turns"), strict=True):
-        groups[speaker].append(u.id)
-    known = _draw_turns(dict(sorted(groups.items())), count, seed, f"fold {fold.name}")
+    groups = _by_value(train, "speaker", "of known turns", least=0)
+    known = _draw_turns(groups, count, seed, f"fold {fold.name}")
     parts = fold.parts | {"train": [i for i in fold.parts["train"] if i not in known], KNOWN: sorted(known)}
     return Fold(fold.name, parts)
 
@@ -591,9 +580,8 @@ def to_table(audits: Iterable[Audit]) -> str:
         rows.append([printable(a.fold), *(str(sizes.get(part, "-")) for part in PARTS), *cells,
                      _percent(both) if "valid" in sizes else "-"])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return (
-        "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows) + "\n"
-    )
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines) + "\n"
 
 
 def _to_json(audited: Audit) -> dict[str, Any]:
@@ -611,12 +599,7 @@ def _to_json(audited: Audit) -> dict[str, Any]:
 
 
 def write_folds(
-    path: str | os.PathLike[str],
-    protocol: Protocol,
-    folds: Iterable[Fold],
-    utterances: Iterable[Utterance],
-    *,
-    seed: int,
+    path: Path, protocol: Protocol, folds: Sequence[Fold], utterances: Sequence[Utterance], *, seed: int
 ) -> list[Audit]:
     """Check the folds and write them as JSON: lists of ids, with what the protocol declares and what was found.
 
@@ -626,7 +609,6 @@ def write_folds(
     Raises:
         ManifestError: as `check_fold`; or the file cannot be written. The file is written whole or not at all.
     """
-    path, folds, utterances = Path(path), list(folds), list(utterances)
     audits = [check_fold(fold, utterances, protocol) for fold in folds]
     content = {
         "protocol": protocol.name,

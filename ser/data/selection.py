@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from ser.data.manifest import Utterance, check_regular, parse_columns, read_mani
 from ser.data.spellings import check_map, check_spellings, label_lines, parse_map
 from ser.errors import ConfigError, ManifestError, brief_repr
 from ser.files import digest
+
+Tell = Callable[[str], None]  # shows a user a line
+Sets = dict[str, list[Utterance]]  # of utterances, by their names for people
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Selection:
                 cause = f"{self.data} is a folder, and has no {path.name} as preparing writes it; give a manifest"
             raise ManifestError(f"{path}: cannot be read: {cause}") from None
 
-    def read(self, *, check_files: bool = True, tell: Callable[[str], None] | None = None) -> list[Utterance]:
+    def read(self, *, check_files: bool = True, tell: Tell | None = None) -> list[Utterance]:
         """Read all utterances of the manifest; ``tell`` is called with what a user should know of it.
 
         Raises:
@@ -102,15 +105,9 @@ class Selection:
         """
         if self.sha256 and self.stamped().sha256 != self.sha256:
             raise ManifestError(f"{self.manifest}: has changed since; its sha256 was {self.sha256}")
-        return read_manifest(
-            self.manifest,
-            root=self.root,
-            columns=self.columns,
-            check_files=check_files,
-            literal_labels=self.literal_labels,
-            label_map=self.label_map,
-            tell=tell,
-        )
+        labels = {"literal_labels": self.literal_labels, "label_map": self.label_map}
+        how: dict[str, Any] = {"root": self.root, "columns": self.columns, **labels}
+        return read_manifest(self.manifest, check_files=check_files, tell=tell, **how)
 
     def find_protocol(self) -> protocols.Protocol:
         """Return the protocol. Raises ConfigError where none is named."""
@@ -138,12 +135,7 @@ class Selection:
         return fold.select(utterances)[self.part]
 
     def review(
-        self,
-        sets: Mapping[str, Sequence[Utterance]],
-        tell: Callable[[str], None],
-        *,
-        emotions: Collection[str] | None = None,
-        speakers: Collection[str] = (),
+        self, sets: Sets, tell: Tell, *, emotions: list[str] | None, speakers: Collection[str] = ()
     ) -> None:
         """Tell the classes of sets that were read, before anything is computed; refuse two spellings of one.
 
@@ -155,13 +147,8 @@ class Selection:
         """
         for line in label_lines(sets, emotions=emotions):
             tell(line)
-        check_spellings(
-            sets,
-            emotions=emotions or (),
-            speakers=speakers,
-            label_map=self.label_map,
-            columns=["speaker"] if emotions is not None and not emotions else ["emotion", "speaker"],
-        )
+        used = ["speaker"] if emotions == [] else ["emotion", "speaker"]
+        check_spellings(sets, emotions=emotions or (), speakers=speakers, label_map=self.label_map, columns=used)
 
     def __str__(self) -> str:
         """Name the selection for people."""
