@@ -23,13 +23,11 @@ people were heard. A model that training wrote says what it was trained on: what
 it is evaluated on is reported.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +40,7 @@ from ser.cli import LAUNCHER
 from ser.data.labels import DIMENSIONS
 from ser.data.manifest import Utterance
 from ser.data.protocols import KNOWN, overlap
-from ser.data.selection import Selection, add_data_arguments, selected_data
+from ser.data.selection import Selection, Tell, add_data_arguments, selected_data
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
 from ser.device import cpu_threads, freed_memory_kept
@@ -61,7 +59,6 @@ from ser.train.log import say
 from ser.train.processes import one_voice
 from ser.train.verification import checks_of
 
-Tell = Callable[[str], None]
 errors_told = one_voice
 
 
@@ -224,13 +221,18 @@ def read_fold_data(arguments: Namespace, named: Selection | None, tell: Tell) ->
     return EvaluatedData(chosen, utterances, training, about, assumed or None)
 
 
-def read_data(arguments: Namespace, record: Mapping[str, Any] | None, tell: Tell) -> EvaluatedData:
-    """Read what the model of a record (see `ser.scores.card`) is evaluated on, as the flags name it."""
+def read_data(arguments: Namespace, record: dict | None, emotions: list[str], tell: Tell) -> EvaluatedData:
+    """Read what the model of a record (see `ser.scores.card`) is evaluated on, and show its labels."""
     named = None if record is None else card.trained_on(record)
     if arguments.train:
         named = selected_data(arguments, arguments.train)
     read = read_manifest_data if arguments.manifest and not arguments.protocol else read_fold_data
-    return read(arguments, named, tell)
+    data = read(arguments, named, tell)
+    check_parts(arguments.parts, data.utterances)
+    speakers = {u.speaker for u in data.training or () if u.speaker is not None}
+    sets = {data.selection.part or "data": data.utterances}
+    data.selection.review(sets, tell, emotions=emotions, speakers=speakers)
+    return data
 
 
 # ------------------------------------------------------------------------------------------------- evaluating
@@ -261,10 +263,9 @@ def outcomes_of(
         how: dict[str, Any] = {"orthography": recognizer.orthography, "tags": recognizer.tags}
         seen = frozenset(clean(u.text or "", **how) for u in training) - {""}
     rows = evaluated_rows(
-        recognizer, utterances, world=world, seen_texts=seen, workers=arguments.workers,
-        progress=world.is_main and sys.stderr.isatty(),
+        recognizer, utterances, seen_texts=seen, rewriting=rewriting, world=world,
+        progress=world.is_main and sys.stderr.isatty(), workers=arguments.workers, timeout=arguments.timeout,
         bad_audio=BadAudio(world, policy=arguments.on_bad_audio, limit=arguments.max_bad_audio),
-        timeout=arguments.timeout, rewriting=rewriting,
     )  # fmt: skip
     if not world.is_main:
         for _ in rows:
@@ -288,8 +289,7 @@ def known_turn_outcomes(
     if not recognizer.speakers or not data.selection.known_turns or arguments.part == KNOWN:
         return None
     known = replace(data.selection, part=KNOWN)
-    everything = known.read(check_files=arguments.on_bad_audio == "fail")
-    turns = known.of(known.find_fold(everything)[0], everything)
+    turns = known.utterances(check_files=arguments.on_bad_audio == "fail")
     shared = overlap(data.training or [], turns)["recordings"]
     if shared is not None and shared.utterances:
         raise ConfigError(
@@ -341,11 +341,7 @@ def evaluate_model(arguments: Namespace, world: World) -> bool:
     record = card.read_record(find_folder(arguments.model))
     if arguments.card and record is None:
         raise ConfigError(f"--card: {arguments.model} has no {card.RECORD}, as training writes it")
-    data = read_data(arguments, record, tell)
-    check_parts(arguments.parts, data.utterances)
-    sets = {data.selection.part or "data": data.utterances}
-    speakers = {u.speaker for u in data.training or () if u.speaker is not None}
-    data.selection.review(sets, tell, emotions=recognizer.emotions, speakers=speakers)
+    data = read_data(arguments, record, recognizer.emotions, tell)
     rewriting = Rewriting()
     outcomes = outcomes_of(recognizer, data.utterances, data.training, arguments, world, arguments.out, rewriting)
     known = known_turn_outcomes(recognizer, data, arguments, world)
