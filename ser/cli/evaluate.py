@@ -114,10 +114,9 @@ def refuse_renaming(arguments: Namespace) -> None:
 
 def check_flags(arguments: Namespace) -> None:
     """Raise ConfigError for arguments that contradict each other or are out of range."""
-    if arguments.resamples < 1 or arguments.seed < 0:
-        raise ConfigError(
-            f"--resamples {arguments.resamples} --seed {arguments.seed}: expected 1 or more, and 0 or more"
-        )
+    resamples, seed = arguments.resamples, arguments.seed
+    if resamples < 1 or seed < 0:
+        raise ConfigError(f"--resamples {resamples} --seed {seed}: expected 1 or more, and 0 or more")
     refuse_renaming(arguments)
     if arguments.compare:
         return
