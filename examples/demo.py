@@ -18,11 +18,5 @@ import sys
 
 from ser.cli import call
 
-
-def main() -> int:
-    """Run `ser demo`, with this page's help."""
-    return call("demo", sys.argv[1:], text=__doc__)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call("demo", sys.argv[1:], text=__doc__))

@@ -27,11 +27,5 @@ import sys
 
 from ser.cli import call
 
-
-def main() -> int:
-    """Train as `ser train` does, with this page's help."""
-    return call("train", sys.argv[1:], text=__doc__)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call("train", sys.argv[1:], text=__doc__))

@@ -20,15 +20,7 @@ if TYPE_CHECKING:
     from ser.recognizer import Prediction, Recognizer, load
 
 __version__ = "0.1.0"
-__all__ = [
-    "SAMPLE_RATE",
-    "Prediction",
-    "Recognizer",
-    "SerError",
-    "load",
-    "load_audio",
-    "load_encoder",
-]
+__all__ = ["SAMPLE_RATE", "Prediction", "Recognizer", "SerError", "load", "load_audio", "load_encoder"]
 
 # A public name is imported when it is first asked for: `ser --help` answers before torch could be imported.
 _PLACES = {

@@ -12,8 +12,6 @@ the text to write. A format of your own is a row of `FORMATS`:
     FORMATS["names"] = names_only
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -41,13 +39,9 @@ def as_record(source: str | Utterance, result: Prediction | SerError) -> Record:
     Every record has the same keys: those of `Prediction.to_dict`, and file, id, start, end, error. A value is None
     where there is nothing to say.
     """
-    row = source if isinstance(source, Utterance) else None
-    record: Record = {
-        "file": str(row.file) if row else source,
-        "id": row.id if row else None,
-        "start": row.start if row else None,
-        "end": row.end if row else None,
-    }
+    record: Record = {"file": source, "id": None, "start": None, "end": None}
+    if isinstance(source, Utterance):
+        record = {"file": str(source.file), "id": source.id, "start": source.start, "end": source.end}
     if isinstance(result, Prediction) and result.start is not None and result.end is not None:  # a window
         name = record["id"] or os.path.basename(record["file"])  # noqa: PTH119
         part = f"{name}:{decimal(result.start)}-{decimal(result.end)}"
@@ -147,12 +141,11 @@ def table_columns(recognizer: Recognizer, total: int) -> list[Column]:
     if recognizer.speakers:
         longest = max(len("speaker"), *map(len, recognizer.speakers))
         speakers.append(Column("speaker", "speaker", min(longest, 20)))
-    transcripts = [0] if recognizer.vocabulary else []
+    writes = bool(recognizer.vocabulary)
     fixed = [seconds, *answers, *speakers]
-    gaps = 2 * (len(fixed) + len(transcripts))
-    rest = max(20, total - 1 - sum(column.width for column in fixed) - gaps)
-    file = min(40, max(12, rest // 3)) if transcripts else rest
-    texts = [Column("transcript", "transcript", rest - file) for _ in transcripts]
+    rest = max(20, total - 1 - sum(column.width + 2 for column in fixed) - 2 * writes)
+    file = min(40, max(12, rest // 3)) if writes else rest
+    texts = [Column("transcript", "transcript", rest - file)] if writes else []
     return [Column("file", "file", file, keep_end=True), seconds, *answers, *texts, *speakers]
 
 
@@ -173,7 +166,6 @@ def likeliest(record: Record) -> str:
 
 def cells_of(record: Record) -> dict[str, str]:
     """Return the texts of a table's row by the keys of their columns."""
-    dimensions = {f"={name}": two_digits(value) for name, value in (record["dimensions"] or {}).items()}
     return {
         "file": record["id"] or record["file"],
         "seconds": f"{record['seconds']:.2f}",
@@ -181,15 +173,14 @@ def cells_of(record: Record) -> dict[str, str]:
         "emotion": likeliest(record),
         "transcript": record["transcript"] or "",
         "speaker": record["speaker"] or "",
-        **dimensions,
+        **{f"={name}": two_digits(value) for name, value in (record["dimensions"] or {}).items()},
     }
 
 
 def terminal_table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
     """Write a table that fits the terminal; what is too long is cut."""
     total = shutil.get_terminal_size((120, 24)).columns
-    columns = table_columns(recognizer, total)
-    file = columns[0]
+    file, *_ = columns = table_columns(recognizer, total)
     message = Column("error", "error", total - file.width - 3)
 
     def line(*texts: str) -> str:

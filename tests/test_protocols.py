@@ -28,7 +28,6 @@ from ser.data.protocols import (
     find_protocol,
     folder_names,
     kfold,
-    read_folds,
     to_table,
     write_folds,
 )
@@ -448,8 +447,8 @@ def test_folds_read_as_they_were_written_with_what_they_declare_and_share(tmp_pa
     folds = protocol.folds(rows)
     audits = write_folds(tmp_path / "folds.json", protocol, folds, rows, seed=0)
     assert audits == [audit(fold, rows) for fold in folds]
-    assert read_folds(tmp_path / "folds.json") == folds
     content = json.loads((tmp_path / "folds.json").read_text())
+    assert [Fold(fold["name"], fold["parts"]) for fold in content["folds"]] == folds
     assert content["protocol"] == "kfold:speaker:5" and content["seed"] == 0
     assert content["declares"]["train/test"] == ["transcripts"]
     assert content["folds"][0]["shared"]["train/test"]["transcripts"] == {"values": 1, "utterances": 1, "known": 1}
@@ -461,21 +460,6 @@ def test_an_undeclared_leak_is_not_written(tmp_path):
     with pytest.raises(ManifestError, match="share 1 transcripts"):
         write_folds(tmp_path / "folds.json", protocol, protocol.folds(rows), rows, seed=0)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "[]", '{"folds": [{"name": "a"}]}', '{"folds": [{"name": "a", "parts": {"dev": ["a"]}}]}',
-     '{"folds": [{"name": "a", "parts": {"train": [1]}}]}', '{"folds": [{"name": "a", "parts": {}}]}'],
-)  # fmt: skip
-def test_a_file_that_holds_no_folds_is_refused_with_its_path(tmp_path, content):
-    path = tmp_path / "folds.json"
-    path.write_text(content)
-    with pytest.raises(ManifestError, match="not a file of folds") as caught:
-        read_folds(path)
-    assert str(path) in str(caught.value)
-    with pytest.raises(ManifestError, match="cannot read"):
-        read_folds(tmp_path / "missing.json")
 
 
 def test_select_gives_the_utterances_of_each_part():

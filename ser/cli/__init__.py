@@ -9,8 +9,6 @@ A first model on a synthetic corpus, in minutes (needs the extra `demo`), and it
 `torchrun --standalone --nproc-per-node=2 -m ser train ...`.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os
@@ -80,10 +78,7 @@ def make_parser(text: str | None, prog: str | None = None) -> argparse.ArgumentP
     """Return a parser whose help begins with the first paragraph of ``text`` and ends with the others."""
     description, _, usage = (text or "").partition("\n\n")
     return argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 

@@ -29,9 +29,7 @@ output is that of the reference (transformers or torchaudio, where installed) wi
 certificate.json in it says so.
 """
 
-from __future__ import annotations
-
-import argparse
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ser.convert.convert import convert
@@ -46,26 +44,25 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "source",
         help="folder of transformers, its OWNER/NAME on the hub, or file of fairseq, torchaudio, speechbrain",
     )
-    parser.add_argument("target", type=Path, help="model folder to write")
-    parser.add_argument("--config", type=Path, help="config.json, or a part of it, for what the source lacks; it "
-                        "stands above what the source says")  # fmt: skip
-    parser.add_argument("--vocab", type=Path, help="vocab.json of the CTC head (default: that of the source, else "
-                        "the 32 symbols of LibriSpeech)")  # fmt: skip
-    parser.add_argument("--labels", type=names, metavar="A,B,...", help="of the emotion head, in the order of its "
-                        "rows (default: e0,e1,e2,e3)")  # fmt: skip
-    parser.add_argument(
-        "--speakers", type=names, metavar="A,B,...", help="of the speaker head (default: s0,s1,...)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model folder at the target")
+    add("target", type=Path, help="model folder to write")
+    add("--config", type=Path, help="config.json, or a part of it, for what the source lacks; it "
+        "stands above what the source says")  # fmt: skip
+    add("--vocab", type=Path, help="vocab.json of the CTC head (default: that of the source, else "
+        "the 32 symbols of LibriSpeech)")  # fmt: skip
+    add("--labels", type=names, metavar="A,B,...", help="of the emotion head, in the order of its "
+        "rows (default: e0,e1,e2,e3)")  # fmt: skip
+    add("--speakers", type=names, metavar="A,B,...", help="of the speaker head (default: s0,s1,...)")
+    add("--overwrite", action="store_true", help="replace a model folder at the target")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """Write the model folder and its certificate."""
     config = arguments.config
     convert(

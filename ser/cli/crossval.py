@@ -30,15 +30,13 @@ folds. An ablation has all of this in a folder per value, and ablation.json, abl
 beside them.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -55,19 +53,11 @@ from ser.data.manifest import Utterance
 from ser.data.protocols import Protocol, check_fold, find_fold, to_table, usual_known_turns
 from ser.data.selection import Selection, add_data_arguments, selected_data
 from ser.data.spellings import check_spellings, label_lines
-from ser.errors import ConfigError, FileError, printable
+from ser.errors import ConfigError, FileError, indented, printable
 from ser.files import digest, write_json
 from ser.folder import is_preset
 from ser.models.pretrained import find_folder
-from ser.scores.folds import (
-    SHORT,
-    PooledReport,
-    ablation_markdown,
-    ablation_summary,
-    pooled_markdown,
-    pooled_report,
-    write_curves,
-)
+from ser.scores import folds as pooling
 from ser.scores.pictures import draw, draw_curves, needs_matplotlib
 from ser.scores.report import PARTS, Outcomes, Report, four_digits, shared_line, table
 from ser.train.content import NAMES, contents, weights_sha256
@@ -104,7 +94,7 @@ def errors_told() -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------- arguments
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of the command, the common ones first."""
     parser.allow_abbrev = False
     add = parser.add_argument_group("cross-validation").add_argument
@@ -131,23 +121,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--processes", type=int, default=1, help="of one training, under torchrun (default: 1)")
     add("--parallel", type=int, default=1, help="folds at once, each with a GPU of its own where there are any "
         "(default: 1)")  # fmt: skip
-    add(
-        "--on-bad-audio",
-        choices=["fail", "skip"],
-        default="fail",
-        help="in training and evaluation (default: fail)",
-    )
+    policies = ["fail", "skip"]
+    add("--on-bad-audio", choices=policies, default="fail", help="in training and evaluation (default: fail)")
     add("--max-bad-audio", type=float, default=0.01, help="share that skip may leave out of each (default: 0.01)")
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """Read the arguments; those that are not known go to training."""
     arguments, options = parser.parse_known_args(argv)
     arguments.training_options, arguments.command = options, ["ser", "crossval", *argv]
     return arguments
 
 
-def refuse_contradictions(arguments: argparse.Namespace) -> None:
+def refuse_contradictions(arguments: Namespace) -> None:
     """Raise ConfigError for arguments that are missing, contradict each other or are out of range."""
     options = arguments.training_options
     if not arguments.data or not arguments.protocol:
@@ -214,8 +200,7 @@ def check_same(folder: Path, settings: dict[str, Any], as_written: Callable[[], 
     old, new = fold_settings(before, settings), fold_settings(settings, before)
     if old != new:
         differing = [f"{k}: {old.get(k)!r} then, {v!r} now" for k, v in new.items() if old.get(k) != v]
-        lines = "\n  ".join(differing)
-        raise ConfigError(f"{folder}: was begun with other settings; choose another --out:\n  {lines}")
+        raise ConfigError(f"{folder}: was begun with other settings; choose another --out:{indented(differing)}")
     if "content" not in before and settings["content"] != as_written():
         raise ConfigError(
             f"{folder}: was begun by an earlier release, which took every label as it is written; give "
@@ -234,11 +219,16 @@ def device_shares(gpus: list[str], *, folds: int, processes: int) -> list[list[s
     return [gpus[first : first + processes] for first in range(0, folds * processes, processes)]
 
 
-def is_evaluated(folder: Path, parts: tuple[str, ...]) -> bool:
+def all_parts(named: list[str]) -> tuple[str, ...]:
+    """Return the columns by which figures are reported apart, those of --parts among them."""
+    return tuple(dict.fromkeys((*PARTS, *named)))
+
+
+def is_evaluated(folder: Path, parts: list[str]) -> bool:
     """Tell whether a fold's report and all its predictions are there."""
     try:
         result = Report.read(folder / "report.json")
-        return len(Outcomes.read(folder / "predictions.csv", parts)) == result.utterances
+        return len(Outcomes.read(folder / "predictions.csv", all_parts(parts))) == result.utterances
     except ConfigError:
         return False
 
@@ -272,30 +262,21 @@ class Commands:
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """What is done on each fold.
+    """Describe what is done on each fold.
 
     Attributes:
-        arguments: of the command.
-        options: of training, beside those that each fold is given.
+        arguments: of the command; of one value, where it compares several.
         selection: the data and how it is divided.
         weights: which weights of a run are evaluated.
-        out: folder with a folder for each fold.
     """
 
-    arguments: argparse.Namespace
-    options: list[str]
+    arguments: Namespace
     selection: Selection
     weights: str
-    out: Path
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The columns by which figures are reported apart."""
-        return tuple(dict.fromkeys((*PARTS, *self.arguments.parts)))
 
     def commands(self, fold: str) -> dict[str, list[str]]:
         """Return step -> the command that does it on a fold; the steps' logs are called like them."""
-        arguments, folder = self.arguments, self.out / fold
+        arguments, folder = self.arguments, self.arguments.out / fold
         same = [*self.selection.to_options(), "--fold", fold, "--on-bad-audio", arguments.on_bad_audio]
         same += ["--max-bad-audio", str(arguments.max_bad_audio), "--device", arguments.device]
         if arguments.known_turns is not None:  # else as training finds best, and the model then says
@@ -309,12 +290,12 @@ class CrossValidation:
         evaluate += ["--resamples", str(arguments.resamples), "--no-pictures", "--parts", *arguments.parts]
         if arguments.evaluate_only:
             return {"judge": evaluate}
-        return {"train": [*train, *self.options], "judge": [*evaluate, "--card"]}
+        return {"train": [*train, *arguments.training_options], "judge": [*evaluate, "--card"]}
 
 
 def train_and_evaluate(job: CrossValidation, fold: str, environment: dict[str, str], commands: Commands) -> None:
     """Do both on a fold, as commands of their own, with logs in the fold's folder."""
-    folder = job.out / fold
+    folder = job.arguments.out / fold
     if job.arguments.processes > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")
     started = time.perf_counter()
@@ -327,8 +308,9 @@ def train_and_evaluate(job: CrossValidation, fold: str, environment: dict[str, s
                 tail = "\n  ".join(path.read_text().splitlines()[-15:])
                 raise ConfigError(f"fold {fold}: {step} failed; {path} ends with\n  {tail}")
     result = Report.read(folder / "report.json")
-    shown = [f"{short} {four_digits(result.value(n))}" for short, n in SHORT.items() if n in result.figures]
-    print_now(f"{fold}: {'  '.join(shown)}  {time.perf_counter() - started:.0f} s")
+    names = {short: name for short, name in pooling.SHORT.items() if name in result.figures}
+    shown = "  ".join(f"{short} {four_digits(result.value(name))}" for short, name in names.items())
+    print_now(f"{fold}: {shown}  {time.perf_counter() - started:.0f} s")
     if job.arguments.evaluate_only or result.trained_on_some:
         print_now(f"    {shared_line(result)}")
 
@@ -337,7 +319,7 @@ def run_fold(job: CrossValidation, fold: str, devices: Queue[list[str]], command
     """Train and evaluate one fold in its folder, unless that is done."""
     if commands.closed:
         return
-    if is_evaluated(job.out / fold, job.parts):
+    if is_evaluated(job.arguments.out / fold, job.arguments.parts):
         print_now(f"{fold}: done already")
         return
     environment = dict(os.environ)
@@ -367,11 +349,11 @@ def commit_of_checkout() -> str | None:
     return None
 
 
-def provenance(arguments: argparse.Namespace, options: list[str], selection: Selection) -> dict[str, Any]:
+def provenance(arguments: Namespace, selection: Selection) -> dict[str, Any]:
     """Return what is needed to repeat the run."""
     return {
         "command": arguments.command,
-        "training_options": options,
+        "training_options": arguments.training_options,
         "versions": {"ser": ser.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "commit": commit_of_checkout(),
         "data": selection.to_dict(),
@@ -398,12 +380,13 @@ def write_eval_files(out: Path, folds: list[str]) -> None:
     print_now(f"pooled: correct: {right} of {total} , acc: {right / max(total, 1):.4f}")
 
 
-def read_and_review(arguments: argparse.Namespace, options: list[str], selection: Selection) -> list[Utterance]:
+def read_and_review(arguments: Namespace, selection: Selection) -> list[Utterance]:
     """Read the manifest and show its classes; refuse two spellings of one."""
     utterances = selection.read(check_files=arguments.on_bad_audio == "fail", tell=print_now)
     print_now("\n".join(label_lines({"all folds": utterances})))
     # Else each training knows whether emotions are used.
-    settled = not arguments.evaluate_only and not any("heads" in o for o in (*options, arguments.ablation or ""))
+    options = (*arguments.training_options, arguments.ablation or "")
+    settled = not arguments.evaluate_only and not any("heads" in option for option in options)
     used = ["emotion", "speaker"] if settled else ["speaker"]
     check_spellings({"all folds": utterances}, label_map=selection.label_map, columns=used)
     return utterances
@@ -412,10 +395,10 @@ def read_and_review(arguments: argparse.Namespace, options: list[str], selection
 def check_settings(job: CrossValidation, names: list[str], utterances: list[Utterance]) -> None:
     """Refuse to go on with folds that were begun with other settings; record those of new ones."""
     given = job.arguments.evaluate_only
-    settings = provenance(job.arguments, job.options, job.selection)
+    settings = provenance(job.arguments, job.selection)
     for name in ("command", "commit", "versions", "processes"):  # may differ
         del settings[name]
-    settings["training_options"] = options = lasting(job.options)
+    settings["training_options"] = options = lasting(job.arguments.training_options)
     settings["content"] = contents(utterances)
     if "--vocab" in options[:-1]:
         settings["vocab_sha256"] = digest(Path(options[options.index("--vocab") + 1]))
@@ -425,10 +408,10 @@ def check_settings(job: CrossValidation, names: list[str], utterances: list[Utte
 
     for name in names:
         model = {"model_sha256": weights_sha256(given / name)} if given else {}
-        check_same(job.out / name, settings | {"weights": job.weights} | model, as_written)
+        check_same(job.arguments.out / name, settings | {"weights": job.weights} | model, as_written)
 
 
-def free_devices(arguments: argparse.Namespace) -> Queue[list[str]]:
+def free_devices(arguments: Namespace) -> Queue[list[str]]:
     """Return the GPUs of each of several folds at once, to be taken and given back."""
     count = torch.cuda.device_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",") if count else []
@@ -459,12 +442,10 @@ def run_folds(job: CrossValidation, names: list[str]) -> None:
         raise Stopped
 
 
-def cross_validate(
-    arguments: argparse.Namespace, options: list[str], selection: Selection, out: Path
-) -> PooledReport:
-    """Train and evaluate every fold, and write the report of all, in ``out``."""
-    protocol = selection.find_protocol()
-    utterances = read_and_review(arguments, options, selection)
+def cross_validate(arguments: Namespace, selection: Selection) -> pooling.PooledReport:
+    """Train and evaluate every fold, and write the report of all."""
+    protocol, out = selection.find_protocol(), arguments.out
+    utterances = read_and_review(arguments, selection)
     folds = {fold.name: fold for fold in protocol.folds(utterances, seed=selection.seed)}
     chosen = (find_fold(protocol, utterances, name, seed=selection.seed).name for name in arguments.folds or folds)
     names = list(dict.fromkeys(chosen))
@@ -475,15 +456,15 @@ def cross_validate(
         if missing := [name for name in names if not (given / name).is_dir()]:
             raise ConfigError(f"{given}: has no folder {', '.join(missing)}; it needs one per fold")
     print_now(f"{protocol.name}: {protocol.description}\n{audits}\nthe {weights} weights of each fold are judged")
-    job = CrossValidation(arguments, options, selection, weights, out)
+    job = CrossValidation(arguments, selection, weights)
     check_settings(job, names, utterances)
     run_folds(job, names)
-    result = pooled_report(out, names, protocol, resamples=arguments.resamples, parts=job.parts)
-    result.weights, result.audit = weights, audits
-    result.repeat = provenance(arguments, options, selection)
+    parts = all_parts(arguments.parts)
+    result = pooling.pooled_report(out, names, protocol, resamples=arguments.resamples, parts=parts)
+    result.weights, result.audit, result.repeat = weights, audits, provenance(arguments, selection)
     write_json(out / "report.json", result.to_dict())
-    (out / "report.md").write_text(pooled_markdown(result), encoding="utf-8")
-    write_curves(out / "curves.csv", {"": result.curve})
+    (out / "report.md").write_text(pooling.pooled_markdown(result), encoding="utf-8")
+    pooling.write_curves(out / "curves.csv", {"": result.curve})
     draw(result.pooled, out)
     print_now(f"\n{table(result.pooled)}\n\n{out / 'report.md'}")
     if given:
@@ -494,7 +475,7 @@ def cross_validate(
 # ---------------------------------------------------------------------------------------------- ablations
 
 
-def variants(arguments: argparse.Namespace) -> dict[str, list[str]]:
+def variants(arguments: Namespace) -> dict[str, list[str]]:
     """Return value -> what it adds to the training options."""
     rest = arguments.training_options
     name, _, values = arguments.ablation.partition("=")
@@ -522,11 +503,9 @@ def beside_table_3(summary: dict[str, Any]) -> list[str]:
         cells = [f"alpha {value}", f"{count} of {summary['protocol']}", str(summary["utterances"])]
         lines += [f"| {' | '.join(cells)} | {four_digits((row['accuracy'] or {}).get('value'))} |"]
     note = "The same folds and utterances: on IEMOCAP's own recordings the two may be compared."
-    return [
-        *lines,
-        "",
-        note if same else "**Other folds, utterances or weights than the paper's: not comparable.**",
-    ]
+    if not same:
+        note = "**Other folds, utterances or weights than the paper's: not comparable.**"
+    return [*lines, "", note]
 
 
 def turns_for_all_folds(selection: Selection) -> int:
@@ -539,7 +518,7 @@ def turns_for_all_folds(selection: Selection) -> int:
     return min(usual_known_turns(fold, utterances) for fold in folds)
 
 
-def run_ablation(arguments: argparse.Namespace, selection: Selection) -> None:
+def run_ablation(arguments: Namespace, selection: Selection) -> None:
     """Cross-validate with each value, and write a table of all."""
     name = arguments.ablation.partition("=")[0]
     if name == "heads" and "speaker" in arguments.ablation and arguments.known_turns is None:
@@ -549,23 +528,24 @@ def run_ablation(arguments: argparse.Namespace, selection: Selection) -> None:
     results, predictions = {}, {}
     for value, options in variants(arguments).items():
         print_now(f"\n{name} {value}")
-        out = arguments.out / f"{name}={value}"
-        results[value] = cross_validate(arguments, [*arguments.training_options, *options], selection, out)
-        predictions[value] = Outcomes.joined(
-            [Outcomes.read(out / fold / "predictions.csv") for fold in results[value].folds]
-        )
-    summary = ablation_summary(name, results, predictions, resamples=arguments.resamples)
+        changed = Namespace(**vars(arguments))
+        changed.out = arguments.out / f"{name}={value}"
+        changed.training_options = [*arguments.training_options, *options]
+        results[value] = cross_validate(changed, selection)
+        files = [changed.out / fold / "predictions.csv" for fold in results[value].folds]
+        predictions[value] = Outcomes.joined([Outcomes.read(file) for file in files])
+    summary = pooling.ablation_summary(name, results, predictions, resamples=arguments.resamples)
     curves = {value: result.curve for value, result in results.items()}
     write_json(arguments.out / "ablation.json", summary)
-    text = ablation_markdown(summary, beside_table_3(summary) if name == "alpha" else ())
+    text = pooling.ablation_markdown(summary, beside_table_3(summary) if name == "alpha" else ())
     (arguments.out / "ablation.md").write_text(text, encoding="utf-8")
-    write_curves(arguments.out / "curves.csv", curves)
+    pooling.write_curves(arguments.out / "curves.csv", curves)
     if summary["drawn"]:
         draw_curves({f"{name} {value}": curve for value, curve in curves.items()}, arguments.out / "curves.png")
     print_now(f"\n{text}\n{arguments.out / 'ablation.md'}")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """Cross-validate, once or for each value of an ablation."""
     refuse_contradictions(arguments)
     needs_matplotlib()
@@ -574,7 +554,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.ablation:
             run_ablation(arguments, selection)
         else:
-            cross_validate(arguments, arguments.training_options, selection, arguments.out)
+            cross_validate(arguments, selection)
     except OSError as error:
         raise FileError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
     return 0

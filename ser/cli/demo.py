@@ -9,13 +9,11 @@ sentences that training did not have, recognises a few recordings, and prints a 
 figures are worse than they should be.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import os
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import ser
@@ -33,18 +31,18 @@ SETTINGS = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder in which the corpus is built "
-                        "(default: %(default)s)")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="the run's folder, made anew "
-                        "(default: %(default)s)")  # fmt: skip
-    parser.add_argument("--processes", type=int, default=2, help="training processes (default: %(default)s)")
-    corpus = parser.add_argument_group("the corpus")
-    corpus.add_argument("--corpus-only", action="store_true", help="make the corpus and end")
-    corpus.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default: %(default)s)")
-    corpus.add_argument("--size", type=int, default=192, help="training sentences; each in 4 emotions (24 to 480; "
-                        "default: %(default)s)")  # fmt: skip
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("data/demo"), help="folder in which the corpus is built "
+        "(default: %(default)s)")  # fmt: skip
+    add("--out", type=Path, default=Path("runs/demo"), help="the run's folder, made anew (default: %(default)s)")
+    add("--processes", type=int, default=2, help="training processes (default: %(default)s)")
+    add = parser.add_argument_group("the corpus").add_argument
+    add("--corpus-only", action="store_true", help="make the corpus and end")
+    add("--seed", type=int, default=0, help="another seed, another corpus (default: %(default)s)")
+    add("--size", type=int, default=192, help="training sentences; each in 4 emotions (24 to 480; "
+        "default: %(default)s)")  # fmt: skip
 
 
 def run_shown(*words: str) -> None:
@@ -71,7 +69,7 @@ def show_figures(unseen: dict, known: dict, *, emotions: int, speakers: int) -> 
         print(f"  {name:<44}{value:6.2f}   {chance:<12}{needed}")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """Build the corpus, train, evaluate and recognise."""
     data, out = arguments.data, arguments.out
     print(f"1. A synthetic corpus in {data} (espeak-ng; figures on it say nothing about people)", flush=True)

@@ -23,14 +23,12 @@ people were heard. A model that training wrote says what it was trained on: what
 it is evaluated on is reported.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import sys
+from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,8 +40,7 @@ from ser.cli import LAUNCHER
 from ser.data.labels import DIMENSIONS
 from ser.data.manifest import Utterance
 from ser.data.protocols import KNOWN, overlap
-from ser.data.selection import Selection, add_data_arguments, selected_data
-from ser.data.spellings import check_spellings, label_lines
+from ser.data.selection import Selection, Tell, add_data_arguments, selected_data
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
 from ser.device import cpu_threads, freed_memory_kept
@@ -52,20 +49,9 @@ from ser.files import write_json
 from ser.models.pretrained import find_folder
 from ser.recognizer import Recognizer
 from ser.scores import card
+from ser.scores import report as scores
 from ser.scores.pictures import draw
-from ser.scores.report import (
-    PARTS,
-    KnownTurns,
-    Outcomes,
-    Report,
-    compare_predictions,
-    number_columns,
-    report,
-    shared_line,
-    table,
-    text_columns,
-    write_rows,
-)
+from ser.scores.report import Outcomes, Report
 from ser.train.bad_audio import BadAudio
 from ser.train.distributed import World, joined_world
 from ser.train.evaluation import evaluated_rows
@@ -79,7 +65,7 @@ errors_told = one_voice
 # -------------------------------------------------------------------------------------------------- arguments
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of the command, the common ones first."""
     add = parser.add_argument_group("model and data").add_argument
     add("--model", help="model folder, or its OWNER/NAME on the Hugging Face hub")
@@ -116,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)")  # fmt: skip
 
 
-def refuse_renaming(arguments: argparse.Namespace) -> None:
+def refuse_renaming(arguments: Namespace) -> None:
     """Refuse flags that rename labels: --compare reads labels from two files, and --verify as the card says."""
     flags = ("map", "literal_labels", "columns")
     given = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name)]
@@ -126,12 +112,11 @@ def refuse_renaming(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{mode} takes no {', '.join(given)}: {how}")
 
 
-def check_flags(arguments: argparse.Namespace) -> None:
+def check_flags(arguments: Namespace) -> None:
     """Raise ConfigError for arguments that contradict each other or are out of range."""
-    if arguments.resamples < 1 or arguments.seed < 0:
-        raise ConfigError(
-            f"--resamples {arguments.resamples} --seed {arguments.seed}: expected 1 or more, and 0 or more"
-        )
+    resamples, seed = arguments.resamples, arguments.seed
+    if resamples < 1 or seed < 0:
+        raise ConfigError(f"--resamples {resamples} --seed {seed}: expected 1 or more, and 0 or more")
     refuse_renaming(arguments)
     if arguments.compare:
         return
@@ -147,8 +132,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
 
 def check_parts(named: list[str], utterances: list[Utterance]) -> None:
     """Raise ConfigError where --parts names no column of texts."""
-    known = {name for u in utterances for name in u.extra} | {*text_columns(PARTS)}
-    known = {name for name in known - number_columns().keys() if not name.startswith("p_")}
+    known = {name for u in utterances for name in u.extra} | {*scores.text_columns(scores.PARTS)}
+    known = {name for name in known - scores.number_columns().keys() if not name.startswith("p_")}
     if unknown := [name for name in named if name not in known]:
         raise ConfigError(f"--parts {unknown[0]}: is no column of texts here; there are {summary(sorted(known))}")
 
@@ -171,7 +156,7 @@ class EvaluatedData:
     selection: Selection
     utterances: list[Utterance]
     training: list[Utterance] | None
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any]
     training_is_assumed: bool | None = None
 
     def shared_with_training(self) -> dict[str, float | None] | None:
@@ -208,9 +193,7 @@ def same_fold(first: Selection, second: Selection) -> bool:
     return all(getattr(first, name) == getattr(second, name) for name in names)
 
 
-def read_manifest_data(
-    arguments: argparse.Namespace, named: Selection | None, tell: Callable[[str], None]
-) -> EvaluatedData:
+def read_manifest_data(arguments: Namespace, named: Selection | None, tell: Tell) -> EvaluatedData:
     """Read --manifest; ``named`` is what the model was trained on."""
     if arguments.fold or arguments.known_turns:
         raise ConfigError("--fold and --known-turns need --protocol, which says how the manifest is divided")
@@ -220,9 +203,7 @@ def read_manifest_data(
     return EvaluatedData(chosen, utterances, training, {"manifest": chosen.data})
 
 
-def read_fold_data(
-    arguments: argparse.Namespace, named: Selection | None, tell: Callable[[str], None]
-) -> EvaluatedData:
+def read_fold_data(arguments: Namespace, named: Selection | None, tell: Tell) -> EvaluatedData:
     """Read --data and take the part of the fold; ``named`` is what the model was trained on."""
     arguments.data = arguments.data or arguments.manifest
     chosen = replace(selected_data(arguments), part=arguments.part)
@@ -239,29 +220,18 @@ def read_fold_data(
     return EvaluatedData(chosen, utterances, training, about, assumed or None)
 
 
-def read_data(
-    arguments: argparse.Namespace, record: Mapping[str, Any] | None, tell: Callable[[str], None]
-) -> EvaluatedData:
-    """Read what the model of a record (see `ser.scores.card`) is evaluated on, as the flags name it."""
+def read_data(arguments: Namespace, record: dict | None, emotions: list[str], tell: Tell) -> EvaluatedData:
+    """Read what the model of a record (see `ser.scores.card`) is evaluated on, and show its labels."""
     named = None if record is None else card.trained_on(record)
     if arguments.train:
         named = selected_data(arguments, arguments.train)
     read = read_manifest_data if arguments.manifest and not arguments.protocol else read_fold_data
-    return read(arguments, named, tell)
-
-
-def show_classes(data: EvaluatedData, recognizer: Recognizer, tell: Callable[[str], None]) -> None:
-    """Show the classes before anything is evaluated; refuse two spellings of one."""
+    data = read(arguments, named, tell)
+    check_parts(arguments.parts, data.utterances)
+    speakers = {u.speaker for u in data.training or () if u.speaker is not None}
     sets = {data.selection.part or "data": data.utterances}
-    for line in label_lines(sets, emotions=recognizer.emotions):
-        tell(line)
-    check_spellings(
-        sets,
-        emotions=recognizer.emotions,
-        speakers={u.speaker for u in data.training or () if u.speaker is not None},
-        label_map=data.selection.label_map,
-        columns=["emotion", "speaker"] if recognizer.emotions else ["speaker"],
-    )
+    data.selection.review(sets, tell, emotions=emotions, speakers=speakers)
+    return data
 
 
 # ------------------------------------------------------------------------------------------------- evaluating
@@ -271,7 +241,7 @@ def outcomes_of(
     recognizer: Recognizer,
     utterances: list[Utterance],
     training: list[Utterance] | None,
-    arguments: argparse.Namespace,
+    arguments: Namespace,
     world: World,
     out: Path | None = None,
     rewriting: Rewriting | None = None,
@@ -292,49 +262,41 @@ def outcomes_of(
         how: dict[str, Any] = {"orthography": recognizer.orthography, "tags": recognizer.tags}
         seen = frozenset(clean(u.text or "", **how) for u in training) - {""}
     rows = evaluated_rows(
-        recognizer, utterances, world=world, seen_texts=seen, workers=arguments.workers,
-        progress=world.is_main and sys.stderr.isatty(),
+        recognizer, utterances, seen_texts=seen, rewriting=rewriting, world=world,
+        progress=world.is_main and sys.stderr.isatty(), workers=arguments.workers, timeout=arguments.timeout,
         bad_audio=BadAudio(world, policy=arguments.on_bad_audio, limit=arguments.max_bad_audio),
-        timeout=arguments.timeout, rewriting=rewriting,
     )  # fmt: skip
     if not world.is_main:
         for _ in rows:
             pass
         return None
-    parts = tuple(dict.fromkeys((*PARTS, *arguments.parts)))
+    parts = tuple(dict.fromkeys((*scores.PARTS, *arguments.parts)))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        return write_rows(out / "predictions.csv", rows, recognizer.emotions, parts)
+        return scores.write_rows(out / "predictions.csv", rows, recognizer.emotions, parts)
     return Outcomes.joined([Outcomes.of(recognizer.emotions, chunk, parts) for chunk in rows])
 
 
 def known_turn_outcomes(
-    recognizer: Recognizer, data: EvaluatedData, arguments: argparse.Namespace, world: World
-) -> tuple[Selection, Outcomes | None] | None:
-    """Recognise the turns that were held out of the speakers in training; None where there are none.
+    recognizer: Recognizer, data: EvaluatedData, arguments: Namespace, world: World
+) -> tuple[Selection, Outcomes] | None:
+    """Recognise the turns that were held out of the speakers in training.
 
-    A speaker head is not scored on strangers, but on these.
+    A speaker head is not scored on strangers, but on these. None where there are none, and on ranks that only did
+    their share.
     """
     if not recognizer.speakers or not data.selection.known_turns or arguments.part == KNOWN:
         return None
     known = replace(data.selection, part=KNOWN)
-    everything = known.read(check_files=arguments.on_bad_audio == "fail")
-    turns = known.of(known.find_fold(everything)[0], everything)
+    turns = known.utterances(check_files=arguments.on_bad_audio == "fail")
     shared = overlap(data.training or [], turns)["recordings"]
     if shared is not None and shared.utterances:
         raise ConfigError(
             f"--known-turns {known.known_turns}: the model was trained on {shared.utterances} of them, "
             "as it held out others, or none"
         )
-    return known, outcomes_of(recognizer, turns, data.training, arguments, world)
-
-
-def as_known_turns(result: Report) -> KnownTurns | None:
-    """Keep the speaker head's figure of a report; None where the model knows other speakers."""
-    if not result.judged["speaker"]:
-        return None
-    figures = {"speaker_accuracy": result.figures["speaker_accuracy"]}
-    return KnownTurns(result.utterances, result.speakers, result.judged, figures)
+    outcomes = outcomes_of(recognizer, turns, data.training, arguments, world)
+    return None if outcomes is None else (known, outcomes)
 
 
 def unscored_labels(utterances: list[Utterance], recognizer: Recognizer) -> list[str]:
@@ -368,25 +330,23 @@ def figure_notes(result: Report, recognizer: Recognizer) -> list[str]:
         low, high = figure.interval_utterances
         on = f"{turns.utterances} turns that were held out of the {turns.speakers} speakers in training"
         lines.append(f"speaker accuracy on {on}: {figure.value:.4f} ({low:.4f} to {high:.4f})")
-    return [*lines, shared_line(result)]
+    return [*lines, scores.shared_line(result)]
 
 
-def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
+def evaluate_model(arguments: Namespace, world: World) -> bool:
     """Evaluate --model: show the table, and write what --out and --card ask for."""
     tell = partial(say, world)
     recognizer = ser.load(arguments.model, device=world.device)
     record = card.read_record(find_folder(arguments.model))
     if arguments.card and record is None:
         raise ConfigError(f"--card: {arguments.model} has no {card.RECORD}, as training writes it")
-    data = read_data(arguments, record, tell)
-    check_parts(arguments.parts, data.utterances)
-    show_classes(data, recognizer, tell)
+    data = read_data(arguments, record, recognizer.emotions, tell)
     rewriting = Rewriting()
     outcomes = outcomes_of(recognizer, data.utterances, data.training, arguments, world, arguments.out, rewriting)
     known = known_turn_outcomes(recognizer, data, arguments, world)
     if outcomes is None:
         return True
-    score = partial(report, resamples=arguments.resamples, seed=arguments.seed)
+    score = partial(scores.report, resamples=arguments.resamples, seed=arguments.seed)
     result = replace(
         score(outcomes),
         about={"model": str(arguments.model), "selection": data.selection.to_dict(), **data.about},
@@ -396,11 +356,13 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
         rewriting=rewriting,
     )
     entries = [(data.selection, result)]
-    if known is not None and known[1] is not None and not result.judged["speaker"]:
-        on_known = score(known[1])
-        result.known_turns = as_known_turns(on_known)
-        entries += [(known[0], on_known)] if result.known_turns else []
-    print(table(result))
+    if known is not None and not result.judged["speaker"]:
+        turns = score(known[1])
+        if turns.judged["speaker"]:  # else the model knows other speakers
+            figures = {"speaker_accuracy": turns.figures["speaker_accuracy"]}
+            result.known_turns = scores.KnownTurns(turns.utterances, turns.speakers, turns.judged, figures)
+            entries.append((known[0], turns))
+    print(scores.table(result))
     for note in (*unscored_labels(data.utterances, recognizer), *figure_notes(result, recognizer)):
         print(printable(note))
     if arguments.card:
@@ -419,7 +381,7 @@ def evaluate_model(arguments: argparse.Namespace, world: World) -> bool:
 # -------------------------------------------------------------------------------------------------- verifying
 
 
-def moved(selection: Selection, arguments: argparse.Namespace) -> Selection:
+def moved(selection: Selection, arguments: Namespace) -> Selection:
     """Return the same utterances, where --data and --root say that they are now."""
     places = {"data": str(arguments.data) if arguments.data else None, "root": arguments.root}
     return replace(selection, **{name: value for name, value in places.items() if value})
@@ -437,11 +399,7 @@ def same_figures(entry: Mapping[str, Any], result: Report, tolerance: float) -> 
 
 
 def verify_entry(
-    entry: Mapping[str, Any],
-    record: Mapping[str, Any],
-    recognizer: Recognizer,
-    arguments: argparse.Namespace,
-    world: World,
+    entry: Mapping[str, Any], record: Mapping[str, Any], recognizer: Recognizer, arguments: Namespace, world: World
 ) -> bool:
     """Compute the figures of one evaluation on a card again, and tell whether they are the same."""
     if entry["selection"] is None:
@@ -449,16 +407,14 @@ def verify_entry(
             f"{arguments.verify}: the card does not name the data of its figures, so they cannot be computed"
         )
     selection = moved(Selection.from_dict(entry["selection"]), arguments)
-    bad_audio = {
-        "on_bad_audio": record["settings"].get("on_bad_audio", "fail"),
-        "max_bad_audio": record["settings"].get("max_bad_audio", 0.0),
-    }
-    as_trained = argparse.Namespace(**vars(arguments) | bad_audio)
+    usual = {"on_bad_audio": "fail", "max_bad_audio": 0.0}
+    bad_audio = {name: record["settings"].get(name, value) for name, value in usual.items()}
+    as_trained = Namespace(**vars(arguments) | bad_audio)
     outcomes = outcomes_of(recognizer, selection.utterances(check_files=False), None, as_trained, world)
     if outcomes is None:
         return True
     print(printable(f"{selection}: {len(outcomes)} utterances"))
-    result = report(outcomes, resamples=entry["resamples"], seed=entry["seed"])
+    result = scores.report(outcomes, resamples=entry["resamples"], seed=entry["seed"])
     return same_figures(entry, result, arguments.tolerance)
 
 
@@ -471,7 +427,7 @@ def show_claims(claimed: list[str]) -> None:
     print(printable(f"claimed, and not computed here: {', '.join(names) or 'nothing'}"))
 
 
-def verify_card(arguments: argparse.Namespace, world: World) -> bool:
+def verify_card(arguments: Namespace, world: World) -> bool:
     """Tell whether card and record of --verify agree, and all that can be computed comes out again."""
     folder = arguments.verify
     record = card.read_record(folder)
@@ -498,12 +454,12 @@ def verify_card(arguments: argparse.Namespace, world: World) -> bool:
     return good
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """Evaluate, verify or compare; the exit status is 1 for a card that does not hold."""
     check_flags(arguments)
     if arguments.compare:
         first, second = (Outcomes.read(path) for path in arguments.compare)
-        compared = compare_predictions(first, second, resamples=arguments.resamples, seed=arguments.seed)
+        compared = scores.compare_predictions(first, second, resamples=arguments.resamples, seed=arguments.seed)
         print(json.dumps(compared, indent=2))
         return 0
     torch.set_num_threads(cpu_threads())

@@ -27,12 +27,10 @@ The exit status is 0 if all recordings were recognised, 1 if some could not be r
 go on (no model, no input, a decoding process died or hung). With 2, --output was not written.
 """
 
-from __future__ import annotations
-
-import argparse
 import io
 import os
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,14 +65,11 @@ def errors_told() -> Iterator[None]:
     try:
         with worker_death_explained(AGAIN):
             yield
-    except SerError as error:
-        print(f"error: {printable(str(error), lines=True)}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # the reader has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except OSError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+    except (SerError, OSError) as error:
+        print(f"error: {printable(str(error), lines=isinstance(error, SerError))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -86,11 +81,10 @@ def usable_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {reason}") from None
+        raise ArgumentTypeError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT",
                         help="recording, folder, or manifest (.csv, .tsv, .jsonl, .json)")  # fmt: skip
@@ -150,7 +144,7 @@ def recordings_in(folder: Path) -> list[str]:
         raise ConfigError(f"{error.filename}: cannot be listed: {error.strerror}") from None
 
 
-def find_inputs(arguments: argparse.Namespace) -> list[Source]:
+def find_inputs(arguments: Namespace) -> list[Source]:
     """Return everything that is to be recognised, in order."""
     columns = parse_columns(arguments.columns)
     inputs: list[Source] = []
@@ -215,7 +209,7 @@ def output_file(path: Path | None, *, as_table: bool) -> Iterator[TextIO]:
 # ------------------------------------------------------------------------------------------------------- work
 
 
-def check_together(arguments: argparse.Namespace) -> None:
+def check_together(arguments: Namespace) -> None:
     """Refuse flags that contradict each other."""
     if arguments.window is None:
         if arguments.hop is not None:
@@ -229,28 +223,22 @@ def check_together(arguments: argparse.Namespace) -> None:
         raise ConfigError("the paper's format has no place for windows: use csv or jsonl")
 
 
-def recognise_windows(
-    recognizer: Recognizer, inputs: list[Source], *, window: float, hop: float | None
-) -> Iterator[Result]:
+def recognise_windows(recognizer: Recognizer, inputs: list[Source], arguments: Namespace) -> Iterator[Result]:
     """Recognise every window of every input; one that cannot be read gives its error, and the others go on."""
     for source in inputs:
         try:
-            for prediction in recognizer.predict_windows(source, window=window, hop=hop):
+            for prediction in recognizer.predict_windows(source, window=arguments.window, hop=arguments.hop):
                 yield source, prediction
         except AudioError as error:
             yield source, error
 
 
-def recognise_inputs(
-    recognizer: Recognizer, inputs: list[Source], arguments: argparse.Namespace
-) -> Iterable[Result]:
+def recognise_inputs(recognizer: Recognizer, inputs: list[Source], arguments: Namespace) -> Iterable[Result]:
     """Recognise the inputs as the flags say, in order."""
     if arguments.window is not None:
-        return recognise_windows(recognizer, inputs, window=arguments.window, hop=arguments.hop)
-    stream = recognizer.stream(
-        inputs, workers=arguments.workers, max_seconds=arguments.max_seconds, timeout=arguments.timeout
-    )
-    return zip(inputs, stream, strict=True)
+        return recognise_windows(recognizer, inputs, arguments)
+    options = {name: getattr(arguments, name) for name in ("workers", "max_seconds", "timeout")}
+    return zip(inputs, recognizer.stream(inputs, **options), strict=True)
 
 
 def header_seconds(source: Source) -> float:
@@ -294,7 +282,7 @@ class ProgressBar:
             yield record
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """Recognise the inputs and write the answers; the exit status is 1 if some could not be read."""
     inputs = find_inputs(arguments)
     check_together(arguments)
@@ -304,8 +292,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model, device=arguments.device, revision=arguments.revision, precision=arguments.precision
     )
     results = recognise_inputs(recognizer, inputs, arguments)
-    to_terminal = arguments.output is None and sys.stdout.isatty()
-    silent = to_terminal or not sys.stderr.isatty()
+    silent = (arguments.output is None and sys.stdout.isatty()) or not sys.stderr.isatty()
     progress = ProgressBar(inputs, in_windows=arguments.window is not None, silent=silent)
     output = output_file(arguments.output, as_table=arguments.format == "table")
     with freed_memory_kept(recognizer.device), progress.bar, output as file:

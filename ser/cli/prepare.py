@@ -9,9 +9,7 @@ of the corpus; folds/PROTOCOL.json (lists of ids); report.json (all that was dro
 The manifests name files relative to the release: read them with --root RELEASE.
 """
 
-from __future__ import annotations
-
-import argparse
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ser.data.corpora import CORPORA, manifests_of, read_corpus
@@ -21,11 +19,6 @@ from ser.data.protocols import Protocol, to_table, write_folds
 from ser.data.spellings import label_lines
 from ser.errors import SerError, printable
 from ser.files import replace_file, write_json
-
-
-def print_safely(line: str) -> None:
-    """Print a line that may hold foreign names."""
-    print(printable(line))
 
 
 def write_protocols(out: Path, protocols: list[Protocol], utterances: list[Utterance], seed: int) -> list[str]:
@@ -44,15 +37,15 @@ def write_protocols(out: Path, protocols: list[Protocol], utterances: list[Utter
     return refused
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.add_argument("folder", type=Path, help="the release; for iemocap-csv that of the paper's CSV files")
-    parser.add_argument("--out", type=Path, required=True, help="folder for all that is written")
-    parser.add_argument("--corpus", choices=list(CORPORA), default="iemocap",
-                        help="(default: iemocap)")  # fmt: skip
-    parser.add_argument("--root", type=Path, help="the release that iemocap-csv's turns are in")
-    parser.add_argument("--partial", action="store_true", help="go on where turns are missing or unusable")
-    parser.add_argument("--seed", type=int, default=0, help="of the protocols that draw (default: 0)")
+    add = parser.add_argument
+    add("folder", type=Path, help="the release; for iemocap-csv that of the paper's CSV files")
+    add("--out", type=Path, required=True, help="folder for all that is written")
+    add("--corpus", choices=list(CORPORA), default="iemocap", help="(default: iemocap)")
+    add("--root", type=Path, help="the release that iemocap-csv's turns are in")
+    add("--partial", action="store_true", help="go on where turns are missing or unusable")
+    add("--seed", type=int, default=0, help="of the protocols that draw (default: 0)")
 
 
 def show_report(dropped: dict[str, list[str]], warnings: list[str], path: Path) -> None:
@@ -65,10 +58,10 @@ def show_report(dropped: dict[str, list[str]], warnings: list[str], path: Path) 
     print(f"{len(warnings)} warnings; all of them and all that was dropped: {printable(str(path))}")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """Write the manifests, folds, report and data sheet of a corpus."""
     out, row = arguments.out, CORPORA[arguments.corpus]
-    options = {"root": arguments.root, "partial": arguments.partial, "tell": print_safely}
+    options = {"root": arguments.root, "partial": arguments.partial, "tell": lambda line: print(printable(line))}
     corpus, sounds = listen(read_corpus(arguments.corpus, arguments.folder, **options), partial=arguments.partial)
     manifests = manifests_of(arguments.corpus, corpus.utterances)
     divided = next(iter(manifests.values()))

@@ -25,14 +25,12 @@ A manifest is a CSV with a header (or JSONL): file, and any of emotion, text, sp
 dominance, valence. The files are relative to --root, else to the manifest's folder.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import os
 import re
 import shlex
 import sys
+from argparse import ArgumentParser, Namespace
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -47,7 +45,6 @@ from ser.data.labels import LABELS, labelled_heads, names_in
 from ser.data.manifest import Utterance, check_labels, check_overlap
 from ser.data.protocols import Audit, Fold, overlap, to_table, usual_known_turns
 from ser.data.selection import Selection, add_data_arguments, selected_data
-from ser.data.spellings import check_spellings, label_lines
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean, did_you_mean
 from ser.device import cpu_threads
 from ser.errors import ConfigError, ModelFolderError, brief_repr, summary
@@ -66,12 +63,13 @@ from ser.train.resources import SMALLER_MODEL, memory_explained
 from ser.train.runs import CHANGEABLE, opened_before
 
 errors_told = one_voice
+Parts = tuple[list[Utterance], list[Utterance], dict[str, Any]]  # train, valid, what settings and card say of them
 
 
 # -------------------------------------------------------------------------------------------------- arguments
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of the command, the common ones first."""
     parser.allow_abbrev = False
     parser.usage = "%(prog)s (--train MANIFEST | --data MANIFEST --protocol NAME) --init MODEL --out FOLDER ..."
@@ -83,11 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"model folder, its OWNER/NAME on the Hugging Face hub, or {', '.join(PRESETS)} (random weights) "
         "(default: base)")  # fmt: skip
     add("--out", type=Path, required=True, help="the run's folder; resumed if it has a checkpoint")
-    paper = group.add_mutually_exclusive_group()
-    paper.add_argument(
-        "--paper", action="store_true", help="the settings of Cai et al. (2021) as their text has them"
-    )
-    paper.add_argument("--paper-script", action="store_true", help="as their training script acts")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--paper", action="store_true", help="the settings of Cai et al. (2021) as their text has them")
+    add("--paper-script", action="store_true", help="as their training script acts")
     add_training_arguments(parser)
     add_data_arguments(parser)
     add = parser.add_argument_group("folds").add_argument
@@ -95,9 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-overlap", choices=["none", "speakers", "utterances"], default="none",
         help="what --valid may share; a speaker head needs speakers (default: none)")  # fmt: skip
     group = parser.add_argument_group("text")
-    symbols = group.add_mutually_exclusive_group()
-    symbols.add_argument("--vocab", type=Path, help="vocab.json (default: that of --init, else librispeech's)")
-    symbols.add_argument("--build-vocab", action="store_true", help="make the vocabulary of the training text")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--vocab", type=Path, help="vocab.json (default: that of --init, else librispeech's)")
+    add("--build-vocab", action="store_true", help="make the vocabulary of the training text")
     add = group.add_argument
     add("--orthography", choices=sorted(ORTHOGRAPHIES), default="librispeech",
         help="of the text (default: librispeech)")  # fmt: skip
@@ -119,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "evaluation")  # fmt: skip
 
 
-def found_init(arguments: argparse.Namespace) -> str | Path:
+def found_init(arguments: Namespace) -> str | Path:
     """Find --init, a preset or a folder. Where it is gone, the run's newest checkpoint stands in for it."""
     try:
         if is_preset(arguments.init):
@@ -139,14 +135,14 @@ def is_large_960h(init: str | Path) -> bool:
     return config.hidden_size == 1024 and config.feat_extract_norm == "group"
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """Read the arguments. --paper and --paper-script are defaults: a flag that is given beside them counts."""
     arguments = parser.parse_args(argv)
     init = found_init(arguments)
     if arguments.paper or arguments.paper_script:
-        given = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+        given = ArgumentParser(add_help=False, allow_abbrev=False)
         given.add_argument("--alpha", type=float)
-        alpha = getattr(given.parse_known_args(argv)[0], "alpha", None)
+        alpha = given.parse_known_args(argv)[0].alpha
         settings = paper_settings(alpha=alpha, large=is_large_960h(init), script=arguments.paper_script)
         parser.set_defaults(tags="keep-letters", **settings)
         arguments = parser.parse_args(argv)
@@ -167,7 +163,7 @@ def is_checkpoint(init: str | Path, folder: Path) -> bool:
     return not is_preset(init) and Path(init).parent == folder / "checkpoints"
 
 
-def origin(arguments: argparse.Namespace) -> dict[str, Any]:
+def origin(arguments: Namespace) -> dict[str, Any]:
     """Describe --init: its path, a digest of its weights, and its licence, as far as anybody said."""
     init, licence = arguments.init, arguments.weights_licence
     if is_preset(init):
@@ -182,15 +178,15 @@ def origin(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"init": str(init), "init_content": weights_sha256(init), "licence": licence}
 
 
-def show_classes(
-    sets: dict[str, list[Utterance]], selection: Selection, config: TrainConfig, world: World
-) -> None:
+def read(selection: Selection, config: TrainConfig, world: World) -> list[Utterance]:
+    """Read a manifest. Where bad audio is skipped, a file that is not there is skipped like any other."""
+    return selection.read(check_files=config.on_bad_audio == "fail", tell=partial(say, world))
+
+
+def review(sets: dict[str, list[Utterance]], selection: Selection, config: TrainConfig, world: World) -> None:
     """Show the classes of each set before anything is trained; refuse two spellings of one."""
     used = config.heads == "auto" or "emotion" in config.heads.split(",")
-    sets = {"train": sets["train"]} | sets  # the first one is what the others are compared with
-    for line in label_lines(sets, emotions=None if used else ()):
-        say(world, line)
-    check_spellings(sets, label_map=selection.label_map, columns=["emotion", "speaker"] if used else ["speaker"])
+    selection.review({"train": sets["train"]} | sets, partial(say, world), emotions=None if used else [])
 
 
 def emotions_of_init(known: list[str], train: list[Utterance]) -> list[str]:
@@ -207,52 +203,42 @@ def emotions_of_init(known: list[str], train: list[Utterance]) -> list[str]:
     return []
 
 
-def read_manifests(
-    arguments: argparse.Namespace, config: TrainConfig, world: World, *, check_files: bool
-) -> tuple[list[Utterance], list[Utterance], dict[str, Any]]:
-    """Read --train and --valid; return their utterances, and what settings and model card say about them."""
-    chosen = [selected_data(arguments, path) for path in (arguments.train, arguments.valid) if path]
-    parts = [selection.read(check_files=check_files, tell=partial(say, world)) for selection in chosen]
-    train, valid = parts[0], parts[1] if arguments.valid else []
-    show_classes(dict(zip(("train", "valid"), parts, strict=False)), chosen[0], config, world)
+def read_manifests(arguments: Namespace, config: TrainConfig, world: World) -> Parts:
+    """Read --train and --valid."""
+    files = {"train": arguments.train} | ({"valid": arguments.valid} if arguments.valid else {})
+    chosen = {part: selected_data(arguments, path) for part, path in files.items()}
+    parts = {part: read(selection, config, world) for part, selection in chosen.items()}
+    review(parts, chosen["train"], config, world)
+    train, valid = parts["train"], parts.get("valid", [])
     check_overlap(train, valid, allow=arguments.allow_overlap)
-    about: dict[str, Any] = dict(zip(("train", "valid"), (s.to_dict() for s in chosen), strict=False))
+    about: dict[str, Any] = {part: selection.to_dict() for part, selection in chosen.items()}
     if valid:
         shared = {kind: s and s.fraction for kind, s in overlap(train, valid).items()}
         about["shared_with_training"] = {"valid": shared}
     return train, valid, about
 
 
-def with_usual_known_turns(
-    selection: Selection, fold: Fold, audit: Audit, utterances: list[Utterance], config: TrainConfig
-) -> Selection:
-    """Hold out turns of the training speakers if a speaker head is trained and the protocol tests on strangers."""
+def turns_to_hold_out(fold: Fold, audit: Audit, utterances: list[Utterance], config: TrainConfig) -> int:
+    """Count the known turns: none unless a speaker head is trained and the protocol tests on strangers."""
     strangers = all(audit.fractions(part).get("speakers", 0.0) == 0.0 for part in ("valid", "test"))
-    trains_speakers = "speaker" in config.heads or (config.heads == "auto" and config.beta > 0)
-    if not (strangers and trains_speakers):
-        return selection
-    return replace(selection, known_turns=usual_known_turns(fold, utterances))
+    trained = "speaker" in config.heads or (config.heads == "auto" and config.beta > 0)
+    return usual_known_turns(fold, utterances) if strangers and trained else 0
 
 
-def read_fold(
-    arguments: argparse.Namespace, config: TrainConfig, world: World, *, check_files: bool
-) -> tuple[list[Utterance], list[Utterance], dict[str, Any]]:
-    """Read --data and divide it; return as `read_manifests` does."""
+def read_fold(arguments: Namespace, config: TrainConfig, world: World) -> Parts:
+    """Read --data and divide it."""
     selection = selected_data(arguments)
     protocol = selection.find_protocol()
-    utterances = selection.read(check_files=check_files, tell=partial(say, world))
+    utterances = read(selection, config, world)
     fold, audit = selection.find_fold(utterances)
-    if arguments.known_turns is None:
-        selection = with_usual_known_turns(selection, fold, audit, utterances, config)
-    if selection.known_turns and arguments.known_turns is None:
+    if arguments.known_turns is None and (turns := turns_to_hold_out(fold, audit, utterances, config)):
+        selection = replace(selection, known_turns=turns)
         fold, audit = selection.find_fold(utterances)
-        held_out = (
-            f"{selection.known_turns} turns of each training speaker are held out to score the speaker head on"
-        )
+        held_out = f"{turns} turns of each training speaker are held out to score the speaker head on"
         say(world, f"the protocol tests on strangers: {held_out} (--known-turns)")
     say(world, f"{protocol.name}: {protocol.description}\n{to_table([audit])}")
     parts = fold.select(utterances)
-    show_classes(parts, selection, config, world)
+    review(parts, selection, config, world)
     about: dict[str, Any] = {
         part: replace(selection, part=part).to_dict() for part in ("train", "valid") if part in fold.parts
     }
@@ -264,7 +250,7 @@ def read_fold(
     return parts["train"], parts.get("valid", []), about
 
 
-def data_licence(arguments: argparse.Namespace) -> str | None:
+def data_licence(arguments: Namespace) -> str | None:
     """Return the licence of the corpus, as far as anybody said."""
     prepared = Path(arguments.data or arguments.train)
     report = (prepared if prepared.is_dir() else prepared.parent) / "report.json"
@@ -281,9 +267,8 @@ def chosen_heads(config: TrainConfig, train: list) -> list[str]:
         wanted = ["emotion", "ctc", *(["speaker"] if config.beta > 0 else [])]
         return [name for name in wanted if name in has]
     heads = config.heads.split(",")
-    for name in heads:
-        if name not in has:
-            raise ConfigError(f"--heads names {name}, but no training utterance has a label for it; see --columns")
+    if lacks := [name for name in heads if name not in has]:
+        raise ConfigError(f"--heads names {lacks[0]}, but no training utterance has a label for it; see --columns")
     return heads
 
 
@@ -295,16 +280,15 @@ def closing_line(result: FitResult, out: Path, *, chosen_on_test: bool) -> str:
     chosen = f"update {result.progress.best_step}, {result.metric} {best:.4f}"
     if not chosen_on_test:
         return f"done: {out / 'best'} ({chosen})"
-    last = (
-        "" if result.evaluation is None else f", {result.metric} {result.evaluation.metrics()[result.metric]:.4f}"
-    )
+    metrics = {} if result.evaluation is None else result.evaluation.metrics()
+    last = f", {result.metric} {metrics[result.metric]:.4f}" if metrics else ""
     return (
         f"done: {out / 'last'} (update {step}{last}); {out / 'best'} was chosen on the test part, so its figure "
         f"is optimistic and no result ({chosen})"
     )
 
 
-def chosen_vocabulary(arguments: argparse.Namespace, texts: list[str]) -> Vocabulary:
+def vocabulary_to_learn(arguments: Namespace, texts: list[str]) -> Vocabulary:
     """Return the symbols of --vocab, of --build-vocab or of --init, else librispeech's 32."""
     delimiter = ORTHOGRAPHIES[arguments.orthography].word_delimiter
     if arguments.vocab:
@@ -317,7 +301,7 @@ def chosen_vocabulary(arguments: argparse.Namespace, texts: list[str]) -> Vocabu
 # ------------------------------------------------------------------------------------------------------- work
 
 
-def texts_of(train: list[Utterance], arguments: argparse.Namespace, world: World) -> list[str]:
+def texts_of(train: list[Utterance], arguments: Namespace, world: World) -> list[str]:
     """Return the training texts as the CTC head learns them; --verbose shows what was changed."""
     texts = [clean(u.text or "", orthography=arguments.orthography, tags=arguments.tags) for u in train]
     if arguments.verbose:
@@ -328,19 +312,16 @@ def texts_of(train: list[Utterance], arguments: argparse.Namespace, world: World
 
 
 def make_recognizer(
-    arguments: argparse.Namespace, config: TrainConfig, train: list[Utterance], texts: list[str], heads: list[str]
+    arguments: Namespace, config: TrainConfig, train: list[Utterance], texts: list[str], heads: list[str]
 ) -> tuple[Recognizer, LoadReport]:
     """Make the model from --init, with the labels of the training data."""
-    names = {
-        head: inherited_labels(arguments.init, head, names_in(head, (u.labels for u in train)))
-        for head in heads
-        if LABELS[head].kind != "text"
-    }
+    learnt = {head: names_in(head, (u.labels for u in train)) for head in heads if LABELS[head].kind != "text"}
+    names = {head: inherited_labels(arguments.init, head, own) for head, own in learnt.items()}
     with memory_explained(SMALLER_MODEL, doing="when the model was loaded"):
         return Recognizer.create(
             arguments.init,
             names=names,
-            vocabulary=chosen_vocabulary(arguments, texts) if "ctc" in heads else None,
+            vocabulary=vocabulary_to_learn(arguments, texts) if "ctc" in heads else None,
             orthography=arguments.orthography,
             tags=arguments.tags,
             pooling=None if config.pooling == "auto" else config.pooling,
@@ -349,9 +330,7 @@ def make_recognizer(
         )
 
 
-def settings_of_run(
-    arguments: argparse.Namespace, recognizer: Recognizer, world: World, about: dict[str, Any]
-) -> dict[str, Any]:
+def settings_of_run(arguments: Namespace, recognizer: Recognizer, world: World, about: dict) -> dict[str, Any]:
     """Return what the run's folder and the model card record beside the `TrainConfig`."""
     begun = origin(arguments) if world.is_main else {}  # which reads all weights; the main rank records it
     return {
@@ -370,7 +349,7 @@ def settings_of_run(
     }
 
 
-def say_how_it_starts(arguments: argparse.Namespace, world: World) -> None:
+def say_how_it_starts(arguments: Namespace, world: World) -> None:
     """Say that further GPUs are idle, and what stands in for a folder that is gone."""
     count = torch.cuda.device_count()
     if "WORLD_SIZE" not in os.environ and count > 1:
@@ -382,12 +361,10 @@ def say_how_it_starts(arguments: argparse.Namespace, world: World) -> None:
         say(world, f"--init is gone: labels, vocabulary and configuration are those of {arguments.init}")
 
 
-def train_in(world: World, arguments: argparse.Namespace, config: TrainConfig) -> FitResult:
+def train_in(world: World, arguments: Namespace, config: TrainConfig) -> FitResult:
     """Read the data, make the model and train it."""
     say_how_it_starts(arguments, world)
-    read_parts = read_manifests if arguments.train else read_fold
-    # Where bad audio is skipped, a file that is not there is skipped like any other.
-    train, valid, about = read_parts(arguments, config, world, check_files=config.on_bad_audio == "fail")
+    train, valid, about = (read_manifests if arguments.train else read_fold)(arguments, config, world)
     heads = chosen_heads(config, train)
     for line in emotions_of_init(labels_of(arguments.init, "emotion"), train) if "emotion" in heads else ():
         say(world, line)
@@ -396,7 +373,6 @@ def train_in(world: World, arguments: argparse.Namespace, config: TrainConfig) -
     say(world, str(report))
     if recognizer.emotions:
         check_labels(valid, emotions=recognizer.emotions)
-    settings = settings_of_run(arguments, recognizer, world, about)
     again = opened_before(arguments.out)
     result = fit(
         recognizer,
@@ -405,7 +381,7 @@ def train_in(world: World, arguments: argparse.Namespace, config: TrainConfig) -
         config,
         arguments.out,
         world=world,
-        settings=settings,
+        settings=settings_of_run(arguments, recognizer, world, about),
         # Not again when torchrun restarts the processes after a fault: then the run continues.
         overwrite=arguments.overwrite and not again,
         resume_from=None if again else arguments.resume_from,
@@ -417,7 +393,7 @@ def train_in(world: World, arguments: argparse.Namespace, config: TrainConfig) -
     return result
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """Train, in as many processes as torchrun started; the exit status is 75 if the run was asked to stop."""
     torch.set_num_threads(arguments.threads or cpu_threads())
     config = training_config(arguments)

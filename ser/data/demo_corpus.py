@@ -69,33 +69,20 @@ PARTS = {
     "test": (5, TEST_VOICES),
 }
 
-
-@dataclasses.dataclass(frozen=True)
-class Style:
-    """How an emotion sounds: (mean, standard deviation) of four settings of espeak-ng.
-
-    Pitch and range (0 to 100) are relative to the voice, 50 being as it is; rate is in words per minute, volume
-    in per cent.
-    """
-
-    rate: tuple[float, float]
-    pitch: tuple[float, float]
-    range: tuple[float, float]
-    volume: tuple[float, float]
-
-
+# How an emotion sounds: (mean, standard deviation) of four settings of espeak-ng, and the limits of what is drawn.
+# Pitch and range are relative to the voice, 50 being as it is; rate is in words per minute, volume in per cent.
 LIMITS = {"rate": (80, 450), "pitch": (0, 100), "range": (0, 100), "volume": (20, 150)}
 STYLES = {
-    "neutral": Style(rate=(175, 10), pitch=(45, 6), range=(40, 8), volume=(60, 6)),
-    "happy": Style(rate=(190, 12), pitch=(70, 8), range=(85, 10), volume=(70, 7)),
-    "angry": Style(rate=(235, 14), pitch=(50, 7), range=(65, 10), volume=(90, 9)),
-    "sad": Style(rate=(130, 10), pitch=(32, 6), range=(15, 7), volume=(45, 5)),
+    "neutral": {"rate": (175, 10), "pitch": (45, 6), "range": (40, 8), "volume": (60, 6)},
+    "happy": {"rate": (190, 12), "pitch": (70, 8), "range": (85, 10), "volume": (70, 7)},
+    "angry": {"rate": (235, 14), "pitch": (50, 7), "range": (65, 10), "volume": (90, 9)},
+    "sad": {"rate": (130, 10), "pitch": (32, 6), "range": (15, 7), "volume": (45, 5)},
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One row of a manifest: what is said, by whom and how. `file` is relative to the corpus folder."""
+    """Hold one row of a manifest: what is said, by whom and how. `file` is relative to the corpus folder."""
 
     file: str
     emotion: str
@@ -109,18 +96,16 @@ class Turn:
 
     def utterance(self, folder: Path) -> Utterance:
         """Return the row as a manifest in `folder` has it."""
-        extra = {name: str(getattr(self, name)) for name in ("voice", "rate", "pitch", "range", "volume")}
-        file = folder / self.file
-        return Utterance(
-            file.stem, file.absolute(), emotion=self.emotion, text=self.text, speaker=self.speaker, extra=extra
-        )
+        file = folder.absolute() / self.file
+        extra = {name: str(getattr(self, name)) for name in ("voice", *LIMITS)}
+        return Utterance(file.stem, file, emotion=self.emotion, text=self.text, speaker=self.speaker, extra=extra)
 
 
 # --- what is said ----------------------------------------------------------------------------------------------
 
 
 def deal_sentences(count: int, taken: set[str], rng: random.Random) -> list[str]:
-    """`count` new sentences in which the words of a slot are equally frequent; adds them to `taken`."""
+    """Make `count` new sentences in which the words of a slot are equally frequent; add them to `taken`."""
     columns = [[slot[i % len(slot)] for i in range(count)] for slot in GRAMMAR]
     for column in columns:
         rng.shuffle(column)
@@ -142,10 +127,11 @@ def deal_sentences(count: int, taken: set[str], rng: random.Random) -> list[str]
     return sentences()
 
 
-def draw_setting(name: str, spread: tuple[float, float], rng: random.Random) -> int:
-    """Draw the value of a setting of espeak-ng."""
-    low, high = LIMITS[name]
-    return round(min(max(rng.gauss(*spread), low), high))
+def draw_settings(emotion: str, rng: random.Random) -> dict[str, int]:
+    """Draw the settings of espeak-ng for a turn."""
+    return {
+        name: round(min(max(rng.gauss(*STYLES[emotion][name]), low), high)) for name, (low, high) in LIMITS.items()
+    }
 
 
 def plan(seed: int, size: int) -> dict[str, list[Turn]]:
@@ -159,14 +145,13 @@ def plan(seed: int, size: int) -> dict[str, list[Turn]]:
     for part, (share, voices) in PARTS.items():
         sentences = deal_sentences(size * share // 24, taken, rng)
         turns: list[Turn] = []
-        for emotion, style in STYLES.items():
+        for emotion in STYLES:
             cast = [voices[(len(turns) + i) % len(voices)] for i in range(len(sentences))]
             rng.shuffle(cast)
             for text, voice in zip(sentences, cast, strict=True):
-                settings = {name: draw_setting(name, spread, rng) for name, spread in vars(style).items()}
                 file = f"wav/{part}-{len(turns):04d}.wav"
                 speaker = "synthetic-" + voice.replace("+", "-")
-                turns.append(Turn(file, emotion, text, speaker, voice, **settings))
+                turns.append(Turn(file, emotion, text, speaker, voice, **draw_settings(emotion, rng)))
         corpus[part] = turns
     return corpus
 
@@ -270,16 +255,8 @@ def open_espeak(seed: int) -> Iterator[Espeak]:
 
 
 def parameters(seed: int, size: int) -> dict[str, Any]:
-    """All that decides what the corpus sounds like, as JSON gives it back."""
-    styles = {name: dataclasses.asdict(style) for name, style in STYLES.items()}
-    values = {
-        "recipe": RECIPE,
-        "seed": seed,
-        "size": size,
-        "grammar": GRAMMAR,
-        "parts": PARTS,
-        "styles": styles,
-    }
+    """Return all that decides what the corpus sounds like, as JSON gives it back."""
+    values = {"recipe": RECIPE, "seed": seed, "size": size, "grammar": GRAMMAR, "parts": PARTS, "styles": STYLES}
     return json.loads(json.dumps(values))
 
 
@@ -292,31 +269,29 @@ def claim(out: Path, wanted: dict[str, Any]) -> None:
         return
     for name in ("corpus.json", "corpus.unfinished.json"):
         try:
-            found = json.loads((out / name).read_text(encoding="utf-8"))
-            notice, parameters_found = found["notice"], dict(found["parameters"])
+            state = json.loads((out / name).read_text(encoding="utf-8"))
+            notice, present = state["notice"], dict(state["parameters"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if notice != NOTICE:
-            continue
-        for key, value in wanted.items():
-            if parameters_found.get(key) != value:
-                raise SerError(
-                    f"{out} holds a demonstration corpus with another {key} ({parameters_found.get(key)}; wanted "
-                    f"{value}): give another --out, or remove that folder"
-                )
-        return
-    raise SerError(
-        f"{out} is not empty and holds no demonstration corpus, so it is left alone: give another --out"
-    )
+        if notice == NOTICE:
+            break
+    else:
+        raise SerError(
+            f"{out} is not empty and holds no demonstration corpus, so it is left alone: give another --out"
+        )
+    for key, value in wanted.items():
+        if present.get(key) != value:
+            raise SerError(
+                f"{out} holds a demonstration corpus with another {key} ({present.get(key)}; wanted {value}): "
+                "give another --out, or remove that folder"
+            )
 
 
 def write_wav(path: Path, samples: np.ndarray, sample_rate: int) -> None:
     """Write int16 samples as a mono WAV file."""
     memory = io.BytesIO()
     with wave.open(memory, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(sample_rate)
+        file.setparams((1, 2, sample_rate, len(samples), "NONE", "not compressed"))
         file.writeframes(samples.astype("<i2").tobytes())
     path.write_bytes(memory.getvalue())
 
@@ -356,10 +331,9 @@ def build_corpus(out: Path, seed: int = 0, size: int = 192, *, progress: bool = 
     if not 0 <= seed < 2**31:
         raise ConfigError(f"seed {seed}: expected 0 to {2**31 - 1}")
     corpus = plan(seed, size)
-    wanted = parameters(seed, size)
-    state: dict[str, Any] = {"synthetic": True, "notice": NOTICE, "parameters": wanted}
+    state: dict[str, Any] = {"synthetic": True, "notice": NOTICE, "parameters": parameters(seed, size)}
     whole, unfinished = out / "corpus.json", out / "corpus.unfinished.json"
-    claim(out, wanted)
+    claim(out, state["parameters"])
     files = [out / turn.file for turns in corpus.values() for turn in turns]
     files += [out / "README.md", *(out / f"{part}.csv" for part in corpus)]
     if whole.exists() and all(file.is_file() for file in files):

@@ -6,10 +6,7 @@ protocol declares what its parts share, `audit` finds what they share, and `chec
 declared.
 """
 
-from __future__ import annotations
-
 import hashlib
-import json
 import os
 import re
 import unicodedata
@@ -24,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ser.data.manifest import Utterance
-from ser.data.text import clean, did_you_mean, unique_names
+from ser.data.text import clean, did_you_mean
 from ser.errors import ConfigError, ManifestError, indented, printable
 from ser.files import write_json
 
@@ -36,7 +33,8 @@ KINDS = ("speakers", "dialogues", "sessions", "transcripts", "recordings", "copi
 KNOWN_SPEAKER_TURNS = 50  # held out of each speaker
 KNOWN_TURNS = 10  # held out of each training speaker where a speaker head could not be scored otherwise
 
-Leaks = Mapping[tuple[str, str], frozenset[str]]
+Leaks = dict[tuple[str, str], frozenset[str]]
+Having = dict[str, dict[str, str]]  # kind -> id of an utterance -> what stands for it
 
 
 @dataclass(frozen=True)
@@ -70,16 +68,10 @@ class Fold:
 
 def can_name_a_folder(name: str) -> bool:
     """Tell whether a folder of this name, below any other, is harmless and the same on every system."""
-    return (
-        name.isprintable()  # no control, no invisible or undefined character, no lone surrogate
-        and bool(name)
-        and name[0] not in " .-~"
-        and name[-1] not in " ."
-        and FORBIDDEN.isdisjoint(name)
-        and len(name.encode()) <= LONGEST
-        and not RESERVED.fullmatch(name)
-        and not TAKEN.fullmatch(name)
-    )
+    # Not printable: controls, characters that are invisible or undefined, lone surrogates.
+    plain = bool(name) and name.isprintable() and name[0] not in " .-~" and name[-1] not in " ."
+    short = plain and FORBIDDEN.isdisjoint(name) and len(name.encode()) <= LONGEST
+    return short and not RESERVED.fullmatch(name) and not TAKEN.fullmatch(name)
 
 
 def folder_names(names: Iterable[str]) -> dict[str, str]:
@@ -152,12 +144,12 @@ def _column(utterances: Sequence[Utterance], name: str, protocol: str) -> list[s
     return [str(value) for value in values]
 
 
-def _by_value(utterances: Sequence[Utterance], name: str, protocol: str) -> dict[str, list[str]]:
-    """Group the ids by value, both sorted."""
+def _by_value(utterances: Sequence[Utterance], name: str, protocol: str, least: int = 2) -> dict[str, list[str]]:
+    """Group the ids by value, both sorted. Raises ManifestError for fewer values than ``least``."""
     groups = defaultdict(list)
     for u, value in zip(utterances, _column(utterances, name, protocol), strict=True):
         groups[value].append(u.id)
-    if len(groups) < 2:
+    if len(groups) < least:
         raise ManifestError(
             f"the protocol {protocol} needs two values of {name!r} or more, found {sorted(groups)}"
         )
@@ -169,26 +161,25 @@ def _except(groups: Mapping[str, list[str]], *names: str) -> list[str]:
     return sorted(i for value, ids in groups.items() if value not in names for i in ids)
 
 
+def _leave_one_out(groups: Mapping[str, list[str]], validates: Mapping[str, str] | None = None) -> list[Fold]:
+    """Test on each value once, and validate on the one that ``validates`` gives it.
+
+    By default that is the next value; of two values, none validates.
+    """
+    names = list(groups)
+    if validates is None:
+        validates = dict(zip(names, [*names[1:], names[0]], strict=True)) if len(names) > 2 else {}
+    folds = []
+    for name in names:
+        valid = {"valid": groups[validates[name]]} if name in validates else {}
+        train = _except(groups, name, validates.get(name, name))
+        folds.append(Fold(name, {"train": train, **valid, "test": groups[name]}))
+    return folds
+
+
 def _paper10(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
     groups = _by_value(utterances, "side", "paper10")
-    return [
-        Fold(side, {"train": _except(groups, side), "valid": list(ids), "test": list(ids)})
-        for side, ids in groups.items()
-    ]
-
-
-def _leave_one_out(groups: Mapping[str, list[str]]) -> list[Fold]:
-    """Test on each value once, and validate on the next one. Of two values, none validates."""
-    names = list(groups)
-    folds = []
-    for i, name in enumerate(names):
-        if len(names) == 2:
-            folds.append(Fold(name, {"train": _except(groups, name), "test": groups[name]}))
-        else:
-            valid = names[(i + 1) % len(names)]
-            parts = {"train": _except(groups, name, valid), "valid": groups[valid], "test": groups[name]}
-            folds.append(Fold(name, parts))
-    return folds
+    return _leave_one_out(groups, {side: side for side in groups})
 
 
 def _session5(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
@@ -206,13 +197,7 @@ def _speaker10(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
                 f"the protocol speaker10 needs two speakers per session, found {sorted(speakers)} in {session}"
             )
     partner = {speaker: (pair - {speaker}).pop() for pair in pairs.values() for speaker in pair}
-    return [
-        Fold(
-            speaker,
-            {"train": _except(groups, speaker, partner[speaker]), "valid": groups[partner[speaker]], "test": ids},
-        )
-        for speaker, ids in groups.items()
-    ]
+    return _leave_one_out(groups, partner)
 
 
 def _draw_turns(groups: Mapping[str, list[str]], count: int, seed: int, what: str) -> set[str]:
@@ -229,7 +214,7 @@ def _draw_turns(groups: Mapping[str, list[str]], count: int, seed: int, what: st
     return drawn
 
 
-def _speaker_known(utterances: Sequence[Utterance], seed: int, count: int = KNOWN_SPEAKER_TURNS) -> list[Fold]:
+def _speaker_known(utterances: Sequence[Utterance], seed: int, count: int) -> list[Fold]:
     groups = _by_value(utterances, "speaker", "speaker-known")
     test = _draw_turns(groups, count, seed, "the protocol speaker-known")
     return [Fold("all", {"train": [u.id for u in utterances if u.id not in test], "test": sorted(test)})]
@@ -239,9 +224,7 @@ def _transcript(u: Utterance) -> str:
     return _cleaned(u.text or "")
 
 
-def _speaker_known_text(
-    utterances: Sequence[Utterance], seed: int, count: int = KNOWN_SPEAKER_TURNS
-) -> list[Fold]:
+def _speaker_known_text(utterances: Sequence[Utterance], seed: int, count: int) -> list[Fold]:
     (fold,) = _speaker_known(utterances, seed, count)
     parts = fold.select(utterances)
     said = {text for u in parts["test"] if (text := _transcript(u))}
@@ -255,8 +238,14 @@ def _speaker_known_text(
     return [Fold(fold.name, {"train": [u.id for u in train], "test": fold.parts["test"]})]
 
 
-_STRANGERS = frozenset({"transcripts"})
 _ACQUAINTED = frozenset({"speakers", "dialogues", "sessions"})
+
+
+def _declared(*kinds: str) -> Leaks:
+    """Declare the same kinds for all pairs of parts. Raises ConfigError for an unknown kind."""
+    for kind in sorted(set(kinds) - set(KINDS)):
+        raise ConfigError(f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; parts can share {', '.join(KINDS)}")
+    return dict.fromkeys(PAIRS, frozenset(kinds))
 
 
 def _known_speakers(count: int, *, disjoint_text: bool = False) -> Protocol:
@@ -289,11 +278,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "are in training. The test fold is the evaluation fold, so what is chosen on it is chosen on the "
             "test. The only protocol whose figures may stand beside the paper's 78.15 %.",
             _paper10,
-            {
-                ("train", "valid"): frozenset({"speakers", "sessions", "transcripts"}),
-                ("train", "test"): frozenset({"speakers", "sessions", "transcripts"}),
-                ("valid", "test"): frozenset(KINDS),
-            },
+            _declared("speakers", "sessions", "transcripts") | {("valid", "test"): frozenset(KINDS)},
         ),
         # A whole session validates. One speaker of a training session would share its dialogues with training (the
         # two talk to each other in all of them), and so the scenes, the room and the annotators.
@@ -302,31 +287,19 @@ PROTOCOLS: dict[str, Protocol] = {
             "Leave one session out, the next one validates: no speaker, dialogue or session is in two parts. The "
             "scripts are the same in all sessions, so transcripts are shared.",
             _session5,
-            dict.fromkeys(PAIRS, _STRANGERS),
+            _declared("transcripts"),
         ),
         Protocol(
             "speaker10",
             "Leave one speaker out, the partner in the same dialogues validates; the other four sessions train. "
             "Transcripts of the scripts are shared.",
             _speaker10,
-            {
-                ("train", "valid"): _STRANGERS,
-                ("train", "test"): _STRANGERS,
-                ("valid", "test"): frozenset({"dialogues", "sessions", "transcripts"}),
-            },
+            _declared("transcripts") | {("valid", "test"): frozenset({"dialogues", "sessions", "transcripts"})},
         ),
         _known_speakers(KNOWN_SPEAKER_TURNS),
         _known_speakers(KNOWN_SPEAKER_TURNS, disjoint_text=True),
     )
 }
-
-
-def _shares(kinds: Iterable[str]) -> Leaks:
-    """Declare the same kinds for all pairs of parts. Raises ConfigError for an unknown kind."""
-    kinds = frozenset(kinds)
-    for kind in sorted(kinds - set(KINDS)):
-        raise ConfigError(f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; parts can share {', '.join(KINDS)}")
-    return dict.fromkeys(PAIRS, kinds)
 
 
 def by_column(*, shares: Iterable[str] = ()) -> Protocol:
@@ -352,7 +325,7 @@ def by_column(*, shares: Iterable[str] = ()) -> Protocol:
             raise ManifestError(f"the column 'split' holds {unknown}, expected train, valid and test")
         return [Fold("all", {part: parts[part] for part in PARTS if part in parts})]
 
-    return Protocol("column", "As the manifest's own column divides it.", divide, _shares(shares))
+    return Protocol("column", "As the manifest's own column divides it.", divide, _declared(*shares))
 
 
 def kfold(column: str, count: int, *, shares: Iterable[str] = ()) -> Protocol:
@@ -382,7 +355,7 @@ def kfold(column: str, count: int, *, shares: Iterable[str] = ()) -> Protocol:
         return _leave_one_out(groups)
 
     description = f"{count} folds by {column}; the next fold validates."
-    return Protocol(name, description, divide, _shares(shares))
+    return Protocol(name, description, divide, _declared(*shares))
 
 
 def find_protocol(name: str, *, shares: Iterable[str] = ()) -> Protocol:
@@ -393,17 +366,16 @@ def find_protocol(name: str, *, shares: Iterable[str] = ()) -> Protocol:
     Raises:
         ConfigError: there is no such protocol, or it declares itself what its parts share.
     """
-    known_speakers, _, turns = name.partition(":")
     own = PROTOCOLS.get(name)
-    if known_speakers in ("speaker-known", "speaker-known-text") and turns.isdecimal() and int(turns):
-        own = _known_speakers(int(turns), disjoint_text=known_speakers.endswith("text"))
+    kind, _, rest = name.partition(":")
+    if kind in ("speaker-known", "speaker-known-text") and rest.isdecimal() and int(rest):
+        own = _known_speakers(int(rest), disjoint_text=kind.endswith("text"))
     if own is not None:
         if list(shares):
             raise ConfigError(f"the protocol {name} declares itself what its parts share")
         return own
     if name == "column":
         return by_column(shares=shares)
-    kind, _, rest = name.partition(":")
     column, _, count = rest.rpartition(":")
     if kind == "kfold" and column and count.isdecimal():
         return kfold(column, int(count), shares=shares)
@@ -439,10 +411,8 @@ def with_known_turns(fold: Fold, utterances: Iterable[Utterance], count: int, *,
         ManifestError: a training speaker has no more utterances than that, or an utterance has no speaker.
     """
     train = fold.select(utterances)["train"]
-    groups = defaultdict(list)
-    for u, speaker in zip(train, _column(train, "speaker", "of known turns"), strict=True):
-        groups[speaker].append(u.id)
-    known = _draw_turns(dict(sorted(groups.items())), count, seed, f"fold {fold.name}")
+    groups = _by_value(train, "speaker", "of known turns", least=0)
+    known = _draw_turns(groups, count, seed, f"fold {fold.name}")
     parts = fold.parts | {"train": [i for i in fold.parts["train"] if i not in known], KNOWN: sorted(known)}
     return Fold(fold.name, parts)
 
@@ -504,7 +474,7 @@ def _value(u: Utterance, kind: str) -> str:
     return u.extra.get({"dialogues": "dialogue", "sessions": "session", "copies": "sha256"}[kind], "")
 
 
-def _having(rows: Iterable[Utterance]) -> dict[str, dict[str, str]]:
+def _having(rows: Iterable[Utterance]) -> Having:
     """Collect kind -> id -> what stands for the utterance."""
     rows = list(rows)
     return {kind: {u.id: value for u in rows if (value := _value(u, kind))} for kind in KINDS}
@@ -519,9 +489,7 @@ def _shared(first: Mapping[str, str], second: Mapping[str, str], *, ids: bool) -
     return Shared(sorted(hits if ids else set(hits.values())), len(hits), len(second))
 
 
-def _overlap(
-    first: Mapping[str, Mapping[str, str]], second: Mapping[str, Mapping[str, str]]
-) -> dict[str, Shared | None]:
+def _overlap(first: Having, second: Having) -> dict[str, Shared | None]:
     """Find what two parts share of each kind."""
     return {kind: _shared(first[kind], second[kind], ids=kind in ("recordings", "copies")) for kind in KINDS}
 
@@ -612,9 +580,8 @@ def to_table(audits: Iterable[Audit]) -> str:
         rows.append([printable(a.fold), *(str(sizes.get(part, "-")) for part in PARTS), *cells,
                      _percent(both) if "valid" in sizes else "-"])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return (
-        "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows) + "\n"
-    )
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines) + "\n"
 
 
 def _to_json(audited: Audit) -> dict[str, Any]:
@@ -632,12 +599,7 @@ def _to_json(audited: Audit) -> dict[str, Any]:
 
 
 def write_folds(
-    path: str | os.PathLike[str],
-    protocol: Protocol,
-    folds: Iterable[Fold],
-    utterances: Iterable[Utterance],
-    *,
-    seed: int,
+    path: Path, protocol: Protocol, folds: Sequence[Fold], utterances: Sequence[Utterance], *, seed: int
 ) -> list[Audit]:
     """Check the folds and write them as JSON: lists of ids, with what the protocol declares and what was found.
 
@@ -647,7 +609,6 @@ def write_folds(
     Raises:
         ManifestError: as `check_fold`; or the file cannot be written. The file is written whole or not at all.
     """
-    path, folds, utterances = Path(path), list(folds), list(utterances)
     audits = [check_fold(fold, utterances, protocol) for fold in folds]
     content = {
         "protocol": protocol.name,
@@ -664,24 +625,3 @@ def write_folds(
     except OSError as error:
         raise ManifestError(f"{path}: cannot write the folds: {error.strerror or error}") from error
     return audits
-
-
-def read_folds(path: str | os.PathLike[str]) -> list[Fold]:
-    """Read the folds that `write_folds` wrote.
-
-    Raises:
-        ManifestError: the file cannot be read, or is no file of folds.
-    """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_names)
-        folds = [Fold(fold["name"], fold["parts"]) for fold in content["folds"]]
-        for fold in folds:
-            good = isinstance(fold.name, str) and fold.parts and fold.parts.keys() <= set(PARTS)
-            if not good or not all(isinstance(i, str) for ids in fold.parts.values() for i in ids):
-                raise ValueError(f"fold {fold.name!r} is no lists of ids called train, valid and test")
-    except OSError as error:
-        raise ManifestError(f"{path}: cannot read the folds: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ManifestError(f"{path}: not a file of folds: {error!r}") from error
-    return folds

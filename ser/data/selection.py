@@ -9,39 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ser.data import protocols
 from ser.data.corpora import divided_manifest
 from ser.data.manifest import Utterance, check_regular, parse_columns, read_manifest
-from ser.data.protocols import (
-    KINDS,
-    PROTOCOLS,
-    Audit,
-    Fold,
-    Protocol,
-    check_fold,
-    find_fold,
-    find_protocol,
-    with_known_turns,
-)
-from ser.data.spellings import check_map, parse_map
+from ser.data.spellings import check_map, check_spellings, label_lines, parse_map
 from ser.errors import ConfigError, ManifestError, brief_repr
 from ser.files import digest
 
-# The types that JSON has for the fields of a selection; those of the other fields are strings or null.
-KINDS_OF_FIELDS: dict[str, tuple[type, ...]] = {
-    "data": (str,),
-    "sha256": (str,),
-    "columns": (dict,),
-    "shares": (list, tuple),
-    "seed": (int,),
-    "known_turns": (int,),
-    "label_map": (dict,),
-    "literal_labels": (bool,),
-}
+Tell = Callable[[str], None]  # shows a user a line
+Sets = dict[str, list[Utterance]]  # of utterances, by their names for people
 
 
 @dataclass(frozen=True)
@@ -78,7 +59,8 @@ class Selection:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Selection:
         """Read what `to_dict` gives. Raises ConfigError for anything else."""
-        kinds = {f.name: KINDS_OF_FIELDS.get(f.name, (str, type(None))) for f in fields(cls)}
+        # The types that JSON has for the fields: that of the default, but a string where the default is null.
+        kinds = {name: str | None if value is None else type(value) for name, value in asdict(cls("")).items()}
         sound = isinstance(values, Mapping) and "data" in values and values.keys() <= kinds.keys()
         if not sound or not all(isinstance(value, kinds[name]) for name, value in values.items()):
             raise ConfigError(f"{brief_repr(values)} does not name utterances")
@@ -115,7 +97,7 @@ class Selection:
                 cause = f"{self.data} is a folder, and has no {path.name} as preparing writes it; give a manifest"
             raise ManifestError(f"{path}: cannot be read: {cause}") from None
 
-    def read(self, *, check_files: bool = True, tell: Callable[[str], None] | None = None) -> list[Utterance]:
+    def read(self, *, check_files: bool = True, tell: Tell | None = None) -> list[Utterance]:
         """Read all utterances of the manifest; ``tell`` is called with what a user should know of it.
 
         Raises:
@@ -123,43 +105,50 @@ class Selection:
         """
         if self.sha256 and self.stamped().sha256 != self.sha256:
             raise ManifestError(f"{self.manifest}: has changed since; its sha256 was {self.sha256}")
-        return read_manifest(
-            self.manifest,
-            root=self.root,
-            columns=self.columns,
-            check_files=check_files,
-            literal_labels=self.literal_labels,
-            label_map=self.label_map,
-            tell=tell,
-        )
+        labels = {"literal_labels": self.literal_labels, "label_map": self.label_map}
+        how: dict[str, Any] = {"root": self.root, "columns": self.columns, **labels}
+        return read_manifest(self.manifest, check_files=check_files, tell=tell, **how)
 
-    def find_protocol(self) -> Protocol:
+    def find_protocol(self) -> protocols.Protocol:
         """Return the protocol. Raises ConfigError where none is named."""
         if not self.protocol:
             raise ConfigError("--data needs --protocol, which says how it is divided")
-        return find_protocol(self.protocol, shares=self.shares)
+        return protocols.find_protocol(self.protocol, shares=self.shares)
 
-    def find_fold(self, utterances: list[Utterance]) -> tuple[Fold, Audit]:
+    def find_fold(self, utterances: list[Utterance]) -> tuple[protocols.Fold, protocols.Audit]:
         """Return the fold of these utterances of the manifest, and what its parts share; the fold is checked."""
         protocol = self.find_protocol()
-        fold = find_fold(protocol, utterances, self.fold, seed=self.seed)
+        fold = protocols.find_fold(protocol, utterances, self.fold, seed=self.seed)
         if self.known_turns:
-            fold = with_known_turns(fold, utterances, self.known_turns, seed=self.seed)
-        return fold, check_fold(fold, utterances, protocol)
+            fold = protocols.with_known_turns(fold, utterances, self.known_turns, seed=self.seed)
+        return fold, protocols.check_fold(fold, utterances, protocol)
 
     def utterances(self, *, check_files: bool = True) -> list[Utterance]:
         """Read the selected utterances. Raises ConfigError where the fold lacks the part."""
         everything = self.read(check_files=check_files)
-        if not self.protocol:
-            return everything
-        fold, _ = self.find_fold(everything)
-        return self.of(fold, everything)
+        return self.of(self.find_fold(everything)[0], everything) if self.protocol else everything
 
-    def of(self, fold: Fold, utterances: Iterable[Utterance]) -> list[Utterance]:
+    def of(self, fold: protocols.Fold, utterances: Iterable[Utterance]) -> list[Utterance]:
         """Select the part of the fold. Raises ConfigError where the fold lacks it."""
         if self.part not in fold.parts:
             raise ConfigError(f"fold {fold.name} of {self.protocol} has no part {self.part}")
         return fold.select(utterances)[self.part]
+
+    def review(
+        self, sets: Sets, tell: Tell, *, emotions: list[str] | None, speakers: Collection[str] = ()
+    ) -> None:
+        """Tell the classes of sets that were read, before anything is computed; refuse two spellings of one.
+
+        Args:
+            sets: name -> utterances; the first one is what others are compared with.
+            tell: is called with each line.
+            emotions: those of the model, none where it has or learns none; None: there is no model yet.
+            speakers: those that the model was trained on.
+        """
+        for line in label_lines(sets, emotions=emotions):
+            tell(line)
+        used = ["speaker"] if emotions == [] else ["emotion", "speaker"]
+        check_spellings(sets, emotions=emotions or (), speakers=speakers, label_map=self.label_map, columns=used)
 
     def __str__(self) -> str:
         """Name the selection for people."""
@@ -185,9 +174,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name data and say how it is divided; `selected_data` reads them."""
     add = parser.add_argument_group("a corpus, divided by a protocol").add_argument
     add("--data", help="manifest to divide, or the folder that preparing a corpus wrote")
-    add("--protocol", help=f"{', '.join(PROTOCOLS)} (or speaker-known:TURNS), column, or kfold:COLUMN:COUNT")
+    add(
+        "--protocol",
+        help=f"{', '.join(protocols.PROTOCOLS)} (or speaker-known:TURNS), column, or kfold:COLUMN:COUNT",
+    )
     add("--shares", nargs="*", default=[], metavar="KIND",
-        help=f"what the parts of column and kfold share knowingly: {', '.join(KINDS)}")  # fmt: skip
+        help=f"what the parts of column and kfold share knowingly: {', '.join(protocols.KINDS)}")  # fmt: skip
     add("--protocol-seed", type=int, default=0, metavar="SEED", help="of protocols that draw (default: 0)")
     add("--known-turns", type=int, metavar="COUNT", help="of each training speaker, held out to score a speaker "
         "head on (default: up to 10 where one is trained and the protocol tests on strangers)")  # fmt: skip
