@@ -348,7 +348,7 @@ def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, predict
     """
     row: dict[str, Any] = dict(utterance.extra) | dict.fromkeys((*text_columns([SEEN_TEXT]), *number_columns()))
     row |= {"id": utterance.id, "file": str(utterance.file), "speaker": utterance.speaker}
-    row |= {"seconds": prediction.seconds}
+    row["seconds"] = prediction.seconds
     answer = Answer(utterance.labels, reference, prediction, recognizer.speakers)
     for measure in measures():
         row |= measure.cells(answer)
@@ -845,13 +845,12 @@ def emotion_notes(result: Report) -> list[str]:
 def figure_lines(result: Report) -> list[str]:
     """Write a line for each figure. Of many classes, precision and recall of each are left out."""
     lines = [f"{'':32}{'':>7}   95 % over utterances   over speakers"]
-    many = len(result.emotions) > MANY_CLASSES
+    left_out = ("precision ", "recall ") if len(result.emotions) > MANY_CLASSES else ()
     for name, figure in result.figures.items():
-        if many and name.startswith(("precision ", "recall ")):
-            continue
-        over_utterances, over_speakers = map(interval_text, (figure.interval_utterances, figure.interval_speakers))
-        title = printable(title_of(name))
-        lines.append(f"{title:32}{four_digits(figure.value):>7}   {over_utterances:20}   {over_speakers}")
+        if not name.startswith(left_out):
+            utterances, speakers = map(interval_text, (figure.interval_utterances, figure.interval_speakers))
+            title = printable(title_of(name))
+            lines.append(f"{title:32}{four_digits(figure.value):>7}   {utterances:20}   {speakers}")
     return lines
 
 
@@ -936,19 +935,16 @@ def compare_predictions(
     right = [(o.text["emotion"] == o.text["predicted"])[labelled] for o in (first, second)]
     only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     figures = [Figures(first), Figures(second)]
-    values = [f() for f in figures]
+    before, after = (f() for f in figures)
+    common = [name for name in before if name in after]
     drawn = resampled(figures, resamples=resamples, seed=seed)
-    spans = percentiles({name: drawn[1][name] - drawn[0][name] for name in drawn[0] if name in drawn[1]})
+    spans = percentiles({name: drawn[1][name] - drawn[0][name] for name in common})
     return finite(
         {
             "utterances": len(first),
             "only_first_right": only_first,
             "only_second_right": only_second,
             "mcnemar_p": mcnemar(only_first, only_second),
-            "differences": {
-                name: {"value": values[1][name] - value, "interval": spans[name]}
-                for name, value in values[0].items()
-                if name in values[1]
-            },
+            "differences": {n: {"value": after[n] - before[n], "interval": spans[n]} for n in common},
         }
     )
