@@ -54,12 +54,10 @@ def pooled_curve(runs: Sequence[Path]) -> list[dict[str, Any]]:
 
 def best_on_test(runs: Sequence[Path]) -> dict[str, float] | None:
     """Return the WA if each fold's epoch were chosen by its test part: no result, but what others print."""
-    chosen = []
-    for run in runs:
-        entries = [e for e in curve_of(run).values() if e.get("accuracy") is not None]
-        if not entries:
-            return None
-        chosen.append(max(entries, key=lambda e: e["accuracy"]))
+    curves = [[e for e in curve_of(run).values() if e.get("accuracy") is not None] for run in runs]
+    if not all(curves):
+        return None
+    chosen = [max(curve, key=lambda e: e["accuracy"]) for curve in curves]
     total = sum(e["emotion_utterances"] for e in chosen)
     return {"accuracy": sum(e["accuracy"] * e["emotion_utterances"] for e in chosen) / total, "utterances": total}
 
@@ -266,13 +264,15 @@ def ablation_summary(
 
 def ablation_cells(value: str, row: Mapping[str, Any], first: str) -> str:
     """Write the cells of one value."""
-    low, high = (row["accuracy"] or {}).get("interval_utterances", (None, None))
+    span = interval_text((row["accuracy"] or {}).get("interval_utterances", (None, None)))
     against = row[f"against {first}"]
     p = "" if against is None else f"p = {against['mcnemar_p']:.3f}"
-    means = [four_digits((row[key] or {}).get("mean")) for key in ("accuracy_over_folds", "wer_over_folds")]
-    pooled = [four_digits((row[key] or {}).get("value")) for key in ("accuracy", "unweighted_accuracy", "wer")]
-    cells = [as_text(value), pooled[0], interval_text((low, high)), means[0], pooled[1], pooled[2], means[1]]
-    return " | ".join([*cells, four_digits(row["speaker_accuracy"]), p])
+    mean_wa, mean_wer = (four_digits((row[f"{key}_over_folds"] or {}).get("mean")) for key in ("accuracy", "wer"))
+    names = ("accuracy", "unweighted_accuracy", "wer")
+    wa, ua, wer = (four_digits((row[name] or {}).get("value")) for name in names)
+    return " | ".join(
+        [as_text(value), wa, span, mean_wa, ua, wer, mean_wer, four_digits(row["speaker_accuracy"]), p]
+    )
 
 
 def ablation_markdown(summary: Mapping[str, Any], beside: Sequence[str] = ()) -> str:

@@ -65,9 +65,8 @@ def calibration_summands(confidence: NDArray[np.float64], right: NDArray[np.bool
     """Return 1, right or not, and confidence in the columns of an utterance's bin: (N,) each -> (N, 3 * bins)."""
     place = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
     inside = place[:, None] == np.arange(CALIBRATION_BINS)
-    return np.concatenate(
-        [inside, inside * right[:, None], inside * confidence[:, None]], axis=1, dtype=np.float64
-    )
+    blocks = [inside, inside * right[:, None], inside * confidence[:, None]]
+    return np.concatenate(blocks, axis=1, dtype=np.float64)
 
 
 def expected_calibration_error(totals: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -239,17 +238,17 @@ def measure_of_classes(head: str, columns: Sequence[str]) -> Measure:
 
     The predictions file has the label in its column of the manifest, and beside it the class in HEAD_predicted.
     """
-    (column,), predicted = columns, f"{head}_predicted"
+    both = label, predicted = columns[0], f"{head}_predicted"
 
     def named_pairs(outcomes: Outcomes) -> tuple[list[str], NDArray[np.int64]]:
-        both = outcomes.text[column], outcomes.text[predicted]
-        names = sorted({*both[0], *both[1]} - {""})
-        return names, class_pairs(names, *both)
+        texts = [outcomes.text[column] for column in both]
+        names = sorted({*texts[0], *texts[1]} - {""})
+        return names, class_pairs(names, *texts)
 
     return Measure(
-        (column, predicted),
+        both,
         {},
-        lambda row: {column: row.labels.get(column), predicted: row.prediction.others.get(head)},
+        lambda row: {label: row.labels.get(label), predicted: row.prediction.others.get(head)},
         lambda outcomes: [class_sums(*named_pairs(outcomes), prefix=f"{head} ")],
         lambda outcomes: {head: number_scored(named_pairs(outcomes)[1])},
     )
@@ -323,14 +322,14 @@ def number_columns() -> dict[str, tuple[float, float]]:
 
 
 def checked_rows(
-    reader: csv.DictReader[str], columns: Mapping[str, tuple[float, float]]
+    reader: csv.DictReader[str], ranges: Mapping[str, tuple[float, float]]
 ) -> Iterator[dict[str, str]]:
-    """Yield the rows of a predictions file; ValueError where a row or one of the columns of numbers is none."""
+    """Yield the rows of a predictions file. Raises ValueError for what is no row, or no number in its range."""
     for record in reader:
         where = f"line {reader.line_num}"
         if None in record or None in record.values():
             raise ValueError(f"{where}: has more or fewer cells than the header")
-        for name, (least, most) in columns.items():
+        for name, (least, most) in ranges.items():
             try:
                 value = float(record[name] or 0)
             except ValueError:
@@ -350,9 +349,7 @@ def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, predict
     row |= {"id": utterance.id, "file": str(utterance.file), "speaker": utterance.speaker}
     row["seconds"] = prediction.seconds
     answer = Answer(utterance.labels, reference, prediction, recognizer.speakers)
-    for measure in measures():
-        row |= measure.cells(answer)
-    return row
+    return row | {name: cell for measure in measures() for name, cell in measure.cells(answer).items()}
 
 
 # ------------------------------------------------------------------------------------------------- outcomes
@@ -667,7 +664,7 @@ class Report:
     def trained_on_some(self) -> bool:
         """Whether the model was trained on recordings that it is evaluated on."""
         shared = self.shared_with_training or {}
-        return max((shared.get(kind) or 0.0 for kind in ("recordings", "copies")), default=0.0) > 0
+        return any((shared.get(kind) or 0.0) > 0 for kind in ("recordings", "copies"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as report.json has it. What is None is left out."""

@@ -218,15 +218,18 @@ class Decoding(TypedDict, total=False):
 
 
 def open_batches(
-    dataset: SpeechDataset, recognizer: Recognizer, world: World, decoding: Decoding
+    dataset: SpeechDataset, recognizer: Recognizer, world: World, bad_audio: BadAudio, decoding: Decoding
 ) -> tuple[Generator[Batch, None, None], int]:
     """Return this rank's batches of like length, decoded ahead, and their number."""
+    least = recognizer.model.config.min_samples
+    if "lengths" not in vars(dataset):  # which all ranks must know
+        bad_audio.read_lengths("valid", dataset, least=least)
     samples = int((decoding.get("batch_seconds") or recognizer.batch_seconds) * SAMPLE_RATE)
     batches = evaluation_batches(dataset.lengths, batch_samples=samples, rank=world.rank, world_size=world.size)
     loader = decoded(
         dataset,
         batches,
-        partial(collate_at_least, min_samples=recognizer.model.config.min_samples),
+        partial(collate_at_least, min_samples=least),
         workers=min(decoding.get("workers", 0), len(batches)),
         timeout=decoding.get("timeout", WORKER_SECONDS),
         pin_memory=world.device.type == "cuda",
@@ -288,9 +291,7 @@ def evaluate(
     bad_audio = bad_audio or BadAudio(world)
     objective = objective or equal_weights(recognizer)
     dataset = utterances if isinstance(utterances, SpeechDataset) else recognizer.dataset(utterances)
-    if "lengths" not in vars(dataset):  # which all ranks must know
-        bad_audio.read_lengths("valid", dataset, least=recognizer.model.config.min_samples)
-    loader, count = open_batches(dataset, recognizer, world, decoding)
+    loader, count = open_batches(dataset, recognizer, world, bad_audio, decoding)
     tally = Tally(recognizer, dataset, objective, keep_rows=keep_rows)
     errors: dict[int, str] = {}
     names = [u.id for u in dataset.utterances]
@@ -339,11 +340,9 @@ def evaluated_rows(
         result = evaluate(recognizer, chunk, keep_rows=True, **options)
         if rewriting is not None:
             rewriting += result.rewriting
-        rows = []
-        for utterance, reference, prediction in result.rows:
-            row = as_row(recognizer, utterance, reference, prediction)
-            if seen_texts is not None:
+        rows = [as_row(recognizer, *row) for row in result.rows]
+        if seen_texts is not None:
+            for row, (utterance, *_) in zip(rows, result.rows, strict=True):
                 text = clean(utterance.text or "", orthography=recognizer.orthography, tags=recognizer.tags)
                 row["seen_text"] = "" if not text else "seen" if text in seen_texts else "unseen"
-            rows.append(row)
         yield rows

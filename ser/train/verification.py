@@ -52,10 +52,10 @@ def alike(told: Any, now: Any, *, common: bool = False) -> bool:
     return isinstance(now, int | float) and math.isclose(told, now, rel_tol=1e-12, abs_tol=1e-9)
 
 
-def check(name: str, told: Any, now: Any) -> Check:
-    """Compare two values as JSON holds them."""
+def check(name: str, told: Any, now: Any, *, common: bool = False) -> Check:
+    """Compare two values as JSON holds them, as `alike` does."""
     now = json.loads(json.dumps(now))
-    return Check(name, told, now, alike(told, now))
+    return Check(name, told, now, alike(told, now, common=common))
 
 
 def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
@@ -65,12 +65,9 @@ def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
     set_up |= {"symbols": symbols, "orthography": recognizer.orthography, "tags": recognizer.tags}
     settings = record["settings"]
     checks = [check(name, record.get(name), value) for name, value in facts_of(recognizer).items()]
-    checks += [
-        check(f"settings.{name}", settings[name], value) for name, value in set_up.items() if name in settings
-    ]
+    checks += [check(f"settings.{n}", settings[n], value) for n, value in set_up.items() if n in settings]
     if "model" in settings:  # of which another release may know more
-        now = json.loads(json.dumps(describe(recognizer)))
-        checks.append(Check("settings.model", settings["model"], now, alike(settings["model"], now, common=True)))
+        checks.append(check("settings.model", settings["model"], describe(recognizer), common=True))
     return checks
 
 
