@@ -245,7 +245,7 @@ def test_markdown_shows_a_name_as_its_characters_on_one_line(name, shown):
 
 def test_a_code_span_and_a_block_end_where_they_should():
     assert as_code("a`b``c") == "``` a`b``c ```" and as_code("runs/x") == "`runs/x`"
-    assert as_block("a\n```\nb\x1b")[0] == "````" and as_block("a\nb") == ["```", "a\nb", "```"]
+    assert as_block("a\n```\nb\x1b").startswith("````\n") and as_block("a\nb") == "```\na\nb\n```"
 
 
 def test_no_label_makes_a_section_html_or_a_code_of_a_terminal_on_a_card(run):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ser.data.dataset import SpeechDataset
 from ser.data.labels import LABELS, known, labels_vary
 from ser.data.text import Vocabulary, minimum_frames
-from ser.errors import ConfigError, printable
+from ser.errors import ConfigError, indented
 
 WORTH_TELLING = 0.1  # the share of updates that teach nothing; the last one of an epoch may be small
 LARGER = "a larger --effective-batch (such as 32) helps where more utterances have labels"
@@ -36,9 +36,8 @@ def check_vocabulary(vocabulary: Vocabulary, dataset: SpeechDataset) -> None:
         )
     if not vocabulary.has_delimiter and (words := next((t for t in dataset.texts if " " in t), "")):
         raise ConfigError(
-            f"the word delimiter {vocabulary.word_delimiter!r} is not in the vocabulary of "
-            f"{len(vocabulary)} symbols, and a training transcript has spaces: {words[:80]!r}; add "
-            "it, or take the spaces out"
+            f"the word delimiter {vocabulary.word_delimiter!r} is not in the vocabulary of {len(vocabulary)} "
+            f"symbols, and a training transcript has spaces: {words[:80]!r}; add it, or take the spaces out"
         )
 
 
@@ -48,11 +47,10 @@ def misfits(dataset: SpeechDataset, num_frames: NumFrames, unread: Collection[st
     lines = []
     for utterance, target, there in zip(dataset.utterances, dataset.labels["ctc"], frames, strict=True):
         if (needed := minimum_frames(target)) > there and utterance.id not in unread:
-            lines.append(printable(f"{utterance.id}: {needed} frames needed, {there} there"))
+            lines.append(f"{utterance.id}: {needed} frames needed, {there} there")
     if not lines:
         return []
-    shown = "\n  ".join(lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else []))
-    return [f"{len(lines)} transcripts do not fit their audio; left out of the CTC loss:\n  {shown}"]
+    return [f"{len(lines)} transcripts do not fit their audio; left out of the CTC loss:{indented(lines, 20)}"]
 
 
 def check_training_data(
@@ -71,10 +69,10 @@ def check_training_data(
     """
     short = [(u, n) for u, n in zip(dataset.utterances, dataset.lengths, strict=True) if n < min_samples]
     if short:
-        lines = "\n  ".join(printable(f"{u.id}: {n} samples") for u, n in short[:50])
+        lines = indented(f"{u.id}: {n} samples" for u, n in short[:50])
         raise ConfigError(
             f"{len(short)} training utterances are shorter than one frame ({min_samples} samples at 16 kHz); "
-            f"remove them:\n  {lines}"
+            f"remove them:{lines}"
         )
     vocabulary = dataset.model_labels.vocabulary
     if vocabulary is None:
@@ -164,10 +162,8 @@ def idle_updates(teaching: Mapping[str, Tensor], never: Collection[str], numbers
     for name, taught in teaching.items():
         idle = int((~taught).sum())
         if name in numbers and name not in never and idle > WORTH_TELLING * updates:
-            notes.append(
-                f"{idle} of the {updates} updates of an epoch have no two different labels of {name}, so they "
-                f"teach nothing of it; {LARGER}"
-            )
+            lacking = f"{idle} of the {updates} updates of an epoch have no two different labels of {name}"
+            notes.append(f"{lacking}, so they teach nothing of it; {LARGER}")
     idle = int((~torch.stack([*teaching.values()]).any(0)).sum())
     if idle > WORTH_TELLING * updates and not teaching.keys() <= set(numbers):
         notes.append(f"{idle} of the {updates} updates of an epoch have no label that any head learns from")

@@ -164,8 +164,7 @@ def read_named(folder: str | os.PathLike[str], parse: Callable[[str], Named | No
     if not folder.is_dir():
         raise ManifestError(f"{folder}: no such folder, expected a corpus")
     utterances: dict[str, Utterance] = {}
-    dropped: list[Dropped] = []
-    warnings: list[str] = []
+    dropped, warnings = list[Dropped](), list[str]()
     try:
         files = sorted(map(Path, files_below(folder, hidden=True, say=warnings.append)))
     except OSError as error:
@@ -177,15 +176,10 @@ def read_named(folder: str | os.PathLike[str], parse: Callable[[str], Named | No
         if why := _why_not(file, named, utterances):
             dropped.append(Dropped(file.relative_to(folder).as_posix(), why))
         elif named is not None:
+            labels = {"emotion": named.emotion, "text": named.text, "speaker": named.speaker}
             gender = {} if named.gender is None else {"gender": named.gender}
-            utterances[file.stem] = Utterance(
-                id=file.stem,
-                file=file,
-                emotion=named.emotion,
-                text=named.text,
-                speaker=named.speaker,
-                extra={"code": named.code, **gender, **named.extra},
-            )
+            extra = {"code": named.code, **gender, **named.extra}
+            utterances[file.stem] = Utterance(file.stem, file, labels=labels, extra=extra)
     if not utterances:
         raise ManifestError(
             f"{folder}: none of its {len(dropped)} sound files is a WAV file with a name of this corpus"

@@ -119,7 +119,10 @@ def data_sheet(utterances: Iterable[Utterance], sounds: Mapping[str, Sound]) -> 
         sounds: of all of them, as `listen` gives them.
     """
     utterances = sorted(utterances, key=lambda u: u.id)
-    seconds = np.array([sounds[u.id].seconds for u in utterances])
+    heard = [sounds[u.id] for u in utterances]
+    seconds = np.array([sound.seconds for sound in heard])
+    statistics = {"shortest": seconds.min(), "median": np.median(seconds)}
+    statistics |= {"mean": seconds.mean(), "longest": seconds.max()}
     copies = defaultdict(list)
     labels: dict[str, Counter[str]] = defaultdict(Counter)
     for u in utterances:
@@ -128,15 +131,8 @@ def data_sheet(utterances: Iterable[Utterance], sounds: Mapping[str, Sound]) -> 
     return {
         "utterances": len(utterances),
         "hours": round(float(seconds.sum()) / 3600, 3),
-        "seconds": {
-            "shortest": round(float(seconds.min()), 3),
-            "median": round(float(np.median(seconds)), 3),
-            "mean": round(float(seconds.mean()), 3),
-            "longest": round(float(seconds.max()), 3),
-        },
-        "formats": dict(
-            Counter(f"{s.sample_rate} Hz, {s.channels} channel(s)" for s in (sounds[u.id] for u in utterances))
-        ),
+        "seconds": {name: round(float(value), 3) for name, value in statistics.items()},
+        "formats": dict(Counter(f"{s.sample_rate} Hz, {s.channels} channel(s)" for s in heard)),
         "emotions": dict(sorted(sum(labels.values(), Counter()).items())),
         "labels_per_speaker": {speaker: dict(sorted(labels[speaker].items())) for speaker in sorted(labels)},
         "silent": [u.id for u in utterances if sounds[u.id].peak < SILENT],
@@ -157,31 +153,27 @@ def sheet_to_markdown(sheet: Mapping[str, Any], title: str) -> str:
     """Write the sheet of `data_sheet` for people."""
     seconds, text = sheet["seconds"], sheet["transcripts"]
     emotions = list(sheet["emotions"])
-    rows = [
-        f"| {speaker} | " + " | ".join(str(counts.get(e, 0)) for e in emotions) + f" | {sum(counts.values())} |"
-        for speaker, counts in sheet["labels_per_speaker"].items()
-    ]
-    total = " | ".join(str(count) for count in sheet["emotions"].values())
-    lines = [
-        f"# {title}",
-        "",
-        f"{sheet['utterances']} utterances, {sheet['hours']} hours; seconds: shortest {seconds['shortest']}, "
-        f"median {seconds['median']}, mean {seconds['mean']}, longest {seconds['longest']}.",
-        "",
-        *(f"- {count} files of {name}" for name, count in sheet["formats"].items()),
-        f"- {len(sheet['silent'])} silent (peak below {SILENT}){_some(sheet['silent'])}",
-        f"- {len(sheet['clipped'])} clipped ({CLIPPED} neighbouring samples at full scale)"
-        f"{_some(sheet['clipped'])}",
-        f"- {len(sheet['same_audio'])} groups with the same samples"
-        f"{_some(' = '.join(ids) for ids in sheet['same_audio'])}",
-        f"- {text['with_text']} with a transcript, {text['different']} different ones; "
-        f"{text['utterances_with_shared']} utterances say one of the {text['shared_across_speakers']} that "
-        f"several speakers say"
-        f"{_some(f'{t!r} ({n})' for t, n in text['most_shared'].items())}",
-        "",
-        "| speaker | " + " | ".join(emotions) + " | all |",
-        "|---" * (len(emotions) + 2) + "|",
-        *rows,
-        f"| all | {total} | {sheet['utterances']} |",
-    ]
-    return "\n".join(lines) + "\n"
+    rows = {**sheet["labels_per_speaker"], "all": sheet["emotions"]}
+    lines = "\n".join(
+        f"| {speaker} | {' | '.join(str(counts.get(e, 0)) for e in emotions)} | {sum(counts.values())} |"
+        for speaker, counts in rows.items()
+    )
+    formats = "".join(f"- {count} files of {name}\n" for name, count in sheet["formats"].items())
+    copies, shared = map(" = ".join, sheet["same_audio"]), (f"{t!r} ({n})" for t, n in text["most_shared"].items())
+    return f"""\
+# {title}
+
+{sheet["utterances"]} utterances, {sheet["hours"]} hours; seconds: shortest {seconds["shortest"]}, median \
+{seconds["median"]}, mean {seconds["mean"]}, longest {seconds["longest"]}.
+
+{formats}\
+- {len(sheet["silent"])} silent (peak below {SILENT}){_some(sheet["silent"])}
+- {len(sheet["clipped"])} clipped ({CLIPPED} neighbouring samples at full scale){_some(sheet["clipped"])}
+- {len(sheet["same_audio"])} groups with the same samples{_some(copies)}
+- {text["with_text"]} with a transcript, {text["different"]} different ones; {text["utterances_with_shared"]} \
+utterances say one of the {text["shared_across_speakers"]} that several speakers say{_some(shared)}
+
+| speaker | {" | ".join(emotions)} | all |
+{"|---" * (len(emotions) + 2)}|
+{lines}
+"""

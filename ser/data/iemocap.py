@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ser.data.labels import DIMENSIONS
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, read_manifest
 from ser.data.release import Corpus, Dropped
 from ser.errors import ManifestError, indented
@@ -30,35 +31,15 @@ LICENCE = "IEMOCAP: on request from SAIL, University of Southern California, for
 SOURCE = "Busso et al., IEMOCAP: interactive emotional dyadic motion capture database, LREC 42, 2008"
 
 # The release's codes. Of xxx the annotators had no majority, so the turn has a transcript but no label.
-EMOTIONS: dict[str, str | None] = {
-    "neu": "neutral",
-    "hap": "happy",
-    "exc": "excited",
-    "ang": "angry",
-    "sad": "sad",
-    "fru": "frustrated",
-    "fea": "fearful",
-    "sur": "surprised",
-    "dis": "disgusted",
-    "oth": "other",
-    "xxx": None,
-}
+EMOTIONS: dict[str, str | None] = {"neu": "neutral", "hap": "happy", "exc": "excited", "ang": "angry"}
+EMOTIONS |= {"sad": "sad", "fru": "frustrated", "fea": "fearful", "sur": "surprised", "dis": "disgusted"}
+EMOTIONS |= {"oth": "other", "xxx": None}
 FOUR_CLASSES = {"neu": "neutral", "hap": "happy", "exc": "happy", "ang": "angry", "sad": "sad"}
 
 # This is how single annotators' labels are spelt.
-VOTES = {
-    "neutral": "neu",
-    "neutral state": "neu",
-    "happiness": "hap",
-    "excited": "exc",
-    "anger": "ang",
-    "sadness": "sad",
-    "frustration": "fru",
-    "fear": "fea",
-    "surprise": "sur",
-    "disgust": "dis",
-    "other": "oth",
-}
+VOTES = {"neutral": "neu", "neutral state": "neu", "happiness": "hap", "excited": "exc", "anger": "ang"}
+VOTES |= {"sadness": "sad", "frustration": "fru", "fear": "fea", "surprise": "sur", "disgust": "dis"}
+VOTES |= {"other": "oth"}
 
 # These are names of speakers, and of the sides, which are the paper's folds.
 SIDES = tuple(f"0{session}{letter}" for session in range(1, 6) for letter in "FM")
@@ -159,24 +140,20 @@ def _finite_number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _parse_label(line: str, dialogue: str, where: str, problems: list[str], warnings: list[str]) -> Label | None:
-    """Read the first line of a turn; None where it cannot be read, for which a line goes to `problems`."""
+def _parse_label(line: str, dialogue: str, where: str, warnings: list[str]) -> Label:
+    """Read the first line of a turn. Raises ValueError where it cannot be read."""
     match = _TURN.fullmatch(line)
     if not match:
-        problems.append(f"{where}: found {line[:100]!r}, expected [start - end] turn label [V, A, D]")
-        return None
+        raise ValueError(f"found {line[:100]!r}, expected [start - end] turn label [V, A, D]")
     name, code = parse_name(match[3]), match[4]
     if name is None or name.dialogue != dialogue:
-        problems.append(f"{where}: {match[3]!r} is no turn of this dialogue")
-        return None
+        raise ValueError(f"{match[3]!r} is no turn of this dialogue")
     if code not in EMOTIONS:
-        problems.append(f"{where}: unknown label {code!r}, expected {', '.join(EMOTIONS)}")
-        return None
+        raise ValueError(f"unknown label {code!r}, expected {', '.join(EMOTIONS)}")
     start, end = (_finite_number(match[i]) for i in (1, 2))
     values = [_finite_number(value) for value in match[5].split(",")]
     if start is None or end is None or len(values) != 3:
-        problems.append(f"{where}: found {line[:100]!r}, expected two times and three values")
-        return None
+        raise ValueError(f"found {line[:100]!r}, expected two times and three values")
     valence, arousal, dominance = (v if v is not None and 1 <= v <= 5 else None for v in values)
     if None in (valence, arousal, dominance):
         warnings.append(f"{where}: [V, A, D] is [{match[5]}]; what is not within 1 to 5 is taken as unlabelled")
@@ -213,10 +190,12 @@ def parse_labels(text: str, dialogue: str, problems: list[str], warnings: list[s
     for number, line in enumerate(text.splitlines(), 1):
         where = f"{dialogue}.txt line {number}"
         if line.startswith("["):
-            ballots = []
-            label = _parse_label(line, dialogue, where, problems, warnings)
-            if label is not None:
+            ballots, label = [], None
+            try:
+                label = _parse_label(line, dialogue, where, warnings)
                 labels.append(label)
+            except ValueError as error:
+                problems.append(f"{where}: {error}")
         elif line.startswith("C-E") and label is not None:
             spelt = line.partition(":")[2].partition("(")[0].split(";")
             names = [name.strip().lower() for name in spelt if name.strip()]
@@ -276,33 +255,24 @@ def _files(root: Path, kind: str, dropped: list[Dropped]) -> Iterator[Path]:
             if re.fullmatch(_DIALOGUE, path.stem) and path.stem[4] == str(session) and path.is_file():
                 yield path
             else:  # "._Ses01F_impro01.txt" on copies made with a Mac
-                dropped.append(
-                    Dropped(path.relative_to(root).as_posix(), "file with another name than a dialogue")
-                )
+                name = path.relative_to(root).as_posix()
+                dropped.append(Dropped(name, "file with another name than a dialogue"))
 
 
 def _utterance_of(label: Label, text: str, root: Path) -> Utterance:
     """Make the utterance of a turn."""
-    votes = {"votes": json.dumps(label.votes)} if label.votes else {}
-    times = {"time_start": str(label.start), "time_end": str(label.end)}
-    return Utterance(
-        id=label.name.id,
-        file=label.name.file(root),
-        emotion=EMOTIONS[label.code],
-        text=text or None,
-        speaker=label.name.speaker,
-        arousal=label.arousal,
-        dominance=label.dominance,
-        valence=label.valence,
-        extra={"code": label.code, **label.name.columns(), **times, **votes},
-    )
+    name = label.name
+    extra = {"code": label.code, **name.columns(), "time_start": str(label.start), "time_end": str(label.end)}
+    extra |= {"votes": json.dumps(label.votes)} if label.votes else {}
+    labels = {"emotion": EMOTIONS[label.code], "text": text or None, "speaker": name.speaker}
+    labels |= {dimension: getattr(label, dimension) for dimension in DIMENSIONS}
+    return Utterance(name.id, name.file(root), labels=labels, extra=extra)
 
 
 def four_classes(utterances: Iterable[Utterance]) -> list[Utterance]:
     """Select the turns of the four-class protocol, in which excited is happy: neutral, happy, angry, sad."""
-    return [
-        u.relabelled(emotion=FOUR_CLASSES[u.extra["code"]]) for u in utterances if u.extra["code"] in FOUR_CLASSES
-    ]
+    chosen = (u for u in utterances if u.extra["code"] in FOUR_CLASSES)
+    return [u.relabelled(emotion=FOUR_CLASSES[u.extra["code"]]) for u in chosen]
 
 
 def count_differences(utterances: Iterable[Utterance]) -> list[str]:
@@ -347,11 +317,8 @@ def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_f
             release, or a line cannot be read: one message with every difference.
     """
     root = Path(root).absolute()
-    problems: list[str] = []
-    dropped: list[Dropped] = []
-    warnings: list[str] = []
-    labels: dict[str, Label] = {}
-    transcripts: dict[str, str] = {}
+    problems, warnings, dropped = list[str](), list[str](), list[Dropped]()
+    labels, transcripts = dict[str, Label](), dict[str, str]()
     for path in _files(root, "EmoEvaluation", dropped):
         for label in parse_labels(_text(path, warnings), path.stem, problems, warnings):
             if label.name.id in labels:
@@ -360,10 +327,8 @@ def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_f
     for path in _files(root, "transcriptions", dropped):
         transcripts |= parse_transcripts(_text(path, warnings), path.stem, dropped, warnings)
     if not labels:
-        raise ManifestError(
-            f"{root}: no labels in Session1..5/dialog/EmoEvaluation/*.txt; "
-            "expected the folder IEMOCAP_full_release"
-        )
+        labelled = "Session1..5/dialog/EmoEvaluation/*.txt"
+        raise ManifestError(f"{root}: no labels in {labelled}; expected the folder IEMOCAP_full_release")
     utterances = []
     for id_ in sorted(labels.keys() | transcripts.keys()):
         if id_ not in labels:
@@ -487,6 +452,5 @@ def read_paper_folds(
     if problems := list(_fold_differences(tests, trains, turns.values())):
         raise ManifestError(f"{folder}: not the paper's folds ({len(problems)}):{indented(problems)}")
     warnings = [] if root is not None else ["without a root, the recordings are where the CSV files say"]
-    return Corpus(
-        folder if root is None else Path(root).absolute(), [turns[i] for i in sorted(turns)], [], warnings
-    )
+    place = folder if root is None else Path(root).absolute()
+    return Corpus(place, [turns[i] for i in sorted(turns)], [], warnings)

@@ -33,10 +33,12 @@ KEPT = ("utterances", "speakers", "judged", "figures", "resamples", "seed")  # o
 
 def counts_of(utterances: Sequence[Utterance]) -> dict[str, Any]:
     """Count utterances, speakers, and utterances per emotion."""
+    speakers = {u.speaker for u in utterances if u.speaker}
+    per_emotion = Counter(u.emotion for u in utterances if u.emotion)
     return {
         "utterances": len(utterances),
-        "speakers": len({u.speaker for u in utterances if u.speaker}),
-        "per_emotion": dict(sorted(Counter(u.emotion for u in utterances if u.emotion).items())),
+        "speakers": len(speakers),
+        "per_emotion": dict(sorted(per_emotion.items())),
     }
 
 
@@ -45,11 +47,19 @@ def hours_of(lengths: Iterable[int]) -> float:
     return round(sum(lengths) / SAMPLE_RATE / 3600, 4)
 
 
+def facts_of(recognizer: Recognizer) -> dict[str, Any]:
+    """Return what a model itself says: heads, labels, size."""
+    return {
+        "heads": list(recognizer.model.heads),
+        "emotions": recognizer.emotions,
+        "dimensions": recognizer.dimensions,
+        "speakers_known": len(recognizer.speakers),
+        "parameters": sum(p.numel() for p in recognizer.model.parameters()),
+    }
+
+
 def training_record(
-    recognizer: Recognizer,
-    utterances: Sequence[Utterance],
-    lengths: Sequence[int],
-    settings: Mapping[str, Any],
+    recognizer: Recognizer, utterances: Sequence[Utterance], lengths: Sequence[int], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what is known of a model before it is trained.
 
@@ -59,12 +69,7 @@ def training_record(
         lengths: of each utterance, in samples.
         settings: of the run, as its config.json has them.
     """
-    return {
-        "heads": list(recognizer.model.heads),
-        "emotions": recognizer.emotions,
-        "dimensions": recognizer.dimensions,
-        "speakers_known": len(recognizer.speakers),
-        "parameters": sum(p.numel() for p in recognizer.model.parameters()),
+    return facts_of(recognizer) | {
         "trained_on": counts_of(utterances) | {"hours": hours_of(lengths)},
         "settings": dict(settings),
         "evaluations": [],
@@ -84,6 +89,12 @@ def same_data(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None)
     return content(first) == content(second)
 
 
+def trained_on(record: Mapping[str, Any]) -> Selection | None:
+    """Return what the model was trained on; None where training was not told."""
+    selection = record["settings"].get("train")
+    return Selection.from_dict(selection) if selection else None
+
+
 def expected_choice(record: Mapping[str, Any], selection: Mapping[str, Any] | None, *, best: bool) -> bool:
     """Tell whether weights were chosen by their figure on ``selection``.
 
@@ -93,8 +104,8 @@ def expected_choice(record: Mapping[str, Any], selection: Mapping[str, Any] | No
     valid = settings.get("valid")
     if not best or not valid:
         return False
-    twin = dict(valid) | {"part": "test"}
-    return same_data(selection, valid) or bool(settings.get("valid_is_test") and same_data(selection, twin))
+    chosen_on = [valid, *([dict(valid) | {"part": "test"}] if settings.get("valid_is_test") else [])]
+    return any(same_data(selection, one) for one in chosen_on)
 
 
 def evaluation_entry(
@@ -108,8 +119,7 @@ def evaluation_entry(
         chosen_on: whether these weights were chosen because of this very figure.
     """
     content = result.to_dict()
-    kept = {name: content[name] for name in KEPT}
-    return kept | {"selection": selection, "chosen_on": chosen_on}
+    return {name: content[name] for name in KEPT} | {"selection": selection, "chosen_on": chosen_on}
 
 
 def with_evaluation(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,116 +152,115 @@ def as_code(foreign: object) -> str:
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
-def front_matter() -> list[str]:
-    """Return what model hubs read at the top of a card. JSON is YAML."""
-    head = {"library_name": "ser", "pipeline_tag": "audio-classification", "tags": ["speech-emotion-recognition"]}
-    return ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", ""]
+def as_block(text: str) -> str:
+    """Make a code block, whatever stands in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{printable(text, lines=True)}\n{fence}"
 
 
-def task_lines(record: Mapping[str, Any]) -> list[str]:
-    """Say what the model recognises, and what it began from."""
+def task_list(record: Mapping[str, Any]) -> str:
+    """Say what the model recognises."""
     tasks = {
         "emotion": "emotion: " + ", ".join(map(as_text, record["emotions"])),
         "dimensions": "dimensions: " + ", ".join(map(as_text, record["dimensions"])),
         "ctc": "transcript (CTC, greedy)",
         "speaker": f"speaker, out of the {record['speakers_known']} in training",
     }
-    init = as_code(record["settings"].get("init", "?"))
-    return [
-        "# Speech emotion recognition model",
-        "",
-        "It recognises, in recordings of one speaker's turn:",
-        "",
-        *(f"- {tasks.get(name) or as_text(name)}" for name in record["heads"]),
-        "",
-        f"{record['parameters'] / 1e6:.1f} M parameters, begun from {init}.",
-        "",
-    ]
+    return "\n".join(f"- {tasks.get(name) or as_text(name)}" for name in record["heads"])
 
 
-def training_lines(record: Mapping[str, Any]) -> list[str]:
+def training_paragraphs(record: Mapping[str, Any]) -> str:
     """Say what the model was trained on, and what other parts share with it."""
     settings, data = record["settings"], record["trained_on"]
-    selection = settings.get("train")
+    named = trained_on(record)
     counts = ", ".join(f"{as_text(name)} {count}" for name, count in data["per_emotion"].items())
-    lines = [
-        "## Trained on",
-        "",
-        as_text(Selection.from_dict(selection)) if selection else "Data that training was not told the name of.",
-        "",
+    paragraphs = [
+        as_text(named) if named else "Data that training was not told the name of.",
         f"{data['utterances']} utterances, {data['hours']:.2f} h, {data['speakers']} speakers; {counts or '-'}.",
     ]
     if description := settings.get("protocol_description"):
-        lines += ["", f"Protocol: {as_text(description)}"]
+        paragraphs.append(f"Protocol: {as_text(description)}")
     if shared := settings.get("shared_with_training"):
-        lines += ["", "Of the utterances of each part, training has the same:", ""]
-        lines += [f"- {as_text(part)}: {as_text(shares(kinds))}" for part, kinds in shared.items()]
-    return [*lines, ""]
+        paragraphs.append("Of the utterances of each part, training has the same:")
+        paragraphs.append(
+            "\n".join(f"- {as_text(part)}: {as_text(shares(kinds))}" for part, kinds in shared.items())
+        )
+    return "\n\n".join(paragraphs)
 
 
-def evaluation_lines(entry: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+def evaluation_paragraphs(entry: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """Show the figures of one evaluation, and what has to be known about them."""
     selection, utterances, judged = entry["selection"], entry["utterances"], entry["judged"]
     what = as_text(Selection.from_dict(selection)) if selection else "the validation utterances"
-    lines = [f"On {what}: {utterances} utterances, {entry['speakers']} speakers.", ""]
+    paragraphs = [f"On {what}: {utterances} utterances, {entry['speakers']} speakers."]
     if entry["chosen_on"]:
-        lines += ["**These weights were chosen by their figure on this very part, so it is optimistic.**", ""]
+        paragraphs.append("**These weights were chosen by their figure on this very part, so it is optimistic.**")
     if record["settings"].get("valid_is_test") and selection and selection.get("part") == "valid":
-        lines += ["In this protocol that part is also the test part.", ""]
-    lines += ["| | value | 95 % over utterances | over speakers |", "|---|---|---|---|"]
+        paragraphs.append("In this protocol that part is also the test part.")
+    rows = ["| | value | 95 % over utterances | over speakers |", "|---|---|---|---|"]
     for name, figure in entry["figures"].items():
-        cells = [as_text(title_of(name)), four_digits(figure["value"])]
-        cells += [interval_text(figure[f"interval_{over}"]) for over in ("utterances", "speakers")]
-        lines.append(f"| {' | '.join(cells)} |")
+        spans = (interval_text(figure[f"interval_{over}"]) for over in ("utterances", "speakers"))
+        rows.append(f"| {' | '.join([as_text(title_of(name)), four_digits(figure['value']), *spans])} |")
+    paragraphs.append("\n".join(rows))
     if 0 < judged["emotion"] < utterances:
-        lines += ["", f"Emotions are judged on the {judged['emotion']} whose label the model knows."]
+        paragraphs.append(f"Emotions are judged on the {judged['emotion']} whose label the model knows.")
     if record["speakers_known"] and judged["speaker"] < utterances:
-        lines += ["", f"Speakers are judged on the {judged['speaker']} utterances by speakers that training knew."]
-    return [*lines, ""]
-
-
-def figures_lines(record: Mapping[str, Any]) -> list[str]:
-    """Show the figures of every evaluation."""
-    lines = ["## Figures", ""]
-    if not record["evaluations"]:
-        return [*lines, f"None were measured: there was no validation part. `{EVALUATE} --card` adds them."]
-    for entry in record["evaluations"]:
-        lines += evaluation_lines(entry, record)
-    return lines
-
-
-def closing_lines(record: Mapping[str, Any]) -> list[str]:
-    """Say what the model is for, under which licences, and how its figures are computed again."""
-    licences = record["settings"].get("licences", {})
-    return [
-        "## Use and limits",
-        "",
-        "For research on speech like that it was trained on: the same language, kind of recording and way of "
-        "showing emotion. Figures on other voices, rooms and languages are not known; on acted speech they say "
-        "little about spontaneous speech. Labels are what listeners perceived, not what a speaker felt. Not for "
-        "decisions about people, in work, education, policing, health or insurance.",
-        "",
-        "## Licences",
-        "",
-        f"- data: {as_text(licences.get('data') or '') or 'not stated; ask where the corpus came from'}",
-        f"- initial weights: {as_text(licences.get('weights') or '') or 'not stated; see where they came from'}",
-        "",
-        "## To repeat",
-        "",
-        f"Update {record.get('step', 0)}, epoch {record.get('epoch', 0)}. Settings are in training.json. To "
-        "compute these figures again:",
-        "",
-        "```sh",
-        f"{EVALUATE} --verify FOLDER",
-        "```",
-        "",
-    ]
+        speakers = f"the {judged['speaker']} utterances by speakers that training knew"
+        paragraphs.append(f"Speakers are judged on {speakers}.")
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def card_text(record: Mapping[str, Any]) -> str:
     """Write the card. Labels, names of data and licences are foreign, and shown as text."""
-    sections = (front_matter(), task_lines(record), training_lines(record), figures_lines(record))
-    return "\n".join([line for section in sections for line in section] + closing_lines(record))
+    settings = record["settings"]
+    licences = settings.get("licences", {})
+    figures = f"None were measured: there was no validation part. `{EVALUATE} --card` adds them."
+    if record["evaluations"]:
+        figures = "\n".join(evaluation_paragraphs(entry, record) for entry in record["evaluations"])
+    # Model hubs read what stands between the first two rules.
+    return f"""\
+---
+library_name: "ser"
+pipeline_tag: "audio-classification"
+tags: ["speech-emotion-recognition"]
+---
+
+# Speech emotion recognition model
+
+It recognises, in recordings of one speaker's turn:
+
+{task_list(record)}
+
+{record["parameters"] / 1e6:.1f} M parameters, begun from {as_code(settings.get("init", "?"))}.
+
+## Trained on
+
+{training_paragraphs(record)}
+
+## Figures
+
+{figures}
+## Use and limits
+
+For research on speech like that it was trained on: the same language, kind of recording and way of showing \
+emotion. Figures on other voices, rooms and languages are not known; on acted speech they say little about \
+spontaneous speech. Labels are what listeners perceived, not what a speaker felt. Not for decisions about people, \
+in work, education, policing, health or insurance.
+
+## Licences
+
+- data: {as_text(licences.get("data") or "") or "not stated; ask where the corpus came from"}
+- initial weights: {as_text(licences.get("weights") or "") or "not stated; see where they came from"}
+
+## To repeat
+
+Update {record.get("step", 0)}, epoch {record.get("epoch", 0)}. Settings are in training.json. To compute these \
+figures again:
+
+```sh
+{EVALUATE} --verify FOLDER
+```
+"""
 
 
 def is_card_of(text: str, record: Mapping[str, Any]) -> bool:
@@ -296,18 +305,6 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise ModelFolderError(f"{path}: is no sound record of a training: {error!r}") from None
     return record
-
-
-def trained_on(record: Mapping[str, Any]) -> Selection | None:
-    """Return what the model was trained on; None where training was not told."""
-    selection = record["settings"].get("train")
-    return Selection.from_dict(selection) if selection else None
-
-
-def as_block(text: str) -> list[str]:
-    """Make the lines of a code block, whatever stands in the text."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return [fence, printable(text, lines=True), fence]
 
 
 def flat_numbers(entry: Mapping[str, Any]) -> dict[str, float | None]:

@@ -34,7 +34,7 @@ SHORT = {"WA": "accuracy", "UA": "unweighted_accuracy", "WER": "wer", "speaker":
 def curve_of(run: Path) -> dict[int, dict[str, Any]]:
     """Return epoch (from 1) -> the last evaluation in it on the validation part; empty without one."""
     log = run / "metrics.jsonl"
-    entries = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    entries = map(json.loads, log.read_text().splitlines() if log.is_file() else ())
     return {entry["epoch"] + 1: entry for entry in entries if entry["kind"] == "valid"}
 
 
@@ -54,12 +54,10 @@ def pooled_curve(runs: Sequence[Path]) -> list[dict[str, Any]]:
 
 def best_on_test(runs: Sequence[Path]) -> dict[str, float] | None:
     """Return the WA if each fold's epoch were chosen by its test part: no result, but what others print."""
-    chosen = []
-    for run in runs:
-        entries = [e for e in curve_of(run).values() if e.get("accuracy") is not None]
-        if not entries:
-            return None
-        chosen.append(max(entries, key=lambda e: e["accuracy"]))
+    curves = [[e for e in curve_of(run).values() if e.get("accuracy") is not None] for run in runs]
+    if not all(curves):
+        return None
+    chosen = [max(curve, key=lambda e: e["accuracy"]) for curve in curves]
     total = sum(e["emotion_utterances"] for e in chosen)
     return {"accuracy": sum(e["accuracy"] * e["emotion_utterances"] for e in chosen) / total, "utterances": total}
 
@@ -106,13 +104,9 @@ class PooledReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON holds it."""
-        content = self.pooled.to_dict() | {
-            "protocol": self.protocol,
-            "description": self.description,
-            "folds": {name: fold_entry(fold) for name, fold in self.folds.items()},
-            "over_folds": self.over_folds,
-            "curve": self.curve,
-        }
+        content = self.pooled.to_dict() | {"protocol": self.protocol, "description": self.description}
+        content |= {"folds": {name: fold_entry(fold) for name, fold in self.folds.items()}}
+        content |= {"over_folds": self.over_folds, "curve": self.curve}
         content |= {"best_on_test": self.best_on_test} if self.validates_on_test else {}
         content |= {"speaker_accuracy_on_known_turns": self.known_turns} if self.known_turns else {}
         return content | {"weights": self.weights, "audit": self.audit, "repeat": self.repeat}
@@ -121,10 +115,8 @@ class PooledReport:
 def over_folds(folds: Iterable[Report], name: str) -> dict[str, Any] | None:
     """Return a figure's mean over the folds that have it, its spread and their number; None without any."""
     values = [value for fold in folds if (value := fold.value(name)) is not None]
-    if not values:
-        return None
     spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "spread": spread, "folds": len(values)}
+    return {"mean": statistics.mean(values), "spread": spread, "folds": len(values)} if values else None
 
 
 def pooled_known_turns(reports: Iterable[Report]) -> dict[str, Any] | None:
@@ -170,7 +162,7 @@ def pooled_report(
     )
 
 
-def fold_table(result: PooledReport) -> list[str]:
+def fold_table(result: PooledReport) -> str:
     """Write a row for each fold, their mean and spread, and the pooled figures."""
     names = {short: name for short, name in SHORT.items() if name in result.pooled.figures}
     lines = ["| fold | utterances | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
@@ -179,35 +171,49 @@ def fold_table(result: PooledReport) -> list[str]:
         lines.append(f"| {as_text(fold)} | {entry.utterances} | {cells} |")
     over = [result.over_folds[name] for name in names.values()]
     cells = " | ".join(f"{four_digits(o['mean'])} ± {four_digits(o['spread'])}" for o in over)
-    lines.append(f"| mean ± spread | | {cells} |")
     pooled = " | ".join(f"**{four_digits(result.pooled.value(name))}**" for name in names.values())
-    return [*lines, f"| pooled | {result.pooled.utterances} | {pooled} |"]
+    lines += [f"| mean ± spread | | {cells} |", f"| pooled | {result.pooled.utterances} | {pooled} |"]
+    return "\n".join(lines)
 
 
 def pooled_markdown(result: PooledReport) -> str:
     """Write the report for people."""
-    utterances = result.pooled.utterances
-    lines = [f"# {as_text(result.protocol)}: {utterances} utterances, {len(result.folds)} folds", ""]
-    lines += [as_text(result.description), "", f"The {result.weights} weights of each fold are judged.", ""]
-    lines += [*fold_table(result), "", "What the judged models know of each fold's test part:", ""]
-    lines += [f"- {as_text(fold)}: {as_text(shared_line(entry))}" for fold, entry in result.folds.items()]
+    known = "\n".join(f"- {as_text(fold)}: {as_text(shared_line(entry))}" for fold, entry in result.folds.items())
+    notes = ""
     if best := result.best_on_test:
-        lines += [
-            "",
-            f"Best on test: WA {four_digits(best['accuracy'])}, if each fold's epoch were chosen by its test "
-            "part. It is optimistic and no result; it stands here because others print it.",
-        ]
-    if known := result.known_turns:
-        lines += [
-            "",
-            "No speaker of a test part is in its training, so the speaker head is scored on "
-            f"{known['utterances']} turns that were held out of the training speakers: "
-            f"{four_digits(known['value'])}.",
-        ]
-    lines += ["", *as_block(table(result.pooled))]
-    lines += ["", "What the parts share:", "", *as_block(result.audit.rstrip())]
-    lines += ["", "To repeat:", "", *as_block(json.dumps(result.repeat, indent=1))]
-    return "\n".join([*lines, ""])
+        notes += (
+            f"\nBest on test: WA {four_digits(best['accuracy'])}, if each fold's epoch were chosen by its test "
+            "part. It is optimistic and no result; it stands here because others print it.\n"
+        )
+    if turns := result.known_turns:
+        notes += (
+            "\nNo speaker of a test part is in its training, so the speaker head is scored on "
+            f"{turns['utterances']} turns that were held out of the training speakers: "
+            f"{four_digits(turns['value'])}.\n"
+        )
+    return f"""\
+# {as_text(result.protocol)}: {result.pooled.utterances} utterances, {len(result.folds)} folds
+
+{as_text(result.description)}
+
+The {result.weights} weights of each fold are judged.
+
+{fold_table(result)}
+
+What the judged models know of each fold's test part:
+
+{known}
+{notes}
+{as_block(table(result.pooled))}
+
+What the parts share:
+
+{as_block(result.audit.rstrip())}
+
+To repeat:
+
+{as_block(json.dumps(result.repeat, indent=1))}
+"""
 
 
 def write_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -258,13 +264,15 @@ def ablation_summary(
 
 def ablation_cells(value: str, row: Mapping[str, Any], first: str) -> str:
     """Write the cells of one value."""
-    low, high = (row["accuracy"] or {}).get("interval_utterances", (None, None))
+    span = interval_text((row["accuracy"] or {}).get("interval_utterances", (None, None)))
     against = row[f"against {first}"]
     p = "" if against is None else f"p = {against['mcnemar_p']:.3f}"
-    means = [four_digits((row[key] or {}).get("mean")) for key in ("accuracy_over_folds", "wer_over_folds")]
-    pooled = [four_digits((row[key] or {}).get("value")) for key in ("accuracy", "unweighted_accuracy", "wer")]
-    cells = [as_text(value), pooled[0], interval_text((low, high)), means[0], pooled[1], pooled[2], means[1]]
-    return " | ".join([*cells, four_digits(row["speaker_accuracy"]), p])
+    mean_wa, mean_wer = (four_digits((row[f"{key}_over_folds"] or {}).get("mean")) for key in ("accuracy", "wer"))
+    names = ("accuracy", "unweighted_accuracy", "wer")
+    wa, ua, wer = (four_digits((row[name] or {}).get("value")) for name in names)
+    return " | ".join(
+        [as_text(value), wa, span, mean_wa, ua, wer, mean_wer, four_digits(row["speaker_accuracy"]), p]
+    )
 
 
 def ablation_markdown(summary: Mapping[str, Any], beside: Sequence[str] = ()) -> str:
@@ -272,27 +280,31 @@ def ablation_markdown(summary: Mapping[str, Any], beside: Sequence[str] = ()) ->
     name, rows, count = summary["ablation"], summary["values"], len(summary["folds"])
     folds = f"{count} fold{'s' if count > 1 else ''}"
     first = next(iter(rows))
-    columns = [name, "WA", "95 %", "WA, mean over folds", "UA", "WER", "WER, mean over folds", "speaker"]
-    lines = [
-        f"# {name} under {as_text(summary['protocol'])}: {summary['utterances']} utterances, {folds}",
-        "",
-        as_text(summary["description"]),
-        "",
-        f"The {summary['weights']} weights of each fold are judged.",
-        "",
-        f"| {' | '.join([*columns, f'WA against {first}'])} |",
-        "|---" * 9 + "|",
-        *(f"| {ablation_cells(value, row, first)} |" for value, row in rows.items()),
-        "",
-        "WA, UA and WER are pooled: over all utterances, or words, of all folds. The mean over folds of the WER "
-        "is the paper's equation 5. p is McNemar's, exact, for the utterances that only one of the two has right.",
-    ]
+    lines = "\n".join(f"| {ablation_cells(value, row, first)} |" for value, row in rows.items())
+    notes = ""
     if any(row["best_on_test"] for row in rows.values()):
         shown = [f"{v}: {four_digits((row['best_on_test'] or {}).get('accuracy'))}" for v, row in rows.items()]
         note = "Best on test (WA, each epoch chosen by its test part: optimistic, no result)"
-        lines += ["", f"{note}: {', '.join(shown)}."]
-    lines += beside
+        notes = f"\n{note}: {', '.join(shown)}.\n"
+    notes += "".join(f"{line}\n" for line in beside)
     if summary["drawn"]:
         title = "Accuracy and WER on the validation part, epoch by epoch (the paper's Figure 2; curves.csv):"
-        lines += ["", title, "", "![curves](curves.png)"]
-    return "\n".join([*lines, "", "To repeat:", "", *as_block(json.dumps(summary["repeat"], indent=1)), ""])
+        notes += f"\n{title}\n\n![curves](curves.png)\n"
+    return f"""\
+# {name} under {as_text(summary["protocol"])}: {summary["utterances"]} utterances, {folds}
+
+{as_text(summary["description"])}
+
+The {summary["weights"]} weights of each fold are judged.
+
+| {name} | WA | 95 % | WA, mean over folds | UA | WER | WER, mean over folds | speaker | WA against {first} |
+|---|---|---|---|---|---|---|---|---|
+{lines}
+
+WA, UA and WER are pooled: over all utterances, or words, of all folds. The mean over folds of the WER is the \
+paper's equation 5. p is McNemar's, exact, for the utterances that only one of the two has right.
+{notes}
+To repeat:
+
+{as_block(json.dumps(summary["repeat"], indent=1))}
+"""

@@ -22,21 +22,21 @@ LONGEST_LABEL = 30  # characters of a label in a picture
 CELLS = ((12, 0.9, 9), (40, 0.5, 5), (math.inf, 0.2, 0))
 
 
-def _matplotlib() -> tuple[Any, Any]:
-    """Return matplotlib's Canvas and Figure, which open no window."""
+def new_figure(width: float = 1, height: float = 1) -> Any:
+    """Return a figure of so many inches, which opens no window; ConfigError where matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except Exception as error:  # one built for another numpy fails with other errors
         why = f"{type(error).__name__}: {error}"
         raise ConfigError(f"pictures need matplotlib: {pip_line('plots')} ({why})") from None
-    return FigureCanvasAgg, Figure
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _save(figure: Any, path: Path) -> None:
     """Write a figure as a PNG file."""
-    canvas, _ = _matplotlib()
-    canvas(figure)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a line for each character: `drawable` has seen to them
         figure.tight_layout()
@@ -50,11 +50,9 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
         curves: name -> points with "epoch", "accuracy" and "wer" (None: not measured).
         path: of the PNG.
     """
-    _, figure_of = _matplotlib()
-    figure = figure_of(figsize=(9, 3.6))
-    for axes, name, title in zip(
-        figure.subplots(1, 2), ("accuracy", "wer"), ("accuracy (WA)", "WER"), strict=True
-    ):
+    figure = new_figure(9, 3.6)
+    titles = {"accuracy": "accuracy (WA)", "wer": "WER"}
+    for axes, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for label, curve in curves.items():
             points = [(p["epoch"], p[name]) for p in curve if p[name] is not None]
             if points:
@@ -68,7 +66,7 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
 
 def needs_matplotlib() -> None:
     """Raise ConfigError where matplotlib is missing: better before hours of work than after them."""
-    _matplotlib()
+    new_figure()
 
 
 def needs_shaping(character: str) -> bool:
@@ -128,13 +126,12 @@ def draw_confusion(names: Sequence[str], counts: NDArray[np.int64], path: Path) 
     """Draw the matrix (K, K), rows the reference; return number -> label of those that could not be drawn."""
     from matplotlib import rc_context
 
-    _, figure_of = _matplotlib()
     shown, families = drawable(names)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     # Many classes have small cells, and from some number on no room for figures.
     cell, size = next((cell, size) for most, cell, size in CELLS if len(names) <= most)
     with rc_context({"font.family": families, "text.parse_math": False}):  # a dollar sign is one
-        figure = figure_of(figsize=(1.6 + cell * len(names), 1.4 + 0.9 * cell * len(names)))
+        figure = new_figure(1.6 + cell * len(names), 1.4 + 0.9 * cell * len(names))
         axes = figure.subplots()
         axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
         axes.set_xticks(range(len(names)), shown, rotation=30, ha="right", fontsize=max(size + 1, 5))
@@ -143,26 +140,19 @@ def draw_confusion(names: Sequence[str], counts: NDArray[np.int64], path: Path) 
             shade = "white" if shares[row, column] > 0.5 else "black"
             text = f"{count}\n{shares[row, column]:.0%}"
             axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=size)
-        axes.set_xlabel("recognised")
-        axes.set_ylabel("reference")
+        axes.set(xlabel="recognised", ylabel="reference")
         _save(figure, path)
     return {label: name for i, (label, name) in enumerate(zip(shown, names, strict=True), 1) if label == f"#{i}"}
 
 
 def draw_reliability(bins: Sequence[Mapping[str, Any]], ece: float | None, path: Path) -> None:
     """Draw the accuracy of each bin of confidence (`Report.calibration`), and show the calibration error."""
-    _, figure_of = _matplotlib()
-    figure = figure_of(figsize=(4.2, 4))
+    figure = new_figure(4.2, 4)
     axes = figure.subplots()
     sizes = np.array([b["count"] for b in bins], dtype=float)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, label="perfectly calibrated")
-    axes.scatter(
-        [b["confidence"] for b in bins],
-        [b["accuracy"] for b in bins],
-        s=20 + 200 * sizes / sizes.max(),
-        alpha=0.7,
-        label="bins (area: utterances)",
-    )
+    x, y = ([b[name] for b in bins] for name in ("confidence", "accuracy"))
+    axes.scatter(x, y, s=20 + 200 * sizes / sizes.max(), alpha=0.7, label="bins (area: utterances)")
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     axes.set_title("" if ece is None else f"expected calibration error {ece:.3f}", fontsize=10)
     axes.legend(fontsize=8, loc="upper left")
@@ -171,8 +161,7 @@ def draw_reliability(bins: Sequence[Mapping[str, Any]], ece: float | None, path:
 
 def draw_lengths(parts: Mapping[str, Part], path: Path) -> None:
     """Draw the accuracy of utterances of each length."""
-    _, figure_of = _matplotlib()
-    figure = figure_of(figsize=(5, 3.4))
+    figure = new_figure(5, 3.4)
     axes = figure.subplots()
     axes.bar(range(len(parts)), [part.figures["accuracy"] for part in parts.values()], color="tab:blue")
     labels = [f"{name}\nn = {part.utterances}" for name, part in parts.items()]

@@ -14,8 +14,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,25 +49,24 @@ EXPECTED = {SHARE: "a number from 0 to 1", COUNT: "a number from 0", NUMBER: "a 
 # ---------------------------------------------------------------------------------------------------- sums
 
 
-class Sums(Protocol):
-    """Describe what is added up over utterances for a head. Its figures are functions of the sums alone."""
+class Sums(NamedTuple):
+    """Describe what is added up over utterances for figures, which are functions of the sums alone.
 
-    width: int  # M, how many sums
+    Attributes:
+        summands: rows -> what each of these utterances adds: (n, M).
+        figures: the sums of R resamples (R, M) -> name -> (R,).
+    """
 
-    def summands(self, rows: slice) -> NDArray[np.float64]:
-        """Return what each of these utterances adds: (n, M)."""
-
-    def figures(self, sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-        """Compute the figures of R resamples: (R, M) sums -> name -> (R,)."""
+    summands: Callable[[slice], NDArray[np.float64]]
+    figures: Callable[[NDArray[np.float64]], dict[str, NDArray[np.float64]]]
 
 
 def calibration_summands(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Return 1, right or not, and confidence in the columns of an utterance's bin: (N,) each -> (N, 3 * bins)."""
     place = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
     inside = place[:, None] == np.arange(CALIBRATION_BINS)
-    return np.concatenate(
-        [inside, inside * right[:, None], inside * confidence[:, None]], axis=1, dtype=np.float64
-    )
+    blocks = [inside, inside * right[:, None], inside * confidence[:, None]]
+    return np.concatenate(blocks, axis=1, dtype=np.float64)
 
 
 def expected_calibration_error(totals: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -79,119 +79,76 @@ def expected_calibration_error(totals: NDArray[np.float64]) -> NDArray[np.float6
     return ratio(np.abs(right - confidence).sum(1), count.sum(1))
 
 
-class ClassSums:
-    """Sums of a head of classes: those of `class_figures`, and of calibration where probabilities are known.
+def class_pairs(names: Sequence[str], reference: Iterable[str], predicted: Iterable[str]) -> NDArray[np.int64]:
+    """Return the numbers of each utterance's label and prediction, -1 unless both are classes: (N, 2)."""
+    index = {name: i for i, name in enumerate(names)}
+    columns = [[index.get(name, -1) for name in column] for column in (reference, predicted)]
+    pairs = np.array(columns, np.int64).T
+    return np.where(np.all(pairs >= 0, axis=1, keepdims=True), pairs, -1)
 
-    Attributes:
-        scored: (N,) the utterances whose label and prediction are both classes.
-        right: (N,) those of them that are recognised rightly.
-        pairs: (scored, 2) the numbers of both classes.
+
+def number_scored(pairs: NDArray[np.int64]) -> int:
+    """Count the utterances whose label and prediction are classes: those of `class_pairs` that are known."""
+    return int((pairs[:, 0] >= 0).sum())
+
+
+def class_sums(
+    names: Sequence[str], pairs: NDArray[np.int64], confidence: NDArray[np.float64] | None = None, prefix: str = ""
+) -> Sums:
+    """Return the sums of a head of classes: those of `class_figures`, and of calibration.
+
+    Args:
+        names: of the classes.
+        pairs: (N, 2), as `class_pairs` gives them.
         confidence: (N,) the probability of the predicted class; None: not known.
+        prefix: begins the figures' names.
     """
+    scored = pairs[:, 0] >= 0
+    right = scored & (pairs[:, 0] == pairs[:, 1])
+    classes = np.unique(pairs[scored])  # (C,) those that occur: a model may have thousands more
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        reference: Iterable[str],
-        predicted: Iterable[str],
-        confidence: NDArray[np.float64] | None = None,
-        prefix: str = "",
-    ) -> None:
-        """Take (N,) labels, predictions and confidences; ``prefix`` begins the figures' names."""
-        self.names, self.confidence, self.prefix = names, confidence, prefix
-        index = {name: i for i, name in enumerate(names)}
-        pairs = np.array(
-            [[index.get(name, -1) for name in column] for column in (reference, predicted)], np.int64
-        ).T.reshape(-1, 2)
-        self.scored = np.all(pairs >= 0, axis=1)
-        self.right = np.logical_and(self.scored, pairs[:, 0] == pairs[:, 1])
-        self.pairs = pairs[self.scored]
-        # Sums are kept of the classes that occur: a model may have thousands more.
-        self.classes = np.unique(self.pairs)  # (C,)
-        place = np.full(len(index) + 1, -1)  # in `classes`; the last for -1, no class
-        place[self.classes] = np.arange(len(self.classes))
-        self.places = np.where(self.scored[:, None], place[pairs], -1)  # (N, 2)
-        self.width = 3 * len(self.classes) + (0 if confidence is None else 3 * CALIBRATION_BINS)
-
-    def summands(self, rows: slice) -> NDArray[np.float64]:
+    def summands(rows: slice) -> NDArray[np.float64]:
         """Return (n, 3 C + 3 bins): right, in the reference, recognised as it; and those of calibration."""
-        reference, predicted = (self.places[rows, i, None] == np.arange(len(self.classes)) for i in (0, 1))
-        blocks: list[NDArray[Any]] = [reference & self.right[rows, None], reference, predicted]
-        if self.confidence is not None:
-            confidence = np.nan_to_num(self.confidence[rows])
-            blocks.append(calibration_summands(confidence, self.right[rows]) * self.scored[rows, None])
+        reference, predicted = (pairs[rows, i, None] == classes for i in (0, 1))
+        blocks: list[NDArray[Any]] = [reference & right[rows, None], reference, predicted]
+        if confidence is not None:
+            binned = calibration_summands(np.nan_to_num(confidence[rows]), right[rows])
+            blocks.append(binned * scored[rows, None])
         return np.concatenate(blocks, axis=1, dtype=np.float64)
 
-    def figures(self, sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    def figures(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         """Compute the figures of `class_figures`, the ECE, and precision and recall of each class."""
-        if not self.scored.any():
+        if not len(classes):
             return {}
-        totals, binned = np.split(sums, [3 * len(self.classes)], axis=1)
+        totals, binned = np.split(sums, [3 * len(classes)], axis=1)
         totals = totals.reshape(len(sums), 3, -1)
-        values = class_figures(totals, len(self.names))
-        values |= {} if self.confidence is None else {"ece": expected_calibration_error(binned)}
+        values = class_figures(totals, len(names))
+        values |= {} if confidence is None else {"ece": expected_calibration_error(binned)}
+        undefined = np.full(len(sums), np.nan)
         for kind, whole in (("precision", totals[:, 2]), ("recall", totals[:, 1])):
-            values |= dict.fromkeys((f"{kind} {name}" for name in self.names), np.full(len(sums), np.nan))
-            of_class = ratio(totals[:, 0], whole)
-            values |= {f"{kind} {self.names[c]}": of_class[:, i] for i, c in enumerate(self.classes)}
-        return {f"{self.prefix}{name}": value for name, value in values.items()}
+            of_class = dict(zip(classes.tolist(), ratio(totals[:, 0], whole).T, strict=True))
+            values |= {f"{kind} {name}": of_class.get(i, undefined) for i, name in enumerate(names)}
+        return {f"{prefix}{name}": value for name, value in values.items()}
 
-    def confusion(self) -> dict[str, Any]:
-        """Count how often which class (row) was recognised as which (column), as `Report` has it.
-
-        "confusion" is the matrix; of more than `MANY_CLASSES` there is "confused" in its place, a list of
-        [reference, recognised, count] of what occurred, the most frequent first.
-        """
-        size = len(self.names)
-        if size <= MANY_CLASSES:
-            cells = np.bincount(self.pairs @ [size, 1], minlength=size * size)
-            return {"confusion": cells.reshape(size, size).tolist()}
-        pairs, counts = np.unique(self.pairs, axis=0, return_counts=True)
-        order = np.argsort(-counts, kind="stable")
-        return {"confused": [[self.names[pairs[i, 0]], self.names[pairs[i, 1]], int(counts[i])] for i in order]}
-
-    def calibration(self) -> list[dict[str, Any]]:
-        """Return how many utterances each bin of confidence has, and their accuracy and mean confidence."""
-        assert self.confidence is not None
-        binned = calibration_summands(self.confidence[self.scored], self.right[self.scored]).sum(0)
-        bins = binned.reshape(3, -1).T.tolist()
-        return [{"count": int(n), "accuracy": r / n, "confidence": c / n} for n, r, c in bins if n]
+    return Sums(summands, figures)
 
 
-class RatioSums:
-    """Sums of a rate, such as edits per word: a part and the whole of each utterance, (N,) each."""
-
-    width = 2
-
-    def __init__(self, name: str, part: NDArray[Any], whole: NDArray[Any]) -> None:
-        self.name, self.part, self.whole = name, part, whole
-
-    def summands(self, rows: slice) -> NDArray[np.float64]:
-        """Return both numbers of each utterance, 0 where they are unknown: (n, 2)."""
-        return np.nan_to_num(np.stack([self.part[rows], self.whole[rows]], 1))
-
-    def figures(self, sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-        """Divide the sum of the parts by the sum of the wholes."""
-        return {self.name: ratio(*sums.T)}
+def rate_sums(name: str, part: NDArray[Any], whole: NDArray[Any]) -> Sums:
+    """Return the sums of a rate, such as edits per word: a part and the whole, (N,) each, NaN where unknown."""
+    return Sums(
+        lambda rows: np.nan_to_num(np.stack([part[rows], whole[rows]], 1)), lambda sums: {name: ratio(*sums.T)}
+    )
 
 
-class ConcordanceSums:
-    """Sums of the CCC of a number: its labels and its predictions, (N,) each, NaN where unknown."""
+def concordance_sums(name: str, labels: NDArray[np.float64], predictions: NDArray[np.float64]) -> Sums:
+    """Return the sums of the CCC of a number: labels and predictions are (N,), NaN where unknown."""
 
-    width = 6
-
-    def __init__(self, name: str, labels: NDArray[np.float64], predictions: NDArray[np.float64]) -> None:
-        self.name, self.labels, self.predictions = name, labels, predictions
-
-    def summands(self, rows: slice) -> NDArray[np.float64]:
+    def summands(rows: slice) -> NDArray[np.float64]:
         """Return what each utterance adds to the moments: (n, 6)."""
-        labels, predictions = (torch.from_numpy(x[rows, None]) for x in (self.labels, self.predictions))
-        labels = labels.masked_fill(~predictions.isfinite(), torch.nan)
-        return ccc_summands(predictions.nan_to_num(), labels)[:, :, 0].T.numpy()
+        y, p = (torch.from_numpy(x[rows, None]) for x in (labels, predictions))
+        return ccc_summands(p.nan_to_num(), y.masked_fill(~p.isfinite(), torch.nan))[:, :, 0].T.numpy()
 
-    def figures(self, sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-        """Compute the concordance."""
-        return {f"ccc {self.name}": concordance(torch.from_numpy(sums.T.copy())).numpy()}
+    return Sums(summands, lambda sums: {f"ccc {name}": concordance(torch.from_numpy(sums.T.copy())).numpy()})
 
 
 # ------------------------------------------------------------------------------- the table of scored heads
@@ -235,42 +192,32 @@ class Measure:
 
 def emotion_cells(row: Answer) -> dict[str, Any]:
     """Return label, predicted emotion and all probabilities."""
-    prediction = row.prediction
-    cells = {f"p_{name}": probability for name, probability in (prediction.probabilities or {}).items()}
-    confidence = cells.get(f"p_{prediction.emotion}")
-    return cells | {
-        "emotion": row.labels.get("emotion"),
-        "predicted": prediction.emotion,
-        "confidence": confidence,
-    }
+    predicted, probabilities = row.prediction.emotion, row.prediction.probabilities or {}
+    cells = {"emotion": row.labels.get("emotion"), "predicted": predicted}
+    cells |= {f"p_{name}": probability for name, probability in probabilities.items()}
+    return cells | {"confidence": cells.get(f"p_{predicted}")}
 
 
-def emotion_sums(outcomes: Outcomes) -> ClassSums:
-    """Return the sums of the emotion head."""
-    text = outcomes.text
-    return ClassSums(outcomes.emotions, text["emotion"], text["predicted"], outcomes.numbers["confidence"])
+def emotion_pairs(outcomes: Outcomes) -> NDArray[np.int64]:
+    """Return `class_pairs` of the emotion head."""
+    return class_pairs(outcomes.emotions, outcomes.text["emotion"], outcomes.text["predicted"])
 
 
 def transcript_cells(row: Answer) -> dict[str, Any]:
     """Return both texts and their edits."""
-    transcript = row.prediction.transcript
-    if transcript is None or not row.reference:
+    reference, transcript = row.reference, row.prediction.transcript
+    if transcript is None or not reference:
         return {"transcript": transcript}
-    words, characters = word_errors(row.reference, transcript), character_errors(row.reference, transcript)
-    cells = {
-        "reference": row.reference,
-        "transcript": transcript,
-        "word_edits": words.edits,
-        "words": words.length,
-    }
+    words, characters = word_errors(reference, transcript), character_errors(reference, transcript)
+    cells = {"reference": reference, "transcript": transcript, "word_edits": words.edits, "words": words.length}
     return cells | {"character_edits": characters.edits, "characters": characters.length}
 
 
 def transcript_sums(outcomes: Outcomes) -> list[Sums]:
     """Return the sums of word and character error rate, where there are references."""
     columns = {"wer": ("word_edits", "words"), "cer": ("character_edits", "characters")}
-    rates = [RatioSums(name, *(outcomes.numbers[c] for c in pair)) for name, pair in columns.items()]
-    return [rate for rate in rates if np.nan_to_num(rate.whole).any()]
+    parts = {name: [outcomes.numbers[c] for c in pair] for name, pair in columns.items()}
+    return [rate_sums(name, edits, whole) for name, (edits, whole) in parts.items() if np.nan_to_num(whole).any()]
 
 
 def speaker_cells(row: Answer) -> dict[str, Any]:
@@ -283,26 +230,27 @@ def speaker_sums(outcomes: Outcomes) -> list[Sums]:
     """Return the sums of the speaker head's accuracy, where the model knows a speaker."""
     right = outcomes.numbers["speaker_right"]
     known = np.isfinite(right)
-    return [RatioSums("speaker_accuracy", right, known)] if known.any() else []
+    return [rate_sums("speaker_accuracy", right, known)] if known.any() else []
 
 
-def measure_of_classes(head: str, column: str) -> Measure:
+def measure_of_classes(head: str, columns: Sequence[str]) -> Measure:
     """Describe a head of classes that somebody added. The names of its figures begin with the head's.
 
-    The predictions file has the label in ``column`` of the manifest, and beside it the class in HEAD_predicted.
+    The predictions file has the label in its column of the manifest, and beside it the class in HEAD_predicted.
     """
-    predicted = f"{head}_predicted"
+    both = label, predicted = columns[0], f"{head}_predicted"
 
-    def sums(outcomes: Outcomes) -> list[ClassSums]:
-        labels, answers = outcomes.text[column], outcomes.text[predicted]
-        return [ClassSums(sorted({*labels, *answers} - {""}), labels, answers, prefix=f"{head} ")]
+    def named_pairs(outcomes: Outcomes) -> tuple[list[str], NDArray[np.int64]]:
+        texts = [outcomes.text[column] for column in both]
+        names = sorted({*texts[0], *texts[1]} - {""})
+        return names, class_pairs(names, *texts)
 
     return Measure(
-        (column, predicted),
+        both,
         {},
-        lambda row: {column: row.labels.get(column), predicted: row.prediction.others.get(head)},
-        sums,
-        lambda outcomes: {head: int(sums(outcomes)[0].scored.sum())},
+        lambda row: {label: row.labels.get(label), predicted: row.prediction.others.get(head)},
+        lambda outcomes: [class_sums(*named_pairs(outcomes), prefix=f"{head} ")],
+        lambda outcomes: {head: number_scored(named_pairs(outcomes)[1])},
     )
 
 
@@ -314,56 +262,52 @@ def measure_of_numbers(head: str, columns: Sequence[str]) -> Measure:
 
     def cells(row: Answer) -> dict[str, Any]:
         numbers = row.prediction.dimensions if head == "dimensions" else row.prediction.others.get(head)
-        values = {name.lower(): value for name, value in (numbers or {}).items()}
-        known = [name for name in columns if name in values]  # some models spell Arousal
+        values = {name.lower(): value for name, value in (numbers or {}).items()}  # some models spell Arousal
+        known = [name for name in columns if name in values]
         return {n: row.labels.get(n) for n in known} | {f"{n}_predicted": values[n] for n in known}
 
     def sums(outcomes: Outcomes) -> list[Sums]:
         pairs = {name: [outcomes.numbers[c] for c in (name, f"{name}_predicted")] for name in columns}
-        both = {name: pair for name, pair in pairs.items() if np.isfinite(pair).all(0).any()}
-        return [ConcordanceSums(name, *pair) for name, pair in both.items()]
+        return [concordance_sums(n, *pair) for n, pair in pairs.items() if np.isfinite(pair).all(0).any()]
 
     names = (*columns, *(f"{name}_predicted" for name in columns))
     return Measure((), dict.fromkeys(names, NUMBER), cells, sums)
 
 
-# head -> how it is scored; see `measures` for other heads
+# head -> how it is scored; other heads are scored by the kind of their labels
 MEASURES = {
     "emotion": Measure(
         ("emotion", "predicted"),
         {"confidence": SHARE},
         emotion_cells,
-        lambda outcomes: [emotion_sums(outcomes)],
-        lambda outcomes: {"emotion": int(emotion_sums(outcomes).scored.sum())},
+        lambda of: [class_sums(of.emotions, emotion_pairs(of), of.numbers["confidence"])],
+        lambda of: {"emotion": number_scored(emotion_pairs(of))},
     ),
     "ctc": Measure(
         ("reference", "transcript"),
         dict.fromkeys(("word_edits", "words", "character_edits", "characters"), COUNT),
         transcript_cells,
         transcript_sums,
-        lambda outcomes: {"words": int(np.nansum(outcomes.numbers["words"]))},
+        lambda of: {"words": int(np.nansum(of.numbers["words"]))},
     ),
     "speaker": Measure(
         (),
         {"speaker_right": SHARE},
         speaker_cells,
         speaker_sums,
-        lambda outcomes: {"speaker": int(np.isfinite(outcomes.numbers["speaker_right"]).sum())},
+        lambda of: {"speaker": int(np.isfinite(of.numbers["speaker_right"]).sum())},
     ),
 }
+MEASURES_OF_KINDS = {"class": measure_of_classes, "numbers": measure_of_numbers}
 
 
 def measures() -> list[Measure]:
     """Return how each head is scored: its row in `MEASURES`, or what its kind of labels (`LABELS`) asks for."""
-    chosen = []
-    for head, label in LABELS.items():
-        if head in MEASURES:
-            chosen.append(MEASURES[head])
-        elif label.kind == "class":
-            chosen.append(measure_of_classes(head, label.columns[0]))
-        elif label.kind == "numbers":
-            chosen.append(measure_of_numbers(head, label.columns))
-    return chosen
+    return [
+        MEASURES.get(head) or MEASURES_OF_KINDS[label.kind](head, label.columns)
+        for head, label in LABELS.items()
+        if head in MEASURES or label.kind in MEASURES_OF_KINDS
+    ]
 
 
 def text_columns(parts: Iterable[str]) -> tuple[str, ...]:
@@ -374,24 +318,26 @@ def text_columns(parts: Iterable[str]) -> tuple[str, ...]:
 
 def number_columns() -> dict[str, tuple[float, float]]:
     """Return the columns of numbers of a predictions file -> the range they must be in."""
-    columns = {"seconds": COUNT}
-    for measure in measures():
-        columns |= measure.numbers
-    return columns
+    return {"seconds": COUNT} | {name: span for m in measures() for name, span in m.numbers.items()}
 
 
-def check_row(record: Mapping[str, Any], emotions: Sequence[str], where: str) -> None:
-    """Raise ValueError for what cannot be a row of a predictions file."""
-    if None in record or None in record.values():
-        raise ValueError(f"{where}: has more or fewer cells than the header")
-    for name, (least, most) in (number_columns() | {f"p_{emotion}": SHARE for emotion in emotions}).items():
-        try:
-            value = float(record[name] or 0)
-        except ValueError:
-            value = math.inf
-        if math.isinf(value) or value < least or value > most:  # NaN is neither
-            expected = EXPECTED[least, most]
-            raise ValueError(f"{where}: {name} is {record[name][:40]!r}; expected {expected}, or nothing")
+def checked_rows(
+    reader: csv.DictReader[str], ranges: Mapping[str, tuple[float, float]]
+) -> Iterator[dict[str, str]]:
+    """Yield the rows of a predictions file. Raises ValueError for what is no row, or no number in its range."""
+    for record in reader:
+        where = f"line {reader.line_num}"
+        if None in record or None in record.values():
+            raise ValueError(f"{where}: has more or fewer cells than the header")
+        for name, (least, most) in ranges.items():
+            try:
+                value = float(record[name] or 0)
+            except ValueError:
+                value = math.inf
+            if math.isinf(value) or value < least or value > most:  # NaN is neither
+                expected = EXPECTED[least, most]
+                raise ValueError(f"{where}: {name} is {record[name][:40]!r}; expected {expected}, or nothing")
+        yield record
 
 
 def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, prediction: Prediction) -> dict[str, Any]:
@@ -401,11 +347,9 @@ def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, predict
     """
     row: dict[str, Any] = dict(utterance.extra) | dict.fromkeys((*text_columns([SEEN_TEXT]), *number_columns()))
     row |= {"id": utterance.id, "file": str(utterance.file), "speaker": utterance.speaker}
-    row |= {"seconds": prediction.seconds}
+    row["seconds"] = prediction.seconds
     answer = Answer(utterance.labels, reference, prediction, recognizer.speakers)
-    for measure in measures():
-        row |= measure.cells(answer)
-    return row
+    return row | {name: cell for measure in measures() for name, cell in measure.cells(answer).items()}
 
 
 # ------------------------------------------------------------------------------------------------- outcomes
@@ -420,14 +364,12 @@ class Outcomes:
         text: the columns of `text_columns`, "" where unknown.
         numbers: the columns of `number_columns`, NaN where unknown. confidence is the probability of the predicted
             emotion; speaker_right is 1 or 0 for an utterance by a speaker that the model knows.
-        probabilities: (N, K) float32.
         parts: the columns of texts by whose values figures are reported apart.
     """
 
     emotions: list[str]
     text: dict[str, NDArray[np.object_]]
     numbers: dict[str, NDArray[np.float64]]
-    probabilities: NDArray[np.float32]
     parts: tuple[str, ...] = PARTS
 
     def __len__(self) -> int:
@@ -435,20 +377,14 @@ class Outcomes:
 
     def part(self, rows: NDArray[Any]) -> Outcomes:
         """Return some rows: where ``rows`` (N,) is True, or those of these numbers in their order."""
-        return Outcomes(
-            self.emotions,
-            {name: column[rows] for name, column in self.text.items()},
-            {name: column[rows] for name, column in self.numbers.items()},
-            self.probabilities[rows],
-            self.parts,
-        )
+        text, numbers = ({name: c[rows] for name, c in columns.items()} for columns in (self.text, self.numbers))
+        return Outcomes(self.emotions, text, numbers, self.parts)
 
     @classmethod
     def of(
         cls, emotions: Sequence[str], records: Sequence[Mapping[str, Any]], parts: Sequence[str] = PARTS
     ) -> Outcomes:
         """Take rows of a predictions file."""
-        names = list(emotions)
         shared: dict[str, str] = {}  # one string for all equal ones: a million rows share few labels
 
         def number(value: Any) -> float:  # NaN and infinity, of scores that overflowed, are unknown
@@ -457,12 +393,10 @@ class Outcomes:
         def texts(column: str) -> NDArray[np.object_]:
             return np.array([shared.setdefault(v, v) for r in records for v in [r.get(column) or ""]], object)
 
-        probabilities = np.array([[number(r.get(f"p_{name}")) for name in names] for r in records], np.float32)
         return cls(
-            names,
+            list(emotions),
             {column: texts(column) for column in text_columns(parts)},
             {name: np.array([number(r.get(name)) for r in records], np.float64) for name in number_columns()},
-            probabilities.reshape(len(records), len(names)),
             tuple(parts),
         )
 
@@ -475,13 +409,9 @@ class Outcomes:
         for one in several:
             if one.emotions != first.emotions:
                 raise ConfigError(f"classes differ: {first.emotions} and {one.emotions}")
-        return cls(
-            first.emotions,
-            {name: np.concatenate([one.text[name] for one in several]) for name in first.text},
-            {name: np.concatenate([one.numbers[name] for one in several]) for name in first.numbers},
-            np.concatenate([one.probabilities for one in several]),
-            first.parts,
-        )
+        text = {name: np.concatenate([one.text[name] for one in several]) for name in first.text}
+        numbers = {name: np.concatenate([one.numbers[name] for one in several]) for name in first.numbers}
+        return cls(first.emotions, text, numbers, first.parts)
 
     @classmethod
     def read(cls, path: Path, parts: Sequence[str] = PARTS) -> Outcomes:
@@ -500,21 +430,16 @@ class Outcomes:
         check_regular(path, "a predictions file")
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a byte order mark
             reader = csv.DictReader(file)
-            header = reader.fieldnames or []
-            missing = [name for name in (*text_columns(parts), *number_columns()) if name not in header]
-            if missing:
+            header, numbers = reader.fieldnames or [], number_columns()
+            if missing := [name for name in (*text_columns(parts), *numbers) if name not in header]:
                 raise ConfigError(f"{path}: is no predictions file, it lacks the columns {', '.join(missing)}")
             if twice := [name for name, count in Counter(header).items() if count > 1]:
                 raise ConfigError(f"{path}: is no predictions file, it has several columns {', '.join(twice)}")
-            emotions = [name.removeprefix("p_") for name in header if name.startswith("p_")]
-            chunks, records = [], []
-            for record in reader:
-                check_row(record, emotions, f"line {reader.line_num}")
-                records.append(record)
-                if len(records) == CHUNK:
-                    chunks.append(cls.of(emotions, records, parts))
-                    records = []
-            return cls.joined([*chunks, cls.of(emotions, records, parts)])
+            probabilities = [name for name in header if name.startswith("p_")]
+            emotions = [name.removeprefix("p_") for name in probabilities]
+            rows = checked_rows(reader, numbers | dict.fromkeys(probabilities, SHARE))
+            chunks = itertools.chain(iter(lambda: list(itertools.islice(rows, CHUNK)), []), [[]])
+            return cls.joined([cls.of(emotions, chunk, parts) for chunk in chunks])
 
 
 def write_rows(
@@ -550,39 +475,39 @@ class Figures:
         """Take the sums of every head that has labels."""
         self.size = len(outcomes)
         self.sums = [sums for measure in measures() for sums in measure.sums(outcomes)]
-        self.widths = [sums.width for sums in self.sums]
+        self.widths = [sums.summands(slice(0)).shape[1] for sums in self.sums]
         self.chunk = max(1, min(CHUNK, MAX_COUNTS // max(sum(self.widths), 1)))
-        self._kept = self._summands(slice(None)) if self.size <= self.chunk else None
+        self._kept: NDArray[np.float64] | None = None  # the summands of all, where they are one chunk
 
-    def _summands(self, rows: slice) -> NDArray[np.float64]:
-        """Return what each of these utterances adds to each sum: (n, M)."""
-        if (kept := getattr(self, "_kept", None)) is not None:
-            return kept
-        return np.concatenate([sums.summands(rows) for sums in self.sums], axis=1, dtype=np.float64)
+    def chunks(self) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+        """Yield rows, and what each of these utterances adds to each sum: (n, M)."""
+        for first in range(0, self.size, self.chunk):
+            rows, summands = slice(first, first + self.chunk), self._kept
+            if summands is None:
+                summands = np.concatenate([s.summands(rows) for s in self.sums], axis=1, dtype=np.float64)
+            if self.size <= self.chunk:
+                self._kept = summands
+            yield rows, summands
 
     def totals(self, weights: NDArray[Any]) -> NDArray[np.float64]:
         """Sum with each utterance counted as often as its weight says: (R, N) -> (R, M)."""
-        totals = weights[:, : self.chunk] @ self._summands(slice(0, self.chunk))
-        for first in range(self.chunk, self.size, self.chunk):
-            rows = slice(first, first + self.chunk)
-            totals += weights[:, rows] @ self._summands(rows)
+        totals = np.zeros((len(weights), sum(self.widths)))
+        for rows, summands in self.chunks():
+            totals += weights[:, rows] @ summands
         return totals
 
     def totals_by(self, members: NDArray[np.int64], count: int) -> NDArray[np.float64]:
         """Sum over each of `count` groups, of which ``members`` (N,) names one for each utterance: (G, M)."""
         totals = np.zeros((count, sum(self.widths)))
-        for first in range(0, self.size, self.chunk):
-            rows = slice(first, first + self.chunk)
-            np.add.at(totals, members[rows], self._summands(rows))
+        for rows, summands in self.chunks():
+            np.add.at(totals, members[rows], summands)
         return totals
 
     def of(self, totals: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         """Compute (R, M) sums -> name -> (R,), NaN where it is undefined; only what there are labels for."""
         blocks = np.split(totals, np.cumsum(self.widths)[:-1], axis=1)
-        values: dict[str, NDArray[np.float64]] = {}
-        for sums, block in zip(self.sums, blocks, strict=True):
-            values |= sums.figures(block)
-        return values
+        both = zip(self.sums, blocks, strict=True)
+        return {name: value for sums, block in both for name, value in sums.figures(block).items()}
 
     def __call__(self, weights: NDArray[Any] | None = None) -> dict[str, float]:
         """Return the figures by name; only what there are labels for."""
@@ -614,14 +539,12 @@ def resampled(
     if resamples < 1 or seed < 0:
         raise ConfigError(f"resamples is {resamples} and seed {seed}; expected 1 or more, and 0 or more")
     generator = np.random.default_rng(seed)
-    size = figures[0].size
-    if groups is None:
-        units = size
-        at_once = max(1, MAX_COUNTS // max(size, 1))
-    else:
+    units = figures[0].size
+    if groups is not None:
         names, members = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-        units, at_once = len(names), max(1, MAX_COUNTS // len(names))
+        units = len(names)
         by_group = [f.totals_by(members, units) for f in figures]
+    at_once = max(1, MAX_COUNTS // max(units, 1))
     totals: list[list[NDArray[np.float64]]] = [[] for _ in figures]
     for first in range(0, resamples, at_once):
         counts = np.empty((min(at_once, resamples - first), units))
@@ -632,28 +555,20 @@ def resampled(
     return [f.of(np.concatenate(parts)) for f, parts in zip(figures, totals, strict=True)]
 
 
-def percentiles(drawn: Mapping[str, NDArray[np.float64]]) -> dict[str, tuple[float, float]]:
+def percentiles(drawn: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:
     """Return name -> the 2.5 % and 97.5 % percentiles of the values that are defined; NaN without any."""
-    spans = {}
-    for name, values in drawn.items():
-        defined = values[np.isfinite(values)]
-        low, high = np.percentile(defined, [2.5, 97.5]) if defined.size else (math.nan, math.nan)
-        spans[name] = (float(low), float(high))
-    return spans
+    defined = {name: values[np.isfinite(values)] for name, values in drawn.items()}
+    return {n: np.percentile(v, [2.5, 97.5]).tolist() if v.size else [math.nan] * 2 for n, v in defined.items()}
 
 
 def intervals(
-    figures: Figures,
-    groups: Sequence[str] | NDArray[np.object_] | None = None,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> dict[str, tuple[float, float]]:
-    """Compute 95 % percentile intervals by the bootstrap, as `resampled`: name -> (low, high).
+    figures: Figures, groups: Sequence[str] | NDArray[np.object_] | None = None, **options: int
+) -> dict[str, list[float]]:
+    """Compute 95 % percentile intervals by the bootstrap, as `resampled` with its options: name -> [low, high].
 
     A resample in which a figure is undefined is left out of it.
     """
-    return percentiles(resampled([figures], groups, resamples=resamples, seed=seed)[0])
+    return percentiles(resampled([figures], groups, **options)[0])
 
 
 # --------------------------------------------------------------------------------------------------- report
@@ -749,26 +664,22 @@ class Report:
     def trained_on_some(self) -> bool:
         """Whether the model was trained on recordings that it is evaluated on."""
         shared = self.shared_with_training or {}
-        return max((shared.get(kind) or 0.0 for kind in ("recordings", "copies")), default=0.0) > 0
+        return any((shared.get(kind) or 0.0) > 0 for kind in ("recordings", "copies"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as report.json has it. What is None is left out."""
+        spread = {"about": self.about, "rewriting": self.rewriting.to_dict()}  # their items stand among the others
         content: dict[str, Any] = {}
-        for name in (f.name for f in fields(self)):
-            value = getattr(self, name)
-            if name in ("about", "rewriting"):  # whose items stand among the others
-                content |= value if name == "about" else value.to_dict()
-            elif value is not None:
-                content[name] = plain(value)
+        for name, value in vars(self).items():
+            content |= spread[name] if name in spread else {} if value is None else {name: plain(value)}
         return content
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Report:
         """Invert `to_dict`."""
-        names = {f.name for f in fields(cls)}
-        rewriting = Rewriting.of(content)
+        names, rewriting = {f.name for f in fields(cls)}, Rewriting.of(content)
         values = {name: value for name, value in content.items() if name in names}
-        others = {name: v for name, v in content.items() if name not in names and name not in rewriting.to_dict()}
+        about = {name: v for name, v in content.items() if name not in names | rewriting.to_dict().keys()}
 
         def figures(of: Mapping[str, Any]) -> dict[str, Figure]:
             return {name: Figure(**figure) for name, figure in of["figures"].items()}
@@ -776,7 +687,7 @@ class Report:
         if turns := values.get("known_turns"):
             values["known_turns"] = KnownTurns(**turns | {"figures": figures(turns)})
         values["parts"] = {name: Part(**part) for name, part in content["parts"].items()}
-        return cls(**values | {"figures": figures(content), "rewriting": rewriting, "about": others})
+        return cls(**values | {"figures": figures(content), "rewriting": rewriting, "about": about})
 
     @classmethod
     def read(cls, path: Path) -> Report:
@@ -802,19 +713,42 @@ def parts_of(outcomes: Outcomes) -> Iterator[tuple[str, NDArray[np.bool_]]]:
             yield f"length: {low:g} to {high:g} s" if high < math.inf else f"length: from {low:g} s", rows
 
 
+def confusion(names: Sequence[str], pairs: NDArray[np.int64]) -> dict[str, Any]:
+    """Count how often which class (row) was recognised as which (column), as `Report` has it.
+
+    "confusion" is the matrix; of more than `MANY_CLASSES` there is "confused" in its place, a list of
+    [reference, recognised, count] of what occurred, the most frequent first.
+    """
+    size, pairs = len(names), pairs[pairs[:, 0] >= 0]
+    if size <= MANY_CLASSES:
+        cells = np.bincount(pairs @ [size, 1], minlength=size * size)
+        return {"confusion": cells.reshape(size, size).tolist()}
+    pairs, counts = np.unique(pairs, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return {"confused": [[names[pairs[i, 0]], names[pairs[i, 1]], int(counts[i])] for i in order]}
+
+
+def calibration(pairs: NDArray[np.int64], confidence: NDArray[np.float64]) -> list[dict[str, Any]]:
+    """Return how many utterances each bin of confidence (N,) has, and their accuracy and mean confidence."""
+    scored = pairs[:, 0] >= 0
+    bins = calibration_summands(confidence[scored], (pairs[:, 0] == pairs[:, 1])[scored]).sum(0).reshape(3, -1)
+    return [{"count": int(n), "accuracy": r / n, "confidence": c / n} for n, r, c in bins.T.tolist() if n]
+
+
 def report(outcomes: Outcomes, *, resamples: int = RESAMPLES, seed: int = 0) -> Report:
     """Compute all figures of some outcomes with their intervals, and those of the parts."""
     figures = Figures(outcomes)
     values = figures()
-    by_utterance = intervals(figures, resamples=resamples, seed=seed) if values else {}
+    interval = partial(intervals, figures, resamples=resamples, seed=seed)
+    by_utterance = interval() if values else {}
     speakers = outcomes.text["speaker"]
-    known = len(outcomes) > 0 and all(speakers) and len(set(speakers)) > 1
-    by_speaker = intervals(figures, speakers, resamples=resamples, seed=seed) if values and known else {}
-    emotion = emotion_sums(outcomes)
+    by_speaker = interval(speakers) if values and all(speakers) and len(set(speakers)) > 1 else {}
+    pairs = emotion_pairs(outcomes)
+    of_classes: dict[str, Any] = {}
+    if number_scored(pairs):
+        bins = calibration(pairs, outcomes.numbers["confidence"])
+        of_classes = confusion(outcomes.emotions, pairs) | {"calibration": bins}
     labels = Counter(outcomes.text["emotion"])
-    judged: dict[str, int] = {}
-    for measure in measures():
-        judged |= measure.judged(outcomes)
     return Report(
         utterances=len(outcomes),
         emotions=outcomes.emotions,
@@ -822,20 +756,16 @@ def report(outcomes: Outcomes, *, resamples: int = RESAMPLES, seed: int = 0) -> 
         seed=seed,
         speakers=len(set(speakers) - {""}),
         figures={
-            name: Figure(
-                finite(value),
-                finite(list(by_utterance.get(name, (math.nan, math.nan)))),
-                finite(list(by_speaker[name])) if name in by_speaker else None,
-            )
+            name: Figure(finite(value), finite(by_utterance[name]), finite(by_speaker.get(name)))
             for name, value in values.items()
         },
-        judged=judged,
+        judged={name: count for measure in measures() for name, count in measure.judged(outcomes).items()},
         other_labels={name: n for name, n in labels.most_common() if name not in {"", *outcomes.emotions}},
-        **(emotion.confusion() | {"calibration": emotion.calibration()} if emotion.scored.any() else {}),
         parts={
             name: Part(int(rows.sum()), finite(Figures(outcomes.part(rows))()))
             for name, rows in parts_of(outcomes)
         },
+        **of_classes,
     )
 
 
@@ -912,13 +842,12 @@ def emotion_notes(result: Report) -> list[str]:
 def figure_lines(result: Report) -> list[str]:
     """Write a line for each figure. Of many classes, precision and recall of each are left out."""
     lines = [f"{'':32}{'':>7}   95 % over utterances   over speakers"]
-    many = len(result.emotions) > MANY_CLASSES
+    left_out = ("precision ", "recall ") if len(result.emotions) > MANY_CLASSES else ()
     for name, figure in result.figures.items():
-        if many and name.startswith(("precision ", "recall ")):
-            continue
-        over_utterances, over_speakers = map(interval_text, (figure.interval_utterances, figure.interval_speakers))
-        title = printable(title_of(name))
-        lines.append(f"{title:32}{four_digits(figure.value):>7}   {over_utterances:20}   {over_speakers}")
+        if not name.startswith(left_out):
+            utterances, speakers = map(interval_text, (figure.interval_utterances, figure.interval_speakers))
+            title = printable(title_of(name))
+            lines.append(f"{title:32}{four_digits(figure.value):>7}   {utterances:20}   {speakers}")
     return lines
 
 
@@ -1003,19 +932,16 @@ def compare_predictions(
     right = [(o.text["emotion"] == o.text["predicted"])[labelled] for o in (first, second)]
     only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     figures = [Figures(first), Figures(second)]
-    values = [f() for f in figures]
+    before, after = (f() for f in figures)
+    common = [name for name in before if name in after]
     drawn = resampled(figures, resamples=resamples, seed=seed)
-    spans = percentiles({name: drawn[1][name] - drawn[0][name] for name in drawn[0] if name in drawn[1]})
+    spans = percentiles({name: drawn[1][name] - drawn[0][name] for name in common})
     return finite(
         {
             "utterances": len(first),
             "only_first_right": only_first,
             "only_second_right": only_second,
             "mcnemar_p": mcnemar(only_first, only_second),
-            "differences": {
-                name: {"value": values[1][name] - value, "interval": list(spans[name])}
-                for name, value in values[0].items()
-                if name in values[1]
-            },
+            "differences": {n: {"value": after[n] - before[n], "interval": spans[n]} for n in common},
         }
     )

@@ -95,12 +95,10 @@ def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
                 f"files: {part} has other names of files then and now, below the folder that all share; all else "
                 "of it is the same"
             )
-        elif "utterances" in differing:
-            found[f"data.{part}"] = (
-                f"data.{part}: {old.get('utterances', 0)} utterances then, {new.get('utterances', 0)} now"
-            )
         elif differing:
-            found[f"data.{part}"] = f"data.{part}: other {', '.join(differing)} now, or another order"
+            counts = f"{old.get('utterances', 0)} utterances then, {new.get('utterances', 0)} now"
+            others = f"other {', '.join(differing)} now, or another order"
+            found[f"data.{part}"] = f"data.{part}: {counts if 'utterances' in differing else others}"
     return found
 
 
@@ -111,17 +109,6 @@ def changed_fingerprints(before: Mapping[str, str], now: Mapping[str, str]) -> d
         "earlier release recorded no more; it took labels as they are written, as --literal-labels does)"
         for part in sorted({*before, *now})
         if before.get(part) != now.get(part)
-    }
-
-
-def changed_init(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Compare the weights that a run begins with."""
-    old, new = before["init_content"], now["init_content"]
-    if old == new:
-        return {}
-    return {
-        "init": f"init: {before.get('init')} then, and {now.get('init')} now, which has other weights ({old[:12]} "
-        f"then, {new[:12]} now)"
     }
 
 
@@ -160,12 +147,14 @@ def changed_settings(
     elif "data" in before and "data" in now:
         found |= changed_fingerprints(before["data"], now["data"])
         settled.add("data")
-    if before.get("init_content") and now.get("init_content"):
-        found |= changed_init(before, now)
+    weights = [settings.get("init_content") or "" for settings in (before, now)]
+    if all(weights):
         settled.add("init")
-    old, new = (
-        flat(settings_without_paths({k: v for k, v in s.items() if k not in settled})) for s in (before, now)
-    )
+        if weights[0] != weights[1]:
+            inits = f"{before.get('init')} then, and {now.get('init')} now, which has other weights"
+            found["init"] = f"init: {inits} ({weights[0][:12]} then, {weights[1][:12]} now)"
+    kept = ({k: v for k, v in settings.items() if k not in settled} for settings in (before, now))
+    old, new = (flat(settings_without_paths(settings)) for settings in kept)
     return found | {
         key: f"{key}: {brief_repr(old.get(key), 200)} then, {brief_repr(new.get(key), 200)} now"
         for key in sorted(old.keys() | new.keys())

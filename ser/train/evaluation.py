@@ -63,8 +63,8 @@ class Evaluation:
         figures |= {"bad_audio": self.unread} if self.unread else {}
         figures |= {f"loss_{name}": value for name, value in self.losses.items()}
         figures |= self.class_metrics("emotion") | self.concordance_metrics() | self.text_metrics()
-        for head in self.classes:
-            figures |= self.class_metrics(head) if head != "emotion" else {}
+        for head in (head for head in self.classes if head != "emotion"):
+            figures |= self.class_metrics(head)
         return figures
 
     def class_metrics(self, head: str) -> dict[str, Any]:
@@ -120,18 +120,14 @@ class Tally:
         self.recognizer, self.dataset, self.objective = recognizer, dataset, objective
         self.keep_rows, self.rows = keep_rows, dict[int, Prediction]()
         names = recognizer.labels.names
-        self.numbers = {
-            head: {name: i for i, name in enumerate(names[head])} for head in names if LABELS[head].kind == "class"
-        }
+        kinds = {head: LABELS[head].kind for head in names}
+        self.numbers = {h: {n: i for i, n in enumerate(names[h])} for h in names if kinds[h] == "class"}
         # For each class: right, in the references, recognised. See `ClassificationCounts`.
         self.classes = {head: np.zeros((3, len(ids)), dtype=np.int64) for head, ids in self.numbers.items()}
         self.edits = np.zeros(4, dtype=np.int64)  # word edits, words, character edits, characters
         self.losses = torch.zeros(2, len(HEADS), dtype=torch.float64)  # sums and counts
-        self.moments = {
-            head: torch.zeros(6, len(names[head]), dtype=torch.float64)
-            for head in HEADS
-            if head in names and LABELS[head].kind == "numbers"
-        }
+        of_numbers = [head for head in HEADS if kinds.get(head) == "numbers"]
+        self.moments = {head: torch.zeros(6, len(names[head]), dtype=torch.float64) for head in of_numbers}
 
     def add(self, outputs: Outputs, batch: Batch) -> None:
         """Count a batch. Recordings that could not be read have no labels and no answer."""
@@ -188,33 +184,29 @@ class Tally:
         result.classes = {head: ClassificationCounts(totals) for head, totals in self.classes.items()}
         if self.recognizer.vocabulary is not None:
             result.rewriting = self.dataset.rewriting(without=unread)
-            result.words = ErrorRateCounts(int(self.edits[0]), int(self.edits[1]))
-            result.characters = ErrorRateCounts(int(self.edits[2]), int(self.edits[3]))
-        for place, head in enumerate(HEADS):
-            if self.losses[1, place]:
-                result.losses[head] = float(self.losses[0, place] / self.losses[1, place])
-        for head, moments in self.moments.items():
-            if not moments[0].any():
-                continue
+            result.words, result.characters = (
+                ErrorRateCounts(*pair) for pair in self.edits.reshape(2, 2).tolist()
+            )
+        sums = zip(HEADS, *self.losses, strict=True)
+        result.losses = {head: float(total / count) for head, total, count in sums if count}
+        for head, moments in [(head, moments) for head, moments in self.moments.items() if moments[0].any()]:
             ccc = concordance(moments)
             result.ccc[head] = dict(zip(self.recognizer.labels.names[head], ccc.tolist(), strict=True))
             if self.objective.weights.get(head) and LOSSES[head].sums is None:
                 result.losses[head] = float((1 - ccc).nan_to_num().mean())  # as in an update
         if result.losses:
-            weights = self.objective.weights
-            result.loss = sum(weights.get(head, 0.0) * value for head, value in result.losses.items())
+            result.loss = sum(self.objective.weights.get(head, 0.0) * loss for head, loss in result.losses.items())
         return result
 
     def rows_of_all(self, world: World, unread: Collection[int]) -> list[tuple[Utterance, str, Prediction]]:
         """Return (utterance, reference text, prediction) of all ranks, in the order of the data."""
         merged = {i: prediction for part in world.gather(self.rows) for i, prediction in part.items()}
-        rows = []
-        for i, utterance in enumerate(self.dataset.utterances):
-            if i not in unread:
-                seconds = self.dataset.lengths[i] / SAMPLE_RATE
-                prediction = replace(merged[i], file=str(utterance.file), seconds=seconds)
-                rows.append((utterance, self.dataset.references[i], prediction))
-        return rows
+        seconds = [length / SAMPLE_RATE for length in self.dataset.lengths]
+        return [
+            (u, self.dataset.references[i], replace(merged[i], file=str(u.file), seconds=seconds[i]))
+            for i, u in enumerate(self.dataset.utterances)
+            if i not in unread
+        ]
 
 
 class Decoding(TypedDict, total=False):
@@ -225,30 +217,19 @@ class Decoding(TypedDict, total=False):
     timeout: float
 
 
-def with_lengths(
-    recognizer: Recognizer, utterances: Sequence[Utterance] | SpeechDataset, bad_audio: BadAudio
-) -> SpeechDataset:
-    """Return the utterances as a data set whose lengths all ranks know."""
-    dataset = utterances if isinstance(utterances, SpeechDataset) else recognizer.dataset(utterances)
-    if "lengths" not in vars(dataset):
-        bad_audio.read_lengths("valid", dataset, least=recognizer.model.config.min_samples)
-    return dataset
-
-
 def open_batches(
-    dataset: SpeechDataset, recognizer: Recognizer, world: World, decoding: Decoding
+    dataset: SpeechDataset, recognizer: Recognizer, world: World, bad_audio: BadAudio, decoding: Decoding
 ) -> tuple[Generator[Batch, None, None], int]:
     """Return this rank's batches of like length, decoded ahead, and their number."""
-    batches = evaluation_batches(
-        dataset.lengths,
-        batch_samples=int((decoding.get("batch_seconds") or recognizer.batch_seconds) * SAMPLE_RATE),
-        rank=world.rank,
-        world_size=world.size,
-    )
+    least = recognizer.model.config.min_samples
+    if "lengths" not in vars(dataset):  # which all ranks must know
+        bad_audio.read_lengths("valid", dataset, least=least)
+    samples = int((decoding.get("batch_seconds") or recognizer.batch_seconds) * SAMPLE_RATE)
+    batches = evaluation_batches(dataset.lengths, batch_samples=samples, rank=world.rank, world_size=world.size)
     loader = decoded(
         dataset,
         batches,
-        partial(collate_at_least, min_samples=recognizer.model.config.min_samples),
+        partial(collate_at_least, min_samples=least),
         workers=min(decoding.get("workers", 0), len(batches)),
         timeout=decoding.get("timeout", WORKER_SECONDS),
         pin_memory=world.device.type == "cuda",
@@ -309,8 +290,8 @@ def evaluate(
     world = world or World(device=recognizer.device)
     bad_audio = bad_audio or BadAudio(world)
     objective = objective or equal_weights(recognizer)
-    dataset = with_lengths(recognizer, utterances, bad_audio)
-    loader, count = open_batches(dataset, recognizer, world, decoding)
+    dataset = utterances if isinstance(utterances, SpeechDataset) else recognizer.dataset(utterances)
+    loader, count = open_batches(dataset, recognizer, world, bad_audio, decoding)
     tally = Tally(recognizer, dataset, objective, keep_rows=keep_rows)
     errors: dict[int, str] = {}
     names = [u.id for u in dataset.utterances]
@@ -359,11 +340,9 @@ def evaluated_rows(
         result = evaluate(recognizer, chunk, keep_rows=True, **options)
         if rewriting is not None:
             rewriting += result.rewriting
-        rows = []
-        for utterance, reference, prediction in result.rows:
-            row = as_row(recognizer, utterance, reference, prediction)
-            if seen_texts is not None:
+        rows = [as_row(recognizer, *row) for row in result.rows]
+        if seen_texts is not None:
+            for row, (utterance, *_) in zip(rows, result.rows, strict=True):
                 text = clean(utterance.text or "", orthography=recognizer.orthography, tags=recognizer.tags)
                 row["seen_text"] = "" if not text else "seen" if text in seen_texts else "unseen"
-            rows.append(row)
         yield rows

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,15 +66,11 @@ def classification_loss(
     known = (labels != NO_LABEL).to(logits.dtype)
     if utterance_weights is not None:
         known = known * utterance_weights.to(logits, non_blocking=True)
+    weights = None if class_weights is None else class_weights.to(logits, non_blocking=True)
     losses = F.cross_entropy(
-        logits,
-        labels,
-        weight=None if class_weights is None else class_weights.to(logits, non_blocking=True),
-        reduction="none",
-        label_smoothing=label_smoothing,
-        ignore_index=NO_LABEL,
+        logits, labels, weights, ignore_index=NO_LABEL, reduction="none", label_smoothing=label_smoothing
     )
-    per_label = 1.0 if class_weights is None else class_weights.to(logits, non_blocking=True)[labels.clamp(min=0)]
+    per_label = 1.0 if weights is None else weights[labels.clamp(min=0)]
     return (losses * known).sum(), (known * per_label).sum().detach()
 
 
@@ -129,22 +125,14 @@ def ctc_loss(
             f"symbols are 0..{vocab_size - 1} without the blank {blank}"
         )
     feasible = ctc_feasible(targets, target_lengths, num_frames)
-    weights = (
-        feasible.to(torch.float64) if utterance_weights is None else feasible * utterance_weights.cpu().double()
-    )
+    weights = feasible.double() if utterance_weights is None else feasible * utterance_weights.cpu().double()
     # Rows that do not count get an empty target, whose loss is finite, so that its product with 0 is 0.
     lengths = torch.where(weights > 0, target_lengths, 0)
     with torch.autocast(logits.device.type, enabled=False):
         log_probs = at_least_float32(logits).log_softmax(-1).transpose(0, 1)  # (T, B, V)
         kept = torch.where(inside & (weights > 0)[:, None], targets, 1 if blank == 0 else 0)
-        losses = F.ctc_loss(
-            log_probs,
-            kept.to(logits.device, non_blocking=True),
-            num_frames,
-            lengths,
-            blank=blank,
-            reduction="none",
-        )  # (B,)
+        kept = kept.to(logits.device, non_blocking=True)
+        losses = F.ctc_loss(log_probs, kept, num_frames, lengths, blank, reduction="none")  # (B,)
         if per_character:
             losses = losses / lengths.clamp(min=1).to(losses)
         used = weights.to(losses, non_blocking=True)
@@ -210,23 +198,14 @@ class Objective:
     ctc_per_character: bool = False
     blank: int = 0
 
-    def class_weights_on(self, device: torch.device) -> Tensor | None:
-        """Return the weights of classes on a device."""
-        return None if self.class_weights is None else self.class_weights.to(device, non_blocking=True)
-
     def sums(self, outputs: Outputs, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Return (sum, count) of a micro-batch for each head whose loss is a sum and has a weight above 0."""
-        sums = {}
-        for head, loss in LOSSES.items():
-            if head in outputs.scores and self.weights.get(head) and loss.sums is not None:
-                sums[head] = loss.sums(
-                    outputs.scores[head],
-                    batch.labels[head],
-                    weights=batch.weights,
-                    num_frames=outputs.num_frames,
-                    objective=self,
-                )
-        return sums
+        options: dict[str, Any] = {"weights": batch.weights, "num_frames": outputs.num_frames, "objective": self}
+        return {
+            head: loss.sums(outputs.scores[head], batch.labels[head], **options)
+            for head, loss in LOSSES.items()
+            if head in outputs.scores and self.weights.get(head) and loss.sums is not None
+        }
 
     def counts(self, model: MultiTaskModel, batches: Sequence[Batch]) -> Tensor:
         """Return what `sums` will return as counts, added up over micro-batches, from labels alone.
@@ -246,31 +225,11 @@ class Objective:
         return total
 
 
-class HeadLoss(Protocol):
-    """Compute a head's summed loss over a micro-batch, and what the sum is to be divided by."""
-
-    def __call__(
-        self, scores: Tensor, labels: Tensor, *, weights: Tensor, num_frames: Tensor, objective: Objective
-    ) -> tuple[Tensor, Tensor]:
-        """Return (sum, count).
-
-        Args:
-            scores: (B, K) or (B, T, V), what the head says.
-            labels: `Batch.labels` of the head.
-            weights: (B,), 0 for an utterance that only keeps a rank busy.
-            num_frames: (B,) valid frames, on the CPU.
-            objective: the options of losses.
-        """
-
-
 def emotion_loss(scores: Tensor, labels: Tensor, *, weights: Tensor, num_frames: Tensor, objective: Objective):
     """Return `classification_loss` with the weights of classes and the label smoothing of the objective."""
+    classes, smoothing = objective.class_weights, objective.label_smoothing
     return classification_loss(
-        scores,
-        labels,
-        class_weights=objective.class_weights_on(scores.device),
-        label_smoothing=objective.label_smoothing,
-        utterance_weights=weights,
+        scores, labels, class_weights=classes, label_smoothing=smoothing, utterance_weights=weights
     )
 
 
@@ -281,15 +240,9 @@ def speaker_loss(scores: Tensor, labels: Tensor, *, weights: Tensor, num_frames:
 
 def transcript_loss(scores: Tensor, labels: Tensor, *, weights: Tensor, num_frames: Tensor, objective: Objective):
     """Return `ctc_loss` of symbols (B, L)."""
-    return ctc_loss(
-        scores,
-        num_frames,
-        labels,
-        (labels != NO_LABEL).sum(1),
-        blank=objective.blank,
-        per_character=objective.ctc_per_character,
-        utterance_weights=weights,
-    )
+    options: dict[str, Any] = {"blank": objective.blank, "per_character": objective.ctc_per_character}
+    lengths = (labels != NO_LABEL).sum(1)
+    return ctc_loss(scores, num_frames, labels, lengths, utterance_weights=weights, **options)
 
 
 def count_emotions(labels: Tensor, num_frames: Tensor, objective: Objective) -> Tensor:
@@ -315,13 +268,17 @@ class Loss:
     """Describe how a head learns.
 
     Attributes:
-        sums: its loss. None: concordance, which needs the whole update; see `ser.train.update.run_update`.
+        sums: its loss, called as ``sums(scores, labels, weights=, num_frames=, objective=)``. It returns the sum
+            over a micro-batch, and what the sum is to be divided by. scores are what the head says, (B, K) or
+            (B, T, V), labels are `Batch.labels` of the head, weights (B,) are 0 for an utterance that only keeps a
+            rank busy, num_frames (B,) are the valid frames, on the CPU, and objective has the options of losses.
+            None: concordance, which needs the whole update; see `ser.train.update.run_update`.
         counts: (labels, num_frames, objective) -> (B,) float64, what each utterance adds to the count of
             ``sums``. It is asked before the scores are there, so that the count of a whole update is known first.
         weight: of the loss, or the field of `TrainConfig` that holds it.
     """
 
-    sums: HeadLoss | None
+    sums: Callable[..., tuple[Tensor, Tensor]] | None
     counts: Callable[[Tensor, Tensor, Objective], Tensor] = count_labels
     weight: float | str = 1.0
 

@@ -18,7 +18,7 @@ from ser.data.protocols import overlap
 from ser.data.selection import Selection
 from ser.errors import brief_repr
 from ser.recognizer import Recognizer
-from ser.scores.card import counts_of, expected_choice, hours_of, same_data, trained_on
+from ser.scores.card import counts_of, expected_choice, facts_of, hours_of, same_data, trained_on
 from ser.train.runs import CHANGEABLE, describe
 
 Moved = Callable[[Selection], Selection]  # the same data, where they are now
@@ -42,10 +42,9 @@ class Check(NamedTuple):
 def alike(told: Any, now: Any, *, common: bool = False) -> bool:
     """Tell whether two values are alike: floats to a billionth, with ``common`` only the keys that both have."""
     if isinstance(told, dict) and isinstance(now, dict):
-        names = told.keys() & now.keys()
-        return (common or names == told.keys() | now.keys()) and all(
-            alike(told[name], now[name], common=common) for name in names
-        )
+        both = told.keys() & now.keys()
+        same = common or told.keys() == now.keys()
+        return same and all(alike(told[name], now[name], common=common) for name in both)
     if isinstance(told, list) and isinstance(now, list):
         return len(told) == len(now) and all(map(alike, told, now))
     if isinstance(told, bool) or isinstance(now, bool) or not isinstance(told, int | float):
@@ -53,38 +52,22 @@ def alike(told: Any, now: Any, *, common: bool = False) -> bool:
     return isinstance(now, int | float) and math.isclose(told, now, rel_tol=1e-12, abs_tol=1e-9)
 
 
-def check(name: str, told: Any, now: Any) -> Check:
-    """Compare two values as JSON holds them."""
+def check(name: str, told: Any, now: Any, *, common: bool = False) -> Check:
+    """Compare two values as JSON holds them, as `alike` does."""
     now = json.loads(json.dumps(now))
-    return Check(name, told, now, alike(told, now))
+    return Check(name, told, now, alike(told, now, common=common))
 
 
 def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
     """Check what the model itself says: heads, labels, size."""
     symbols = recognizer.vocabulary.tokens if recognizer.vocabulary is not None else []
-    facts = {
-        "heads": list(recognizer.model.heads),
-        "emotions": recognizer.emotions,
-        "dimensions": recognizer.dimensions,
-        "speakers_known": len(recognizer.speakers),
-        "parameters": sum(p.numel() for p in recognizer.model.parameters()),
-    }
-    set_up = {
-        "labels": recognizer.emotions,
-        "speakers": recognizer.speakers,
-        "dimensions": recognizer.dimensions,
-        "symbols": symbols,
-        "orthography": recognizer.orthography,
-        "tags": recognizer.tags,
-    }
+    set_up = {"labels": recognizer.emotions, "speakers": recognizer.speakers, "dimensions": recognizer.dimensions}
+    set_up |= {"symbols": symbols, "orthography": recognizer.orthography, "tags": recognizer.tags}
     settings = record["settings"]
-    checks = [check(name, record.get(name), value) for name, value in facts.items()]
-    checks += [
-        check(f"settings.{name}", settings[name], value) for name, value in set_up.items() if name in settings
-    ]
+    checks = [check(name, record.get(name), value) for name, value in facts_of(recognizer).items()]
+    checks += [check(f"settings.{n}", settings[n], value) for n, value in set_up.items() if n in settings]
     if "model" in settings:  # of which another release may know more
-        now = json.loads(json.dumps(describe(recognizer)))
-        checks.append(Check("settings.model", settings["model"], now, alike(settings["model"], now, common=True)))
+        checks.append(check("settings.model", settings["model"], describe(recognizer), common=True))
     return checks
 
 
