@@ -360,13 +360,7 @@ class Saver:
         self._start(lambda: recognizer.save(folder, weights, also=also))
 
     def checkpoint(
-        self,
-        run: Run,
-        recognizer: Recognizer,
-        optimizer: torch.optim.Optimizer,
-        progress: Progress,
-        *,
-        keep: int,
+        self, run: Run, recognizer: Recognizer, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
     ) -> None:
         """Save everything as it is now, as `save_checkpoint` does."""
         weights = self._copy(recognizer, progress.step)

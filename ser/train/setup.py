@@ -391,11 +391,7 @@ def fill_caches(job: Job) -> None:
     note = f": the layers' means are not kept, as {why}" if config.freeze == "encoder" and why else ""
     say(world, f"cache of {'the feature encoder' if kind == 'features' else 'pooled layers'}{note}")
     store = Cache.of(
-        recognizer.model,
-        config.cache,
-        kind=kind,
-        dtype=config.cache_dtype,
-        do_normalize=recognizer.do_normalize,
+        recognizer.model, config.cache, kind=kind, dtype=config.cache_dtype, do_normalize=recognizer.do_normalize
     )
     for name, part in job.data.sets.items():
         if len(part):
