@@ -52,18 +52,15 @@ def head_weights(recognizer: Recognizer, config: TrainConfig) -> dict[str, float
     if not heads:
         raise ConfigError("nothing would be trained: no training utterance has emotion or text; see --columns")
     if not any(weights.values()):
-        raise ConfigError(
-            f"nothing would be trained: the weights of all heads ({', '.join(heads)}) are 0; see --alpha, --beta, "
-            "--gamma"
-        )
+        reason = f"the weights of all heads ({', '.join(heads)}) are 0; see --alpha, --beta, --gamma"
+        raise ConfigError(f"nothing would be trained: {reason}")
     return weights
 
 
 def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:
     """Return class weights (K,) proportional to 1 / frequency, 1 on average over the labelled utterances."""
-    counts = torch.bincount(
-        torch.tensor([y for y in labels if y != NO_LABEL], dtype=torch.int64), minlength=classes
-    ).double()
+    labelled = torch.tensor([label for label in labels if label != NO_LABEL], dtype=torch.int64)
+    counts = labelled.bincount(minlength=classes).double()
     return (counts.sum() / (classes * counts.clamp(min=1))).float()
 
 
@@ -104,10 +101,8 @@ def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: Speec
     if config.metric == "auto":
         return possible[0]
     if config.metric not in possible:
-        raise ConfigError(
-            f"metric {config.metric} cannot be measured with these heads and validation labels; possible: "
-            f"{', '.join(possible)}"
-        )
+        why = f"cannot be measured with these heads and validation labels; possible: {', '.join(possible)}"
+        raise ConfigError(f"metric {config.metric} {why}")
     return config.metric
 
 
@@ -135,8 +130,9 @@ def without_long(
     """Drop the training utterances over ``max_seconds``, and name them."""
     if not config.max_seconds:
         return dataset
-    kept = [i for i, n in enumerate(dataset.lengths) if n <= config.max_seconds * SAMPLE_RATE]
-    dropped = [dataset.utterances[i].id for i in sorted(set(range(len(dataset))) - set(kept))]
+    most = config.max_seconds * SAMPLE_RATE
+    kept = [i for i, n in enumerate(dataset.lengths) if n <= most]
+    dropped = [u.id for u, n in zip(dataset.utterances, dataset.lengths, strict=True) if n > most]
     if dropped:
         listed = printable(", ".join(dropped[:20])) + (" ..." if len(dropped) > 20 else "")
         say(world, f"dropped {len(dropped)} training utterances over {config.max_seconds:g} s: {listed}")
@@ -181,15 +177,9 @@ def make_ready(
         rank=world.rank,
         world_size=world.size,
     )
-    concordant = [head for head, loss in LOSSES.items() if loss.sums is None]
+    concordant, frames = [head for head, loss in LOSSES.items() if loss.sums is None], shape.num_frames
     for note in check_learnable(
-        dataset,
-        sampler.plan,
-        weights,
-        shape.num_frames,
-        concordant=concordant,
-        epochs=config.epochs,
-        unread=unread,
+        dataset, sampler.plan, weights, frames, concordant=concordant, epochs=config.epochs, unread=unread
     ):
         say(world, note)
     return Data(dataset, validation, sampler, lengths)
@@ -212,27 +202,20 @@ def settings_to_record(
 
 def open_folder(request: Request, settings: dict[str, Any], world: World, held: ExitStack) -> Opened:
     """Let the main rank own the run's folder and open it. An error of it is one on every rank."""
-    opened: Opened | None = None
-    failure: SerError | None = None
+    result: Opened | SerError | None = None
     if world.is_main:
         try:
             held.enter_context(own_run(request.folder))
-            opened = open_run(
-                request.folder,
-                settings,
-                overwrite=request.overwrite,
-                resume_from=request.resume_from,
-                allow_changes=request.allow_changes,
-            )
+            result = open_run(**vars(request) | {"settings": settings})  # a request has its parameters' names
         except SerError as error:
-            failure = error
+            result = error
         except (OSError, ValueError) as error:
-            failure = RunFolderError(f"{request.folder}: cannot be used: {error.__class__.__name__}: {error}")
-    opened, failure = world.gather((opened, failure))[0]
-    if opened is None:
-        assert failure is not None
-        raise failure
-    return opened
+            result = RunFolderError(f"{request.folder}: cannot be used: {error.__class__.__name__}: {error}")
+    result = world.gather(result)[0]
+    if isinstance(result, SerError):
+        raise result
+    assert result is not None
+    return result
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -258,28 +241,15 @@ def make_learner(
     recognizer: Recognizer, config: TrainConfig, objective: Objective, data: Data, world: World
 ) -> Learner:
     """Wrap the model for all ranks, and make its optimizer."""
-    model = recognizer.model
+    model, decay = recognizer.model, config.weight_decay
     with memory_explained(SMALLER_MODEL, doing="when room for gradients was made"):
         wrapped: nn.Module = world.wrap(model)
     optimizer = make_optimizer(
-        model,
-        rate=config.rate,
-        head_rate=config.head_rate,
-        weight_decay=config.weight_decay,
-        beta2=config.adam_beta2,
+        model, rate=config.rate, head_rate=config.head_rate, weight_decay=decay, beta2=config.adam_beta2
     )
-    return Learner(
-        model=model,
-        wrapped=wrapped,
-        optimizer=optimizer,
-        scaler=torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16"),
-        objective=objective,
-        world=world,
-        amp=config.amp,
-        clip=config.clip,
-        seed=config.seed,
-        names=[u.id for u in data.train.utterances],
-    )
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
+    amp, clip, seed, ids = config.amp, config.clip, config.seed, [u.id for u in data.train.utterances]
+    return Learner(model, wrapped, optimizer, scaler, objective, world, amp=amp, clip=clip, seed=seed, names=ids)
 
 
 # ---------------------------------------------------------------------------------------------- all of it
