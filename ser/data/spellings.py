@@ -307,10 +307,8 @@ def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection
     lines += [f"warning: {line}" for line in _zeros(sets)]
     lines += _differing_classes(counts, emotions)
     alone = counts if emotions is None else {"the model": emotions}
-    only = [
-        f"{title} has only one emotion, {shown_name(next(iter(names)))}"
-        for title, names in alone.items()
-        if len(names) == 1
-    ]
+    only = {title: shown_name(*names) for title, names in alone.items() if len(names) == 1}
     consequence = "there is nothing to tell apart, and accuracy, UA and F1 of 1 mean nothing"
-    return lines + [f"warning: {line}: {consequence}" for line in only]
+    return lines + [
+        f"warning: {title} has only one emotion, {name}: {consequence}" for title, name in only.items()
+    ]

@@ -386,13 +386,10 @@ class Saver:
         def timed() -> None:
             if self._failed:  # a checkpoint must not speak of a best model that could not be written
                 return
-            started = time.perf_counter()
-            try:
-                with memory_explained(SMALLER_MODEL, doing="when a model or checkpoint was written"):
-                    write()
-            except BaseException:
-                self._failed = True
-                raise
+            started, self._failed = time.perf_counter(), True  # until it is written
+            with memory_explained(SMALLER_MODEL, doing="when a model or checkpoint was written"):
+                write()
+            self._failed = False
             self.written += time.perf_counter() - started
 
         self._pending.append(self._thread.submit(timed))

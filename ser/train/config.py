@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -75,11 +75,6 @@ def names_of_heads(name: str, value: str) -> None:
     unknown = [head for head in value.split(",") if head not in HEADS and value != "auto"]
     if unknown:
         raise ConfigError(f"{name} names {', '.join(unknown)}; there are {', '.join(HEADS)} (or auto)")
-
-
-def names_of_augmentations(name: str, value: Sequence[str]) -> None:
-    """Refuse an augmentation that there is not."""
-    augmented(value, seed=0)
 
 
 def option(
@@ -166,7 +161,7 @@ class TrainConfig:
         help="micro-batches per update and process; 0: follows from the effective batch")
     batching: str = option(BATCHES, "bucket", choices=("bucket", "random"),
         help="utterances of like length together, or as drawn")
-    augment: tuple[str, ...] = option(BATCHES, (), check=names_of_augmentations, resume="asked",
+    augment: tuple[str, ...] = option(BATCHES, (), check=lambda _, names: augmented(names, seed=0), resume="asked",
         help="names of augmentations that change each training waveform, in their order (not with cache)")
     max_seconds: float = option(BATCHES, 0.0,
         help="drop longer training utterances, in seconds; 0: keep all. Evaluation drops none")
@@ -261,22 +256,12 @@ def paper_settings(*, alpha: float | None = None, large: bool = False, script: b
         script: whether to act as the script does.
     """
     chosen = (0.01 if large else 0.1) if alpha is None else alpha
-    settings: dict[str, Any] = {
-        "alpha": 2 * chosen if script else chosen,
-        "rate": 5e-5 if chosen else 1e-5,
-        "head_rate": 0.0,
-        "adam_beta2": 0.999,
-        "weight_decay": 0.0,
-        "clip": 1.0,
-        "warmup": 0.0 if script else 0.1,
-        "epochs": 200 if script else 100,
-        "batching": "random",
-        "freeze": "none",
-        "pooling": "mean",
-        "layers": "last",
-        "activation_checkpointing": script,
-    }
-    return settings | ({"micro_batch": 2, "accumulate": 4} if script else {"micro_batch": 1, "effective_batch": 8})
+    losses = {"alpha": 2 * chosen if script else chosen, "rate": 5e-5 if chosen else 1e-5}
+    optimizer = {"head_rate": 0.0, "adam_beta2": 0.999, "weight_decay": 0.0, "clip": 1.0}
+    length = {"warmup": 0.0 if script else 0.1, "epochs": 200 if script else 100}
+    model = {"freeze": "none", "pooling": "mean", "layers": "last", "activation_checkpointing": script}
+    batches = {"micro_batch": 2, "accumulate": 4} if script else {"micro_batch": 1, "effective_batch": 8}
+    return {**losses, **optimizer, **length, "batching": "random", **model, **batches}
 
 
 def resumable(how: str) -> set[str]:
