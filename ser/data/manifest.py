@@ -502,14 +502,9 @@ def _utterance(
             labels[column] = cell
     if end is not None and end <= (start or 0.0):
         found.append(f"end {end} is not after start {start or 0.0}")
-    return Utterance(
-        full.pop("id", None) or _default_id(name, start, end),
-        folder / name,
-        start=start,
-        end=end,
-        labels=labels,
-        extra=dict(full),  # a copy is as small as what is left
-    )
+    id = full.pop("id", None) or _default_id(name, start, end)
+    extra = dict(full)  # a copy is as small as what is left
+    return Utterance(id, folder / name, start=start, end=end, labels=labels, extra=extra)
 
 
 def map_for(label_map: Mapping[str, Any], column: str) -> dict[str, str | None]:
@@ -748,6 +743,12 @@ def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
     return {name: value for name, value in {**utterance.extra, **cells}.items() if value is not None}
 
 
+def _can_name_a_column(name: str, separator: str) -> bool:
+    """Tell whether a column beside ours can have this name."""
+    torn = separator == "\t" and "\n" in name
+    return name not in ("", *known_columns()) and name == name.strip() and _is_text(name) and not torn
+
+
 def _misfits(texts: Mapping[str, str], line: str, names: Sequence[str], separator: str) -> Iterator[str]:
     """Say why a row, as a mapping and as it would be written, cannot stand in a manifest with these columns."""
     if separator == "\t" and any("\n" in text for text in texts.values()):
@@ -761,15 +762,11 @@ def _misfits(texts: Mapping[str, str], line: str, names: Sequence[str], separato
 
 
 def _written_lines(
-    utterances: Iterable[Utterance],
-    folder: Path,
-    names: Sequence[str],
-    separator: str,
-    literal: Missing,
-    problems: _Problems,
+    utterances: list[Utterance], folder: Path, names: list[str], separator: str, literal: bool, problems: _Problems
 ) -> Iterator[str]:
     """Yield the line of each utterance that would be read as it is; report what is wrong with the others."""
     checks, kinds = _Checks(check_files=False, unit="utterance"), label_kinds()
+    missing = Missing(literal=literal)
     for number, utterance in enumerate(utterances, 1):
         cells = _cells(utterance, folder)
         texts = {name: str(value) for name, value in cells.items()}
@@ -778,7 +775,7 @@ def _written_lines(
             line = csv_line(map(cells.get, names), separator)
         found: list[str] = []
         # As the reader will see it.
-        found += _read_otherwise(_utterance({**texts}, folder, found, Missing(literal=True), kinds), literal)
+        found += _read_otherwise(_utterance({**texts}, folder, found, Missing(literal=True), kinds), missing)
         found += [*checks.of(utterance, number), *_misfits(texts, line, names, separator)]
         for what in found:
             problems.add(f"utterance {number} {brief_repr(utterance.id)}", what)
@@ -818,15 +815,14 @@ def write_manifest(
     used = {"file", "id", *(name for name in known_columns() for u in utterances if value_of(u, name) is not None)}
     others = dict.fromkeys(name for u in utterances for name in u.extra)
     names, separator = [*(name for name in known_columns() if name in used), *others], _separator(path)
-    literal, problems = Missing(literal=literal_labels), _Problems()
+    problems = _Problems()
     for name in others:
-        torn = separator == "\t" and "\n" in name
-        if name in ("", *known_columns()) or name != name.strip() or not _is_text(name) or torn:
+        if not _can_name_a_column(name, separator):
             problems.add(f"extra column {brief_repr(name)}", "is not a name of its own")
     try:
         with replace_file(path) as file:
             file.write(csv_line(names, separator) if separator else "")
-            file.writelines(_written_lines(utterances, folder, names, separator, literal, problems))
+            file.writelines(_written_lines(utterances, folder, names, separator, literal_labels, problems))
             problems.raise_if_any(f"{path}: nothing was written, these are the problems")
     except OSError as error:
         raise ManifestError(f"{path}: cannot write the manifest: {error.strerror or error}") from error

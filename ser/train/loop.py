@@ -51,10 +51,11 @@ class FitResult:
     stopped: bool = False  # asked to stop, by a signal to any rank, it saved its state before the end
 
 
-def is_due(every: str, progress: Progress, *, epoch_ended: bool) -> bool:
-    """Tell whether something every N updates ("N") or epochs ("Nep") is due after an update."""
+def is_due(every: str, progress: Progress, *, epoch_ended: bool, last: bool) -> bool:
+    """Tell whether something every N updates ("N") or epochs ("Nep") is due after an update, as after the last."""
     number, unit = parse_interval("an interval", every)
-    return progress.step % number == 0 if unit == "updates" else epoch_ended and progress.epoch % number == 0
+    done, ended = (progress.step, True) if unit == "updates" else (progress.epoch, epoch_ended)
+    return last or (ended and done % number == 0)
 
 
 def fetch_updates(
@@ -131,7 +132,9 @@ def count_left_out(job: Job, log: Log, progress: Progress, result: UpdateResult,
 
 
 def log_updates(job: Job, log: Log, progress: Progress, result: UpdateResult, epoch: int) -> None:
-    """Log the updates since the last line. All ranks call this."""
+    """Log the updates since the last line, where that is due. All ranks call this."""
+    if progress.step % job.config.log_every and progress.step != job.total:
+        return
     rate = max(group["lr"] for group in job.learner.optimizer.param_groups)
     entry = log.meter.totals(job.world) | {"rate": rate, "grad_norm": result.grad_norm}
     entry |= {"padding": job.data.sampler.padding, "memory_gib": memory_gib(job.world.device)}
@@ -203,17 +206,16 @@ def train_to_end(job: Job, progress: Progress, log: Log, stop: StopRequest) -> b
             job.saver.check()
             log.count(result, batches)
             count_left_out(job, log, progress, result, (epoch, place))
-            if last or progress.step % config.log_every == 0:
-                log_updates(job, log, progress, result, epoch)
+            log_updates(job, log, progress, result, epoch)
 
             stopped = result.stop
-            due = last or is_due(config.eval_every, progress, epoch_ended=epoch_ended)
-            progress.evaluation_due = len(data.valid) > 0 and due
+            due = is_due(config.eval_every, progress, epoch_ended=epoch_ended, last=last)
+            progress.evaluation_due = due and len(data.valid) > 0
             if progress.evaluation_due and not stopped:
                 stopped = not evaluate_and_keep_best(job, progress, log, stop)
             progress.finished = progress.finished or (last and not progress.evaluation_due)
             ending = progress.finished or stopped
-            if ending or is_due(config.save_every, progress, epoch_ended=epoch_ended):
+            if ending or is_due(config.save_every, progress, epoch_ended=epoch_ended, last=last):
                 save_progress(job, progress)
             if ending:
                 break
@@ -272,7 +274,7 @@ def fit(
     world = world or World(device=choose_device(config.device, 0))
     request = Request(Path(run), settings or {}, overwrite, resume_from, allow_changes)
     with freed_memory_kept(world.device), ExitStack() as held:
-        job = prepare(recognizer, train, valid, config, request, world, held)
+        job = prepare(recognizer, {"train": train, "valid": valid}, config, request, world, held)
         progress = restore(job)
         resumed, finished_before = job.opened.checkpoint is not None, progress.finished
         if config.cache and not finished_before:  # of the checkpoint's weights, which are there by now

@@ -39,6 +39,9 @@ from ser.train.resources import SMALLER_MODEL, memory_explained
 from ser.train.runs import Opened, Request, describe, open_run
 from ser.train.update import Learner
 
+Rows = Mapping[str, Sequence[Utterance]]  # "train" and "valid" -> the rows of a manifest
+Sets = Mapping[str, SpeechDataset]  # the same, as they are read
+
 # ---------------------------------------------------------------------------------------------- what is trained
 
 
@@ -142,29 +145,14 @@ def without_long(
 
 
 def make_ready(
-    recognizer: Recognizer,
-    train: Sequence[Utterance],
-    valid: Sequence[Utterance],
-    config: TrainConfig,
-    weights: Mapping[str, float],
-    bad_audio: BadAudio,
-    *,
-    anew: bool,
+    recognizer: Recognizer, sets: Sets, config: TrainConfig, weights: dict[str, float], bad_audio: BadAudio
 ) -> Data:
-    """Read all headers, agree with the other ranks, drop what is too long, and refuse what cannot be trained on.
-
-    ``anew`` means that no run began in the folder, or that it will be removed.
-    """
-    world = bad_audio.world
-    dataset, validation = recognizer.dataset(train), recognizer.dataset(valid)
-    for name, part in {"train": dataset, "valid": validation}.items():
-        bad_audio.read_lengths(name, part, least=recognizer.model.config.min_samples, anew=anew)
-    lengths = {"train": dataset.lengths, "valid": validation.lengths}
-    dataset = without_long(dataset, recognizer, config, world)
-    unread = bad_audio.skipped["train"]
+    """Drop what is too long from sets whose lengths are known, and refuse what cannot be trained on."""
+    world, shape, unread = bad_audio.world, recognizer.model.config, bad_audio.skipped["train"]
+    lengths = {name: part.lengths for name, part in sets.items()}
+    dataset = without_long(sets["train"], recognizer, config, world)
     if config.augment:
         dataset.augment = augmented(config.augment, config.seed)
-    shape = recognizer.model.config
     for note in check_training_data(dataset, shape.num_frames, min_samples=shape.min_samples, unread=unread):
         say(world, note)
     sampler = LengthBucketBatchSampler(
@@ -182,7 +170,7 @@ def make_ready(
         dataset, sampler.plan, weights, frames, concordant=concordant, epochs=config.epochs, unread=unread
     ):
         say(world, note)
-    return Data(dataset, validation, sampler, lengths)
+    return Data(dataset, sets["valid"], sampler, lengths)
 
 
 # ---------------------------------------------------------------------------------------------- the run's folder
@@ -301,13 +289,7 @@ def updates_of_epochs(config: TrainConfig, sampler: LengthBucketBatchSampler) ->
 
 
 def prepare(
-    recognizer: Recognizer,
-    train: Sequence[Utterance],
-    valid: Sequence[Utterance],
-    config: TrainConfig,
-    request: Request,
-    world: World,
-    held: ExitStack,
+    recognizer: Recognizer, rows: Rows, config: TrainConfig, request: Request, world: World, held: ExitStack
 ) -> Job:
     """Make everything ready for the first update. All ranks call this.
 
@@ -320,7 +302,11 @@ def prepare(
     if config.cache:
         choose_kind(recognizer.model, config.freeze)  # it may be refused
     bad_audio = BadAudio(world, policy=config.on_bad_audio, limit=config.max_bad_audio, run=request.folder)
-    data = make_ready(recognizer, train, valid, config, weights, bad_audio, anew=request.overwrite)
+    sets = {name: recognizer.dataset(utterances) for name, utterances in rows.items()}
+    for name, part in sets.items():  # all ranks read headers, and agree on those that are no good
+        least = recognizer.model.config.min_samples
+        bad_audio.read_lengths(name, part, least=least, anew=request.overwrite)
+    data = make_ready(recognizer, sets, config, weights, bad_audio)
     metric = choose_metric(config, recognizer, data.valid)
     settings = settings_to_record(recognizer, config, data, request, metric, world)
     opened = open_folder(request, settings, world, held)
