@@ -73,10 +73,9 @@ class Missing:
 
     def lines(self) -> list[str]:
         """Say what was taken for nothing."""
-        shown = [
-            f"{column} {', '.join(f'{cell!r} ({count})' for cell, count in sorted(cells.items()))}"
-            for column, cells in self.cells.items()
-        ]
+        shown = []
+        for column, cells in self.cells.items():
+            shown += [f"{column} {', '.join(f'{cell!r} ({count})' for cell, count in sorted(cells.items()))}"]
         how = "cells that are taken as empty (--literal-labels takes them as they stand)"
         return [f"  {how}: {'; '.join(shown)}"] if shown else []
 
@@ -138,7 +137,7 @@ def find_quoting(file: BinaryIO) -> Quoting:
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        opens = b'"' in line and (line.startswith(b'"') or b'\t"' in line)
+        opens = line.startswith(b'"') or b'\t"' in line
         if len(line) > MAX_LINE_BYTES:
             break  # as reading stops there
         if width and not opens:
@@ -198,10 +197,9 @@ class Files:
     def _listing(self, folder: str) -> dict[str, str]:
         """List a folder: composed name -> name on the disk, of names that are not ASCII."""
         if folder not in self.listings:
-            found: dict[str, str] = {}
+            listing = self.listings[folder] = {}
             with suppress(OSError, ValueError):
                 for name in os.listdir(folder):  # noqa: PTH208
                     if not name.isascii():
-                        found[nfc(name)] = "" if nfc(name) in found else name
-            self.listings[folder] = found
+                        listing[nfc(name)] = "" if nfc(name) in listing else name
         return self.listings[folder]

@@ -76,6 +76,13 @@ MAX_LISTED = 50
 # Each word permits what the words before it permit too.
 OVERLAPS = ("none", "speakers", "utterances")
 
+# NaN, which is not JSON, is how pandas frames that became dicts write what is missing.
+DECODER = json.JSONDecoder(
+    object_pairs_hook=unique_names, parse_constant=lambda name: None if name == "NaN" else float(name)
+)
+
+_Row = tuple[int, dict[str, str | None]]  # number of a line or item, name of a column -> cell
+
 
 def known_columns() -> tuple[str, ...]:
     """Return the columns that are ours: `COLUMNS`, and those of rows that were added to `LABELS`."""
@@ -197,22 +204,16 @@ def check_regular(path: Path, expected: str) -> None:
         OSError: there is nothing called ``path``.
     """
     mode = path.stat().st_mode
-    if stat.S_ISREG(mode):
-        return
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-    kind = kinds.get(stat.S_IFMT(mode), "a device")
-    advice = "" if stat.S_ISDIR(mode) else "; save its content to a file, and give the name of that"
-    raise ManifestError(f"{path}: not a regular file but {kind}, expected {expected}{advice}")
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        advice = "" if stat.S_ISDIR(mode) else "; save its content to a file, and give the name of that"
+        raise ManifestError(f"{path}: not a regular file but {kind}, expected {expected}{advice}")
 
 
-def _is_json(path: Path) -> bool:
-    """Tell whether a manifest is JSON, by its name."""
-    return path.suffix.lower() in (".jsonl", ".json")
-
-
-def _delimiter(path: Path) -> str:
-    """Return what separates the fields of a manifest that is no JSON, by its name."""
-    return "\t" if path.suffix.lower() == ".tsv" else ","
+def _separator(path: Path) -> str:
+    """Return what separates the fields of a manifest, by its name; "" for JSON."""
+    return {".tsv": "\t", ".jsonl": "", ".json": ""}.get(path.suffix.lower(), ",")
 
 
 def _unknown_column(name: str) -> str:
@@ -221,71 +222,56 @@ def _unknown_column(name: str) -> str:
     return f"no column of ours is called {name!r}{did_you_mean(name, ours)}; ours are {', '.join(ours)}"
 
 
-def _quoted(word: str) -> str:
-    """Write a word as a shell takes it, where a terminal can show it."""
-    return shlex.quote(word) if word.isprintable() else brief_repr(word)
-
-
 class _Renaming:
     """Map the column names of a manifest to ours, as `columns` says."""
 
     def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
         """Check `columns`. Raises ManifestError for a name that is not ours, or one column with two names."""
-        self.path = path
-        self.columns = columns
-        for ours in columns:
-            if ours not in known_columns():
-                raise ManifestError(f"{path}: {_unknown_column(ours)}")
+        self.path, self.columns = path, columns
         self.found: list[str] = []  # the manifest's names, as soon as they are known
         self.remark = ""  # is added to errors about these names
         self.ours = {theirs: ours for ours, theirs in columns.items()}
+        for unknown in [ours for ours in columns if ours not in known_columns()]:
+            raise ManifestError(f"{path}: {_unknown_column(unknown)}")
         if len(self.ours) < len(columns):
             raise ManifestError(f"{path}: one column cannot be two of ours: {dict(columns)}")
 
     def __call__(self, theirs: str) -> str:
         """Return our name of a column."""
-        if theirs in self.ours:
-            return self.ours[theirs]
-        return f"{theirs}_original" if theirs in self.columns else theirs
+        return self.ours.get(theirs, f"{theirs}_original" if theirs in self.columns else theirs)
 
     def check(self, found: Sequence[str]) -> None:
         """Check that `found`, the manifest's names, has every column that is asked for."""
         self.found = list(found)
-        wanted = {"file": "file", **self.columns}
-        missing = [
-            f"no column {theirs!r}"
-            + (f" (to be our {ours!r})" if theirs != ours else "")
-            + did_you_mean(theirs, list(found)[:MAX_COLUMNS])
-            for ours, theirs in wanted.items()
-            if theirs not in found
-        ]
+        missing = []
+        for ours, theirs in {"file": "file", **self.columns}.items():
+            if theirs not in found:
+                meant = f" (to be our {ours!r})" if theirs != ours else ""
+                missing.append(f"no column {theirs!r}{meant}{did_you_mean(theirs, self.found[:MAX_COLUMNS])}")
         if missing:
             hint = "" if len(found) > 1 else "; fields are separated by commas, in a .tsv file by tabs"
             raise ManifestError(
-                f"{self.path}: {'; '.join(missing)}; the columns are {brief_repr(list(found))}{hint}; "
-                f"other names can be given as columns, such as file=path{self.remark}"
+                f"{self.path}: {'; '.join(missing)}; the columns are {brief_repr(self.found)}{hint}; other names "
+                f"can be given as columns, such as file=path{self.remark}"
             )
 
     def lines(self) -> list[str]:
         """Say which columns were read as what, and which were not, with what those may be meant for."""
-        read = {self(name): name for name in self.found if self(name) in known_columns()}
-        others = [name for name in self.found if name and self(name) not in known_columns()]
-        shown = [
-            ours if ours == read[ours] else f"{ours} (from {brief_repr(read[ours])})"
-            for ours in known_columns()
-            if ours in read
-        ]
+        theirs = {self(name): name for name in self.found}
+        read = [ours for ours in known_columns() if ours in theirs]
+        unread = [ours for ours in known_columns() if ours not in theirs]
+        others = [name for name in self.found if name and self(name) not in read]
+        shown = [c if c == theirs[c] else f"{c} (from {brief_repr(theirs[c])})" for c in read]
         nameless = self.found.count("")
         rest = [f"{nameless} without a name"] if nameless else []
         left = summary([*map(brief_repr, others), *rest], MAX_SHOWN) or "none"
-        lines = [f"{self.path}: columns read: {', '.join(shown)}; not read: {left}"]
-        aside = {name for name in others if name in self.columns}
-        hints = [
-            f"  {brief_repr(name)} is not read; did you mean --columns {_quoted(f'{ours}={name}')}?"
-            for name in others[:MAX_COLUMNS]
-            if name not in aside and (ours := often_called(name, [c for c in known_columns() if c not in read]))
-        ]
-        return lines + hints[:MAX_SHOWN]
+        hints = []
+        for name in others[:MAX_COLUMNS]:
+            if name not in self.columns and (ours := often_called(name, unread)):
+                pair = f"{ours}={name}"
+                pair = shlex.quote(pair) if pair.isprintable() else brief_repr(pair)
+                hints.append(f"  {brief_repr(name)} is not read; did you mean --columns {pair}?")
+        return [f"{self.path}: columns read: {', '.join(shown)}; not read: {left}", *hints[:MAX_SHOWN]]
 
 
 class _Unreadable(Exception):
@@ -297,8 +283,7 @@ class _Lines:
 
     def __init__(self, file: BinaryIO, problems: _Problems) -> None:
         """Begin before the first line."""
-        self.file = file
-        self.problems = problems
+        self.file, self.problems = file, problems
         self.number = 0
         self.damaged: set[int] = set()
         self.recent: list[str] = []  # as many as the reader wants to keep
@@ -308,10 +293,8 @@ class _Lines:
         while line := self.file.readline(MAX_LINE_BYTES + 1):
             self.number += 1
             if len(line) > MAX_LINE_BYTES:
-                self.problems.add(
-                    f"line {self.number}",
-                    f"longer than {MAX_LINE_BYTES} bytes; the rest of the manifest was not read",
-                )
+                what = f"longer than {MAX_LINE_BYTES} bytes; the rest of the manifest was not read"
+                self.problems.add(f"line {self.number}", what)
                 raise _Unreadable
             try:
                 text = line.decode("utf-8-sig" if self.number == 1 else "utf-8")
@@ -356,15 +339,11 @@ def _row_fault(cells: list[str], lines: list[str], names: list[str], delimiter: 
 
 def _csv_rows(
     path: Path, file: BinaryIO, renaming: _Renaming, problems: _Problems, quoting: Quoting
-) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """Yield (line, name -> cell) of each row whose number of fields is right."""
-    lines = _Lines(file, problems)
-    delimiter = _delimiter(path)
+) -> Iterator[_Row]:
+    """Yield the number of the line and the cells of each row whose number of fields is right."""
+    lines, delimiter = _Lines(file, problems), _separator(path)
     reader = csv.reader(
-        lines,
-        delimiter=delimiter,
-        quoting=csv.QUOTE_NONE if quoting.broken else csv.QUOTE_MINIMAL,
-        strict=True,
+        lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if quoting.broken else csv.QUOTE_MINIMAL, strict=True
     )
     names: list[str] | None = None
     while True:
@@ -400,14 +379,11 @@ def _json_lines(file: BinaryIO, problems: _Problems) -> Iterator[tuple[int, Any]
     lines = _Lines(file, problems)
     for text in lines:
         lines.recent.clear()
-        if not text.strip() or lines.number in lines.damaged:
-            continue
-        try:
-            value = DECODER.decode(text)
-        except (ValueError, RecursionError) as error:
-            problems.add(f"line {lines.number}", f"not a JSON row: {shorten(str(error), 200)}")
-            continue
-        yield lines.number, value
+        if text.strip() and lines.number not in lines.damaged:
+            try:
+                yield lines.number, DECODER.decode(text)
+            except (ValueError, RecursionError) as error:
+                problems.add(f"line {lines.number}", f"not a JSON row: {shorten(str(error), 200)}")
 
 
 def _is_array(file: BinaryIO) -> bool:
@@ -421,9 +397,8 @@ def _array_items(file: BinaryIO, problems: _Problems) -> Iterator[tuple[int, Any
     """Yield (position from 1, value) of each item of a JSON array, as pandas writes it with orient="records"."""
     content = file.read(MAX_ARRAY_BYTES + 1)
     if len(content) > MAX_ARRAY_BYTES:
-        problems.add(
-            "the JSON array", f"is larger than {MAX_ARRAY_BYTES} bytes; write one object per line (.jsonl)"
-        )
+        what = f"is larger than {MAX_ARRAY_BYTES} bytes; write one object per line (.jsonl)"
+        problems.add("the JSON array", what)
         return
     try:
         yield from enumerate(DECODER.decode(content.decode("utf-8-sig").strip()), 1)
@@ -435,14 +410,10 @@ def _cell(name: str, value: Any, renaming: _Renaming) -> str | None:
     """Write a JSON value as the string that a CSV would hold: 1 is "1", 1.0 "1.0", true "true"."""
     if value is None or isinstance(value, str):
         return value
-    unfit = isinstance(value, dict | list) or (isinstance(value, float) and not math.isfinite(value))
-    ours = renaming(name)
-    if (
-        unfit
-        and ours in known_columns()
-        and not (isinstance(value, float) and ours in ("start", "end", *label_columns("numbers")))
-    ):
-        raise ValueError(f"{brief_repr(name)} is {brief_repr(value)}, expected a string or number")
+    if isinstance(value, dict | list) or (isinstance(value, float) and not math.isfinite(value)):
+        numbers = ("start", "end", *label_columns("numbers")) if isinstance(value, float) else ()
+        if renaming(name) in set(known_columns()).difference(numbers):
+            raise ValueError(f"{brief_repr(name)} is {brief_repr(value)}, expected a string or number")
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -451,14 +422,11 @@ def _is_text(value: str | None) -> bool:
     return value is None or NO_TEXT.search(value) is None
 
 
-def _json_rows(
-    file: BinaryIO, renaming: _Renaming, problems: _Problems
-) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """Yield (line, name -> cell) of each line that is a JSON object; of an array, (position, name -> cell)."""
+def _json_rows(file: BinaryIO, unit: str, renaming: _Renaming, problems: _Problems) -> Iterator[_Row]:
+    """Yield the number and the cells of each JSON object: of a line, or of an item of the array."""
     every_name: dict[str, None] = {}
-    unit, rows_of = ("item", _array_items) if _is_array(file) else ("line", _json_lines)
     try:
-        for number, values in rows_of(file, problems):
+        for number, values in (_array_items if unit == "item" else _json_lines)(file, problems):
             try:
                 if not isinstance(values, dict):
                     raise ValueError(f"found {brief_repr(values)}, expected one object per {unit}")
@@ -504,11 +472,11 @@ def _cell_number(
     return None
 
 
-def _excerpt_suffix(start: float | None, end: float | None) -> str:
-    """Write the times of an excerpt as the end of an id."""
+def _default_id(file: str, start: float | None, end: float | None) -> str:
+    """Return the id of a row that has none: its file, with the times of an excerpt."""
     if start is None and end is None:
-        return ""
-    return f"#{'' if start is None else start}-{'' if end is None else end}"
+        return file
+    return f"{file}#{'' if start is None else start}-{'' if end is None else end}"
 
 
 def _utterance(
@@ -534,14 +502,9 @@ def _utterance(
             labels[column] = cell
     if end is not None and end <= (start or 0.0):
         found.append(f"end {end} is not after start {start or 0.0}")
-    return Utterance(
-        id=full.pop("id", None) or name + _excerpt_suffix(start, end),
-        file=folder / name,
-        start=start,
-        end=end,
-        labels=labels,
-        extra=dict(full),  # a copy is as small as what is left
-    )
+    id = full.pop("id", None) or _default_id(name, start, end)
+    extra = dict(full)  # a copy is as small as what is left
+    return Utterance(id, folder / name, start=start, end=end, labels=labels, extra=extra)
 
 
 def map_for(label_map: Mapping[str, Any], column: str) -> dict[str, str | None]:
@@ -571,18 +534,16 @@ def _new_names(
     """
     new = {name: names[name] for name in counts if name in names}
     if new:
-        shown = [f"{_change(n, to)} ({counts[n]})" for n, to in new.items()]
-        lines.append(f"  --map, {column}: {shorten(', '.join(shown), 200)}")
+        changes = shorten(", ".join(f"{_change(n, to)} ({counts[n]})" for n, to in new.items()), 200)
+        lines.append(f"  --map, {column}: {changes}")
     new |= {n: None for n in counts if n not in new and missing(column, n, count=counts[n])}
     floats = {}
     if column == "speaker" and not missing.literal:
         floats = {n: whole(n) for n in counts if n not in new and whole(n) != n}
     if floats:
         new |= {n: names.get(to, to) for n, to in floats.items()}
-        shown = [_change(n, to) for n, to in floats.items()]
-        lines.append(
-            f"  speakers that are whole numbers written as floats are those: {shorten(', '.join(shown), 200)}"
-        )
+        changes = shorten(", ".join(_change(n, to) for n, to in floats.items()), 200)
+        lines.append(f"  speakers that are whole numbers written as floats are those: {changes}")
     known = dict.fromkeys([*counts, *floats.values()])
     for name in [name for name in names if name not in known][:MAX_SHOWN]:
         near = did_you_mean(name, list(known)[:MAX_COLUMNS])
@@ -604,10 +565,9 @@ def _with_names(
         if column == "emotion" and labels and labels <= PAPER_EMOTIONS.keys():
             new = {name: PAPER_EMOTIONS.get(new.get(name, name) or "") for name in counts}
         if new:
-            changes: dict[str | None, Any] = {name: {column: to} for name, to in new.items()}
-            utterances = [
-                u.relabelled(**changes[n]) if (n := u.labels.get(column)) in changes else u for u in utterances
-            ]
+            changed: dict[str | None, Any] = {name: {column: to} for name, to in new.items()}
+            labelled = ((u, u.labels.get(column)) for u in utterances)
+            utterances = [u.relabelled(**changed[name]) if name in changed else u for u, name in labelled]
     return utterances
 
 
@@ -634,8 +594,7 @@ class _Checks:
 
     def __init__(self, *, check_files: bool, unit: str) -> None:
         """Begin without a row; ``unit`` is what the rows are called, such as "line"."""
-        self.check_files = check_files
-        self.unit = unit
+        self.check_files, self.unit = check_files, unit
         self.ids: dict[str, int] = {}
         self.audio: dict[tuple[str, float, float | None], int] = {}
         self.unusable: dict[str, str] = {}  # file -> why, or "": a file with many excerpts is looked up once
@@ -657,11 +616,7 @@ class _Checks:
 
 
 def _checked_utterances(
-    rows: Iterable[tuple[int, dict[str, str | None]]],
-    folder: Path,
-    missing: Missing,
-    checks: _Checks,
-    problems: _Problems,
+    rows: Iterable[_Row], folder: Path, missing: Missing, checks: _Checks, problems: _Problems
 ) -> list[Utterance]:
     """Make an utterance of each row, whose file is under its name on the disk; report what is wrong with it."""
     files, kinds = Files(), label_kinds()
@@ -716,22 +671,21 @@ def read_manifest(
     """
     path = Path(path)
     folder = Path(path.parent if root is None else root).absolute()
-    renaming = _Renaming(path, columns or {})
-    problems = _Problems()
-    missing = Missing(literal=literal_labels)
-    quoting = Quoting()
+    renaming, quoting = _Renaming(path, columns or {}), Quoting()
+    problems, missing = _Problems(), Missing(literal=literal_labels)
     try:
         check_regular(path, "a CSV or JSON lines manifest")
         if not folder.is_dir():
             raise ManifestError(f"{path}: its recordings should be in {folder}, which is not a folder")
         with path.open("rb") as file:
-            if _delimiter(path) == "\t":
+            if _separator(path) == "\t":
                 quoting = find_quoting(file)
                 renaming.remark = quoting.remark()
-            if _is_json(path):
-                unit, rows = "item" if _is_array(file) else "line", _json_rows(file, renaming, problems)
+            unit = "line" if _separator(path) or not _is_array(file) else "item"
+            if _separator(path):
+                rows = _csv_rows(path, file, renaming, problems, quoting)
             else:
-                unit, rows = "line", _csv_rows(path, file, renaming, problems, quoting)
+                rows = _json_rows(file, unit, renaming, problems)
             checks = _Checks(check_files=check_files, unit=unit)
             utterances = _checked_utterances(rows, folder, missing, checks, problems)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -767,22 +721,14 @@ def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
     return columns
 
 
-def _constant(name: str) -> float | None:
-    """Read NaN as nothing, and Infinity and -Infinity as numbers."""
-    return None if name == "NaN" else float(name)
-
-
-# NaN, which is not JSON, is how pandas frames that became dicts write what is missing.
-DECODER = json.JSONDecoder(object_pairs_hook=unique_names, parse_constant=_constant)
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
     """Say which labels a reader would take for something else."""
     advice = "write and read it with literal_labels"
-    for column in sorted(label_columns("class", "text")):
-        value = utterance.labels.get(column)
-        if value is None:
-            continue
+    for column in sorted(utterance.labels.keys() & label_columns("class", "text")):
+        value = utterance.labels[column]
         if missing(column, value):
             yield f"{column} {brief_repr(value)} would be read as none; {advice}"
         elif column == "speaker" and not missing.literal and whole(value) != value:
@@ -797,72 +743,40 @@ def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
     return {name: value for name, value in {**utterance.extra, **cells}.items() if value is not None}
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+def _can_name_a_column(name: str, separator: str) -> bool:
+    """Tell whether a column beside ours can have this name."""
+    torn = separator == "\t" and "\n" in name
+    return name not in ("", *known_columns()) and name == name.strip() and _is_text(name) and not torn
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Describe how rows become the lines of a manifest, and what cannot stand in one.
-
-    Attributes:
-        names: of the columns, in their order.
-        delimiter: between the fields of a CSV or TSV.
-        as_json: one object per line in place of fields.
-    """
-
-    names: list[str]
-    delimiter: str
-    as_json: bool
-
-    def header(self) -> str:
-        """Write the line of the columns' names, which a file of objects has not."""
-        return "" if self.as_json else csv_line(self.names, delimiter=self.delimiter)
-
-    def line(self, cells: Mapping[str, str | float]) -> str:
-        """Write a row."""
-        if self.as_json:
-            return json.dumps(cells, ensure_ascii=False) + "\n"
-        return csv_line(map(cells.get, self.names), delimiter=self.delimiter)
-
-    def breaks(self, cell: str) -> bool:
-        """Tell whether a cell of a TSV holds a line end."""
-        return self.delimiter == "\t" and "\n" in cell
-
-    def can_name_a_column(self, name: str) -> bool:
-        """Tell whether a column beside ours can have this name."""
-        return (
-            bool(name)
-            and name not in known_columns()
-            and name == name.strip()
-            and _is_text(name)
-            and not self.breaks(name)
-        )
-
-    def faults(self, texts: Mapping[str, str], line: str) -> Iterator[str]:
-        """Say why a row, as a mapping and as it would be written, cannot stand in the manifest."""
-        if any(map(self.breaks, texts.values())):
-            yield "holds a line end, which cannot stand in a .tsv; write a .csv or .jsonl"
-        elif not self.as_json and "\n" in line[:-1] and swallowed(line.split("\n"), self.names, self.delimiter):
-            yield "holds a line that looks like a row of the manifest; write a .jsonl"
-        if not all(map(_is_text, texts.values())):
-            yield "holds a NUL or half a surrogate pair"
-        elif max(map(len, texts.values())) > MAX_CELL or len(line.encode()) > MAX_LINE_BYTES:
-            yield "is too long for a manifest"
+def _misfits(texts: Mapping[str, str], line: str, names: Sequence[str], separator: str) -> Iterator[str]:
+    """Say why a row, as a mapping and as it would be written, cannot stand in a manifest with these columns."""
+    if separator == "\t" and any("\n" in text for text in texts.values()):
+        yield "holds a line end, which cannot stand in a .tsv; write a .csv or .jsonl"
+    elif separator and "\n" in line[:-1] and swallowed(line.split("\n"), names, separator):
+        yield "holds a line that looks like a row of the manifest; write a .jsonl"
+    if not all(map(_is_text, texts.values())):
+        yield "holds a NUL or half a surrogate pair"
+    elif max(map(len, texts.values())) > MAX_CELL or len(line.encode()) > MAX_LINE_BYTES:
+        yield "is too long for a manifest"
 
 
 def _written_lines(
-    utterances: Iterable[Utterance], folder: Path, layout: _Layout, literal: Missing, problems: _Problems
+    utterances: list[Utterance], folder: Path, names: list[str], separator: str, literal: bool, problems: _Problems
 ) -> Iterator[str]:
     """Yield the line of each utterance that would be read as it is; report what is wrong with the others."""
     checks, kinds = _Checks(check_files=False, unit="utterance"), label_kinds()
+    missing = Missing(literal=literal)
     for number, utterance in enumerate(utterances, 1):
         cells = _cells(utterance, folder)
         texts = {name: str(value) for name, value in cells.items()}
-        line = layout.line(cells)
+        line = json.dumps(cells, ensure_ascii=False) + "\n"
+        if separator:
+            line = csv_line(map(cells.get, names), separator)
         found: list[str] = []
         # As the reader will see it.
-        found += _read_otherwise(_utterance({**texts}, folder, found, Missing(literal=True), kinds), literal)
-        found += [*checks.of(utterance, number), *layout.faults(texts, line)]
+        found += _read_otherwise(_utterance({**texts}, folder, found, Missing(literal=True), kinds), missing)
+        found += [*checks.of(utterance, number), *_misfits(texts, line, names, separator)]
         for what in found:
             problems.add(f"utterance {number} {brief_repr(utterance.id)}", what)
         if not found:
@@ -900,18 +814,15 @@ def write_manifest(
         raise ManifestError(f"{path}: there are no utterances to write")
     used = {"file", "id", *(name for name in known_columns() for u in utterances if value_of(u, name) is not None)}
     others = dict.fromkeys(name for u in utterances for name in u.extra)
-    layout = _Layout(
-        [*(name for name in known_columns() if name in used), *others], _delimiter(path), _is_json(path)
-    )
-    literal = Missing(literal=literal_labels)
+    names, separator = [*(name for name in known_columns() if name in used), *others], _separator(path)
     problems = _Problems()
     for name in others:
-        if not layout.can_name_a_column(name):
+        if not _can_name_a_column(name, separator):
             problems.add(f"extra column {brief_repr(name)}", "is not a name of its own")
     try:
         with replace_file(path) as file:
-            file.write(layout.header())
-            file.writelines(_written_lines(utterances, folder, layout, literal, problems))
+            file.write(csv_line(names, separator) if separator else "")
+            file.writelines(_written_lines(utterances, folder, names, separator, literal_labels, problems))
             problems.raise_if_any(f"{path}: nothing was written, these are the problems")
     except OSError as error:
         raise ManifestError(f"{path}: cannot write the manifest: {error.strerror or error}") from error
@@ -938,9 +849,8 @@ def check_labels(
             nearest known one.
     """
     problems = _Problems()
-    known = {
-        kind: set(names) for kind, names in (("emotion", emotions), ("speaker", speakers)) if names is not None
-    }
+    given = {"emotion": emotions, "speaker": speakers}
+    known = {kind: set(names) for kind, names in given.items() if names is not None}
     for utterance in utterances:
         for kind, names in known.items():
             label = utterance.labels.get(kind)
@@ -985,12 +895,10 @@ def check_overlap(
         ConfigError: `allow` is another word.
     """
     if allow not in OVERLAPS:
-        raise ConfigError(
-            f"allow must be one of {', '.join(OVERLAPS)}, not {allow!r}{did_you_mean(allow, OVERLAPS)}"
-        )
+        near = did_you_mean(allow, OVERLAPS)
+        raise ConfigError(f"allow must be one of {', '.join(OVERLAPS)}, not {allow!r}{near}")
     overlap = find_overlap(train, other)
-    found = {"speakers": overlap.speakers, "utterances": overlap.utterances}
-    for kind, shared in found.items():
+    for kind, shared in vars(overlap).items():
         if shared and OVERLAPS.index(allow) < OVERLAPS.index(kind):
             shown = summary(map(brief_repr, shared), MAX_LISTED)
             need = "utterances" if overlap.utterances else "speakers"

@@ -35,19 +35,18 @@ INVISIBLE = re.compile(
 SEEMS_MISSING = frozenset({"nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nil", "nat", "?", "--", "missing"})
 
 
-def is_name(text: str) -> bool:
-    """Tell whether a text can be a label: neither empty nor half a surrogate pair."""
-    return bool(text.strip()) and not any("\ud800" <= c <= "\udfff" for c in text)
+def is_name(value: object) -> bool:
+    """Tell whether a value can be a label: a text that is neither empty nor half a surrogate pair."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _checked(where: str, values: Mapping[str, Any]) -> dict[str, str | None]:
     """Check one level of a map, and write its names as labels are read."""
     names: dict[str, str | None] = {}
     for old, new in values.items():
-        if not (new is None or (isinstance(new, str) and is_name(new))) or not is_name(old):
-            raise ConfigError(
-                f"{where}: {brief_repr(old)} is {brief_repr(new)}, expected a name, or null for no label"
-            )
+        if not is_name(old) or (new is not None and not is_name(new)):
+            pair = f"{brief_repr(old)} is {brief_repr(new)}"
+            raise ConfigError(f"{where}: {pair}, expected a name, or null for no label")
         old = nfc(old.strip())
         if old in names:
             raise ConfigError(f"{where}: {brief_repr(old)} stands twice")
@@ -160,10 +159,9 @@ def _places(sets: Mapping[str, Iterable[Utterance]], column: str, right: Collect
     """Collect the names of a column, and in which sets each stands how often; names of the model come first."""
     where: dict[str, list[str]] = {name: [] for name in right}
     for title, utterances in sets.items():
-        counts = Counter(u.labels.get(column) for u in utterances)
+        counts = Counter(u.labels[column] for u in utterances if column in u.labels)
         for name, count in counts.items():
-            if name is not None:
-                where.setdefault(name, []).append(f"{title} {count}")
+            where.setdefault(name, []).append(f"{title} {count}")
     return where
 
 
@@ -222,11 +220,7 @@ def _set_line(title: str, utterances: Sequence[Utterance], counts: Counter[str])
     parts = [f"emotions {summary(classes, MAX_SHOWN)}"] if classes else []
     speakers = {u.speaker for u in utterances if u.speaker is not None}
     parts += [f"{len(speakers)} speakers"] if speakers else []
-    lacking = {
-        "emotion": len(utterances) - counts.total(),
-        "text": sum(u.text is None for u in utterances),
-        "speaker": sum(u.speaker is None for u in utterances),
-    }
+    lacking = {name: sum(name not in u.labels for u in utterances) for name in ("emotion", "text", "speaker")}
     without = [f"{count} without {name}" for name, count in lacking.items() if count]
     return f"{title}: {len(utterances)} utterances; {'; '.join([*parts, *without])}"
 
@@ -259,23 +253,24 @@ def _odd_names(counts: Counter[str]) -> list[str]:
 
 def _lacking(title: str, here: Collection[str], other: str, there: Collection[str], consequence: str) -> list[str]:
     """Say which classes a set has and another one, the first set or the model, lacks; and the reverse."""
-    lines = []
-    for names, what, meant in (
-        (set(here) - set(there), f"has emotions that {other} lacks, {consequence}", list(there)[:MAX_COMPARED]),
-        (set(there) - set(here), f"lacks emotions that {other} has, and says nothing of them", []),
-    ):
-        shown = [f"{_plain(name)}{did_you_mean(name, meant)}" for name in sorted(names)]
-        if names:
-            lines.append(f"warning: {title} {what}: {summary(shown, MAX_SHOWN)}")
-    return lines
+    near = list(there)[:MAX_COMPARED]
+    more = [f"{_plain(name)}{did_you_mean(name, near)}" for name in sorted(set(here) - set(there))]
+    fewer = [_plain(name) for name in sorted(set(there) - set(here))]
+    differences = {
+        f"has emotions that {other} lacks, {consequence}": more,
+        f"lacks emotions that {other} has, and says nothing of them": fewer,
+    }
+    return [
+        f"warning: {title} {what}: {summary(names, MAX_SHOWN)}" for what, names in differences.items() if names
+    ]
 
 
 def _zeros(sets: Mapping[str, Sequence[Utterance]]) -> list[str]:
     """Point at speakers who are one number with and without leading zeros, which a spreadsheet takes away."""
-    numbers: dict[str, set[str]] = {}
-    for name in {u.speaker for utterances in sets.values() for u in utterances}:
-        if name is not None and name.isdecimal():
-            numbers.setdefault(name.lstrip("0") or "0", set()).add(name)
+    numbers: dict[str, list[str]] = {}
+    for name in {u.speaker or "" for utterances in sets.values() for u in utterances}:
+        if name.isdecimal():
+            numbers.setdefault(name.lstrip("0") or "0", []).append(name)
     twins = [
         " and ".join(map(brief_repr, sorted(names))) for _, names in sorted(numbers.items()) if len(names) > 1
     ]
@@ -308,14 +303,12 @@ def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection
     """
     counts = {title: Counter(u.emotion for u in us if u.emotion is not None) for title, us in sets.items()}
     lines = [_set_line(title, utterances, counts[title]) for title, utterances in sets.items()]
-    everywhere = sum(counts.values(), Counter[str]())
-    lines += [f"  {line}" for line in _odd_names(everywhere)]
+    lines += [f"  {line}" for line in _odd_names(sum(counts.values(), Counter[str]()))]
     lines += [f"warning: {line}" for line in _zeros(sets)]
     lines += _differing_classes(counts, emotions)
     alone = counts if emotions is None else {"the model": emotions}
-    for title, names in alone.items():
-        if len(names) == 1:
-            (name,) = names
-            consequence = "there is nothing to tell apart, and accuracy, UA and F1 of 1 mean nothing"
-            lines.append(f"warning: {title} has only one emotion, {shown_name(name)}: {consequence}")
-    return lines
+    only = {title: shown_name(*names) for title, names in alone.items() if len(names) == 1}
+    consequence = "there is nothing to tell apart, and accuracy, UA and F1 of 1 mean nothing"
+    return lines + [
+        f"warning: {title} has only one emotion, {name}: {consequence}" for title, name in only.items()
+    ]

@@ -47,6 +47,7 @@ from ser.train.resources import memory_explained
 
 FORMAT = 1  # raised when the same weights and audio would give other numbers
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+Wanted = dict[str, list[int]]  # key of a content -> the utterances that have it
 SHARD_BYTES = 64 << 20
 NAME, OLD_NAME = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")  # earlier releases kept no sha256
 SHORTER = "Try --max-seconds to drop the longest training utterances, or leave --cache out"
@@ -56,9 +57,8 @@ STALE_SECONDS = 24 * 3600.0  # after which the unfinished shard of a killed proc
 def choose_kind(model: MultiTaskModel, freeze: str) -> tuple[str, str]:
     """Return "features" or "pooled", and why not pooled. Raises ConfigError where nothing may be kept."""
     if freeze == "none":
-        raise ConfigError(
-            "cache keeps what a frozen part computes, and freeze is none: add --freeze feature-encoder, or encoder"
-        )
+        advice = "add --freeze feature-encoder, or encoder"
+        raise ConfigError(f"cache keeps what a frozen part computes, and freeze is none: {advice}")
     reasons = {
         "the feature encoder alone is frozen": freeze != "encoder",
         "CTC reads every frame": model.lm_head is not None,
@@ -70,11 +70,15 @@ def choose_kind(model: MultiTaskModel, freeze: str) -> tuple[str, str]:
     return ("features", why[0]) if why else ("pooled", "")
 
 
+def progress_bar(world: World, **about: Any) -> tqdm[Any]:
+    """Begin a progress bar that one rank shows on a terminal, and takes away at its end."""
+    return tqdm(**about, leave=False, disable=not (world.is_main and sys.stderr.isatty()))
+
+
 def verified(paths: Sequence[Path], world: World) -> tuple[set[Path], set[Path]]:
     """Divide shards into those whose bytes are as they were written, which their names tell, and the others."""
     sound: set[Path] = set()
-    silent = not (world.is_main and sys.stderr.isatty())
-    for path in tqdm(paths, unit="shard", desc="verifying the cache", leave=False, disable=silent):
+    for path in progress_bar(world, iterable=paths, unit="shard", desc="verifying the cache"):
         with suppress(OSError):
             if digest(path) == path.stem:
                 sound.add(path)
@@ -200,9 +204,8 @@ class Stored:
             try:
                 self.files[path] = open_tensors(path)
             except (SafetensorError, OSError) as lost:
-                raise FileError(
-                    f"{path}: is lost ({lost}); the same command fills the cache and goes on"
-                ) from lost
+                advice = "the same command fills the cache and goes on"
+                raise FileError(f"{path}: is lost ({lost}); {advice}") from lost
         return self.files[path].get_tensor(self.keys[index]), ""
 
 
@@ -250,12 +253,7 @@ def check_room(cache: Cache, lengths: Sequence[int], world: World) -> int:
 
 
 def compute_share(
-    cache: Cache,
-    dataset: SpeechDataset,
-    share: list[int],
-    wanted: dict[str, list[int]],
-    world: World,
-    bar: tqdm[Any],
+    cache: Cache, dataset: SpeechDataset, share: list[int], wanted: Wanted, world: World, bar: tqdm[Any]
 ) -> dict[int, str]:
     """Compute and write one rank's share. Return the errors of what cannot be read. Raises FileError."""
     key_of = {same[0]: key for key, same in wanted.items()}
@@ -263,44 +261,38 @@ def compute_share(
     waiting: dict[str, Tensor] = {}
     held = 0  # bytes
     for i in share:
-        example = dataset[i]
-        at_work = f"with {dataset.utterances[i].id} ({dataset.lengths[i] / SAMPLE_RATE:.1f} s)"
-        with memory_explained(SHORTER, doing=at_work):
+        example, who, seconds = dataset[i], dataset.utterances[i].id, dataset.lengths[i] / SAMPLE_RATE
+        with memory_explained(SHORTER, doing=f"with {who} ({seconds:.1f} s)"):
             found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
         if found is None or tuple(found.shape) != cache.shape(dataset.lengths[i]):
             for j in wanted[key_of[i]]:  # each under its own name
                 late = f"{dataset.utterances[j].file}: is not as long as its header says"
                 broken[j] = dataset[j].error or late
             continue
-        kept = found.to(cache.dtype)
+        kept = waiting[key_of[i]] = found.to(cache.dtype)
         if not bool(kept.isfinite().all()) and bool(found.isfinite().all()):
-            raise FileError(
-                f"{dataset.utterances[i].id}: values up to {found.abs().max():.3g} do not fit into float16; "
-                "use --cache-dtype fp32"
-            )
-        waiting[key_of[i]] = kept
+            fit = f"values up to {found.abs().max():.3g} do not fit into float16"
+            raise FileError(f"{who}: {fit}; use --cache-dtype fp32")
         held += kept.nbytes
         if held >= SHARD_BYTES:
             cache.write(waiting)
             waiting, held = {}, 0
-        bar.update(round(dataset.lengths[i] / SAMPLE_RATE * world.size))
+        bar.update(round(seconds * world.size))
     if waiting:
         cache.write(waiting)
     return broken
 
 
 def compute_missing(
-    cache: Cache, dataset: SpeechDataset, wanted: dict[str, list[int]], missing: list[int], world: World, name: str
+    cache: Cache, dataset: SpeechDataset, wanted: Wanted, missing: list[int], world: World, name: str
 ) -> dict[int, str]:
     """Compute and write what is missing, each rank its share; return the errors of all.
 
     Raises FileError on all ranks.
     """
     seconds = sum(dataset.lengths[i] for i in missing) / SAMPLE_RATE
-    broken: dict[int, str] = {}
-    failure = ""
-    silent = not (world.is_main and sys.stderr.isatty())
-    with tqdm(total=round(seconds), unit="s", desc=f"caching {name}", leave=False, disable=silent) as bar:
+    broken, failure = {}, ""
+    with progress_bar(world, total=round(seconds), unit="s", desc=f"caching {name}") as bar:
         try:
             broken = compute_share(cache, dataset, missing[world.rank :: world.size], wanted, world, bar)
         except FileError as error:
@@ -338,10 +330,9 @@ def fill_cache(
     if world.is_main:
         remove_stale(cache.folder)
     keys, errors = content_keys(dataset, world)
-    wanted: dict[str, list[int]] = {}  # content -> the utterances of it
-    for i in range(len(dataset)):
-        if i not in errors:
-            wanted.setdefault(keys[i], []).append(i)
+    wanted: Wanted = {}
+    for i in sorted(set(range(len(dataset))) - errors.keys()):
+        wanted.setdefault(keys[i], []).append(i)
     damaged, old = cache.find(wanted, world)
     if damaged:
         say(f"cache of {name}: {damaged} damaged shard{'s' if damaged > 1 else ''} removed, to be computed again")
@@ -356,11 +347,9 @@ def fill_cache(
         errors |= compute_missing(cache, dataset, wanted, missing, world, name)
         cache.sound |= {path for part in world.gather(cache.sound) for path in part}
         cache.find(wanted, world)
-        hours, took = sum(lengths) / SAMPLE_RATE / 3600, time.perf_counter() - started
-        say(
-            f"cache of {name}: {len(missing)} utterances ({hours:.2f} h) computed in {took:.1f} s, "
-            f"{size / 1e6:.1f} MB in {cache.folder}"
-        )
+        what = f"{len(missing)} utterances ({sum(lengths) / SAMPLE_RATE / 3600:.2f} h)"
+        took, where = time.perf_counter() - started, f"{size / 1e6:.1f} MB in {cache.folder}"
+        say(f"cache of {name}: {what} computed in {took:.1f} s, {where}")
     else:
         say(f"cache of {name}: all {len(wanted)} recordings found in {cache.folder}")
     check_seen(cache, keys, errors, world)

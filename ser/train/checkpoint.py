@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,9 @@ class Progress:
     def advance(self, updates: int) -> bool:
         """Count one update of an epoch that has so many; tell whether it was the last of them."""
         self.step += 1
-        self.update += 1
-        ended = self.update == updates
-        if ended:
-            self.epoch, self.update = self.epoch + 1, 0
-        return ended
+        self.update = (self.update + 1) % updates
+        self.epoch += self.update == 0
+        return self.update == 0
 
     def stops_early(self, patience: int) -> bool:
         """Tell whether there were ``patience`` evaluations without improvement; 0: never."""
@@ -89,11 +88,9 @@ class Progress:
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Name each tensor of the optimizer's state by its parameter: "exp_avg/wav2vec2.encoder...."."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
     return {
-        f"{key}/{names[parameter]}": torch.as_tensor(value)
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        f"{key}/{name}": torch.as_tensor(value) for name, state in states.items() for key, value in state.items()
     }
 
 
@@ -182,17 +179,12 @@ def rotate(run: Run, *, newest: Path, best: Path, keep: int) -> None:
     A checkpoint that is not known to be this run's (another's, or one whose manifest is damaged) is left alone.
     One that cannot be removed is told once: no run ends for it.
     """
-
-    def ours(folder: Path) -> bool:
-        try:
-            return own_manifest(folder)["run"] == run.id
-        except (RunFolderError, KeyError):
-            return False
-
-    own = [folder for folder in checkpoints(run.folder) if ours(folder)]
-    for folder in own:
-        if folder in (*own[-keep:], newest, best):
-            continue
+    own = []
+    for folder in checkpoints(run.folder):
+        with suppress(RunFolderError, KeyError):
+            if own_manifest(folder)["run"] == run.id:
+                own.append(folder)
+    for folder in [folder for folder in own if folder not in (*own[-keep:], newest, best)]:
         try:
             remove_folder(folder)
         except OSError as error:
@@ -249,8 +241,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         if Path(name).name != name or not path.is_file():
             raise RunFolderError(f"{path}: is missing")
         try:
-            size = path.stat().st_size
-            if size != expected["bytes"]:
+            if (size := path.stat().st_size) != expected["bytes"]:
                 raise RunFolderError(f"{path}: has {size:,} bytes; {expected['bytes']:,} were written")
             if digest(path) != expected["sha256"]:
                 raise RunFolderError(f"{path}: was changed after it was written: its sha256 differs")
@@ -270,18 +261,15 @@ def read_progress(folder: Path) -> Progress:
 def load_checkpoint(folder: Path, recognizer: Recognizer, optimizer: torch.optim.Optimizer) -> Progress:
     """Put a verified checkpoint's weights and optimizer state into place, and return where it stood."""
     try:
-        weights = read_tensors(folder / "model.safetensors")
+        weights, keys = read_tensors(folder / "model.safetensors"), recognizer.keys()
         tensors = read_tensors(folder / "optimizer.safetensors")
         with torch.no_grad():
-            keys = recognizer.keys()
             for name, value in recognizer.model.state_dict().items():
                 value.copy_(weights[keys[name]])
         restore_optimizer(recognizer.model, optimizer, tensors)
         return read_progress(folder)
-    except RunFolderError:
-        raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, RunFolderError) or is_out_of_memory(error):
             raise
         raise RunFolderError(f"{folder}: cannot be resumed from: {error.__class__.__name__}: {error}") from error
 
@@ -311,11 +299,8 @@ def set_aside(folder: Path) -> Path:
 
 def set_aside_after(run: Path, step: int) -> list[str]:
     """Rename the checkpoints after a step, so that those to come have no rivals; return a line for each."""
-    return [
-        f"{folder} is set aside as {set_aside(folder).name}"
-        for folder in checkpoints(run)
-        if step_of(folder) > step
-    ]
+    later = [folder for folder in checkpoints(run) if step_of(folder) > step]
+    return [f"{folder} is set aside as {set_aside(folder).name}" for folder in later]
 
 
 # ------------------------------------------------------------------------------------ while training goes on
@@ -360,13 +345,7 @@ class Saver:
         self._start(lambda: recognizer.save(folder, weights, also=also))
 
     def checkpoint(
-        self,
-        run: Run,
-        recognizer: Recognizer,
-        optimizer: torch.optim.Optimizer,
-        progress: Progress,
-        *,
-        keep: int,
+        self, run: Run, recognizer: Recognizer, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
     ) -> None:
         """Save everything as it is now, as `save_checkpoint` does."""
         weights = self._copy(recognizer, progress.step)
@@ -407,13 +386,10 @@ class Saver:
         def timed() -> None:
             if self._failed:  # a checkpoint must not speak of a best model that could not be written
                 return
-            started = time.perf_counter()
-            try:
-                with memory_explained(SMALLER_MODEL, doing="when a model or checkpoint was written"):
-                    write()
-            except BaseException:
-                self._failed = True
-                raise
+            started, self._failed = time.perf_counter(), True  # until it is written
+            with memory_explained(SMALLER_MODEL, doing="when a model or checkpoint was written"):
+                write()
+            self._failed = False
             self.written += time.perf_counter() - started
 
         self._pending.append(self._thread.submit(timed))

@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -22,27 +22,13 @@ from ser.errors import ConfigError
 from ser.models.heads import HEADS, POOLINGS
 from ser.train.optim import SCHEDULES
 
-# metric -> whether larger is better
-METRICS = {
-    "unweighted_accuracy": True,
-    "accuracy": True,
-    "macro_f1": True,
-    "ccc": True,
-    "wer": False,
-    "cer": False,
-    "speaker_accuracy": True,
-    "loss": False,
-}
+METRICS = ("unweighted_accuracy", "accuracy", "macro_f1", "ccc", "wer", "cer", "speaker_accuracy", "loss")
+ERROR_METRICS = ("wer", "cer", "loss")  # of which the smaller value is better
 
 # Titles of the groups of flags in the help, in their order.
-COMMON, LOSSES, OPTIMIZER, BATCHES, KEPT, FAULTS = GROUPS = (
-    "training: common settings",
-    "training: heads and losses",
-    "training: optimizer",
-    "training: batches and memory",
-    "training: evaluation and checkpoints",
-    "training: faults",
-)
+COMMON, LOSSES, OPTIMIZER = "training: common settings", "training: heads and losses", "training: optimizer"
+BATCHES, KEPT, FAULTS = "training: batches and memory", "training: evaluation and checkpoints", "training: faults"
+GROUPS = (COMMON, LOSSES, OPTIMIZER, BATCHES, KEPT, FAULTS)
 
 
 # ------------------------------------------------------------------------------------------- what a value may be
@@ -50,14 +36,14 @@ COMMON, LOSSES, OPTIMIZER, BATCHES, KEPT, FAULTS = GROUPS = (
 
 def at_least_0(name: str, value: float) -> None:
     """Refuse what is no number from 0."""
-    if not (value >= 0 and value < math.inf):
+    if not 0 <= value < math.inf:
         raise ConfigError(f"{name} is {value}; expected a number from 0")
 
 
 def above_0(name: str, value: float) -> None:
     """Refuse what is no number above 0."""
     at_least_0(name, value)
-    if value <= 0:
+    if value == 0:
         raise ConfigError(f"{name} is {value}; expected more than 0")
 
 
@@ -75,19 +61,13 @@ def share_below_1(name: str, value: float) -> None:
         raise ConfigError(f"{name} is {value}; expected a share from 0 to 1, and not 1")
 
 
-def parse_interval(text: str, name: str) -> tuple[int, str]:
+def parse_interval(name: str, value: str) -> tuple[int, str]:
     """Read an interval: "2ep" -> (2, "epochs"), "500" -> (500, "updates")."""
-    number, unit = (text[:-2], "epochs") if text.endswith("ep") else (text, "updates")
+    number, unit = (value[:-2], "epochs") if value.endswith("ep") else (value, "updates")
     if not number.isdecimal() or int(number) < 1:
-        raise ConfigError(
-            f"{name} is {text!r}; expected a number of updates such as 500, or of epochs such as 1ep"
-        )
+        expected = "a number of updates such as 500, or of epochs such as 1ep"
+        raise ConfigError(f"{name} is {value!r}; expected {expected}")
     return int(number), unit
-
-
-def interval(name: str, value: str) -> None:
-    """Refuse what is no interval."""
-    parse_interval(value, name)
 
 
 def names_of_heads(name: str, value: str) -> None:
@@ -97,18 +77,13 @@ def names_of_heads(name: str, value: str) -> None:
         raise ConfigError(f"{name} names {', '.join(unknown)}; there are {', '.join(HEADS)} (or auto)")
 
 
-def names_of_augmentations(name: str, value: Sequence[str]) -> None:
-    """Refuse an augmentation that there is not."""
-    augmented(value, seed=0)
-
-
 def option(
     group: str,
     default: Any,
     *,
     help: str,
     choices: Collection[str] = (),
-    check: Callable[[str, Any], None] | None = None,
+    check: Callable[[str, Any], object] | None = None,
     resume: str = "same",
     hidden: bool = False,
 ) -> Any:
@@ -135,9 +110,8 @@ class TrainConfig:
     """Hold the settings of a run. They are checked on construction, and saved as JSON beside the checkpoints."""
 
     # fmt: off
-    heads: str = option(COMMON, "auto", check=names_of_heads,
-        help=f"comma-separated tasks out of {', '.join(HEADS)}; auto: emotion, ctc where the training data has "
-             "them, speaker if beta is above 0")
+    heads: str = option(COMMON, "auto", check=names_of_heads, help="comma-separated tasks out of "
+        f"{', '.join(HEADS)}; auto: emotion, ctc where the training data has them, speaker if beta is above 0")
     alpha: float = option(COMMON, 0.1, resume="asked", help="weight of the CTC loss; 0 adds exactly nothing")
     beta: float = option(COMMON, 0.0, resume="asked", help="weight of the speaker loss")
     epochs: int = option(COMMON, 100, check=above_0, resume="asked", help="passes over the training data")
@@ -155,15 +129,12 @@ class TrainConfig:
         help="processes per rank that decode audio; 0: the training process decodes")
     seed: int = option(COMMON, 0, help="of new weights, order, dropout and masks")
 
-    gamma: float = option(LOSSES, 1.0, resume="asked",
-        help="weight of the loss of dimensions (arousal, dominance, valence), 1 - CCC over an update: it needs "
-             "large ones, such as an effective batch of 32")
-    layers: str = option(LOSSES, "auto",
-        help="what the heads but CTC's read: last, weighted (a learnt mean of all), or the number of a layer; "
-             "auto: as --init has it, else last")
-    pooling: str = option(LOSSES, "auto", choices=("auto", *POOLINGS),
-        help="how frames become one vector for emotion, speaker and dimensions; auto: as --init has it, else "
-             "mean")
+    gamma: float = option(LOSSES, 1.0, resume="asked", help="weight of the loss of dimensions (arousal, "
+        "dominance, valence), 1 - CCC over an update: it needs large ones, such as an effective batch of 32")
+    layers: str = option(LOSSES, "auto", help="what the heads but CTC's read: last, weighted (a learnt mean of "
+        "all), or the number of a layer; auto: as --init has it, else last")
+    pooling: str = option(LOSSES, "auto", choices=("auto", *POOLINGS), help="how frames become one vector for "
+        "emotion, speaker and dimensions; auto: as --init has it, else mean")
     label_smoothing: float = option(LOSSES, 0.0, check=share, resume="asked", help="of the emotion loss, 0 to 1")
     class_weights: bool = option(LOSSES, False, help="weight emotions inversely to their frequency in training")
     ctc_per_character: bool = option(LOSSES, False,
@@ -184,49 +155,42 @@ class TrainConfig:
     batch_seconds: float = option(BATCHES, 0.0,
         help="padded seconds of audio per update over all processes, instead of the effective batch; 0: off")
     # Earlier names of the geometry: they mean what they meant, and the help does not show them.
-    micro_batch: int = option(BATCHES, 0, resume="freely", hidden=True,
-        help="most utterances in one forward pass of one process, instead of micro-seconds (not with "
-             "batch-seconds); 0: off")
+    micro_batch: int = option(BATCHES, 0, resume="freely", hidden=True, help="most utterances in one forward pass "
+        "of one process, instead of micro-seconds (not with batch-seconds); 0: off")
     accumulate: int = option(BATCHES, 0, resume="freely", hidden=True,
         help="micro-batches per update and process; 0: follows from the effective batch")
     batching: str = option(BATCHES, "bucket", choices=("bucket", "random"),
         help="utterances of like length together, or as drawn")
-    augment: tuple[str, ...] = option(BATCHES, (), check=names_of_augmentations, resume="asked",
+    augment: tuple[str, ...] = option(BATCHES, (), check=lambda _, names: augmented(names, seed=0), resume="asked",
         help="names of augmentations that change each training waveform, in their order (not with cache)")
     max_seconds: float = option(BATCHES, 0.0,
         help="drop longer training utterances, in seconds; 0: keep all. Evaluation drops none")
     activation_checkpointing: bool = option(BATCHES, False, resume="freely",
         help="recompute activations: less memory, about a third more time")
-    cache: str = option(BATCHES, "", resume="asked",
-        help="folder in which what a frozen part makes of each recording is kept, so that it is computed once; "
-             "may be shared by runs; empty: none")
-    cache_dtype: str = option(BATCHES, "fp16", choices=("fp16", "fp32"), resume="asked",
-        help="how the cache keeps numbers: fp16 rounds to three digits, fp32 does not round and takes twice the "
-             "room")
+    cache: str = option(BATCHES, "", resume="asked", help="folder in which what a frozen part makes of each "
+        "recording is kept, so that it is computed once; may be shared by runs; empty: none")
+    cache_dtype: str = option(BATCHES, "fp16", choices=("fp16", "fp32"), resume="asked", help="how the cache "
+        "keeps numbers: fp16 rounds to three digits, fp32 does not round and takes twice the room")
 
-    eval_every: str = option(KEPT, "1ep", check=interval, resume="asked",
+    eval_every: str = option(KEPT, "1ep", check=parse_interval, resume="asked",
         help="evaluate every N epochs (Nep) or N updates (N)")
-    eval_seconds: float = option(KEPT, 0.0, resume="freely",
-        help="padded seconds of audio per forward pass in evaluation; 0: as in prediction, 16 on a CPU and 64 on "
-             "a GPU")
+    eval_seconds: float = option(KEPT, 0.0, resume="freely", help="padded seconds of audio per forward pass in "
+        "evaluation; 0: as in prediction, 16 on a CPU and 64 on a GPU")
     metric: str = option(KEPT, "auto", choices=("auto", *METRICS),
         help="what the best model is chosen by on validation data; auto: unweighted_accuracy, else wer")
     early_stop: int = option(KEPT, 0, resume="asked", help="end after N evaluations without improvement; 0: never")
-    save_every: str = option(KEPT, "1ep", check=interval, resume="freely",
+    save_every: str = option(KEPT, "1ep", check=parse_interval, resume="freely",
         help="save a checkpoint every N epochs (Nep) or N updates (N)")
     keep: int = option(KEPT, 2, check=above_0, resume="freely",
         help="checkpoints to keep, the newest; that of the best evaluation stays too")
     log_every: int = option(KEPT, 10, check=above_0, resume="freely", help="updates between progress lines")
 
-    on_bad_audio: str = option(FAULTS, "fail", choices=("fail", "skip"), resume="freely",
-        help="what becomes of recordings that cannot be read: end the run, or leave them out, named in "
-             "skipped.jsonl")
-    max_bad_audio: float = option(FAULTS, 0.01, check=share, resume="freely",
-        help="largest share of the training set, and of the validation set, that skip may leave out, 0 to 1; "
-             "beyond it the run ends")
-    timeout: float = option(FAULTS, 600.0, check=above_0, resume="freely",
-        help="seconds that a process waits for another, or for a loader worker, before the run ends with an "
-             "error")
+    on_bad_audio: str = option(FAULTS, "fail", choices=("fail", "skip"), resume="freely", help="what becomes of "
+        "recordings that cannot be read: end the run, or leave them out, named in skipped.jsonl")
+    max_bad_audio: float = option(FAULTS, 0.01, check=share, resume="freely", help="largest share of the training "
+        "set, and of the validation set, that skip may leave out, 0 to 1; beyond it the run ends")
+    timeout: float = option(FAULTS, 600.0, check=above_0, resume="freely", help="seconds that a process waits for "
+        "another, or for a loader worker, before the run ends with an error")
     max_skipped: int = option(FAULTS, 10, check=above_0, resume="freely",
         help="updates in a row without a finite loss and gradient that end the run")
     # fmt: on
@@ -258,20 +222,13 @@ class TrainConfig:
             return None
         micro_batch = self.micro_batch or 1
         product = world_size * micro_batch * self.accumulate
-        if self.accumulate and not self.effective_batch:
-            return product
-        effective_batch = self.effective_batch or 8
-        if self.accumulate and product != effective_batch:
-            raise ConfigError(
-                f"effective_batch {effective_batch} is not {world_size} processes x micro_batch "
-                f"{micro_batch} x accumulate {self.accumulate} = {product}; leave one of them out"
-            )
-        if effective_batch % (world_size * micro_batch):
-            raise ConfigError(
-                f"effective_batch {effective_batch} cannot be divided by {world_size} processes x "
-                f"micro_batch {micro_batch}"
-            )
-        return effective_batch
+        size, parts = self.effective_batch or product or 8, f"{world_size} processes x micro_batch {micro_batch}"
+        if self.accumulate and product != size:
+            whole = f"{parts} x accumulate {self.accumulate} = {product}"
+            raise ConfigError(f"effective_batch {size} is not {whole}; leave one of them out")
+        if size % (world_size * micro_batch):
+            raise ConfigError(f"effective_batch {size} cannot be divided by {parts}")
+        return size
 
     def micro_limits(self, world_size: int) -> MicroLimits:
         """Return what bounds a forward pass, as `cut_update` takes it: utterances, or padded samples."""
@@ -299,22 +256,12 @@ def paper_settings(*, alpha: float | None = None, large: bool = False, script: b
         script: whether to act as the script does.
     """
     chosen = (0.01 if large else 0.1) if alpha is None else alpha
-    settings: dict[str, Any] = {
-        "alpha": 2 * chosen if script else chosen,
-        "rate": 5e-5 if chosen else 1e-5,
-        "head_rate": 0.0,
-        "adam_beta2": 0.999,
-        "weight_decay": 0.0,
-        "clip": 1.0,
-        "warmup": 0.0 if script else 0.1,
-        "epochs": 200 if script else 100,
-        "batching": "random",
-        "freeze": "none",
-        "pooling": "mean",
-        "layers": "last",
-        "activation_checkpointing": script,
-    }
-    return settings | ({"micro_batch": 2, "accumulate": 4} if script else {"micro_batch": 1, "effective_batch": 8})
+    losses = {"alpha": 2 * chosen if script else chosen, "rate": 5e-5 if chosen else 1e-5}
+    optimizer = {"head_rate": 0.0, "adam_beta2": 0.999, "weight_decay": 0.0, "clip": 1.0}
+    length = {"warmup": 0.0 if script else 0.1, "epochs": 200 if script else 100}
+    model = {"freeze": "none", "pooling": "mean", "layers": "last", "activation_checkpointing": script}
+    batches = {"micro_batch": 2, "accumulate": 4} if script else {"micro_batch": 1, "effective_batch": 8}
+    return {**losses, **optimizer, **length, "batching": "random", **model, **batches}
 
 
 def resumable(how: str) -> set[str]:

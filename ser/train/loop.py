@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ser.scores.card import RECORD, evaluation_entry, training_record, with_eval
 from ser.scores.report import Outcomes, as_row, report
 from ser.train.bad_audio import errors_of
 from ser.train.checkpoint import Progress
-from ser.train.config import METRICS, TrainConfig, parse_interval
+from ser.train.config import ERROR_METRICS, TrainConfig, parse_interval
 from ser.train.distributed import World
 from ser.train.evaluation import Evaluation, evaluate
 from ser.train.log import Log, Meter, say, show_rows
@@ -50,31 +51,19 @@ class FitResult:
     stopped: bool = False  # asked to stop, by a signal to any rank, it saved its state before the end
 
 
-def is_due(every: str, progress: Progress, *, epoch_ended: bool) -> bool:
-    """Tell whether something every N updates ("N") or epochs ("Nep") is due after an update."""
-    number, unit = parse_interval(every, "an interval")
-    return progress.step % number == 0 if unit == "updates" else epoch_ended and progress.epoch % number == 0
-
-
-def evaluation_is_due(job: Job, progress: Progress, *, epoch_ended: bool) -> bool:
-    """Tell whether an evaluation is due after an update: as often as was set, and after the last one."""
-    last = progress.step == job.total
-    return len(job.data.valid) > 0 and (last or is_due(job.config.eval_every, progress, epoch_ended=epoch_ended))
+def is_due(every: str, progress: Progress, *, epoch_ended: bool, last: bool) -> bool:
+    """Tell whether something every N updates ("N") or epochs ("Nep") is due after an update, as after the last."""
+    number, unit = parse_interval("an interval", every)
+    done, ended = (progress.step, True) if unit == "updates" else (progress.epoch, epoch_ended)
+    return last or (ended and done % number == 0)
 
 
 def fetch_updates(
     dataset: SpeechDataset, sampler: LengthBucketBatchSampler, config: TrainConfig, world: World
 ) -> Iterator[list[Batch]]:
     """Give this rank's micro-batches, update by update, which the workers decode ahead."""
-    loader = decoded(
-        dataset,
-        sampler,
-        collate,
-        workers=config.workers,
-        timeout=config.timeout,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=outlive_signals,
-    )
+    how: dict[str, Any] = {"pin_memory": world.device.type == "cuda", "worker_init_fn": outlive_signals}
+    loader = decoded(dataset, sampler, collate, workers=config.workers, timeout=config.timeout, **how)
     for update in sampler.updates:
         yield [next(loader) for _ in update]
     next(loader, None)  # its workers end, within the same limit
@@ -95,10 +84,8 @@ def save_model(job: Job, progress: Progress, name: str, evaluation: Evaluation |
         figures = report(Outcomes.of(recognizer.emotions, rows))
         entry = evaluation_entry(figures, run.settings.get("valid"), chosen_on=name == "best")
         record = with_evaluation(record, entry)
-    card = record
-    job.saver.model(
-        run.folder / name, recognizer, step=progress.step, also=lambda folder: write_card(folder, card)
-    )
+    write = partial(write_card, record=record)
+    job.saver.model(run.folder / name, recognizer, step=progress.step, also=write)
 
 
 def save_progress(job: Job, progress: Progress) -> None:
@@ -115,7 +102,8 @@ def save_progress(job: Job, progress: Progress) -> None:
 def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> None:
     """Keep count of the best value of the metric."""
     value = float(evaluation.metrics().get(metric, math.nan))
-    better = progress.best is None or (value > progress.best if METRICS[metric] else value < progress.best)
+    sign = -1 if metric in ERROR_METRICS else 1
+    better = progress.best is None or sign * value > sign * progress.best
     if better and math.isfinite(value):
         progress.best, progress.best_step, progress.evaluations_since_best = value, progress.step, 0
     else:
@@ -144,11 +132,12 @@ def count_left_out(job: Job, log: Log, progress: Progress, result: UpdateResult,
 
 
 def log_updates(job: Job, log: Log, progress: Progress, result: UpdateResult, epoch: int) -> None:
-    """Log the updates since the last line. All ranks call this."""
-    entry = log.meter.totals(job.world)
-    entry["rate"] = max(group["lr"] for group in job.learner.optimizer.param_groups)
-    entry |= {"grad_norm": result.grad_norm, "padding": job.data.sampler.padding}
-    entry["memory_gib"] = memory_gib(job.world.device)
+    """Log the updates since the last line, where that is due. All ranks call this."""
+    if progress.step % job.config.log_every and progress.step != job.total:
+        return
+    rate = max(group["lr"] for group in job.learner.optimizer.param_groups)
+    entry = log.meter.totals(job.world) | {"rate": rate, "grad_norm": result.grad_norm}
+    entry |= {"padding": job.data.sampler.padding, "memory_gib": memory_gib(job.world.device)}
     entry |= job.saver.seconds()
     entry |= {"bad_audio": n} if (n := len(job.bad_audio.skipped["train"])) else {}
     log.write("train", entry, progress, epoch=epoch)
@@ -158,22 +147,19 @@ def log_updates(job: Job, log: Log, progress: Progress, result: UpdateResult, ep
 # ---------------------------------------------------------------------------------------------- the loop
 
 
+def evaluate_valid(job: Job, **how: Any) -> Evaluation:
+    """Evaluate on the validation set; ``how`` goes to `evaluate`."""
+    data, seconds = job.data.valid, job.config.eval_seconds or None
+    shared: dict[str, Any] = {"world": job.world, "batch_seconds": seconds, "bad_audio": job.bad_audio}
+    return evaluate(job.recognizer, data, keep_rows=True, **shared, **how)
+
+
 def evaluate_and_keep_best(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
     """Evaluate, and keep the best model; False if a signal came before the end: it is still due then."""
     config = job.config
     with log.meter.paused():
-        evaluation = evaluate(
-            job.recognizer,
-            job.data.valid,
-            world=job.world,
-            objective=job.learner.objective,
-            batch_seconds=config.eval_seconds or None,
-            workers=config.workers,
-            keep_rows=True,
-            bad_audio=job.bad_audio,
-            stop=stop,
-            timeout=config.timeout,
-        )
+        objective, workers, timeout = job.learner.objective, config.workers, config.timeout
+        evaluation = evaluate_valid(job, objective=objective, workers=workers, stop=stop, timeout=timeout)
         if evaluation.interrupted:
             return False
         log.evaluation = evaluation
@@ -185,8 +171,8 @@ def evaluate_and_keep_best(job: Job, progress: Progress, log: Log, stop: StopReq
         if progress.evaluations_since_best == 0:
             save_model(job, progress, "best", evaluation)
         if progress.stops_early(config.early_stop):
-            improved = f"{job.metric} has not improved in {config.early_stop} evaluations"
-            say(job.world, f"stopping early: {improved}")
+            patience = f"{config.early_stop} evaluations"
+            say(job.world, f"stopping early: {job.metric} has not improved in {patience}")
             progress.finished = True
         progress.evaluation_due = False
     return True
@@ -220,16 +206,16 @@ def train_to_end(job: Job, progress: Progress, log: Log, stop: StopRequest) -> b
             job.saver.check()
             log.count(result, batches)
             count_left_out(job, log, progress, result, (epoch, place))
-            if last or progress.step % config.log_every == 0:
-                log_updates(job, log, progress, result, epoch)
+            log_updates(job, log, progress, result, epoch)
 
             stopped = result.stop
-            progress.evaluation_due = evaluation_is_due(job, progress, epoch_ended=epoch_ended)
+            due = is_due(config.eval_every, progress, epoch_ended=epoch_ended, last=last)
+            progress.evaluation_due = due and len(data.valid) > 0
             if progress.evaluation_due and not stopped:
                 stopped = not evaluate_and_keep_best(job, progress, log, stop)
             progress.finished = progress.finished or (last and not progress.evaluation_due)
             ending = progress.finished or stopped
-            if ending or is_due(config.save_every, progress, epoch_ended=epoch_ended):
+            if ending or is_due(config.save_every, progress, epoch_ended=epoch_ended, last=last):
                 save_progress(job, progress)
             if ending:
                 break
@@ -241,14 +227,7 @@ def train_to_end(job: Job, progress: Progress, log: Log, stop: StopRequest) -> b
 def save_last(job: Job, progress: Progress, log: Log) -> None:
     """Save last/, and best/ where nothing was evaluated."""
     if len(job.data.valid) and log.evaluation is None:
-        log.evaluation = evaluate(
-            job.recognizer,
-            job.data.valid,
-            world=job.world,
-            batch_seconds=job.config.eval_seconds or None,
-            keep_rows=True,
-            bad_audio=job.bad_audio,
-        )
+        log.evaluation = evaluate_valid(job)
     save_model(job, progress, "last", log.evaluation)
     if not len(job.data.valid):
         save_model(job, progress, "best", None)
@@ -295,16 +274,15 @@ def fit(
     world = world or World(device=choose_device(config.device, 0))
     request = Request(Path(run), settings or {}, overwrite, resume_from, allow_changes)
     with freed_memory_kept(world.device), ExitStack() as held:
-        job = prepare(recognizer, train, valid, config, request, world, held)
+        job = prepare(recognizer, {"train": train, "valid": valid}, config, request, world, held)
         progress = restore(job)
-        finished_before = progress.finished
+        resumed, finished_before = job.opened.checkpoint is not None, progress.finished
         if config.cache and not finished_before:  # of the checkpoint's weights, which are there by now
             fill_caches(job)
         log = Log(request.folder / "metrics.jsonl", world, progress, verbose=verbose)
         say(world, job.summary())
         log.begin(job.total, progress)
         stop = held.enter_context(stop_on_signals())
-        resumed = job.opened.checkpoint is not None
         if not train_to_end(job, progress, log, stop) and not progress.finished:
             by = stop.signal or "a signal to another process"
             again = "the same command continues (without --overwrite and --resume-from)"

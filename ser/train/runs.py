@@ -40,6 +40,8 @@ MAY_CHANGE = resumable("freely") | FACTS
 # weights that a run began with, for the checkpoint has its own; names of recordings, where all else is the same.
 CHANGEABLE = resumable("asked") | {"init", "files"}
 
+FILES = ("config.json", "metrics.jsonl", "lengths.json", "skipped.jsonl")  # of a run, beside its folders
+
 
 @dataclass(frozen=True)
 class Request:
@@ -70,22 +72,17 @@ def remove_run(folder: Path) -> None:
     if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
         raise RunFolderError(f"{folder}: is not a training run, so --overwrite does not remove it")
 
-    def remove(path: Path) -> None:
-        remove_folder(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
     kept = {OWNER, "config.json", "checkpoints"}  # it is locked; it is replaced; by these two it is known as a run
-    for path in sorted(folder.iterdir(), key=lambda path: path.name != "last"):
-        if path.name not in kept:
-            remove(path)
-    for path in (folder / "checkpoints").iterdir():
-        remove(path)
+    inside = [path for path in folder.iterdir() if path.name not in kept]
+    inside.sort(key=lambda path: path.name != "last")
+    for path in [*inside, *(folder / "checkpoints").iterdir()]:
+        remove_folder(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process had begun to write into a run."""
     if (folder / "checkpoints").is_dir():
-        files = ("config.json", "metrics.jsonl", "lengths.json", "skipped.jsonl")
-        for name in (*files, "best", "last", "checkpoints/step-*"):
+        for name in (*FILES, "best", "last", "checkpoints/step-*"):
             clear_remains((folder / name).parent, Path(name).name)
 
 
@@ -116,28 +113,21 @@ def refuse_changes(checkpoint: Path, differences: Mapping[str, str], allowed: se
         return
     askable = sorted(refused.keys() & CHANGEABLE)
     hint = f"--allow-changes {' '.join(askable)} if that is meant, " if askable else ""
-    told = list(refused.values())
+    headline = f"{checkpoint}: is of a run with other settings; resume it with the same, {hint}choose another "
+    told = [f"{headline}folder, or --overwrite:", *refused.values()]
     if any(key.startswith("data.") for key in refused):
         told += ["(where lengths differ: a recording mended since may be longer)"]
-    listed = "\n  ".join(told)
-    raise RunFolderError(
-        f"{checkpoint}: is of a run with other settings; resume it with the same, {hint}choose another "
-        f"folder, or --overwrite:\n  {listed}"
-    )
+    raise RunFolderError("\n  ".join(told))
 
 
 def reopened(folder: Path, settings: dict[str, Any], resume_from: str | Path | None, allowed: set[str]) -> Opened:
     """Do what `open_run` does in a folder that has checkpoints."""
-    if resume_from is None:
-        checkpoint, reasons = newest_verified(folder)
-    else:
-        checkpoint, reasons = find_checkpoint(folder, resume_from), []
+    named = find_checkpoint(folder, resume_from) if resume_from is not None else None
+    checkpoint, reasons = (named, []) if named else newest_verified(folder)
     if checkpoint is None:
-        listed = "\n  ".join(reasons)
-        raise RunFolderError(
-            f"{folder}: none of its {len(reasons)} checkpoints is sound; restore one from a copy, or --overwrite "
-            f"to start anew:\n  {listed}"
-        )
+        advice = "restore one from a copy, or --overwrite to start anew"
+        headline = f"{folder}: none of its {len(reasons)} checkpoints is sound; {advice}:"
+        raise RunFolderError("\n  ".join([headline, *reasons]))
     notes = [f"skipped a damaged checkpoint: {reason}" for reason in reasons]
     differences = differing_settings(checkpoint / SETTINGS, settings)
     refuse_changes(checkpoint, differences, allowed)
@@ -162,7 +152,7 @@ def interrupted_early(folder: Path, settings: dict[str, Any]) -> bool:
     if there == {"checkpoints"}:  # stopped before config.json
         return not any((folder / "checkpoints").iterdir())
     return (
-        there <= {"config.json", "metrics.jsonl", "lengths.json", "skipped.jsonl", "checkpoints", "best"}
+        there <= {*FILES, "checkpoints", "best"}
         and (folder / "config.json").is_file()
         and not differing_settings(folder / "config.json", settings)
     )
@@ -172,10 +162,8 @@ def allowed_changes(names: Sequence[str]) -> set[str]:
     """Read the names of settings that may differ. Raises ConfigError for one that no run can go on with."""
     allowed = {name.replace("-", "_") for name in names}
     for name in sorted(allowed - CHANGEABLE):
-        raise ConfigError(
-            f"allow-changes names {name!r}{did_you_mean(name, CHANGEABLE)}; a run goes on with another "
-            f"{', '.join(sorted(CHANGEABLE))}"
-        )
+        near, possible = did_you_mean(name, CHANGEABLE), ", ".join(sorted(CHANGEABLE))
+        raise ConfigError(f"allow-changes names {name!r}{near}; a run goes on with another {possible}")
     return allowed
 
 
@@ -212,17 +200,14 @@ def open_run(
     occupied = folder.is_dir() and any(path.name != OWNER for path in folder.iterdir())
     if occupied and overwrite:
         remove_run(folder)
-        occupied = False
     remove_unfinished(folder)
     if checkpoints(folder):
         return reopened(folder, recorded, resume_from, allowed)
     if resume_from is not None:
         raise RunFolderError(f"{folder}: has no checkpoint, so none to resume from")
-    if occupied and not interrupted_early(folder, recorded):
-        raise RunFolderError(
-            f"{folder}: is not empty and has no checkpoint to resume from; choose another folder, or --overwrite "
-            "to start a run anew"
-        )
+    if occupied and not overwrite and not interrupted_early(folder, recorded):
+        advice = "choose another folder, or --overwrite to start a run anew"
+        raise RunFolderError(f"{folder}: is not empty and has no checkpoint to resume from; {advice}")
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", recorded)
     sync(folder)

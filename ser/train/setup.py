@@ -39,6 +39,9 @@ from ser.train.resources import SMALLER_MODEL, memory_explained
 from ser.train.runs import Opened, Request, describe, open_run
 from ser.train.update import Learner
 
+Rows = Mapping[str, Sequence[Utterance]]  # "train" and "valid" -> the rows of a manifest
+Sets = Mapping[str, SpeechDataset]  # the same, as they are read
+
 # ---------------------------------------------------------------------------------------------- what is trained
 
 
@@ -52,18 +55,15 @@ def head_weights(recognizer: Recognizer, config: TrainConfig) -> dict[str, float
     if not heads:
         raise ConfigError("nothing would be trained: no training utterance has emotion or text; see --columns")
     if not any(weights.values()):
-        raise ConfigError(
-            f"nothing would be trained: the weights of all heads ({', '.join(heads)}) are 0; see --alpha, --beta, "
-            "--gamma"
-        )
+        reason = f"the weights of all heads ({', '.join(heads)}) are 0; see --alpha, --beta, --gamma"
+        raise ConfigError(f"nothing would be trained: {reason}")
     return weights
 
 
 def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:
     """Return class weights (K,) proportional to 1 / frequency, 1 on average over the labelled utterances."""
-    counts = torch.bincount(
-        torch.tensor([y for y in labels if y != NO_LABEL], dtype=torch.int64), minlength=classes
-    ).double()
+    labelled = torch.tensor([label for label in labels if label != NO_LABEL], dtype=torch.int64)
+    counts = labelled.bincount(minlength=classes).double()
     return (counts.sum() / (classes * counts.clamp(min=1))).float()
 
 
@@ -104,10 +104,8 @@ def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: Speec
     if config.metric == "auto":
         return possible[0]
     if config.metric not in possible:
-        raise ConfigError(
-            f"metric {config.metric} cannot be measured with these heads and validation labels; possible: "
-            f"{', '.join(possible)}"
-        )
+        why = f"cannot be measured with these heads and validation labels; possible: {', '.join(possible)}"
+        raise ConfigError(f"metric {config.metric} {why}")
     return config.metric
 
 
@@ -135,8 +133,9 @@ def without_long(
     """Drop the training utterances over ``max_seconds``, and name them."""
     if not config.max_seconds:
         return dataset
-    kept = [i for i, n in enumerate(dataset.lengths) if n <= config.max_seconds * SAMPLE_RATE]
-    dropped = [dataset.utterances[i].id for i in sorted(set(range(len(dataset))) - set(kept))]
+    most = config.max_seconds * SAMPLE_RATE
+    kept = [i for i, n in enumerate(dataset.lengths) if n <= most]
+    dropped = [u.id for u, n in zip(dataset.utterances, dataset.lengths, strict=True) if n > most]
     if dropped:
         listed = printable(", ".join(dropped[:20])) + (" ..." if len(dropped) > 20 else "")
         say(world, f"dropped {len(dropped)} training utterances over {config.max_seconds:g} s: {listed}")
@@ -146,29 +145,14 @@ def without_long(
 
 
 def make_ready(
-    recognizer: Recognizer,
-    train: Sequence[Utterance],
-    valid: Sequence[Utterance],
-    config: TrainConfig,
-    weights: Mapping[str, float],
-    bad_audio: BadAudio,
-    *,
-    anew: bool,
+    recognizer: Recognizer, sets: Sets, config: TrainConfig, weights: dict[str, float], bad_audio: BadAudio
 ) -> Data:
-    """Read all headers, agree with the other ranks, drop what is too long, and refuse what cannot be trained on.
-
-    ``anew`` means that no run began in the folder, or that it will be removed.
-    """
-    world = bad_audio.world
-    dataset, validation = recognizer.dataset(train), recognizer.dataset(valid)
-    for name, part in {"train": dataset, "valid": validation}.items():
-        bad_audio.read_lengths(name, part, least=recognizer.model.config.min_samples, anew=anew)
-    lengths = {"train": dataset.lengths, "valid": validation.lengths}
-    dataset = without_long(dataset, recognizer, config, world)
-    unread = bad_audio.skipped["train"]
+    """Drop what is too long from sets whose lengths are known, and refuse what cannot be trained on."""
+    world, shape, unread = bad_audio.world, recognizer.model.config, bad_audio.skipped["train"]
+    lengths = {name: part.lengths for name, part in sets.items()}
+    dataset = without_long(sets["train"], recognizer, config, world)
     if config.augment:
         dataset.augment = augmented(config.augment, config.seed)
-    shape = recognizer.model.config
     for note in check_training_data(dataset, shape.num_frames, min_samples=shape.min_samples, unread=unread):
         say(world, note)
     sampler = LengthBucketBatchSampler(
@@ -181,18 +165,12 @@ def make_ready(
         rank=world.rank,
         world_size=world.size,
     )
-    concordant = [head for head, loss in LOSSES.items() if loss.sums is None]
+    concordant, frames = [head for head, loss in LOSSES.items() if loss.sums is None], shape.num_frames
     for note in check_learnable(
-        dataset,
-        sampler.plan,
-        weights,
-        shape.num_frames,
-        concordant=concordant,
-        epochs=config.epochs,
-        unread=unread,
+        dataset, sampler.plan, weights, frames, concordant=concordant, epochs=config.epochs, unread=unread
     ):
         say(world, note)
-    return Data(dataset, validation, sampler, lengths)
+    return Data(dataset, sets["valid"], sampler, lengths)
 
 
 # ---------------------------------------------------------------------------------------------- the run's folder
@@ -212,27 +190,20 @@ def settings_to_record(
 
 def open_folder(request: Request, settings: dict[str, Any], world: World, held: ExitStack) -> Opened:
     """Let the main rank own the run's folder and open it. An error of it is one on every rank."""
-    opened: Opened | None = None
-    failure: SerError | None = None
+    result: Opened | SerError | None = None
     if world.is_main:
         try:
             held.enter_context(own_run(request.folder))
-            opened = open_run(
-                request.folder,
-                settings,
-                overwrite=request.overwrite,
-                resume_from=request.resume_from,
-                allow_changes=request.allow_changes,
-            )
+            result = open_run(**vars(request) | {"settings": settings})  # a request has its parameters' names
         except SerError as error:
-            failure = error
+            result = error
         except (OSError, ValueError) as error:
-            failure = RunFolderError(f"{request.folder}: cannot be used: {error.__class__.__name__}: {error}")
-    opened, failure = world.gather((opened, failure))[0]
-    if opened is None:
-        assert failure is not None
-        raise failure
-    return opened
+            result = RunFolderError(f"{request.folder}: cannot be used: {error.__class__.__name__}: {error}")
+    result = world.gather(result)[0]
+    if isinstance(result, SerError):
+        raise result
+    assert result is not None
+    return result
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -258,28 +229,15 @@ def make_learner(
     recognizer: Recognizer, config: TrainConfig, objective: Objective, data: Data, world: World
 ) -> Learner:
     """Wrap the model for all ranks, and make its optimizer."""
-    model = recognizer.model
+    model, decay = recognizer.model, config.weight_decay
     with memory_explained(SMALLER_MODEL, doing="when room for gradients was made"):
         wrapped: nn.Module = world.wrap(model)
     optimizer = make_optimizer(
-        model,
-        rate=config.rate,
-        head_rate=config.head_rate,
-        weight_decay=config.weight_decay,
-        beta2=config.adam_beta2,
+        model, rate=config.rate, head_rate=config.head_rate, weight_decay=decay, beta2=config.adam_beta2
     )
-    return Learner(
-        model=model,
-        wrapped=wrapped,
-        optimizer=optimizer,
-        scaler=torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16"),
-        objective=objective,
-        world=world,
-        amp=config.amp,
-        clip=config.clip,
-        seed=config.seed,
-        names=[u.id for u in data.train.utterances],
-    )
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
+    amp, clip, seed, ids = config.amp, config.clip, config.seed, [u.id for u in data.train.utterances]
+    return Learner(model, wrapped, optimizer, scaler, objective, world, amp=amp, clip=clip, seed=seed, names=ids)
 
 
 # ---------------------------------------------------------------------------------------------- all of it
@@ -331,13 +289,7 @@ def updates_of_epochs(config: TrainConfig, sampler: LengthBucketBatchSampler) ->
 
 
 def prepare(
-    recognizer: Recognizer,
-    train: Sequence[Utterance],
-    valid: Sequence[Utterance],
-    config: TrainConfig,
-    request: Request,
-    world: World,
-    held: ExitStack,
+    recognizer: Recognizer, rows: Rows, config: TrainConfig, request: Request, world: World, held: ExitStack
 ) -> Job:
     """Make everything ready for the first update. All ranks call this.
 
@@ -350,7 +302,11 @@ def prepare(
     if config.cache:
         choose_kind(recognizer.model, config.freeze)  # it may be refused
     bad_audio = BadAudio(world, policy=config.on_bad_audio, limit=config.max_bad_audio, run=request.folder)
-    data = make_ready(recognizer, train, valid, config, weights, bad_audio, anew=request.overwrite)
+    sets = {name: recognizer.dataset(utterances) for name, utterances in rows.items()}
+    for name, part in sets.items():  # all ranks read headers, and agree on those that are no good
+        least = recognizer.model.config.min_samples
+        bad_audio.read_lengths(name, part, least=least, anew=request.overwrite)
+    data = make_ready(recognizer, sets, config, weights, bad_audio)
     metric = choose_metric(config, recognizer, data.valid)
     settings = settings_to_record(recognizer, config, data, request, metric, world)
     opened = open_folder(request, settings, world, held)
@@ -391,11 +347,7 @@ def fill_caches(job: Job) -> None:
     note = f": the layers' means are not kept, as {why}" if config.freeze == "encoder" and why else ""
     say(world, f"cache of {'the feature encoder' if kind == 'features' else 'pooled layers'}{note}")
     store = Cache.of(
-        recognizer.model,
-        config.cache,
-        kind=kind,
-        dtype=config.cache_dtype,
-        do_normalize=recognizer.do_normalize,
+        recognizer.model, config.cache, kind=kind, dtype=config.cache_dtype, do_normalize=recognizer.do_normalize
     )
     for name, part in job.data.sets.items():
         if len(part):

@@ -65,11 +65,8 @@ def draw_masks(model: MultiTaskModel, batch: Batch, *, seed: int, epoch: int) ->
         return {"mask_time": None, "mask_feature": None}
     frames = model.config.num_frames(batch.num_samples)
     time, feature = spec_augment(model.config, frames, batch.indices, seed=seed, epoch=epoch)
-    device = batch.waveforms.device
-    return {
-        "mask_time": None if time is None else time.to(device, non_blocking=True),
-        "mask_feature": None if feature is None else feature.to(device, non_blocking=True),
-    }
+    masks, device = {"mask_time": time, "mask_feature": feature}, batch.waveforms.device
+    return {name: None if m is None else m.to(device, non_blocking=True) for name, m in masks.items()}
 
 
 def mix(*numbers: int) -> int:
