@@ -26,19 +26,10 @@ from ser.data.labels import DIMENSIONS, LABELS, PLURALS, Labels
 from ser.data.text import BLANKS, MAX_SYMBOLS, ORTHOGRAPHIES, SPECIALS, Vocabulary
 from ser.errors import ConfigError, ModelFolderError, TextError, brief_repr, shorten
 from ser.files import write_json, write_tensors
+from ser.models import pretrained
 from ser.models.config import Wav2Vec2Config
 from ser.models.heads import HEADS
-from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.models.pretrained import (
-    PREPROCESSORS,
-    TensorFiles,
-    exists,
-    find_folder,
-    read_json,
-    resolve_inside,
-    stands_in,
-    written_names,
-)
+from ser.models.multitask import SIZES, HeadsConfig, MultiTaskModel
 
 FORMAT = 1  # of the "ser" part of config.json
 
@@ -49,7 +40,6 @@ PROBLEMS = {
     "regression": "regression",
 }
 POOLING_MODES = ("mean", "sum", "max")  # of ForSpeechClassification
-
 
 # Settings of `HeadsConfig` that stand in the "ser" part of config.json; its sizes follow from the labels.
 READS = ("layers", "weighted_final_norm", "pooling", "emotion_head", "dimension_head")
@@ -81,14 +71,23 @@ class FolderSettings:
 
     def labels(self, heads: Collection[str]) -> Labels:
         """Return the labels of a model that has these heads."""
-        return Labels(
-            {head: self.names.get(head, []) for head in heads if LABELS[head].kind != "text"},
-            self.vocabulary if "ctc" in heads else None,
-            self.multi_label,
-            self.orthography,
-            self.tags,
-            self.do_normalize,
-        )
+        names = {head: self.names.get(head, []) for head in heads if LABELS[head].kind != "text"}
+        vocabulary = self.vocabulary if "ctc" in heads else None
+        return Labels(names, vocabulary, self.multi_label, self.orthography, self.tags, self.do_normalize)
+
+
+# ---------------------------------------------------------------------------------------------- entries
+
+
+def expect(right: bool, entry: str, value: Any, known: str, most: int = 200, *, word: str = "expected ") -> None:
+    """Raise ModelFolderError unless an entry, named with its file, is right; ``most`` is of `brief_repr`."""
+    if not right:
+        raise ModelFolderError(f"{entry} is {brief_repr(value, most)}; {word}{known}")
+
+
+def optional_json(folder: Path, name: str) -> dict:
+    """Read a JSON file of a folder; empty where there is none."""
+    return pretrained.read_json(folder, name) if pretrained.stands_in(folder, name) else {}
 
 
 # ---------------------------------------------------------------------------------------------- labels
@@ -118,7 +117,13 @@ def class_names(path: Path, values: Mapping) -> list[str]:
     return check_names(path, "id2label", [id2label[n] for n in numbers])
 
 
-def classifier_form(files: TensorFiles) -> str | None:
+def rows_of(files: pretrained.TensorFiles, part: str) -> int | None:
+    """Return the number of outputs of a folder's "lm_head" (CTC) or "projector", None without one."""
+    shape = files.shapes.get(f"{part}.weight", ())
+    return shape[0] if len(shape) == 2 else None
+
+
+def classifier_form(files: pretrained.TensorFiles) -> str | None:
     """Return the form (`HEAD_FORMS`) of the head that `transformers` calls classifier, None without one."""
     for name, form in (("cls_head.weight", "linear"), ("dimension_head.dense.weight", "dense")):
         _, key = files.names.get(name, (None, ""))
@@ -130,10 +135,8 @@ def classifier_form(files: TensorFiles) -> str | None:
 def answer_kind(path: Path, values: Mapping, names: list[str], notes: list[str]) -> str:
     """Tell what the classifier answers with: "single-label", "multi-label" or "regression"."""
     problem = values.get("problem_type")
-    if problem is not None and problem not in (*PROBLEMS,):
-        raise ModelFolderError(
-            f"{path}: problem_type is {brief_repr(problem, 80)}; expected one of {', '.join(PROBLEMS)}"
-        )
+    known = (None, *PROBLEMS)  # no dict, for what stands there may be unhashable
+    expect(problem in known, f"{path}: problem_type", problem, f"one of {', '.join(PROBLEMS)}", 80)
     if "ser" in values:
         return PROBLEMS.get(problem or "", "single-label")
     if names and {name.lower() for name in names} <= set(DIMENSIONS):
@@ -146,7 +149,7 @@ def answer_kind(path: Path, values: Mapping, names: list[str], notes: list[str])
     return PROBLEMS.get(problem or "", "single-label")
 
 
-def label_classifier(path: Path, values: Mapping, files: TensorFiles, settings: FolderSettings) -> None:
+def label_classifier(path: Path, values: Mapping, files: pretrained.TensorFiles, settings: FolderSettings) -> None:
     """Decide whose head `transformers`' classifier is, emotions' or dimensions', and move its tensors there."""
     form, names = classifier_form(files), class_names(path, values)
     if form is not None and not names and "ser" not in values:
@@ -173,8 +176,7 @@ def label_classifier(path: Path, values: Mapping, files: TensorFiles, settings: 
 def own_entries(path: Path, values: Mapping) -> dict:
     """Return the "ser" part of config.json, which must have this version's format."""
     own = values.get("ser", {})
-    if not isinstance(own, dict):
-        raise ModelFolderError(f"{path}: ser is {brief_repr(own)}; expected an object")
+    expect(isinstance(own, dict), f"{path}: ser", own, "an object")
     if own.get("format", FORMAT) != FORMAT:
         raise ModelFolderError(
             f"{path}: ser.format is {brief_repr(own['format'])}, this version reads {FORMAT}; update ser"
@@ -185,8 +187,7 @@ def own_entries(path: Path, values: Mapping) -> dict:
 def names_of_others(path: Path, own: Mapping) -> dict[str, list[str]]:
     """Return the names of the outputs of heads that somebody added to `HEADS`."""
     names = own.get("names", {})
-    if not isinstance(names, dict):
-        raise ModelFolderError(f"{path}: ser.names is {brief_repr(names)}; expected an object")
+    expect(isinstance(names, dict), f"{path}: ser.names", names, "an object")
     if missing := [head for head in names if head not in HEADS or head not in LABELS]:
         raise ModelFolderError(
             f"{path}: ser.names has the head {brief_repr(missing[0], 80)}, which is not known here; add its rows "
@@ -198,25 +199,18 @@ def names_of_others(path: Path, own: Mapping) -> dict[str, list[str]]:
 def what_heads_read(path: Path, values: Mapping, own: Mapping, form: str | None, notes: list[str]) -> dict:
     """Return the settings of `HeadsConfig` but its sizes; ``form`` is `classifier_form`."""
     weighted = values.get("use_weighted_layer_sum") or False
-    if not isinstance(weighted, bool):
-        raise ModelFolderError(f"{path}: use_weighted_layer_sum is {brief_repr(weighted)}; expected true or false")
+    expect(isinstance(weighted, bool), f"{path}: use_weighted_layer_sum", weighted, "true or false")
     mode = values.get("pooling_mode", "mean")  # of ForSpeechClassification, whose head is dense
-    if mode not in POOLING_MODES:
-        raise ModelFolderError(
-            f"{path}: pooling_mode is {brief_repr(mode)}; supported: {', '.join(POOLING_MODES)}"
-        )
+    known = ", ".join(POOLING_MODES)
+    expect(mode in POOLING_MODES, f"{path}: pooling_mode", mode, known, word="supported: ")
     if form != "dense" and mode != "mean":
         notes.append(f"pooling_mode is {mode}, which no class with this head follows: the mean is taken")
         mode = "mean"
     # What the class of the release that saved the folder computes; see HeadsConfig.
     release = str(values.get("transformers_version") or "4").partition(".")[0]
-    reads = {
-        "layers": own.get("layers", "weighted" if weighted and form != "dense" else "last"),
-        "weighted_final_norm": own.get("weighted_final_norm", release in ("2", "3", "4")),
-        "pooling": own.get("pooling", mode),
-        "emotion_head": own.get("emotion_head", "linear"),
-        "dimension_head": own.get("dimension_head", "dense"),
-    }
+    reads = {"weighted_final_norm": release in ("2", "3", "4"), "pooling": mode}
+    reads["layers"] = "weighted" if weighted and form != "dense" else "last"
+    reads |= {name: own[name] for name in READS if name in own}
     try:
         HeadsConfig(**reads)
     except ConfigError as error:
@@ -230,58 +224,47 @@ def what_heads_read(path: Path, values: Mapping, own: Mapping, form: str | None,
 def extractors(folder: Path) -> dict[str, dict]:
     """Return what a folder's files say of the preparation of sound, by where it stands; the first counts."""
     said = {}
-    processor, preprocessor = PREPROCESSORS
-    if stands_in(folder, processor):
-        values = read_json(folder, processor)
-        name = "feature_extractor" if "feature_extractor" in values else "audio_processor"
-        if values.get(name) is not None:  # else of a release that kept it in the other file
-            said[f"{name} in {processor}"] = values[name]
-    if stands_in(folder, preprocessor):
-        said[preprocessor] = read_json(folder, preprocessor)
-    if stands_in(folder, "tokenizer_config.json"):
-        values = read_json(folder, "tokenizer_config.json")
-        if "do_normalize" in values:  # the Wav2Vec2Tokenizer of release 4.3
-            said["tokenizer_config.json"] = {"do_normalize": values["do_normalize"]}
+    processor, preprocessor = pretrained.PREPROCESSORS
+    values = optional_json(folder, processor)
+    name = "feature_extractor" if "feature_extractor" in values else "audio_processor"
+    if values.get(name) is not None:  # else of a release that kept it in the other file
+        said[f"{name} in {processor}"] = values[name]
+    if pretrained.stands_in(folder, preprocessor):
+        said[preprocessor] = pretrained.read_json(folder, preprocessor)
+    values = optional_json(folder, "tokenizer_config.json")
+    if "do_normalize" in values:  # the Wav2Vec2Tokenizer of release 4.3
+        said["tokenizer_config.json"] = {"do_normalize": values["do_normalize"]}
     for place, values in said.items():
-        if not isinstance(values, dict):
-            raise ModelFolderError(f"{folder}: {place} is {brief_repr(values, 80)}; expected an object")
+        expect(isinstance(values, dict), f"{folder}: {place}", values, "an object", 80)
     return said
 
 
 def read_do_normalize(folder: Path, notes: list[str]) -> bool:
     """Tell whether waveforms are made zero mean and unit variance; ``notes`` take what was assumed."""
-    said: dict[str, bool] = {}
     places = extractors(folder)
     for place, values in places.items():
-        rate = values.get("sampling_rate", SAMPLE_RATE)
-        if rate != SAMPLE_RATE:
-            raise ModelFolderError(
-                f"{folder}: {place}: sampling_rate is {brief_repr(rate)}; supported: {SAMPLE_RATE}"
-            )
-        said[place] = values.get("do_normalize", True)
-        if not isinstance(said[place], bool):
-            raise ModelFolderError(
-                f"{folder}: {place}: do_normalize is {brief_repr(said[place])}; expected true or false"
-            )
+        rate, normalize = values.get("sampling_rate", SAMPLE_RATE), values.get("do_normalize", True)
+        where, right = f"{folder}: {place}", rate == SAMPLE_RATE
+        expect(right, f"{where}: sampling_rate", rate, str(SAMPLE_RATE), word="supported: ")
+        expect(isinstance(normalize, bool), f"{where}: do_normalize", normalize, "true or false")
     if not places:
         notes.append(
-            f"there is neither {' nor '.join(PREPROCESSORS)}, so no file says how sound is prepared: "
+            f"there is neither {' nor '.join(pretrained.PREPROCESSORS)}, so no file says how sound is prepared: "
             "do_normalize true is assumed"
         )
         return True
-    (first, normalize), *others = said.items()
-    if "do_normalize" not in places[first]:
+    (first, values), *others = places.items()
+    normalize = values.get("do_normalize", True)
+    if "do_normalize" not in values:
         notes.append(f"{first} lacks do_normalize: true is assumed, the default there")
-    for place, value in others:
-        if value != normalize and "do_normalize" in places[place]:
-            notes.append(
-                f"do_normalize is {str(normalize).lower()} in {first}, which counts, and {str(value).lower()} "
-                f"in {place}"
-            )
+    here, there = ("true", "false") if normalize else ("false", "true")
+    for place, values in others:
+        if values.get("do_normalize", normalize) != normalize:
+            notes.append(f"do_normalize is {here} in {first}, which counts, and {there} in {place}")
     return normalize
 
 
-def read_settings(folder: Path, values: dict, files: TensorFiles) -> FolderSettings:
+def read_settings(folder: Path, values: dict, files: pretrained.TensorFiles) -> FolderSettings:
     """Read labels, what the heads compute, and how sound is prepared; ``values`` is config.json.
 
     The tensors of a classifier are moved in ``files`` to the head that its labels make it.
@@ -292,12 +275,10 @@ def read_settings(folder: Path, values: dict, files: TensorFiles) -> FolderSetti
     settings.names["dimensions"] = check_names(path, "ser.dimensions", own.get("dimensions", []))
     settings.names |= names_of_others(path, own)
     settings.reads = what_heads_read(path, values, own, classifier_form(files), settings.notes)
+    settings.reads["projection"] = rows_of(files, "projector") or 0
     for name, known in (("orthography", [*ORTHOGRAPHIES]), ("tags", ["remove", "keep-letters"])):
-        choice = own.get(name, getattr(settings, name))
-        if choice not in known:  # lists, for what stands there may be unhashable
-            raise ModelFolderError(
-                f"{path}: ser.{name} is {brief_repr(choice)}; expected one of {', '.join(known)}"
-            )
+        choice = own.get(name, getattr(settings, name))  # it may be unhashable, so known ones are lists
+        expect(choice in known, f"{path}: ser.{name}", choice, f"one of {', '.join(known)}")
         setattr(settings, name, choice)
     label_classifier(path, values, files, settings)
     settings.do_normalize = read_do_normalize(folder, settings.notes)
@@ -310,27 +291,28 @@ def read_settings(folder: Path, values: dict, files: TensorFiles) -> FolderSetti
 def token_text(path: Path, name: str, token: Any) -> str | None:
     """Return the text of a token of a tokenizer's files: a string, or the content of an object."""
     text = token.get("content") if isinstance(token, dict) else token
-    if text is not None and not isinstance(text, str):
-        raise ModelFolderError(f"{path}: {name} is {brief_repr(token, 80)}; expected a token")
+    expect(text is None or isinstance(text, str), f"{path}: {name}", token, "a token", 80)
     return text
 
 
 def tokenizer_settings(folder: Path) -> dict:
     """Read tokenizer_config.json with special_tokens_map.json; which counts stands at the top of this file."""
-    settings = read_json(folder, "tokenizer_config.json") if stands_in(folder, "tokenizer_config.json") else {}
-    if "added_tokens_decoder" not in settings and stands_in(folder, "special_tokens_map.json"):
-        settings |= read_json(folder, "special_tokens_map.json")
+    settings = optional_json(folder, "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings |= optional_json(folder, "special_tokens_map.json")
     return settings
+
+
+def added_token(path: Path, entry: str, token: Any, id_: Any) -> tuple[Any, Any, bool]:
+    """Return (token, id, whether it is special) of a token in an entry of a tokenizer's files."""
+    return token_text(path, entry, token), id_, isinstance(token, dict) and token.get("special") is True
 
 
 def tokens_by_id(path: Path, decoder: Any) -> list[tuple[Any, Any, bool]]:
     """Read the entry added_tokens_decoder of tokenizer_config.json; see `added_tokens`."""
-    if not isinstance(decoder, dict) or not all(i.isdecimal() and len(i) < 10 for i in decoder):
-        raise ModelFolderError(f"{path}: added_tokens_decoder is {brief_repr(decoder, 80)}; expected tokens by id")
-    return [
-        (token_text(path, "added_tokens_decoder", t), int(i), isinstance(t, dict) and t.get("special") is True)
-        for i, t in decoder.items()
-    ]
+    by_id = isinstance(decoder, dict) and all(i.isdecimal() and len(i) < 10 for i in decoder)
+    expect(by_id, f"{path}: added_tokens_decoder", decoder, "tokens by id", 80)
+    return [added_token(path, "added_tokens_decoder", token, int(i)) for i, token in decoder.items()]
 
 
 def added_tokens(folder: Path, settings: Mapping) -> list[tuple[Any, Any, bool]]:
@@ -338,16 +320,11 @@ def added_tokens(folder: Path, settings: Mapping) -> list[tuple[Any, Any, bool]]
     decoder = settings.get("added_tokens_decoder")
     if decoder is not None:
         return tokens_by_id(folder / "tokenizer_config.json", decoder)
-    tokens = []
-    if stands_in(folder, "added_tokens.json"):
-        tokens += [(token, id_, False) for token, id_ in read_json(folder, "added_tokens.json").items()]
-    if stands_in(folder, "tokenizer.json"):
-        path = folder / "tokenizer.json"
-        rows = read_json(folder, "tokenizer.json").get("added_tokens") or []
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ModelFolderError(f"{path}: added_tokens is {brief_repr(rows, 80)}; expected a list of objects")
-        tokens += [(token_text(path, "added_tokens", r), r.get("id"), r.get("special") is True) for r in rows]
-    return tokens
+    tokens = [(token, id_, False) for token, id_ in optional_json(folder, "added_tokens.json").items()]
+    path, rows = folder / "tokenizer.json", optional_json(folder, "tokenizer.json").get("added_tokens") or []
+    listed = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    expect(listed, f"{path}: added_tokens", rows, "a list of objects", 80)
+    return tokens + [added_token(path, "added_tokens", row, row.get("id")) for row in rows]
 
 
 def ids_of_language(folder: Path, languages: Mapping, settings: Mapping) -> dict[str, Any]:
@@ -363,16 +340,14 @@ def ids_of_language(folder: Path, languages: Mapping, settings: Mapping) -> dict
 
 def base_ids(folder: Path, settings: Mapping) -> dict[str, Any] | None:
     """Read the tokens of vocab.json (of one language), or of tokenizer.json without it; None without either."""
-    if stands_in(folder, "vocab.json"):
-        resolve_inside(folder, "vocab.json")
+    if pretrained.stands_in(folder, "vocab.json"):
+        pretrained.resolve_inside(folder, "vocab.json")
         ids = Vocabulary.read_ids(folder / "vocab.json")
         by_language = ids and all(isinstance(value, dict) for value in ids.values())
         return ids_of_language(folder, ids, settings) if by_language else ids
-    if stands_in(folder, "tokenizer.json"):
-        model = read_json(folder, "tokenizer.json").get("model")
-        tokens = model.get("vocab") if isinstance(model, dict) else None
-        return tokens if isinstance(tokens, dict) else None
-    return None
+    model = optional_json(folder, "tokenizer.json").get("model")
+    tokens = model.get("vocab") if isinstance(model, dict) else None
+    return tokens if isinstance(tokens, dict) else None
 
 
 def add_tokens(ids: dict[str, Any], added: Iterable[tuple[Any, Any, bool]], rows: int | None) -> None:
@@ -424,12 +399,8 @@ def choose_blank(path: Path, ids: Mapping, stated: str | None, values: Mapping, 
     return blank
 
 
-SPECIAL_NAMES = {
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "pad_token": "<pad>",
-}  # the usual ones
+# The usual names of special tokens.
+SPECIAL_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
 def extra_tokens(path: Path, settings: Mapping, added: Iterable[tuple[Any, Any, bool]]) -> list[str | None]:
@@ -443,12 +414,9 @@ def text_style(path: Path, settings: Mapping, orthography: str) -> dict[str, Any
     """Return how a tokenizer writes text, as arguments of `Vocabulary`: delimiter, case and separator."""
     delimiter = token_text(path, "word_delimiter_token", settings.get("word_delimiter_token", "|")) or " "
     lower_case, separator = settings.get("do_lower_case", False), settings.get("replace_word_delimiter_char", " ")
-    if not isinstance(lower_case, bool):
-        raise ModelFolderError(f"{path}: do_lower_case is {brief_repr(lower_case, 80)}; expected true or false")
-    if not isinstance(separator, str) or len(separator) > 16:
-        raise ModelFolderError(
-            f"{path}: replace_word_delimiter_char is {brief_repr(separator, 80)}; expected some characters"
-        )
+    expect(isinstance(lower_case, bool), f"{path}: do_lower_case", lower_case, "true or false", 80)
+    short = isinstance(separator, str) and len(separator) <= 16
+    expect(short, f"{path}: replace_word_delimiter_char", separator, "some characters", 80)
     if ORTHOGRAPHIES[orthography].word_delimiter != "|":
         delimiter = ORTHOGRAPHIES[orthography].word_delimiter
     return {"word_delimiter": delimiter, "lower_case": lower_case, "separator": separator}
@@ -475,11 +443,9 @@ def read_vocabulary(
     path = folder / "tokenizer_config.json"
     special = {name: token_text(path, name, settings.get(name, usual)) for name, usual in SPECIAL_NAMES.items()}
     style = text_style(path, settings, orthography)
-    delimiter = style["word_delimiter"]
-    added = added_tokens(folder, settings)
+    delimiter, added = style["word_delimiter"], added_tokens(folder, settings)
     add_tokens(ids, added, rows)
-    nameless = name_free_rows(ids, [*special.values(), delimiter], rows)
-    if nameless:
+    if nameless := name_free_rows(ids, [*special.values(), delimiter], rows):
         notes.append(
             f"the CTC head has {rows} rows, {len(nameless)} of them without a symbol in any file: they are read "
             "as nothing"
@@ -493,15 +459,10 @@ def read_vocabulary(
         )
     elif delimiter not in ids:
         notes.append(f"the word delimiter {brief_repr(delimiter, 40)} is not in the vocabulary: words are joined")
-    specials = [*special.values(), *extra_tokens(path, settings, added), *nameless]
+    tokens = [*special.values(), *extra_tokens(path, settings, added), *nameless]
+    specials = [token for token in tokens if token is not None]
     try:
-        return Vocabulary(
-            ids,
-            blank=blank,
-            unknown=special["unk_token"],
-            specials=[t for t in specials if t is not None],
-            **style,
-        )
+        return Vocabulary(ids, blank=blank, unknown=special["unk_token"], specials=specials, **style)
     except TextError as error:
         raise TextError(f"{folder / 'vocab.json'}: not a vocabulary: {error}") from error
 
@@ -511,39 +472,21 @@ def read_vocabulary(
 
 def head_config(labels: Labels, reads: Mapping[str, Any]) -> HeadsConfig:
     """Return the configuration of heads for these labels; ``reads`` are its settings of what heads read."""
-    usual = {
-        "emotion": "num_emotions",
-        "ctc": "vocab_size",
-        "speaker": "num_speakers",
-        "dimensions": "num_dimensions",
-    }
-    sizes: dict[str, Any] = {field: labels.sizes.get(head, 0) for head, field in usual.items()}
-    others = {head: size for head, size in labels.sizes.items() if head not in usual}
-    return HeadsConfig(**sizes, others=others, **reads)
+    usual: dict[str, Any] = {field: labels.sizes.get(head, 0) for head, field in SIZES.items()}
+    others = {head: size for head, size in labels.sizes.items() if head not in SIZES}
+    return HeadsConfig(**usual, others=others, **reads)
 
 
-def head_rows(files: TensorFiles) -> int | None:
-    """Return the number of outputs of a folder's CTC head, None without one."""
-    shape = files.shapes.get("lm_head.weight", ())
-    return shape[0] if len(shape) == 2 else None
-
-
-def projection_size(files: TensorFiles) -> int:
-    """Return the size of a folder's projector, 0 without one."""
-    shape = files.shapes.get("projector.weight", ())
-    return shape[0] if len(shape) == 2 else 0
-
-
-def read_own_vocabulary(folder: Path, own: FolderSettings, files: TensorFiles, values: Mapping) -> None:
+def read_own_vocabulary(folder: Path, own: FolderSettings, files: pretrained.TensorFiles, values: Mapping) -> None:
     """Read the symbols of a folder's CTC head into its settings.
 
     Raises:
         ModelFolderError: there are more or fewer symbols than the head has rows.
     """
-    rows = head_rows(files)
+    rows = rows_of(files, "lm_head")
     vocabulary = read_vocabulary(folder, own.orthography, rows=rows, values=values, notes=own.notes)
     own.vocabulary = vocabulary
-    if vocabulary is not None and rows is not None and len(vocabulary) != rows:
+    if vocabulary is not None and rows not in (None, len(vocabulary)):
         raise ModelFolderError(
             f"{folder}: vocab.json and what completes it have {len(vocabulary)} symbols, the CTC head "
             f"(lm_head.weight) has {rows} rows: they do not belong together"
@@ -552,7 +495,7 @@ def read_own_vocabulary(folder: Path, own: FolderSettings, files: TensorFiles, v
         own.orthography = "none"  # of others, with letters of both cases or none: texts keep theirs
 
 
-def check_classifier(folder: Path, files: TensorFiles) -> None:
+def check_classifier(folder: Path, files: pretrained.TensorFiles) -> None:
     """Raise ModelFolderError for a classifier without the projector before it."""
     if classifier_form(files) == "linear" and "projector.weight" not in files.names:
         raise ModelFolderError(
@@ -561,7 +504,7 @@ def check_classifier(folder: Path, files: TensorFiles) -> None:
         )
 
 
-def heads_of(files: TensorFiles) -> list[str]:
+def heads_of(files: pretrained.TensorFiles) -> list[str]:
     """Return the names of the heads that a folder has tensors of."""
     there = {name.split(".")[0] for name in files.names}
     return [head for head, row in HEADS.items() if row.key in there]
@@ -576,9 +519,8 @@ def check_heads(folder: Path, heads: Collection[str], labels: Labels) -> None:
         )
     for head in heads:
         if head not in labels.sizes:
-            advice = "`ser convert` makes a folder with them"
-            if LABELS[head].kind == "text":
-                advice = "put the files of its tokenizer there"
+            text = LABELS[head].kind == "text"
+            advice = "put the files of its tokenizer there" if text else "`ser convert` makes a folder with them"
             where = WHERE_LABELS_STAND.get(head, f"ser.names of {head} in config.json")
             raise ModelFolderError(
                 f"{folder}: has {HEADS[head].key} but no names for its classes ({where}); {advice}"
@@ -590,7 +532,7 @@ def is_preset(init: str | Path) -> bool:
 
     Raises ConfigError for what is neither that, nor a path, nor a name on the hub.
     """
-    if exists(Path(init)) or "/" in str(init):
+    if pretrained.exists(Path(init)) or "/" in str(init):
         return False
     try:
         Wav2Vec2Config.named(str(init))
@@ -603,8 +545,9 @@ def labels_of(init: str | Path, head: str) -> list[str]:
     """Return the names of a head's outputs in the folder ``init``, in their order; none of a preset."""
     if is_preset(init):
         return []
-    folder = find_folder(init)
-    return read_settings(folder, read_json(folder, "config.json"), TensorFiles(folder)).names.get(head, [])
+    folder = pretrained.find_folder(init)
+    values = pretrained.read_json(folder, "config.json")
+    return read_settings(folder, values, pretrained.TensorFiles(folder)).names.get(head, [])
 
 
 def inherited_labels(init: str | Path, head: str, training: Iterable[str]) -> list[str]:
@@ -625,10 +568,9 @@ def inherited_vocabulary(init: str | Path, orthography: str) -> Vocabulary | Non
     """
     if is_preset(init):
         return None
-    folder = find_folder(init)
-    return read_vocabulary(
-        folder, orthography, rows=head_rows(TensorFiles(folder)), values=read_json(folder, "config.json")
-    )
+    folder = pretrained.find_folder(init)
+    rows = rows_of(pretrained.TensorFiles(folder), "lm_head")
+    return read_vocabulary(folder, orthography, rows=rows, values=pretrained.read_json(folder, "config.json"))
 
 
 # --------------------------------------------------------------------------------------------- writing
@@ -648,10 +590,8 @@ def class_of(model: MultiTaskModel) -> str:
     # What that class computes: transformers 5 sums layers without a pre-norm encoder's final norm.
     raw = not (heads.weighted_final_norm and model.config.do_stable_layer_norm)
     theirs = heads.layers == "last" or (heads.layers == "weighted" and raw)
-    if classifier_of(heads) and heads.pooling == "mean" and theirs:
-        task = "ForSequenceClassification"
-    else:
-        task = "ForCTC" if heads.vocab_size else "Model"
+    sequence = classifier_of(heads) and heads.pooling == "mean" and theirs
+    task = "ForSequenceClassification" if sequence else "ForCTC" if heads.vocab_size else "Model"
     return model.config.architecture.classes + task
 
 
@@ -712,24 +652,22 @@ def tokenizer_json(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, st
 
 def written_keys(model: MultiTaskModel) -> dict[str, str]:
     """Return the names of a model's tensors -> their keys in ``model.safetensors``."""
-    return written_names(model.state_dict(), model.config, classifier=classifier_of(model.heads_config))
+    return pretrained.written_names(model.state_dict(), model.config, classifier=classifier_of(model.heads_config))
 
 
 def write_model_files(folder: Path, model: MultiTaskModel, labels: Labels, tensors: Mapping[str, Tensor]) -> None:
     """Write the files of a model folder into an existing folder; ``tensors`` are named as the model's."""
     write_json(folder / "config.json", config_json(model, labels))
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-            "feature_size": 1,
-            "sampling_rate": SAMPLE_RATE,
-            "do_normalize": labels.do_normalize,
-            "padding_side": "right",
-            "padding_value": 0.0,
-            "return_attention_mask": model.config.feat_extract_norm == "layer",
-        },
-    )
+    extractor = {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": SAMPLE_RATE,
+        "do_normalize": labels.do_normalize,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": model.config.feat_extract_norm == "layer",
+    }
+    write_json(folder / "preprocessor_config.json", extractor)
     if labels.vocabulary is not None:
         tokenizer, special = tokenizer_json(labels.vocabulary)
         write_json(folder / "vocab.json", {token: i for i, token in enumerate(labels.vocabulary.tokens)})

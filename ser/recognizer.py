@@ -14,7 +14,8 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ser.audio import (
-    SAMPLE_RATE,
-    joined_warnings,
-    normalise,
-)
+from ser import folder as folders
+from ser.audio import SAMPLE_RATE, joined_warnings, normalise
 from ser.data.dataset import SpeechDataset, pad
 from ser.data.labels import LABELS, Labels
 from ser.data.manifest import Utterance
@@ -35,36 +33,11 @@ from ser.data.workers import AGAIN, WORKER_SECONDS, decoded, worker_death_explai
 from ser.device import choose_precision
 from ser.errors import AudioError, ConfigError, ModelFolderError, SerError, shorten
 from ser.files import write_folder_atomically
-from ser.folder import (
-    check_classifier,
-    check_heads,
-    head_config,
-    head_rows,
-    heads_of,
-    is_preset,
-    projection_size,
-    read_own_vocabulary,
-    read_settings,
-    read_vocabulary,
-    write_model_files,
-    written_keys,
-)
 from ser.inputs import Decoder, Input, each_of, find_recording, gather, open_windows, pack_decoded, plan_batches
+from ser.models import pretrained
 from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.heads import HEADS
-from ser.models.multitask import HeadsConfig, MultiTaskModel, Outputs
-from ser.models.pretrained import (
-    LoadReport,
-    TensorFiles,
-    check_folder,
-    exists,
-    fill,
-    fill_encoder,
-    find_folder,
-    materialise,
-    read_encoder_config,
-    read_json,
-)
+from ser.models.multitask import MultiTaskModel, Outputs
 
 LOG = logging.getLogger("ser")  # where loading says what a folder lacks; on standard error unless it is set up
 MAX_SECONDS = 120.0  # attention's memory grows with the square of the length
@@ -82,9 +55,8 @@ class Prediction:
     end: float | None = None
     kind: str | None = None  # "single-label", "multi-label" or "regression"; see `Recognizer.kind`
     emotion: str | None = None  # the likeliest
-    probabilities: dict[str, float] | None = (
-        None  # by emotion name, in the model's order; single-label: they sum to 1
-    )
+    # By emotion name, in the model's order; single-label: they sum to 1.
+    probabilities: dict[str, float] | None = None
     dimensions: dict[str, float] | None = None  # such as arousal, on the training labels' scale
     transcript: str | None = None
     speaker: str | None = None  # the most likely of the speakers in training
@@ -97,13 +69,6 @@ class Prediction:
         """Return plain data for JSON; ``others`` only where there are any."""
         values = asdict(self)
         return values if self.others else {name: values[name] for name in values if name != "others"}
-
-
-def build(config: Wav2Vec2Config, sizes: HeadsConfig) -> MultiTaskModel:
-    """Build a model on the meta device, to be filled."""
-    model = materialise(lambda: MultiTaskModel(config, sizes))
-    assert isinstance(model, MultiTaskModel)
-    return model
 
 
 class Recognizer:
@@ -140,22 +105,14 @@ class Recognizer:
                 f"have {tuple(expected.values())}"
             )
 
-    emotions = property(
-        lambda self: self.labels.emotions, doc="Return the names of the emotion head's classes, in their order."
-    )
-    speakers = property(
-        lambda self: self.labels.speakers, doc="Return the names of the speaker head's classes, in their order."
-    )
-    dimensions = property(
-        lambda self: self.labels.dimensions, doc="Return the names of the dimension head's numbers."
-    )
-    multi_label = property(lambda self: self.labels.multi_label, doc="Tell whether several emotions can be right.")
-    vocabulary = property(
-        lambda self: self.labels.vocabulary, doc="Return the CTC symbols, or None without a CTC head."
-    )
-    orthography = property(lambda self: self.labels.orthography, doc="Return how training wrote its text.")
-    tags = property(lambda self: self.labels.tags, doc="Return what training did with tags in its text.")
-    do_normalize = property(lambda self: self.labels.do_normalize, doc="Tell whether waveforms are normalised.")
+    emotions = property(attrgetter("labels.emotions"), doc="Return the emotion head's classes, in their order.")
+    speakers = property(attrgetter("labels.speakers"), doc="Return the speaker head's classes, in their order.")
+    dimensions = property(attrgetter("labels.dimensions"), doc="Return the names of the dimension head's numbers.")
+    multi_label = property(attrgetter("labels.multi_label"), doc="Tell whether several emotions can be right.")
+    vocabulary = property(attrgetter("labels.vocabulary"), doc="Return the CTC symbols, None without a CTC head.")
+    orthography = property(attrgetter("labels.orthography"), doc="Return how training wrote its text.")
+    tags = property(attrgetter("labels.tags"), doc="Return what training did with tags in its text.")
+    do_normalize = property(attrgetter("labels.do_normalize"), doc="Tell whether waveforms are normalised.")
 
     @property
     def kind(self) -> str | None:
@@ -190,7 +147,7 @@ class Recognizer:
         layers: str | None = None,
         seed: int = 0,
         **fields: Any,
-    ) -> tuple[Recognizer, LoadReport]:
+    ) -> tuple[Recognizer, pretrained.LoadReport]:
         """Make a recognizer to train: the encoder of ``init`` and heads for these labels.
 
         ``init`` is a preset (small, base, large, large-lv60: random weights) or a model folder. Of a folder, a
@@ -201,45 +158,43 @@ class Recognizer:
         """
         labels = labels if labels is not None else Labels.of(**fields)
         reads = {name: value for name, value in (("pooling", pooling), ("layers", layers)) if value is not None}
-        if not is_preset(init):
-            return cls.from_encoder(find_folder(init), labels, reads, seed=seed)
+        if not folders.is_preset(init):
+            return cls.from_encoder(pretrained.find_folder(init), labels, reads, seed=seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = MultiTaskModel(Wav2Vec2Config.named(str(init)), head_config(labels, reads))
-        new = [name for name in model.state_dict() if not name.startswith("wav2vec2.")]
-        return cls(model, labels), LoadReport(Path(init), new=new)
+            model = MultiTaskModel(Wav2Vec2Config.named(str(init)), folders.head_config(labels, reads))
+        return cls(model, labels), pretrained.LoadReport(Path(init), new=model.names_on_encoder())
 
     @classmethod
     def from_encoder(
         cls, folder: Path, labels: Labels, reads: dict[str, Any], *, seed: int
-    ) -> tuple[Recognizer, LoadReport]:
+    ) -> tuple[Recognizer, pretrained.LoadReport]:
         """Make a recognizer to train on the encoder of a folder; see `create`."""
-        config, values = read_encoder_config(folder)
-        files = TensorFiles(folder)
-        own = read_settings(folder, values, files)
+        config, values = pretrained.read_encoder_config(folder)
+        files = pretrained.TensorFiles(folder)
+        own = folders.read_settings(folder, values, files)
         if labels.vocabulary is not None:
-            rows = head_rows(files)
-            own.vocabulary = read_vocabulary(folder, own.orthography, rows=rows, values=values, notes=own.notes)
-        there = own.reads | {"projection": projection_size(files)}
-        heads = head_config(labels, there | reads)
-        same_input = head_config(labels, there) == heads
+            rows = folders.rows_of(files, "lm_head")
+            own.vocabulary = folders.read_vocabulary(
+                folder, own.orthography, rows=rows, values=values, notes=own.notes
+            )
+        heads = folders.head_config(labels, own.reads | reads)
+        same_input = folders.head_config(labels, own.reads) == heads
         before = own.labels([*HEADS])
         kept = {row.key: same_input and before.of_head(h) == labels.of_head(h) for h, row in HEADS.items()}
         kept["lm_head"] = own.vocabulary is not None and own.vocabulary == labels.vocabulary
         if own.multi_label and labels.emotions:
             kept["cls_head"] = False
             own.notes.append("the emotion head there is of several labels at once (multi-label): it is made anew")
-        model, report = build(config, heads), LoadReport(folder, notes=own.notes)
-        parts: dict[str, list[str]] = {}  # what stands on the encoder: heads, and what they read
-        for name in model.state_dict():
-            if not name.startswith("wav2vec2."):
-                parts.setdefault(name.split(".")[0], []).append(name)
+        model = pretrained.materialise(lambda: MultiTaskModel(config, heads))
+        report = pretrained.LoadReport(folder, notes=own.notes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            fill_encoder(model.wav2vec2, files, report)
-            for part, names in parts.items():
+            pretrained.fill_encoder(model.wav2vec2, files, report)
+            for part, tensors in groupby(model.names_on_encoder(), lambda name: name.split(".")[0]):
+                names = [*tensors]
                 if kept.get(part, same_input) and not files.shapes.keys().isdisjoint(names):
-                    fill(model, files, report, names)
+                    pretrained.fill(model, files, report, names)
                     report.unused = [name for name in report.unused if name not in names]
                 else:
                     model.initialise(part)
@@ -255,27 +210,44 @@ class Recognizer:
         revision: str | None = None,
         precision: str = "float32",
     ) -> Recognizer:
-        """Read a model folder with at least one head; see `ser.load`."""
+        """Load a recognizer from a model folder, ready to predict.
+
+            recognizer = ser.load("runs/demo/best")
+            prediction, = recognizer.predict("speech.wav")
+
+        Args:
+            folder: as training wrote it; as ForCTC (with its vocab.json) or ForSequenceClassification of
+                `transformers` saved it, for wav2vec 2.0, HuBERT, WavLM or data2vec-audio; audEERING's dimensional
+                model and the ForSpeechClassification of a widespread notebook; or the OWNER/NAME of such a one on
+                the Hugging Face hub (with the extra `hub`).
+            device: "cpu", "cuda", "cuda:1", as torch names it.
+            revision: branch, tag or commit on the hub.
+            precision: "float32"; "bf16", faster on processors with the instructions; or "auto", which knows them.
+                In bf16 the recognizer predicts and is evaluated, but neither trained nor saved.
+
+        Raises:
+            ModelFolderError: the folder is incomplete or not what it claims to be.
+        """
         dtype = choose_precision(precision, torch.device(device))
-        folder = find_folder(folder, revision=revision)
-        config, values = read_encoder_config(folder)
-        files = TensorFiles(folder)
-        check_classifier(folder, files)
-        own = read_settings(folder, values, files)
-        heads = heads_of(files)
+        folder = pretrained.find_folder(folder, revision=revision)
+        config, values = pretrained.read_encoder_config(folder)
+        files = pretrained.TensorFiles(folder)
+        folders.check_classifier(folder, files)
+        own = folders.read_settings(folder, values, files)
+        heads = folders.heads_of(files)
         if "ctc" in heads:  # others may leave any vocab.json behind
-            read_own_vocabulary(folder, own, files, values)
+            folders.read_own_vocabulary(folder, own, files, values)
         try:
             labels = own.labels(heads)
-            check_heads(folder, heads, labels)
-            sizes = head_config(labels, own.reads | {"projection": projection_size(files)})
-            recognizer = cls(build(config, sizes), labels)
+            folders.check_heads(folder, heads, labels)
+            sizes = folders.head_config(labels, own.reads)
+            recognizer = cls(pretrained.materialise(lambda: MultiTaskModel(config, sizes)), labels)
         except ConfigError as error:
             raise ModelFolderError(f"{folder / 'config.json'}: {shorten(str(error))}") from None
         recognizer.precision = dtype
-        model, report = recognizer.model, LoadReport(folder)
-        fill_encoder(model.wav2vec2, files, report)
-        fill(model, files, report, [name for name in model.state_dict() if not name.startswith("wav2vec2.")])
+        model, report = recognizer.model, pretrained.LoadReport(folder)
+        pretrained.fill_encoder(model.wav2vec2, files, report)
+        pretrained.fill(model, files, report, model.names_on_encoder())
         if dtype != torch.float32:
             model.wav2vec2.round_weights(dtype)
         model.eval().to(device)
@@ -314,9 +286,10 @@ class Recognizer:
         if tensors is None:
             self.require_float32("to save it")
         folder = Path(folder)
-        if exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        if pretrained.exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             try:
-                ours = read_json(check_folder(folder), "config.json").get("model_type") in list(ARCHITECTURES)
+                values = pretrained.read_json(pretrained.check_folder(folder), "config.json")
+                ours = values.get("model_type") in list(ARCHITECTURES)
             except ModelFolderError:
                 ours = False
             if not ours:
@@ -334,11 +307,11 @@ class Recognizer:
     def write_files(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write the files of a model folder into an existing folder; ``tensors`` as in `save`."""
         tensors = self.model.state_dict() if tensors is None else tensors
-        write_model_files(folder, self.model, self.labels, tensors)
+        folders.write_model_files(folder, self.model, self.labels, tensors)
 
     def keys(self) -> dict[str, str]:
         """Return the names of the model's tensors -> their keys in ``model.safetensors``."""
-        return written_keys(self.model)
+        return folders.written_keys(self.model)
 
     # ------------------------------------------------------------------------------------ using one
 
@@ -431,12 +404,7 @@ class Recognizer:
                     position += 1
 
     def predict_windows(
-        self,
-        source: Input,
-        sampling_rate: int | None = None,
-        *,
-        window: float = 20.0,
-        hop: float | None = None,
+        self, source: Input, sampling_rate: int | None = None, *, window: float = 20.0, hop: float | None = None
     ) -> Iterator[Prediction]:
         """Recognise a recording of any length window by window, lazily and in memory that does not grow with it.
 
@@ -510,10 +478,9 @@ class Recognizer:
         """Turn the scores of a batch into names and text; ``file`` and ``seconds`` are left empty."""
         answers: list[dict[str, Any]] = [{"kind": self.kind} for _ in outputs.num_frames]
         for head, scores in outputs.scores.items():
-            kind = LABELS[head].kind
-            if kind == "text":
+            if LABELS[head].kind == "text":
                 self.decode_text(scores.argmax(-1).cpu(), outputs.num_frames, answers)
-            elif kind == "numbers":
+            elif LABELS[head].kind == "numbers":
                 self.decode_numbers(head, scores.float().cpu(), answers)
             else:
                 independent = head == "emotion" and self.multi_label
@@ -531,48 +498,20 @@ class Recognizer:
     def decode_numbers(self, head: str, values: Tensor, answers: list[dict[str, Any]]) -> None:
         """Add numbers (B, K) with their names to the answers."""
         for answer, row in zip(answers, values, strict=True):
-            numbers = dict(zip(self.labels.names[head], row.tolist(), strict=True))
-            answer |= {"dimensions": numbers} if head == "dimensions" else {}
-            if head != "dimensions":
-                answer.setdefault("others", {})[head] = numbers
+            place = answer if head == "dimensions" else answer.setdefault("others", {})
+            place[head] = dict(zip(self.labels.names[head], row.tolist(), strict=True))
 
     def decode_classes(self, head: str, shares: Tensor, answers: list[dict[str, Any]]) -> None:
         """Add the likeliest class of each row of probabilities (B, K) to the answers."""
         names = self.labels.names[head]
         for answer, row in zip(answers, shares, strict=True):
             best = int(row.argmax())
+            place = answer if head in ("emotion", "speaker") else answer.setdefault("others", {})
+            place[head] = names[best]
             if head == "emotion":
                 answer["probabilities"] = dict(zip(names, row.tolist(), strict=True))
-                answer["emotion"] = names[best]
             elif head == "speaker":
-                answer["speaker"], answer["speaker_probability"] = names[best], float(row[best])
-            else:
-                answer.setdefault("others", {})[head] = names[best]
+                answer["speaker_probability"] = float(row[best])
 
 
-def load(
-    folder: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    revision: str | None = None,
-    precision: str = "float32",
-) -> Recognizer:
-    """Load a recognizer from a model folder, ready to predict.
-
-        recognizer = ser.load("runs/demo/best")
-        prediction, = recognizer.predict("speech.wav")
-
-    Args:
-        folder: as training wrote it; as ForCTC (with its vocab.json) or ForSequenceClassification of
-            `transformers` saved it, for wav2vec 2.0, HuBERT, WavLM or data2vec-audio; audEERING's dimensional
-            model and the ForSpeechClassification of a widespread notebook; or the OWNER/NAME of such a one on the
-            Hugging Face hub (with the extra `hub`).
-        device: "cpu", "cuda", "cuda:1", as torch names it.
-        revision: branch, tag or commit on the hub.
-        precision: "float32"; "bf16", faster on processors with the instructions; or "auto", which knows them.
-            In bf16 the recognizer predicts and is evaluated, but neither trained nor saved.
-
-    Raises:
-        ModelFolderError: the folder is incomplete or not what it claims to be.
-    """
-    return Recognizer.load(folder, device=device, revision=revision, precision=precision)
+load = Recognizer.load  # as `ser.load`

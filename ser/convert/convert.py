@@ -22,46 +22,16 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from ser.convert.foreign import (
-    FAIRSEQ_PRETRAINING,
-    derived_values,
-    fairseq_values,
-    recognised,
-    renamed_fairseq,
-    renamed_torchaudio,
-    settings_of,
-    with_split_attention,
-)
+from ser.convert import foreign
 from ser.convert.pickles import Dictionary, copied_tensors, read_pickle
 from ser.data.manifest import PAPER_EMOTIONS
 from ser.data.text import Vocabulary
-from ser.errors import ConfigError, ModelFolderError, brief_repr, shorten, summary
+from ser.errors import ConfigError, ModelFolderError, shorten, summary
 from ser.files import digest, read_tensors, write_folder_atomically, write_json, write_tensors
-from ser.folder import check_names, class_names, classifier_form, read_do_normalize, read_vocabulary
+from ser.folder import check_names, class_names, classifier_form, expect, read_do_normalize, read_vocabulary
+from ser.models import pretrained
 from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
-from ser.models.pretrained import (
-    PRETRAINING_PARTS,
-    LoadReport,
-    TensorFiles,
-    canonical_name,
-    check_folder,
-    exists,
-    fill,
-    fill_encoder,
-    find_folder,
-    head_parts,
-    is_hub_name,
-    load_encoder,
-    materialise,
-    opened,
-    read_json,
-    refuse_adapters,
-    resolve_inside,
-    stands_in,
-    unwrapped,
-    without_wrappers,
-)
 from ser.models.wav2vec2 import Wav2Vec2
 from ser.recognizer import Recognizer
 
@@ -122,16 +92,17 @@ def by_our_names(path: Path, state: Mapping[str, Tensor], keys: Mapping[str, str
 
 def pickled_files(folder: Path) -> list[Path]:
     """Return the pickles of a folder that has its tensors in nothing else; none where safetensors hold them."""
-    pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if stands_in(folder, name)]
-    if not pickled or any(stands_in(folder, f"model.safetensors{end}") for end in ("", ".index.json")):
+    usual = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+    pickled = [name for name in usual if pretrained.stands_in(folder, name)]
+    if not pickled or any(pretrained.stands_in(folder, f"model.safetensors{end}") for end in ("", ".index.json")):
         return []
     names = {pickled[0]}
     if pickled[0].endswith(".json"):
-        weight_map = read_json(folder, pickled[0]).get("weight_map")
+        weight_map = pretrained.read_json(folder, pickled[0]).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise ModelFolderError(f"{folder / pickled[0]}: has no weight_map of tensor names to file names")
         names = set(weight_map.values())
-    return [resolve_inside(folder, name) for name in sorted(names)]
+    return [pretrained.resolve_inside(folder, name) for name in sorted(names)]
 
 
 def read_folder_tensors(folder: Path) -> tuple[list[Path], dict[str, Tensor]]:
@@ -144,20 +115,20 @@ def read_folder_tensors(folder: Path) -> tuple[list[Path], dict[str, Tensor]]:
                 raise ModelFolderError(f"{file}: tensors of another shard: {summary(state.keys() & part.keys())}")
             state |= part
         return files, state
-    stored = TensorFiles(folder)
+    stored = pretrained.TensorFiles(folder)
     for path, key in stored.names.values():
-        with opened(path) as file:
+        with pretrained.opened(path) as file:
             state[key] = file.get_tensor(key).clone()
     return sorted({path for path, _ in stored.names.values()}), state
 
 
 def read_hugging_face_folder(folder: Path) -> Source:
     """Read a folder in the layout of `transformers`: safetensors or pickles, one file or shards."""
-    check_folder(folder)
-    values = read_json(folder, "config.json")
+    pretrained.check_folder(folder)
+    values = pretrained.read_json(folder, "config.json")
     files, state = read_folder_tensors(folder)
-    refuse_adapters(folder, state)
-    keys = {canonical_name(key): key for key in state}
+    pretrained.refuse_adapters(folder, state)
+    keys = {pretrained.canonical_name(key): key for key in state}
     tensors = by_our_names(folder, state, keys)
     source = Source(folder, "hugging-face", files, len(state), tensors, tensors, keys, values=values)
     source.do_normalize = read_do_normalize(folder, source.notes)
@@ -170,15 +141,12 @@ def fairseq_symbols(path: Path, checkpoint: Mapping) -> list[str] | None:
     The CTC blank is fairseq's ``<s>``, row 0. Here and in `transformers` the blank is called ``<pad>``. The rows
     stay where they are, and the two symbols change names.
     """
-    task = settings_of(checkpoint.get("task_state"))
-    found = task.get("target_dictionary")
-    if type(found) is not Dictionary:
+    dictionary = foreign.settings_of(checkpoint.get("task_state")).get("target_dictionary")
+    if type(dictionary) is not Dictionary:
         return None
-    symbols = vars(found).get("symbols")
-    if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
-        raise ModelFolderError(
-            f"{path}: its dictionary is {brief_repr(symbols, 80)}; expected symbols; pass --vocab"
-        )
+    symbols: Any = vars(dictionary).get("symbols")
+    listed = isinstance(symbols, list) and all(isinstance(symbol, str) for symbol in symbols)
+    expect(listed, f"{path}: its dictionary", symbols, "symbols; pass --vocab", 80)
     if symbols[:2] != ["<s>", "<pad>"]:
         raise ModelFolderError(f"{path}: its dictionary does not begin with <s> and <pad>; pass --vocab")
     return ["<pad>", "<s>", *symbols[2:]]
@@ -199,7 +167,7 @@ def wrapped_source(path: Path, state: Mapping[str, Tensor], prefix: str) -> Sour
         outer = outer.removesuffix(row.prefix)
     original = {key.removeprefix(outer): state[key] for key in state if key.startswith(outer)}
     unused = [key for key in state if not key.startswith(outer)]
-    keys = {canonical_name(key): key for key in original}
+    keys = {pretrained.canonical_name(key): key for key in original}
     tensors = by_our_names(path, original, keys)
     kind = "speechbrain" if outer else "hugging-face"
     return Source(path, kind, [path], len(state), tensors, tensors, keys, unused)
@@ -212,32 +180,31 @@ def renamed_source(path: Path, state: Mapping[str, Tensor], kind: str, prefix: s
     original = {key.removeprefix(prefix).removeprefix(outer): t for key, t in state.items()}
     if len(original) < len(state):
         raise ModelFolderError(f"{path}: tensors stand there twice, with and without {prefix!r} before them")
-    rename = renamed_fairseq if kind == "fairseq" else renamed_torchaudio
+    rename = foreign.renamed_fairseq if kind == "fairseq" else foreign.renamed_torchaudio
     names: dict[str, str] = {}
     unused, strange = [], []
     for key in original:
         ours = rename(key)
         if ours is not None:
-            names[canonical_name(ours)] = key
-        elif key.startswith((*FAIRSEQ_PRETRAINING, "mask_generator.", "logit_generator.")):
+            names[pretrained.canonical_name(ours)] = key
+        elif key.startswith((*foreign.FAIRSEQ_PRETRAINING, "mask_generator.", "logit_generator.")):
             unused.append(key)
         else:
             strange.append(key)
     if strange:
-        raise ModelFolderError(
-            f"{path}: {len(strange)} tensors that {kind}'s encoders have not: {summary(strange)}"
-        )
+        what = f"{len(strange)} tensors that {kind}'s encoders have not"
+        raise ModelFolderError(f"{path}: {what}: {summary(strange)}")
     tensors = by_our_names(path, {key: original[key] for key in names.values()}, names)
-    return Source(path, kind, [path], len(state), original, with_split_attention(tensors), unused=unused)
+    return Source(path, kind, [path], len(state), original, foreign.with_split_attention(tensors), unused=unused)
 
 
 def add_settings(source: Source, checkpoint: Any) -> None:
     """Add the configuration to a source of fairseq's or torchaudio's names: what it says, shows or leaves open."""
     said: dict[str, Any] = {}
     normalize = None
-    shown, assumed = derived_values(source.tensors)
+    shown, assumed = foreign.derived_values(source.tensors)
     if source.kind == "fairseq":
-        said, normalize = fairseq_values(source.path, checkpoint)
+        said, normalize = foreign.fairseq_values(source.path, checkpoint)
         if "label_embs_concat" in source.original:
             said["model_type"] = "hubert"
         source.symbols = fairseq_symbols(source.path, checkpoint)
@@ -252,10 +219,10 @@ def read_file(path: Path) -> Source:
     """Read a file with a state dict of any kind."""
     checkpoint = read_pickle(path)
     copied = copied_tensors(path, state_dict_in(checkpoint))
-    state = {without_wrappers(key): tensor for key, tensor in copied.items()}
-    by_our_names(path, copied, {without_wrappers(key): key for key in copied})
-    refuse_adapters(path, state)
-    kind, prefix = recognised(path, state)
+    state = {pretrained.without_wrappers(key): tensor for key, tensor in copied.items()}
+    by_our_names(path, copied, {pretrained.without_wrappers(key): key for key in copied})
+    pretrained.refuse_adapters(path, state)
+    kind, prefix = foreign.recognised(path, state)
     if kind == "hugging-face":
         return wrapped_source(path, state, prefix)
     source = renamed_source(path, state, kind, prefix)
@@ -277,7 +244,7 @@ def read_source(path: Path, config: Mapping) -> Source:
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-class TensorsInMemory(TensorFiles):
+class TensorsInMemory(pretrained.TensorFiles):
     """Give `fill` the tensors of a source as if they stood in files, with the types that they have."""
 
     def __init__(self, source: Source) -> None:
@@ -317,17 +284,13 @@ def chosen_vocabulary(source: Source) -> Vocabulary:
     return vocabulary
 
 
-def check_counts(source: Source, names: Mapping[str, tuple[str, Sized]]) -> None:
-    """Refuse names that are not as many as a head's outputs; ``names`` maps a head to its flag and names."""
-    for head, (flag, given) in names.items():
-        rows = source.rows(head)
-        if rows == len(given):
-            continue
-        if rows:
-            raise ModelFolderError(
-                f"{source.path}: {head}.weight has {rows} rows for {len(given)} names; pass {flag}"
-            )
+def check_count(source: Source, head: str, names: Sized, flag: str) -> None:
+    """Refuse names, which a user gives with ``flag``, that are not as many as a head's outputs."""
+    rows = source.rows(head)
+    if not rows and len(names):
         raise ModelFolderError(f"{source.path}: has no {head}; {flag} names classes that do not exist")
+    if rows != len(names):
+        raise ModelFolderError(f"{source.path}: {head}.weight has {rows} rows for {len(names)} names; pass {flag}")
 
 
 def chosen_labels(source: Source, **given: Unpack[GivenNames]) -> dict[str, Any]:
@@ -341,14 +304,9 @@ def chosen_labels(source: Source, **given: Unpack[GivenNames]) -> dict[str, Any]
         speakers = source.assumed["speakers"] = [f"s{i}" for i in range(source.rows("speaker_head"))]
     if vocabulary is None and source.rows("lm_head"):
         vocabulary = chosen_vocabulary(source)
-    check_counts(
-        source,
-        {
-            "cls_head": ("--labels", labels),
-            "speaker_head": ("--speakers", speakers),
-            "lm_head": ("--vocab", vocabulary or ()),
-        },
-    )
+    check_count(source, "cls_head", labels, "--labels")
+    check_count(source, "speaker_head", speakers, "--speakers")
+    check_count(source, "lm_head", vocabulary or (), "--vocab")
     source.assumed = {name: value for name, value in source.assumed.items() if value != []}
     return {"emotions": labels, "speakers": speakers, "vocabulary": vocabulary}
 
@@ -368,36 +326,32 @@ def encoder_config(source: Source) -> Wav2Vec2Config:
         raise ModelFolderError(f"{source.path}: {shorten(str(error))}") from None
 
 
-def check_encoder(source: Source) -> LoadReport:
+def check_encoder(source: Source) -> None:
     """Refuse tensors that are missing, misshapen, unexpected or not finite, all at once."""
-    config, report = encoder_config(source), LoadReport(source.path)
-    encoder = materialise(lambda: Wav2Vec2(config))
-    assert isinstance(encoder, Wav2Vec2)
-    fill_encoder(encoder, TensorsInMemory(source), report)
-    return report
+    config = encoder_config(source)
+    encoder = pretrained.materialise(lambda: Wav2Vec2(config))
+    pretrained.fill_encoder(encoder, TensorsInMemory(source), pretrained.LoadReport(source.path))
 
 
-def built_recognizer(source: Source, labels: Mapping[str, Any]) -> tuple[Recognizer, LoadReport]:
+def built_recognizer(source: Source, labels: Mapping[str, Any]) -> tuple[Recognizer, pretrained.LoadReport]:
     """Make the source a model with these labels; its tensors keep the types that they have."""
-    config, report = encoder_config(source), LoadReport(source.path)
+    config, report = encoder_config(source), pretrained.LoadReport(source.path)
     try:
         sizes = HeadsConfig(source.rows("cls_head"), source.rows("lm_head"), source.rows("speaker_head"))
     except ConfigError as error:
         raise ModelFolderError(f"{source.path}: {shorten(str(error))}") from None
-    model = materialise(lambda: MultiTaskModel(config, sizes))
-    assert isinstance(model, MultiTaskModel)
+    model = pretrained.materialise(lambda: MultiTaskModel(config, sizes))
     files = TensorsInMemory(source)
     with torch.random.fork_rng(devices=[]):  # a mask embedding, if the source has none
         torch.manual_seed(0)
-        fill_encoder(model.wav2vec2, files, report)
-    fill(model, files, report, [name for name in model.state_dict() if not name.startswith("wav2vec2.")])
+        pretrained.fill_encoder(model.wav2vec2, files, report)
+    pretrained.fill(model, files, report, model.names_on_encoder())
     return Recognizer(model.eval(), **labels, do_normalize=source.do_normalize), report
 
 
 # Files of a Hugging Face folder that go along, and what in them would name code or templates to run.
 COMPANIONS = (
-    "processor_config.json",
-    "preprocessor_config.json",
+    *pretrained.PREPROCESSORS,
     "tokenizer.json",
     "vocab.json",
     "tokenizer_config.json",
@@ -409,10 +363,10 @@ CODE = ("auto_map", "custom_pipelines", "custom_object_save", "chat_template", "
 
 def without_code(values: Mapping) -> dict:
     """Return the entries that no program takes for code, and the same of entries such as feature_extractor."""
-    kept = {key: value for key, value in values.items() if key not in CODE}
     return {
         key: {k: v for k, v in value.items() if k not in CODE} if isinstance(value, dict) else value
-        for key, value in kept.items()
+        for key, value in values.items()
+        if key not in CODE
     }
 
 
@@ -420,11 +374,10 @@ def write_hugging_face(source: Source, folder: Path) -> None:
     """Write the folder's own keys, types and numbers, without code and wrappers' prefixes."""
     write_json(folder / "config.json", without_code(source.values))
     for name in COMPANIONS if source.path.is_dir() else ():
-        if stands_in(source.path, name):
-            write_json(folder / name, without_code(read_json(source.path, name)))
-    write_tensors(
-        folder / "model.safetensors", {unwrapped(source.keys[name]): t for name, t in source.tensors.items()}
-    )
+        if pretrained.stands_in(source.path, name):
+            write_json(folder / name, without_code(pretrained.read_json(source.path, name)))
+    tensors = {pretrained.unwrapped(source.keys[name]): tensor for name, tensor in source.tensors.items()}
+    write_tensors(folder / "model.safetensors", tensors)
 
 
 def name_classes(source: Source, labels: Sequence[str]) -> None:
@@ -456,12 +409,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def check_tensors(source: Source, folder: Path) -> int:
     """Return how many tensors the folder holds, after checking that all the source's are there, bit for bit."""
-    written = {canonical_name(key): tensor for key, tensor in read_tensors(folder / "model.safetensors").items()}
+    state = read_tensors(folder / "model.safetensors")
+    written = {pretrained.canonical_name(key): tensor for key, tensor in state.items()}
     wrong = [n for n, tensor in source.tensors.items() if n not in written or not same_bits(tensor, written[n])]
-    encoder = load_encoder(folder).state_dict()
-    wrong += [
-        n for n, t in encoder.items() if n in source.tensors and not torch.equal(t, source.tensors[n].to(t.dtype))
-    ]
+    loaded = {n: t for n, t in pretrained.load_encoder(folder).state_dict().items() if n in source.tensors}
+    wrong += [n for n, tensor in loaded.items() if not torch.equal(tensor, source.tensors[n].to(tensor.dtype))]
     if wrong:
         raise ModelFolderError(f"{source.path}: the folder holds other numbers in {summary(wrong)}")
     return len(written)
@@ -469,7 +421,7 @@ def check_tensors(source: Source, folder: Path) -> int:
 
 def encoder_tensors(source: Source) -> dict[str, Tensor]:
     """Return the tensors of the encoder, by our names, in float32."""
-    others = head_parts() + PRETRAINING_PARTS
+    others = pretrained.head_parts() + pretrained.PRETRAINING_PARTS
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in source.tensors.items()
@@ -484,7 +436,7 @@ def compare_layers(source: Source, folder: Path, reference: Reference | None) ->
     Raises:
         ModelFolderError: a layer differs by more than `TOLERANCE`.
     """
-    encoder = load_encoder(folder)
+    encoder = pretrained.load_encoder(folder)
     config = encoder.config
     samples = max(SAMPLES, 2 * config.min_samples)
     if samples > MAX_SAMPLES:
@@ -500,9 +452,8 @@ def compare_layers(source: Source, folder: Path, reference: Reference | None) ->
     except ModelFolderError:
         raise
     except Exception as error:  # of a foreign library, which may refuse what it likes
-        raise ModelFolderError(
-            f"{source.path}: the reference does not take this model: {shorten(str(error))}"
-        ) from None
+        refusal = f"the reference does not take this model: {shorten(str(error))}"
+        raise ModelFolderError(f"{source.path}: {refusal}") from None
     ours = ours[-len(theirs) :]
     differences = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]
     if not all(difference <= TOLERANCE for difference in differences):  # so that NaN is too much
@@ -519,47 +470,32 @@ def compare_layers(source: Source, folder: Path, reference: Reference | None) ->
 
 def check_paths(source: Path, target: Path, *, overwrite: bool) -> None:
     """Refuse a target that would destroy something."""
-    if not exists(source):
+    if not pretrained.exists(source):
         raise ModelFolderError(f"{source}: there is no such file or folder")
     if not source.is_dir() and not source.is_file():
         raise ModelFolderError(f"{source}: is not a regular file")
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ModelFolderError(f"{target}: lies in {source} or around it; choose a folder beside it")
-    if not exists(target) or (target.is_dir() and not any(target.iterdir())):
+    if not pretrained.exists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
         raise ModelFolderError(f"{target}: exists; choose another folder, or --overwrite")
-    kind = read_json(check_folder(target), "config.json").get("model_type") if target.is_dir() else None
-    if kind not in list(ARCHITECTURES):
+    values = pretrained.read_json(pretrained.check_folder(target), "config.json") if target.is_dir() else {}
+    if values.get("model_type") not in list(ARCHITECTURES):
         raise ModelFolderError(f"{target}: exists and is not a model folder; it is not replaced")
 
 
-def write_checked(
-    source: Source, folder: Path, recognizer: Recognizer | None, reference: Reference | None, say: Say
-) -> dict[str, Any]:
-    """Write the files of a source into an empty folder and compare the two; return what a certificate says."""
-    if recognizer is not None:
-        recognizer.write_files(folder)
-    else:
-        write_hugging_face(source, folder)
-    written = check_tensors(source, folder)
-    say(f"{written} tensors written, {len(source.tensors)} of them the source's, bit for bit")
-    comparison = compare_layers(source, folder, reference)
-    say(f"compared with: {comparison['reference']}; largest difference {comparison['largest']}")
-    return {"written": written, "comparison": comparison}
-
-
-def certificate_of(source: Source, folder: Path, *, name: str, new: list[str], checked: Mapping) -> dict[str, Any]:
+def certificate_of(source: Source, folder: Path, name: str, comparison: Mapping, **tensors: Any) -> dict[str, Any]:
     """Return what is known of a conversion: the two sides by their digests, and how they were compared."""
     import ser
 
     return {
         "source": {"name": name, "kind": source.kind, "sha256": {f.name: digest(f) for f in source.files}},
         "model": {"type": encoder_config(source).model_type, "sha256": digest(folder / "model.safetensors")},
-        "tensors": {"read": source.count, "written": checked["written"], "unused": source.unused, "new": new},
+        "tensors": {"read": source.count, **tensors},
         "assumed": source.assumed | ({"notes": source.notes} if source.notes else {}),
-        "comparison": checked["comparison"],
+        "comparison": comparison,
         "versions": {"ser": ser.__version__, "torch": str(torch.__version__)},
     }
 
@@ -618,8 +554,8 @@ def convert(
             its configuration, or the result differs from it by more than `TOLERANCE`.
     """
     path, target, name = Path(source), Path(target), Path(source).name
-    if not exists(path) and is_hub_name(str(source)):
-        path, name = find_folder(str(source), pickles=True), str(source)
+    if not pretrained.exists(path) and pretrained.is_hub_name(str(source)):
+        path, name = pretrained.find_folder(str(source), pickles=True), str(source)
     check_paths(path, target, overwrite=overwrite)
     read = read_source(path, config or {})
     say(f"{source}: {read.kind}, {read.count} tensors")
@@ -631,8 +567,16 @@ def convert(
     certificate: dict[str, Any] = {}
 
     def write(folder: Path) -> None:
-        checked = write_checked(read, folder, recognizer, reference, say)
-        certificate.update(certificate_of(read, folder, name=name, new=new, checked=checked))
+        if recognizer is not None:
+            recognizer.write_files(folder)
+        else:
+            write_hugging_face(read, folder)
+        written = check_tensors(read, folder)
+        say(f"{written} tensors written, {len(read.tensors)} of them the source's, bit for bit")
+        comparison = compare_layers(read, folder, reference)
+        say(f"compared with: {comparison['reference']}; largest difference {comparison['largest']}")
+        tensors = {"written": written, "unused": read.unused, "new": new}
+        certificate.update(certificate_of(read, folder, name, comparison, **tensors))
         write_json(folder / "certificate.json", certificate)
 
     write_folder_atomically(target, write)

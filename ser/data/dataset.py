@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -116,19 +116,16 @@ class SpeechDataset(Dataset[Example]):
         labels = self.model_labels
         # What is learnt and compared: the cleaned text as the vocabulary writes it. Empty (tags alone, or none
         # given) is no text. Beside it what was changed: whether the case, and which characters.
-        self.texts = [
-            clean(u.text or "", orthography=labels.orthography, tags=labels.tags) for u in self.utterances
-        ]
+        cleaned = partial(clean, orthography=labels.orthography, tags=labels.tags)
+        self.texts = [cleaned(u.text or "") for u in self.utterances]
         self.recased, self.replaced = [False] * len(self.texts), [""] * len(self.texts)
         self.references = [""] * len(self.texts)
         if labels.vocabulary is None:
             return
-        orthography = ORTHOGRAPHIES[labels.orthography]
+        orthography, joined = ORTHOGRAPHIES[labels.orthography], not labels.vocabulary.has_delimiter
         if not orthography.script:
             self.spell_texts(labels.vocabulary)
-        texts = self.texts
-        if not labels.vocabulary.has_delimiter:
-            texts = ["".join(text.split()) for text in texts]
+        texts = ["".join(text.split()) if joined else text for text in self.texts]
         self.labels["ctc"] = [labels.vocabulary.encode(text) for text in texts]
         # What WER compares with: the transcript as far as the vocabulary can write it, as the paper does.
         self.references = [orthography.present(labels.vocabulary.spelt(symbols)) for symbols in self.labels["ctc"]]
@@ -137,12 +134,8 @@ class SpeechDataset(Dataset[Example]):
         """Write the texts in the vocabulary's case and characters, and note what was changed in each."""
         labels = self.model_labels
         if ORTHOGRAPHIES[labels.orthography].follows(vocabulary):
-            how: dict[str, Any] = {
-                "orthography": labels.orthography,
-                "tags": labels.tags,
-                "vocabulary": vocabulary,
-            }
-            followed = [clean(u.text or "", **how) for u in self.utterances]
+            cleaned = partial(clean, orthography=labels.orthography, tags=labels.tags, vocabulary=vocabulary)
+            followed = [cleaned(u.text or "") for u in self.utterances]
             self.recased = [a != b for a, b in zip(self.texts, followed, strict=True)]
             self.texts = followed
         spelt = [vocabulary.spell(text) for text in self.texts]
@@ -168,8 +161,8 @@ class SpeechDataset(Dataset[Example]):
 
     def __getitem__(self, item: int | Item) -> Example:
         item = item if isinstance(item, Item) else Item(item, place=item)
-        index, weight = item.index, item.weight
-        utterance, stored, kind = self.utterances[index], None, ""
+        index, stored, kind = item.index, None, ""
+        utterance = self.utterances[index]
         if self.stored is not None:
             (stored, error), kind = self.stored(index), self.stored.kind
             waveform = torch.empty(0)
@@ -182,16 +175,9 @@ class SpeechDataset(Dataset[Example]):
                 raise  # nothing is wrong with the recording
             except AudioError as bad:
                 waveform, error = torch.zeros(self.lengths[index]), str(bad)
-        return Example(
-            index,
-            0.0 if error else weight,
-            waveform,
-            self.labels_of(index) if not error else self.no_labels(),
-            error,
-            self.lengths[index] if kind else 0,
-            stored,
-            kind,
-        )
+        length = self.lengths[index] if kind else 0
+        weight, labels = (0.0, self.no_labels()) if error else (item.weight, self.labels_of(index))
+        return Example(index, weight, waveform, labels, error, length, stored, kind)
 
     def labels_of(self, index: int) -> dict[str, Any]:
         """Return an utterance's label for each head."""

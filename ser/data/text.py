@@ -15,7 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -193,12 +193,8 @@ class Vocabulary:
         """
         if len(word_delimiter) != 1 or word_delimiter.isspace():
             raise TextError(f"the word delimiter {word_delimiter!r} is not one visible character")
-        characters: set[str] = set()
-        for text in texts:
-            characters.update(nfc(text))
-        letters = sorted(
-            c for c in characters if c != word_delimiter and not c.isspace() and unicodedata.category(c) != "Cs"
-        )
+        characters = set[str]().union(*map(nfc, texts)) - {word_delimiter}
+        letters = sorted(c for c in characters if not c.isspace() and unicodedata.category(c) != "Cs")
         symbols = ("<pad>", "<s>", "</s>", "<unk>", word_delimiter, *letters)
         return cls({token: i for i, token in enumerate(symbols)}, word_delimiter=word_delimiter)
 
@@ -317,10 +313,7 @@ class Vocabulary:
 
     def unknown_characters(self, texts: Iterable[str]) -> Counter[str]:
         """Count the characters of `texts` that `encode` leaves out. Spaces are never among them."""
-        counts: Counter[str] = Counter()
-        for text in texts:
-            counts.update(c for word in self._words(text) for c in word if c not in self._ids)
-        return counts
+        return Counter(c for text in texts for word in self._words(text) for c in word if c not in self._ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode greedily: the best symbol of each frame -> text.
@@ -334,14 +327,10 @@ class Vocabulary:
         Raises:
             TextError: an id is outside 0..V-1.
         """
-        symbols: list[int] = []
-        previous: int | None = None
-        for id_ in map(int, ids):
+        symbols = [id_ for id_, _ in groupby(map(int, ids))]
+        for id_ in symbols:
             if not 0 <= id_ < len(self.tokens):
                 raise TextError(f"symbol {id_} is outside the vocabulary 0..{len(self.tokens) - 1}")
-            if id_ != previous:
-                symbols.append(id_)
-            previous = id_
         return self.spelt(symbols)
 
     def spelt(self, ids: Iterable[int]) -> str:
@@ -364,7 +353,6 @@ class Orthography:
     examples/research_projects/wav2vec2/run_asr.py, 2021).
 
     Attributes:
-        name: "librispeech", "timit", "buckwalter" or "none".
         case: "upper", "lower" or "keep".
         replacements: character -> what stands for it.
         dropped_words: words that are no speech.
@@ -373,7 +361,6 @@ class Orthography:
         script: character -> character of the script that people read.
     """
 
-    name: str
     case: str = "keep"
     replacements: Mapping[str, str] = field(default_factory=dict)
     dropped_words: frozenset[str] = frozenset()
@@ -402,28 +389,22 @@ class Orthography:
         return nfc(text.translate({ord(c): letter for c, letter in self.script.items()}))
 
 
-ORTHOGRAPHIES: dict[str, Orthography] = {
-    o.name: o
-    for o in (
-        # The transcripts of LibriSpeech are spelt so, on which facebook/wav2vec2-base-960h was trained.
-        Orthography(
-            "librispeech", case="upper", replacements=dict.fromkeys("\u2019\u2018\u201b\u02bc\uff07", "'")
-        ),
-        # Compounds such as "quarter-century-old" are broken, and the pause "--" is no word. The vocabulary must
-        # have lower-case letters: build one, since `Vocabulary.librispeech` would drop every character.
-        Orthography("timit", case="lower", replacements={"-": " "}),
-        # The Arabic Speech Corpus writes pauses as "-" and "sil" and the letter theh as "^". The delimiter is "/",
-        # since "|" is the letter alef with madda. And < > { } are letters, so they are never brackets.
-        Orthography(
-            "buckwalter",
-            replacements={"-": " ", "^": "v"},
-            dropped_words=frozenset({"sil"}),
-            word_delimiter="/",
-            tag_brackets=("[]",),
-            script=BUCKWALTER,
-        ),
-        Orthography("none"),
-    )
+ORTHOGRAPHIES = {
+    # The transcripts of LibriSpeech are spelt so, on which facebook/wav2vec2-base-960h was trained.
+    "librispeech": Orthography(case="upper", replacements=dict.fromkeys("\u2019\u2018\u201b\u02bc\uff07", "'")),
+    # Compounds such as "quarter-century-old" are broken, and the pause "--" is no word. The vocabulary must
+    # have lower-case letters: build one, since `Vocabulary.librispeech` would drop every character.
+    "timit": Orthography(case="lower", replacements={"-": " "}),
+    # The Arabic Speech Corpus writes pauses as "-" and "sil" and the letter theh as "^". The delimiter is "/",
+    # since "|" is the letter alef with madda. And < > { } are letters, so they are never brackets.
+    "buckwalter": Orthography(
+        replacements={"-": " ", "^": "v"},
+        dropped_words=frozenset({"sil"}),
+        word_delimiter="/",
+        tag_brackets=("[]",),
+        script=BUCKWALTER,
+    ),
+    "none": Orthography(),
 }
 
 
@@ -451,11 +432,7 @@ def remove_tags(text: str, brackets: Iterable[str]) -> str:
 
 
 def clean(
-    text: str,
-    *,
-    orthography: str = "librispeech",
-    tags: str = "remove",
-    vocabulary: Vocabulary | None = None,
+    text: str, *, orthography: str = "librispeech", tags: str = "remove", vocabulary: Vocabulary | None = None
 ) -> str:
     """Write a transcript as it is to be learnt: without tags, in the given spelling, NFC, with single spaces.
 
@@ -543,26 +520,23 @@ class Rewriting:
     def of(cls, report: Mapping[str, Any]) -> Rewriting:
         """Read what `to_dict` gives."""
         case, recased = next(iter(report.get("references_recased", {}).items()), ("", 0))
-        return cls(
-            case=case,
-            recased=recased,
-            replaced=Counter(report.get("characters_replaced", {})),
-            removed=Counter(report.get("characters_outside_vocabulary", {})),
-            emptied=report.get("references_left_empty", 0),
-        )
+        replaced = Counter(report.get("characters_replaced", {}))
+        removed = Counter(report.get("characters_outside_vocabulary", {}))
+        return cls(case, recased, replaced, removed, report.get("references_left_empty", 0))
 
     def notes(self) -> list[str]:
         """Write a line for each kind of change."""
-        lines = []
-        if self.recased:
-            lines.append(f"the vocabulary has {self.case}-case letters alone: {self.recased} texts are written so")
-        if self.replaced:
-            lines.append(f"characters that the vocabulary writes otherwise, replaced: {counted(self.replaced)}")
-        if self.removed:
-            lines.append(f"characters outside the vocabulary, removed: {counted(self.removed)}")
-        if self.emptied:
-            lines.append(f"{self.emptied} texts have no character of the vocabulary: no error rate counts them")
-        return lines
+        alone = f"{self.case}-case letters alone"
+        notes = (
+            (self.recased, f"the vocabulary has {alone}: {self.recased} texts are written so"),
+            (
+                self.replaced,
+                f"characters that the vocabulary writes otherwise, replaced: {counted(self.replaced)}",
+            ),
+            (self.removed, f"characters outside the vocabulary, removed: {counted(self.removed)}"),
+            (self.emptied, f"{self.emptied} texts have no character of the vocabulary: no error rate counts them"),
+        )
+        return [note for changes, note in notes if changes]
 
 
 def minimum_frames(targets: Iterable[int]) -> int:

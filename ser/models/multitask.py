@@ -27,6 +27,9 @@ from ser.models.heads import HEAD_FORMS, HEADS, POOLINGS, Pooling, initialise, m
 from ser.models.kernels import Dropout
 from ser.models.wav2vec2 import Wav2Vec2
 
+# head -> the field of `HeadsConfig` that holds the number of its outputs; those of other heads are in ``others``
+SIZES = {"emotion": "num_emotions", "ctc": "vocab_size", "speaker": "num_speakers", "dimensions": "num_dimensions"}
+
 
 @dataclass(frozen=True)
 class HeadsConfig:
@@ -52,22 +55,17 @@ class HeadsConfig:
     def __post_init__(self) -> None:
         """Refuse sizes and names that cannot be built."""
         self.check_sizes()
-        if not isinstance(self.pooling, str) or self.pooling not in POOLINGS:
-            raise ConfigError(f"pooling is {brief_repr(self.pooling)}; expected one of {', '.join(POOLINGS)}")
-        for name in ("emotion_head", "dimension_head"):
-            if getattr(self, name) not in HEAD_FORMS:
-                raise ConfigError(
-                    f"{name} is {brief_repr(getattr(self, name))}; expected {' or '.join(HEAD_FORMS)}"
-                )
-        if type(self.weighted_final_norm) is not bool:
-            raise ConfigError(
-                f"weighted_final_norm is {brief_repr(self.weighted_final_norm)}; expected true or false"
-            )
-        number = isinstance(self.layers, str) and self.layers.isdecimal() and len(self.layers) < 4
-        if self.layers not in ("last", "weighted") and not number:
-            raise ConfigError(
-                f"layers is {brief_repr(self.layers)}; expected last, weighted, or the number of a layer"
-            )
+        forms, layers = [*HEAD_FORMS], self.layers  # lists, for a value may be unhashable
+        number = isinstance(layers, str) and layers.isdecimal() and len(layers) < 4
+        for name, right, expected in (
+            ("pooling", self.pooling in [*POOLINGS], f"one of {', '.join(POOLINGS)}"),
+            ("emotion_head", self.emotion_head in forms, " or ".join(forms)),
+            ("dimension_head", self.dimension_head in forms, " or ".join(forms)),
+            ("weighted_final_norm", type(self.weighted_final_norm) is bool, "true or false"),
+            ("layers", number or layers in ("last", "weighted"), "last, weighted, or the number of a layer"),
+        ):
+            if not right:
+                raise ConfigError(f"{name} is {brief_repr(getattr(self, name))}; expected {expected}")
 
     def check_sizes(self) -> None:
         """Refuse sizes that are no numbers of outputs, and heads that nobody has added."""
@@ -89,12 +87,7 @@ class HeadsConfig:
     @property
     def sizes(self) -> dict[str, int]:
         """Map each head of `HEADS` in order to the number of its outputs; 0 where the model has no such head."""
-        usual = {
-            "emotion": self.num_emotions,
-            "ctc": self.vocab_size,
-            "speaker": self.num_speakers,
-            "dimensions": self.num_dimensions,
-        }
+        usual = {head: getattr(self, field) for head, field in SIZES.items()}
         return {name: usual.get(name, self.others.get(name, 0)) for name in HEADS}
 
     def form(self, head: str) -> str:
@@ -105,28 +98,15 @@ class HeadsConfig:
 class Outputs(NamedTuple):
     """Hold the unnormalised scores of the heads that the model has."""
 
-    scores: dict[str, Tensor]  # head -> (B, K), or (B, T, V) of a head that reads frames
+    # head -> (B, K), or (B, T, V) of a head that reads frames; dimensions are on the scale of the labels
+    scores: dict[str, Tensor]
     num_frames: Tensor  # (B,) int64 on the CPU: valid frames
 
-    @property
-    def emotion(self) -> Tensor | None:
-        """Return emotion scores (B, K), None without an emotion head."""
-        return self.scores.get("emotion")
-
-    @property
-    def ctc(self) -> Tensor | None:
-        """Return symbol scores (B, T, V), None without a CTC head."""
-        return self.scores.get("ctc")
-
-    @property
-    def speaker(self) -> Tensor | None:
-        """Return speaker scores (B, K), None without a speaker head."""
-        return self.scores.get("speaker")
-
-    @property
-    def dimensions(self) -> Tensor | None:
-        """Return dimensions (B, K) on the scale of the labels, None without a dimension head."""
-        return self.scores.get("dimensions")
+    def __getattr__(self, head: str) -> Tensor | None:
+        """Return the scores of a head in `HEADS`, such as ``outputs.emotion``; None where the model lacks it."""
+        if head not in HEADS:
+            raise AttributeError(f"there is no head called {head!r}")
+        return self.scores.get(head)
 
 
 class MultiTaskModel(nn.Module):
@@ -164,15 +144,18 @@ class MultiTaskModel(nn.Module):
         """Return the head called "emotion", "ctc" or another name in `HEADS`, or None."""
         return getattr(self, HEADS[name].key, None)
 
+    def names_on_encoder(self) -> list[str]:
+        """Return the names of the tensors that are not the encoder's: of heads, and of what they read."""
+        return [name for name in self.state_dict() if not name.startswith("wav2vec2.")]
+
     @property
     def heads(self) -> list[str]:
         """Return the names of the heads that the model has."""
         return [name for name in HEADS if self.head(name) is not None]
 
-    @property
-    def reads_frames(self) -> bool:
-        """Tell whether a head reads the frames of the last layer."""
-        return any(HEADS[name].reads == "frames" for name in self.heads)
+    def reads(self, what: str) -> bool:
+        """Tell whether a head reads "pooled", a vector of the layers, or "frames", those of the last layer."""
+        return any(HEADS[name].reads == what for name in self.heads)
 
     def initialise(self, part: str) -> None:
         """Draw the weights of a head, "projector", "pooling" or "layer_weights"; it may be on the meta device."""
@@ -249,7 +232,7 @@ class MultiTaskModel(nn.Module):
         )
         last = self.dropout(outputs[-1])
         scores = self.score("frames", last)
-        if any(HEADS[name].reads == "pooled" for name in self.heads):
+        if self.reads("pooled"):
             scores |= self.score("pooled", self.pool(outputs, raw, last, num_frames))
         return Outputs(scores, num_frames)
 
@@ -261,13 +244,10 @@ class MultiTaskModel(nn.Module):
         self, waveforms: Tensor | None, num_samples: Tensor | None, **rest: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Return the layers that heads read, the last before a pre-norm encoder's final norm, and num_frames."""
-        outputs, num_frames = self.wav2vec2.layers(
-            waveforms,
-            num_samples,
-            **rest,
-            num_layers=None if self.reads_frames else self.layer,
-            final_norm=False,
-        )  # (B, T, D) each
+        deepest = None if self.reads("frames") else self.layer
+        outputs, num_frames = self.wav2vec2.layers(  # (B, T, D) each
+            waveforms, num_samples, **rest, num_layers=deepest, final_norm=False
+        )
         raw = outputs[-1]
         if len(outputs) > self.config.num_hidden_layers:
             outputs[-1] = self.wav2vec2.encoder.final_norm(raw)

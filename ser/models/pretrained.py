@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -486,6 +486,9 @@ def fill_encoder(encoder: Wav2Vec2, files: TensorFiles, report: LoadReport) -> N
     report.unused += left
 
 
+Built = TypeVar("Built", bound=nn.Module)
+
+
 class Unfilled(TorchFunctionMode):
     """Leave out, on the meta device, what computes the initial values of a module.
 
@@ -503,7 +506,7 @@ class Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def materialise(build: Callable[[], nn.Module]) -> nn.Module:
+def materialise(build: Callable[[], Built]) -> Built:
     """Run ``build`` on the meta device: the modules take no memory until tensors are assigned."""
     with torch.device("meta"), Unfilled():
         return build()
@@ -533,7 +536,6 @@ def load_encoder(
     folder = find_folder(folder, revision=revision)
     config, values = read_encoder_config(folder)
     encoder = materialise(lambda: Wav2Vec2(config))
-    assert isinstance(encoder, Wav2Vec2)
     loaded = LoadReport(folder, ignored_settings=sorted(set(values) - set(config.to_dict())))
     fill_encoder(encoder, TensorFiles(folder), loaded)
     encoder.eval().to(device)

@@ -11,7 +11,6 @@ import transformers
 from torch import Tensor, nn
 
 import ser
-from ser.convert import convert as converting
 from ser.data.text import Vocabulary
 from ser.errors import ModelFolderError
 from ser.models.multitask import HeadsConfig, MultiTaskModel
@@ -172,14 +171,14 @@ def test_a_converted_hubert_is_transformers_hubert(styles, randomise, tmp_path, 
 def test_an_encoder_that_computes_something_else_is_found_layer_by_layer(styles, randomise, tmp_path, monkeypatch):
     model = randomise(peer(styles["base-style"], "Model")).eval()
     save_as_pickle(model, tmp_path / "old")
-    load = converting.load_encoder
+    load = ser.load_encoder
 
     def wrong(folder):
         encoder = load(folder)
         encoder.encoder.layers[1].attention.num_heads = 2
         return encoder
 
-    monkeypatch.setattr(converting, "load_encoder", wrong)
+    monkeypatch.setattr("ser.models.pretrained.load_encoder", wrong)
     with pytest.raises(
         ModelFolderError,
         match=r"differs from transformers .* by layer: (0\.0e\+00, |\d\.\de-0[67], ){2}\d\.\de-01, ",
