@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ser.data.labels import LABELS, PLURALS
 from ser.data.manifest import PAPER_EMOTIONS, Utterance
 from ser.errors import ConfigError, SerError, printable
 from ser.files import csv_line, finite
@@ -71,15 +72,23 @@ def json_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[st
 
 
 def comma_separated(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
-    """Write a CSV with a column for each emotion's probability and for each dimension."""
+    """Write a CSV with a column for each emotion's probability, each dimension, and each answer of added heads."""
     first = ["file", "id", "start", "end", "seconds", "kind", "emotion"]
     last = ["transcript", "speaker", "speaker_probability", "warning", "error"]
     probabilities = [f"p_{name}" for name in recognizer.emotions]
-    yield csv_line([*first, *probabilities, *recognizer.dimensions, *last])
+    added = [
+        (head, name)
+        for head, names in recognizer.labels.names.items()
+        if head not in PLURALS
+        for name in (names if LABELS[head].kind == "numbers" else [head])
+    ]
+    yield csv_line([*first, *probabilities, *recognizer.dimensions, *last, *(name for _, name in added)])
     for record in records:
         middle = [(record["probabilities"] or {}).get(name) for name in recognizer.emotions]
         middle += [(record["dimensions"] or {}).get(name) for name in recognizer.dimensions]
-        yield csv_line([record[c] for c in first] + middle + [record[c] for c in last])
+        answers = record.get("others") or {}
+        others = [a.get(name) if isinstance(a := answers.get(head), dict) else a for head, name in added]
+        yield csv_line([record[c] for c in first] + middle + [record[c] for c in last] + others)
 
 
 def paper_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:

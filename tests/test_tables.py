@@ -31,7 +31,8 @@ from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.recognizer import Recognizer, load
 from ser.train.evaluation import evaluate
 from ser.train.loop import fit
-from ser.train.losses import LOSSES, Loss, speaker_loss
+from ser.train.losses import LOSSES, Loss, class_loss
+from ser.train.optim import set_rate
 
 # ------------------------------------------------------------------------------------------------- heads of others
 
@@ -55,7 +56,7 @@ def gender(monkeypatch):
     """The rows of a second head of classes, whose layers are two."""
     monkeypatch.setitem(HEADS, "gender", Head("gender_head", form="dense"))
     monkeypatch.setitem(LABELS, "gender", LabelSpec("class", ("gender",)))
-    monkeypatch.setitem(LOSSES, "gender", Loss(speaker_loss, weight=0.5))
+    monkeypatch.setitem(LOSSES, "gender", Loss(class_loss, weight=0.5))
 
 
 def toy_model(labels: Labels, **changes) -> Recognizer:
@@ -257,3 +258,20 @@ def test_a_row_takes_labels_by_the_names_of_their_columns_and_no_others():
         Utterance("u", Path("a.wav"), emotoin="sad")
     with pytest.raises(TypeError, match="Utterance has no 'age'"):
         row.relabelled(age=3.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LabelSpec("classes", ("gender",)), r"expected the kind \"class\""),
+        (lambda: LabelSpec("class", "gender"), "a tuple of columns"),
+        (lambda: Head("gender_head", reads="frame"), "expected reads pooled or frames"),
+        (lambda: Head("gender_head", form="mlp"), "the form linear or dense"),
+        (lambda: Labels(names={"emotion": "happy"}), "expected a list of names"),
+        (lambda: Labels(names={"gender": ["f", "m"]}), "of one of emotion, ctc"),
+        (lambda: set_rate(torch.optim.SGD([torch.zeros(1)], lr=1), math.nan), "the schedule gave nan"),
+    ],
+)
+def test_a_row_that_cannot_be_is_refused_where_it_is_made(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -268,7 +268,9 @@ def chosen_heads(config: TrainConfig, train: list) -> list[str]:
         return [name for name in wanted if name in has]
     heads = config.heads.split(",")
     if lacks := [name for name in heads if name not in has]:
-        raise ConfigError(f"--heads names {lacks[0]}, but no training utterance has a label for it; see --columns")
+        why = "no training utterance has a label for it; see --columns"
+        why = why if lacks[0] in LABELS else "it has no row in ser.data.labels.LABELS"
+        raise ConfigError(f"--heads names {lacks[0]}, but {why}")
     return heads
 
 

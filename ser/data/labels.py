@@ -32,12 +32,20 @@ class LabelSpec:
         kind: "class" (one of the head's names: int64, `NO_LABEL` where unknown), "numbers" (one number for each of
             the head's names: float64, NaN where unknown) or "text" (the vocabulary's symbols: int64, `NO_LABEL`
             past the end).
-        columns: of a manifest. A class and a text have one. Of numbers, the head's name picks the column: the
-            column "age" labels an output that is called "age" or "Age".
+        columns: of a manifest. A class and a text have one. A head of numbers may have several, and an output takes
+            its labels from the column of the same name, where case does not matter.
+
+    Raises:
+        ConfigError: the kind is another one, or the columns are no tuple.
     """
 
     kind: str
     columns: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what no label is."""
+        if self.kind not in ("class", "numbers", "text") or not isinstance(self.columns, tuple):
+            raise ConfigError(f'{self}: expected the kind "class", "numbers" or "text", and a tuple of columns')
 
 
 # head -> its labels
@@ -106,6 +114,11 @@ class Labels:
 
     def __post_init__(self) -> None:
         """Keep each head's names as a list, and refuse a name that stands twice."""
+        for head, names in self.names.items():
+            if head not in LABELS or isinstance(names, str):
+                raise ConfigError(
+                    f"{head}: {brief_repr(names)}; expected a list of names, of one of {', '.join(LABELS)}"
+                )
         kept = {head: list(names) for head, names in self.names.items() if len(names)}
         object.__setattr__(self, "names", kept)
         for head, names in kept.items():
@@ -207,5 +220,5 @@ def known(head: str, labels: Tensor) -> Tensor:
 
 def labels_vary(n: Tensor, y: Tensor, yy: Tensor) -> Tensor:
     """Tell whether there are two labels or more and they differ, by their number and the sums of y and of y^2."""
-    # A variance is the difference of two sums: what is left of equal labels is rounding.
+    # Of equal labels this difference is 0 but for rounding, so it is compared with a share of the mean square.
     return (n >= 2) & (yy / n - (y / n).square() > 1e-12 * yy / n)

@@ -136,6 +136,11 @@ class Head:
     reads: str = "pooled"
     form: str = "linear"
 
+    def __post_init__(self) -> None:
+        """Refuse what no head reads, and a form that there is not (ConfigError)."""
+        if self.reads not in ("pooled", "frames") or self.form not in HEAD_FORMS:
+            raise ConfigError(f"{self}: expected reads pooled or frames, and the form {' or '.join(HEAD_FORMS)}")
+
 
 # head -> what it is. lm_head is called as in Wav2Vec2ForCTC, cls_head as in the paper's code. The labels of a head
 # are a row of `ser.data.labels.LABELS`, its loss is a row of `ser.train.losses.LOSSES`.

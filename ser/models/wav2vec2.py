@@ -56,8 +56,8 @@ def zero_padding(hidden: Tensor, padding: Tensor | None) -> Tensor:
 def untouched(module: nn.Module) -> Tensor:
     """Return a zero that depends on every parameter of ``module``.
 
-    Adding it keeps the graph of a step the same for DistributedDataParallel when a module is skipped: its
-    parameters then have a gradient, which is zero. The sum is over an empty slice, so it costs nothing and
+    DistributedDataParallel expects a gradient for every parameter in every step. If a layer is skipped, this zero
+    is added to the output: the layer's parameters then have a gradient of zero. The sum is over an empty slice, so it costs nothing and
     stays 0 whatever the weights hold.
     """
     return sum((p.flatten()[:0].sum() for p in module.parameters() if p.requires_grad), torch.zeros(()))
@@ -102,8 +102,7 @@ class FeatureEncoder(nn.Module):
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
         """Compute waveforms (B, S), num_samples (B,) -> features (B, T, C), num_frames (B,).
 
-        Every valid frame is made of valid samples alone: a window that reaches into the padding starts
-        past the last frame that `conv_length` counts.
+        Valid frames never see padding: `conv_length` counts only the windows that end before the padding begins.
         """
         x, num_frames = waveforms[..., None], num_samples  # (B, S, 1)
         recompute = self.activation_checkpointing and self.training
@@ -214,7 +213,11 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def position_bias(self, frames: int) -> Tensor | None:
-        """Return what all layers add to the scores for relative positions, (1, H, T, T); here nothing."""
+        """Return a bias for the attention scores, (1, H, T, T), or None.
+
+        The method of the first layer alone is called, and all layers share its result. So layer 0 alone may own
+        parameters for it, and the bias must be on their device.
+        """
         return None
 
     def mask(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -275,7 +278,8 @@ class GatedAttention(Attention):
         each = self.num_buckets // 2
         exact = each // 2
         distance = offsets.abs()
-        # In the reference's order of operations: a boundary would else fall on its other side.
+        # In the reference's order of operations: another order rounds differently, and a distance at a boundary
+        # would get the neighbouring bucket.
         share = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
         far = (exact + (share * (each - exact)).long()).clamp(max=each - 1)
         return torch.where(distance < exact, distance, far) + each * (offsets > 0)
@@ -359,7 +363,7 @@ class Transformer(nn.Module):
     def forward(self, hidden: Tensor, padding: Tensor | None, num_layers: int | None = None) -> list[Tensor]:
         """Compute hidden (B, T, D), padding (B, T) -> the first layer's input and each layer's output, (B, T, D).
 
-        `final_norm` of the last is the result. With ``num_layers`` only so many layers are computed.
+        The encoder's result is `final_norm` of the last one. With ``num_layers`` only so many are computed.
         """
         hidden = zero_padding(hidden, padding)
         hidden = hidden + self.pos_conv_embed(hidden, padding)
@@ -437,9 +441,10 @@ class Wav2Vec2(nn.Module):
 
     @torch.no_grad()
     def round_weights(self, dtype: torch.dtype) -> None:
-        """Hold matrices in ``dtype`` and kernels as they are multiplied: to predict under autocast, and no more.
+        """Convert the weights once to ``dtype`` and to the memory layout that the convolutions use.
 
-        Outputs stay what they are; autocast and the convolutions would do the same again for each batch.
+        Under autocast each batch would do the same again; the outputs are equal. A model rounded so predicts, and
+        is neither trained nor saved.
         """
         for module in [*self.encoder.modules()]:
             if isinstance(module, nn.Linear):

@@ -155,7 +155,10 @@ def evaluate_valid(job: Job, **how: Any) -> Evaluation:
 
 
 def evaluate_and_keep_best(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
-    """Evaluate, and keep the best model; False if a signal came before the end: it is still due then."""
+    """Evaluate, and save the model if it is the best so far.
+
+    Return False if a signal cut the evaluation short; it is then done again when the run resumes.
+    """
     config = job.config
     with log.meter.paused():
         objective, workers, timeout = job.learner.objective, config.workers, config.timeout
@@ -164,7 +167,9 @@ def evaluate_and_keep_best(job: Job, progress: Progress, log: Log, stop: StopReq
             return False
         log.evaluation = evaluation
         note_evaluation(evaluation, job.metric, progress)
-        epoch = progress.epoch - (progress.update == 0)  # that of the update before
+        epoch = progress.epoch - (
+            progress.update == 0
+        )  # after the last update of an epoch, progress has the next one
         log.write("valid", evaluation.metrics() | {"best": progress.best}, progress, epoch=epoch)
         if log.verbose:
             show_rows(job.world, evaluation)
@@ -179,7 +184,10 @@ def evaluate_and_keep_best(job: Job, progress: Progress, log: Log, stop: StopReq
 
 
 def catch_up(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
-    """Do what a signal kept the run from doing after its last update; False if another one came before the end."""
+    """Do what is still due after the update at which a signal stopped the run: its evaluation, and a checkpoint.
+
+    Return False if a new signal interrupts it.
+    """
     was_due = progress.evaluation_due
     if was_due and not evaluate_and_keep_best(job, progress, log, stop):
         return False
@@ -289,7 +297,7 @@ def fit(
             say(world, f"stopped by {by} after update {progress.step} of {job.total}; {again}")
             return FitResult(progress, job.metric, log.evaluation, resumed, stopped=True)
         recognizer.model.eval()
-        # A run that had ended before has them, unless it was stopped just there.
+        # A finished run has last/ and best/, unless it was killed between its last checkpoint and writing last/.
         if not finished_before or world.gather(not (request.folder / "last" / RECORD).is_file())[0]:
             save_last(job, progress, log)
         job.saver.wait()

@@ -233,7 +233,7 @@ def emotion_loss(scores: Tensor, labels: Tensor, *, weights: Tensor, num_frames:
     )
 
 
-def speaker_loss(scores: Tensor, labels: Tensor, *, weights: Tensor, num_frames: Tensor, objective: Objective):
+def class_loss(scores: Tensor, labels: Tensor, *, weights: Tensor, num_frames: Tensor, objective: Objective):
     """Return `classification_loss` without options."""
     return classification_loss(scores, labels, utterance_weights=weights)
 
@@ -287,6 +287,6 @@ class Loss:
 LOSSES = {
     "emotion": Loss(emotion_loss, count_emotions),
     "ctc": Loss(transcript_loss, count_transcripts, weight="alpha"),
-    "speaker": Loss(speaker_loss, weight="beta"),
+    "speaker": Loss(class_loss, weight="beta"),
     "dimensions": Loss(None, weight="gamma"),
 }

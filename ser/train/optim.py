@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from ser.errors import ConfigError
 
 
 def linear(step: int, total: int, warmup: float) -> float:
@@ -60,6 +63,8 @@ def make_optimizer(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Put every group at ``factor`` of its peak rate."""
+    """Put every group at ``factor`` of its peak rate; ConfigError where a schedule gave no number from 0."""
+    if not 0 <= factor < math.inf:
+        raise ConfigError(f"the schedule gave {factor}; expected a factor of the peak rate, from 0")
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor

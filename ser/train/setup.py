@@ -20,7 +20,7 @@ from ser.audio import SAMPLE_RATE
 from ser.data.audit import check_learnable, check_training_data
 from ser.data.augment import augmented
 from ser.data.dataset import SpeechDataset
-from ser.data.labels import NO_LABEL
+from ser.data.labels import NO_LABEL, PLURALS, collate_labels, known
 from ser.data.manifest import Utterance
 from ser.data.sampler import LengthBucketBatchSampler
 from ser.errors import ConfigError, RunFolderError, SerError, printable
@@ -48,6 +48,8 @@ Sets = Mapping[str, SpeechDataset]  # the same, as they are read
 def head_weights(recognizer: Recognizer, config: TrainConfig) -> dict[str, float]:
     """Return the weight of each head's loss, for the heads that the model has; 0 means not trained."""
     heads = recognizer.model.heads
+    if lacks := [head for head in heads if head not in LOSSES]:
+        raise ConfigError(f"the head {lacks[0]} has no loss; add its row to ser.train.losses.LOSSES")
     settings = {head: LOSSES[head].weight for head in heads}
     weights = {head: getattr(config, w) if isinstance(w, str) else w for head, w in settings.items()}
     if len(heads) == 1:  # nothing to weigh it against
@@ -95,7 +97,8 @@ def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: Speec
         possible += ["speaker_accuracy"]
     if not len(validation):
         return "none" if config.metric == "auto" else config.metric
-    if not possible:
+    added = {head: labels for head, labels in validation.labels.items() if head not in (*PLURALS, "ctc")}
+    if not possible and not any(known(head, collate_labels(head, added[head])).any() for head in added):
         raise ConfigError(
             f"the validation data has no label for any head ({', '.join(recognizer.model.heads)}; of a dimension "
             "two different ones are needed), so no best model could be chosen; see --columns, or leave --valid out"
