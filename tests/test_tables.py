@@ -167,7 +167,8 @@ def test_columns_of_heads_from_outside_travel_through_a_manifest(age, gender, tm
 # --------------------------------------------------------------------------------------------------------- labels
 
 
-def test_labels_are_plain_data_with_those_of_other_heads_only_where_there_are_any():
+def test_labels_are_plain_data_with_those_of_other_heads_only_where_there_are_any(monkeypatch):
+    monkeypatch.setitem(LABELS, "age", LabelSpec("numbers", ("age",)))
     vocabulary = Vocabulary.librispeech()
     labels = Labels.of(emotions=["a", "b"], dimensions=["valence"], vocabulary=vocabulary)
     assert labels.to_dict() == {

@@ -32,8 +32,8 @@ class LabelSpec:
         kind: "class" (one of the head's names: int64, `NO_LABEL` where unknown), "numbers" (one number for each of
             the head's names: float64, NaN where unknown) or "text" (the vocabulary's symbols: int64, `NO_LABEL`
             past the end).
-        columns: of a manifest. A class and a text have one. A head of numbers may have several, and an output takes
-            its labels from the column of the same name, where case does not matter.
+        columns: of a manifest. A class and a text have one. A head of numbers may have several, and an output
+            takes its labels from the column of the same name, where case does not matter.
 
     Raises:
         ConfigError: the kind is another one, or the columns are no tuple.

@@ -57,8 +57,8 @@ def untouched(module: nn.Module) -> Tensor:
     """Return a zero that depends on every parameter of ``module``.
 
     DistributedDataParallel expects a gradient for every parameter in every step. If a layer is skipped, this zero
-    is added to the output: the layer's parameters then have a gradient of zero. The sum is over an empty slice, so it costs nothing and
-    stays 0 whatever the weights hold.
+    is added to the output: the layer's parameters then have a gradient of zero. The sum is over an empty slice, so
+    it costs nothing and stays 0 whatever the weights hold.
     """
     return sum((p.flatten()[:0].sum() for p in module.parameters() if p.requires_grad), torch.zeros(()))
 
