@@ -280,22 +280,22 @@ MEASURES = {
         ("emotion", "predicted"),
         {"confidence": SHARE},
         emotion_cells,
-        lambda of: [class_sums(of.emotions, emotion_pairs(of), of.numbers["confidence"])],
-        lambda of: {"emotion": number_scored(emotion_pairs(of))},
+        lambda outcomes: [class_sums(outcomes.emotions, emotion_pairs(outcomes), outcomes.numbers["confidence"])],
+        lambda outcomes: {"emotion": number_scored(emotion_pairs(outcomes))},
     ),
     "ctc": Measure(
         ("reference", "transcript"),
         dict.fromkeys(("word_edits", "words", "character_edits", "characters"), COUNT),
         transcript_cells,
         transcript_sums,
-        lambda of: {"words": int(np.nansum(of.numbers["words"]))},
+        lambda outcomes: {"words": int(np.nansum(outcomes.numbers["words"]))},
     ),
     "speaker": Measure(
         (),
         {"speaker_right": SHARE},
         speaker_cells,
         speaker_sums,
-        lambda of: {"speaker": int(np.isfinite(of.numbers["speaker_right"]).sum())},
+        lambda outcomes: {"speaker": int(np.isfinite(outcomes.numbers["speaker_right"]).sum())},
     ),
 }
 MEASURES_OF_KINDS = {"class": measure_of_classes, "numbers": measure_of_numbers}
@@ -608,7 +608,7 @@ def plain(value: Any) -> Any:
     """Return a value of a report as JSON holds it."""
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
-    return plain(asdict(value)) if is_dataclass(value) and not isinstance(value, type) else value
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 @dataclass

@@ -67,11 +67,9 @@ def contents(utterances: Sequence[Utterance], lengths: Sequence[int] | None = No
         "dimensions": (tuple(map(u.labels.get, DIMENSIONS)) for u in utterances),
     }
     ours = {"emotion", "text", "speaker", *DIMENSIONS}
-    for column in label_columns():  # of heads that somebody added
-        if column not in ours and any(column in u.labels for u in utterances):
-            columns[column] = [u.labels.get(column) for u in utterances]
-    if lengths is not None:
-        columns["lengths"] = lengths
+    added = [c for c in label_columns() if c not in ours and any(c in u.labels for u in utterances)]
+    columns |= {column: [u.labels.get(column) for u in utterances] for column in added}
+    columns |= {} if lengths is None else {"lengths": lengths}
     digests = {name: rows_sha256((row,) for row in rows) for name, rows in columns.items()}
     return {"utterances": len(utterances)} | digests
 
