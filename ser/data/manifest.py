@@ -868,12 +868,9 @@ def find_overlap(train: Iterable[Utterance], other: Iterable[Utterance]) -> Over
     not found.
     """
     train, other = list(train), list(other)
-    speakers = {u.speaker for u in train} & {u.speaker for u in other}
+    speakers = {u.speaker for u in train if u.speaker is not None} & {u.speaker for u in other}
     audio = {_audio(u) for u in train}
-    return Overlap(
-        speakers=sorted(name for name in speakers if name is not None),
-        utterances=[u.id for u in other if _audio(u) in audio],
-    )
+    return Overlap(sorted(speakers), [u.id for u in other if _audio(u) in audio])
 
 
 def check_overlap(

@@ -96,16 +96,17 @@ class Meter:
 
 
 class Log:
-    """Write metrics.jsonl and the progress line, on one rank; count on all.
+    """Write metrics.jsonl and the progress line, on one rank; count and measure time on all.
 
     Args:
         path: of metrics.jsonl. What an interrupted run wrote there after its checkpoint is dropped.
         world: the ranks.
         progress: where the run stands.
+        total: the updates of the run, for its bar.
         verbose: show reference beside hypothesis after each evaluation.
     """
 
-    def __init__(self, path: Path, world: World, progress: Progress, *, verbose: bool = False) -> None:
+    def __init__(self, path: Path, world: World, progress: Progress, *, total: int, verbose: bool) -> None:
         self.path, self.world, self.verbose = path, world, verbose
         self.evaluation: Evaluation | None = None  # the last one in this process
         self.left_out = 0  # updates in a row
@@ -117,10 +118,7 @@ class Log:
             if kept != lines:
                 with written(path), replace_file(path) as file:
                     file.write("".join(line + "\n" for line in kept))
-
-    def begin(self, total: int, progress: Progress) -> None:
-        """Show the bar of so many updates, and begin to measure time."""
-        silent = not (self.world.is_main and sys.stderr.isatty())
+        silent = not (world.is_main and sys.stderr.isatty())
         self.bar = tqdm(total=total, initial=progress.step, unit="update", disable=silent)
         self.meter = Meter()
 

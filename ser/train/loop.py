@@ -287,9 +287,8 @@ def fit(
         resumed, finished_before = job.opened.checkpoint is not None, progress.finished
         if config.cache and not finished_before:  # of the checkpoint's weights, which are there by now
             fill_caches(job)
-        log = Log(request.folder / "metrics.jsonl", world, progress, verbose=verbose)
         say(world, job.summary())
-        log.begin(job.total, progress)
+        log = Log(request.folder / "metrics.jsonl", world, progress, total=job.total, verbose=verbose)
         stop = held.enter_context(stop_on_signals())
         if not train_to_end(job, progress, log, stop) and not progress.finished:
             by = stop.signal or "a signal to another process"

@@ -168,7 +168,8 @@ def make_ready(
         rank=world.rank,
         world_size=world.size,
     )
-    concordant, frames = [head for head, loss in LOSSES.items() if loss.sums is None], shape.num_frames
+    frames = shape.num_frames
+    concordant = [head for head, loss in LOSSES.items() if loss.sums is None]
     for note in check_learnable(
         dataset, sampler.plan, weights, frames, concordant=concordant, epochs=config.epochs, unread=unread
     ):
