@@ -28,5 +28,11 @@ import sys
 
 from ser.cli import call
 
+
+def main() -> int:
+    """Recognise as `ser predict` does, with this page's help."""
+    return call("predict", sys.argv[1:], text=__doc__)
+
+
 if __name__ == "__main__":
-    sys.exit(call("predict", sys.argv[1:], text=__doc__))
+    sys.exit(main())

@@ -1,7 +1,5 @@
 """Choose a device, a floating-point type and a number of threads; measure memory, and tune how it is returned."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

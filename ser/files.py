@@ -14,8 +14,6 @@ The next writing of NAME removes it, since nobody holds its lock any more. It st
 cannot be locked, as on NFS; `clear_remains` removes it at once.
 """
 
-from __future__ import annotations
-
 import csv
 import ctypes
 import errno

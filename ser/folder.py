@@ -12,8 +12,6 @@ different files. Where several files say something, the first of these counts, a
 Where no file says something, or files contradict each other, a note tells what was taken.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Turn what is passed to a recognizer (paths, manifest rows, arrays) into batches of like length."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -76,18 +76,15 @@ def comma_separated(records: Iterator[Record], recognizer: Recognizer) -> Iterat
     first = ["file", "id", "start", "end", "seconds", "kind", "emotion"]
     last = ["transcript", "speaker", "speaker_probability", "warning", "error"]
     probabilities = [f"p_{name}" for name in recognizer.emotions]
-    added = [
-        (head, name)
-        for head, names in recognizer.labels.names.items()
-        if head not in PLURALS
-        for name in (names if LABELS[head].kind == "numbers" else [head])
-    ]
-    yield csv_line([*first, *probabilities, *recognizer.dimensions, *last, *(name for _, name in added)])
+    added = {head: names for head, names in recognizer.labels.names.items() if head not in PLURALS}
+    numbers = {head: LABELS[head].kind == "numbers" for head in added}
+    answers = [(head, name) for head in added for name in (added[head] if numbers[head] else [head])]
+    yield csv_line([*first, *probabilities, *recognizer.dimensions, *last, *(name for _, name in answers)])
     for record in records:
         middle = [(record["probabilities"] or {}).get(name) for name in recognizer.emotions]
         middle += [(record["dimensions"] or {}).get(name) for name in recognizer.dimensions]
-        answers = record.get("others") or {}
-        others = [a.get(name) if isinstance(a := answers.get(head), dict) else a for head, name in added]
+        said = record.get("others") or {}
+        others = [(said.get(h) or {}).get(name) if numbers[h] else said.get(h) for h, name in answers]
         yield csv_line([record[c] for c in first] + middle + [record[c] for c in last] + others)
 
 

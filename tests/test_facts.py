@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import facts
-import pytest
 
 ROOT = Path(__file__).parents[1]
-BARS_HOLD = False  # True once the whole package keeps them
 
 SOURCE = '''"""Say what is here.
 
@@ -49,6 +47,5 @@ def test_facts_are_those_of_the_source(tmp_path):
     assert [text.partition(":")[0] for text in found.passed_bars()] == ["names with two meanings"]
 
 
-@pytest.mark.skipif(not BARS_HOLD, reason="not yet")
 def test_the_package_keeps_the_limits():
     assert facts.measure(ROOT / "ser").passed_bars() == []

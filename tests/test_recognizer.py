@@ -160,20 +160,18 @@ def test_who_serves_predictions_may_keep_freed_memory_for_a_while(recognizer, mo
 
 
 @pytest.mark.parametrize(
-    "command", ["infer.py {0}/0.wav --model {0}/m", "evaluate.py --manifest {0}/rows.csv --model {0}/m"]
+    "command", ["predict {0}/0.wav --model {0}/m", "evaluate --manifest {0}/rows.csv --model {0}/m"]
 )
 def test_commands_keep_freed_memory(recognizer, recordings, tmp_path, command):
     """In a process of its own, with the command's `main` as anybody runs it."""
     recognizer.save(tmp_path / "m")
     rows = [f"{path.name},{EMOTIONS[i % 3]}" for i, path in enumerate(recordings)]
     (tmp_path / "rows.csv").write_text("\n".join(["file,emotion", *rows]) + "\n")
-    name, *arguments = command.format(tmp_path).split()
     program = f"""
-import runpy, sys, ser.device
+import sys, ser.cli, ser.device
 found = ser.device.glibc
 ser.device.glibc = lambda: print("kept", file=sys.stderr) or found()
-sys.argv = [{name!r}, *{arguments!r}, "--device", "cpu"]
-runpy.run_path({str(Path(__file__).parents[1] / "examples" / name)!r}, run_name="__main__")
+sys.exit(ser.cli.main([*{command.format(tmp_path).split()!r}, "--device", "cpu"]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

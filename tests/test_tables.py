@@ -269,7 +269,7 @@ def test_a_row_takes_labels_by_the_names_of_their_columns_and_no_others():
         (lambda: Head("gender_head", reads="frame"), "expected reads pooled or frames"),
         (lambda: Head("gender_head", form="mlp"), "the form linear or dense"),
         (lambda: Labels(names={"emotion": "happy"}), "expected a list of names"),
-        (lambda: Labels(names={"gender": ["f", "m"]}), "of one of emotion, ctc"),
+        (lambda: Labels(names={"gender": ["f", "m"]}), "names of emotion, ctc"),
         (lambda: set_rate(torch.optim.SGD([torch.zeros(1)], lr=1), math.nan), "the schedule gave nan"),
     ],
 )

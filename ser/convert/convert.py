@@ -12,8 +12,6 @@ This file goes from reading a source, to writing, to verification, to the whole.
 stand in `ser.convert.foreign`, and `ser.convert.pickles` alone opens pickles.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -3,8 +3,6 @@
 The key maps are tables; nothing here reads a file.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterable, Mapping

@@ -9,8 +9,6 @@ A pickle is a program. Three locks stand before it, and no way around them:
 3. Sizes are bounded: of the file, of the pickle in it, and of each tensor by the bytes that the file holds for it.
 """
 
-from __future__ import annotations
-
 import io
 import pickletools
 import zipfile

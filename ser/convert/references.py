@@ -3,8 +3,6 @@
 The libraries are imported when a source is converted, and nothing else in `ser` imports them.
 """
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any
 

@@ -4,8 +4,6 @@ A loss of 0 looks like success, so what teaches nothing is told. Most heads lear
 concordance (that of dimensions) has a gradient only where an update has two different labels of a number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch

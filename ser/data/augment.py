@@ -4,8 +4,6 @@ What is drawn for an utterance is a function of (seed, epoch, place in the plan 
 So the number of ranks and of workers changes nothing, and neither does an interruption of the run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

@@ -3,8 +3,6 @@
 Each rule of reading stands by itself here; `ser.data.manifest` applies them.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import difflib

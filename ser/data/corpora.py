@@ -5,8 +5,6 @@ reads a name and `read_named` does the rest. The emotions have one name in all c
 a model of one corpus can be tried on another; the corpus's own code is kept in the column `code`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

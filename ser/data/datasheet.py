@@ -1,7 +1,5 @@
 """Hear and count what a corpus holds before anything is trained on it: the data sheet beside a manifest."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping

@@ -11,8 +11,6 @@ IEMOCAP consists of dialogues, and its utterances are called turns here. The pap
 side, so both speakers of a test fold are in training too.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

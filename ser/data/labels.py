@@ -116,9 +116,7 @@ class Labels:
         """Keep each head's names as a list, and refuse a name that stands twice."""
         for head, names in self.names.items():
             if head not in LABELS or isinstance(names, str):
-                raise ConfigError(
-                    f"{head}: {brief_repr(names)}; expected a list of names, of one of {', '.join(LABELS)}"
-                )
+                raise ConfigError(f"{head}: {brief_repr(names)}; expected a list of names of {', '.join(LABELS)}")
         kept = {head: list(names) for head, names in self.names.items() if len(names)}
         object.__setattr__(self, "names", kept)
         for head, names in kept.items():
@@ -135,8 +133,8 @@ class Labels:
         **rest: Any,
     ) -> Labels:
         """Make labels from the names of the usual heads; ``rest`` are fields, and ``names`` are of other heads."""
-        usual = {"emotion": emotions, "speaker": speakers, "dimensions": dimensions}
-        return cls({**usual, **rest.pop("names", {})}, **rest)
+        names = {"emotion": emotions, "speaker": speakers, "dimensions": dimensions, **rest.pop("names", {})}
+        return cls(names, **rest)
 
     @property
     def emotions(self) -> list[str]:

@@ -489,13 +489,11 @@ def _utterance(
         found.append("has no file")
     start, end = (_cell_number(part, full.pop(part, None), found, least=0) for part in ("start", "end"))
     labels: dict[str, Any] = {}
-    for column, kind in kinds.items():
-        cell = full.pop(column, None)
-        if cell is None:
-            continue
-        if kind == "numbers":
+    for column in [column for column in kinds if column in full]:
+        cell = full.pop(column)
+        if kinds[column] == "numbers":
             labels[column] = _cell_number(column, cell, found, missing)
-        elif kind == "class":  # of emotions and speakers `_with_names` knows more
+        elif kinds[column] == "class":  # of emotions and speakers `_with_names` knows more
             none = column not in ("emotion", "speaker") and missing(column, cell)
             labels[column] = None if none else _label(cell)
         elif not (len(cell) < 8 and missing(column, cell)):  # the texts that can be none

@@ -1,7 +1,5 @@
 """What a reader of a corpus finds: its utterances, what became none, and what a person should know."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -19,8 +19,6 @@ vary sixtyfold, cost 2.2 times their real work in random batches of 8. The order
 are jittered before they are sorted, so neighbours change every epoch, and the updates are shuffled.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial

@@ -4,8 +4,6 @@ A class in two spellings (angry, Angry) would be two classes, so it is refused, 
 What may be a slip (hapy beside happy) is shown with the counts of all classes, before anything is trained.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import re

@@ -5,8 +5,6 @@ worker through a socket, without a limit. At its end a process waits for its wor
 one is stopped or stuck. So here a thread counts the seconds of every wait, and kills the workers.
 """
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing
 import os

@@ -3,8 +3,6 @@
 Shapes: B batch, T frames, D hidden size, K classes or dimensions, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ was drawn before changes it. So masked training is independent of how work is sp
 saved random state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

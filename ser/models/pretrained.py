@@ -9,8 +9,6 @@ A folder is foreign input. Only safetensors are read, never a pickle; sizes are 
 allocated; names in the folder cannot lead out of it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

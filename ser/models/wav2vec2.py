@@ -22,8 +22,6 @@ Conventions:
   * ``torch.export`` records what a GPU computes, for any lengths (tests/test_export.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

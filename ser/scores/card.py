@@ -5,8 +5,6 @@ people. The card is a function of the record, so it can be checked, and `ser eva
 figures again.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import math

@@ -3,8 +3,6 @@
 "Pooled" means over all utterances (or words) of all folds. The mean over folds stands beside the pooled figure.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence

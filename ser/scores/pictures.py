@@ -1,7 +1,5 @@
 """Pictures of a report, with matplotlib (the extra `plots`)."""
 
-from __future__ import annotations
-
 import math
 import sys
 import unicodedata

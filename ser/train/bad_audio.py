@@ -14,8 +14,6 @@ order; else that of one frame. A recording that was skipped is tried again in th
     runs/NAME/skipped.jsonl   a line per recording that was left out: its set, id, file and why
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterable

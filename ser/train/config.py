@@ -4,8 +4,6 @@ The command line is made from these fields, so help and behaviour cannot differ.
 al., 2021, section 3.2) where the paper gives one.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import math

@@ -4,8 +4,6 @@ A stopped run continues wherever its recordings, its manifests and ``--init`` li
 are spelt. These digests are compared; paths are only recorded.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence

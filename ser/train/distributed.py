@@ -3,8 +3,6 @@
 One process is a world of one: the same calls then do nothing.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Evaluate a model on utterances, each counted exactly once on any number of ranks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager

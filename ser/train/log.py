@@ -1,7 +1,5 @@
 """What a run tells: lines on standard error, a progress bar, and metrics.jsonl."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -7,8 +7,6 @@ function of (seed, step, micro-batch, rank), SpecAugment masks from (seed, epoch
 state to save, and a resumed run continues exactly.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack

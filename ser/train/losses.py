@@ -18,8 +18,6 @@ negative log-likelihood of the whole transcript, which is what the paper's setti
 device computes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -9,8 +9,6 @@ Not every system has all of this. This file looks for what a system lacks, and `
 it.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import hashlib

@@ -1,7 +1,5 @@
 """Word the error for a run whose memory runs out: on which utterances, and what helps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from errno import ENOMEM

@@ -4,8 +4,6 @@
 settings may differ stands with each of them in `ser.train.config`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@
 refused before the run's folder is touched.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

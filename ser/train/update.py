@@ -4,8 +4,6 @@ Every loss is a sum that is divided by the count of the whole update on all rank
 first backward pass, so the gradient does not depend on how micro-batches and ranks share the update.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext

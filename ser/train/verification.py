@@ -3,8 +3,6 @@
 Nobody can compute some of it, such as licences. That is named as claimed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
