@@ -264,7 +264,10 @@ def unread(folder: Path, index: int):
         cut_behind_its_header(file)
     row = Utterance("corrupt", file, emotion="a", speaker="s", text="AB", arousal=1.0)
     labels = Labels.of(
-        emotions="abcd", speakers="stu", dimensions=["arousal", "b", "c"], vocabulary=Vocabulary.build(["AB"])
+        emotions=list("abcd"),
+        speakers=list("stu"),
+        dimensions=["arousal", "b", "c"],
+        vocabulary=Vocabulary.build(["AB"]),
     )
     found = SpeechDataset([row], labels)[0]
     assert found.error and len(found.waveform) == len(examples()[index].waveform)
@@ -433,7 +436,7 @@ def test_memory_that_runs_out_anywhere_is_told_with_what_was_done_and_what_helps
     message = str(caught.value)
     assert "\n" not in message
     assert "--eval-seconds" in message or "a run that has a checkpoint continues" in message
-    assert "--micro-batch" in message if "padded" in message else "Try --micro-batch" not in message
+    assert "--micro-seconds" in message if "padded" in message else "Try --micro-seconds" not in message
 
 
 def test_memory_that_runs_out_while_a_checkpoint_is_copied_leaves_the_one_before(tmp_path, monkeypatch):
