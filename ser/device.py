@@ -1,5 +1,7 @@
 """Choose a device, a floating-point type and a number of threads; measure memory, and tune how it is returned."""
 
+from __future__ import annotations  # CDLL is no class on every system
+
 import ctypes
 import os
 import platform

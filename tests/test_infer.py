@@ -21,6 +21,7 @@ import pytest
 import soundfile
 
 import ser
+from ser.data.labels import Labels
 from ser.data.text import Vocabulary
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.recognizer import Prediction, Recognizer
@@ -541,8 +542,9 @@ def test_help_shows_the_commands_and_every_option():
 def test_scores_that_overflow_are_null_in_json_and_empty_in_csv():
     nan, inf = float("nan"), float("inf")
     found = Prediction("a.wav", 1.0, emotion="sad", probabilities={"sad": nan}, dimensions={"arousal": -inf})
+    labels = Labels.of(emotions=["sad"], dimensions=["arousal"])
     labels = SimpleNamespace(
-        emotions=["sad"], dimensions=["arousal"], vocabulary=None, speakers=[], kind="single-label"
+        labels=labels, emotions=["sad"], dimensions=["arousal"], vocabulary=None, speakers=[], kind="single-label"
     )
 
     def shown(form: str) -> str:
@@ -562,7 +564,8 @@ def test_scores_that_overflow_are_null_in_json_and_empty_in_csv():
 def test_a_row_reads_back_whatever_the_transcript_and_the_name_hold():
     text = 'a\r\n"b",\rc\u2028'
     found = Prediction(text, 1.0, emotion=text, probabilities={text: 1.0}, transcript=text)
-    labels = SimpleNamespace(emotions=[text], dimensions=[], vocabulary=None, speakers=[])
+    labels = Labels.of(emotions=[text])
+    labels = SimpleNamespace(labels=labels, emotions=[text], dimensions=[], vocabulary=None, speakers=[])
     shown = "".join(comma_separated(iter([as_record(text, found)]), labels))
     (row,) = csv.DictReader(io.StringIO(shown, newline=""))
     assert row["file"] == row["emotion"] == row["transcript"] == text and row[f"p_{text}"] == "1.0"
