@@ -37,8 +37,7 @@ from torch import Tensor
 
 from ser.containers import ADVICE, SUBTYPES, Container, mp3_lead, read_container
 from ser.errors import AudioError, ConfigError, MissingLibraryError
-
-StrPath = str | os.PathLike[str]
+from ser.files import StrPath
 
 SAMPLE_RATE = 16_000  # Hz: what every wav2vec 2.0 checkpoint was trained on
 MIN_RATE, MAX_RATE = 4_000, 192_000  # Hz: telephone speech is 8 kHz, studio recordings end at 192 kHz

@@ -13,8 +13,10 @@ What a file holds is shown by one of five functions, so that a message stays sho
     indented     messages, each on a line of its own
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+Tell = Callable[[str], None]  # shows a user a line
 
 
 def _pieces(value: Any, most: int, depth: int = 0) -> Iterator[str]:

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from ser.errors import FileError
 
+StrPath = str | os.PathLike[str]
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # pointer files of some 130 bytes begin so
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST}  # where a folder stands already

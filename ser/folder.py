@@ -25,7 +25,7 @@ from ser.data.text import BLANKS, MAX_SYMBOLS, ORTHOGRAPHIES, SPECIALS, Vocabula
 from ser.errors import ConfigError, ModelFolderError, TextError, brief_repr, shorten
 from ser.files import write_json, write_tensors
 from ser.models import pretrained
-from ser.models.config import Wav2Vec2Config
+from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.heads import HEADS
 from ser.models.multitask import SIZES, HeadsConfig, MultiTaskModel
 
@@ -651,6 +651,23 @@ def tokenizer_json(vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, st
 def written_keys(model: MultiTaskModel) -> dict[str, str]:
     """Return the names of a model's tensors -> their keys in ``model.safetensors``."""
     return pretrained.written_names(model.state_dict(), model.config, classifier=classifier_of(model.heads_config))
+
+
+def is_replaced(folder: Path) -> bool:
+    """Tell whether writing a model folder to ``folder`` replaces one; False for nothing and for an empty folder.
+
+    Raises:
+        ModelFolderError: something other than a model folder stands there.
+    """
+    if not pretrained.exists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        kind = pretrained.read_json(pretrained.check_folder(folder), "config.json").get("model_type")
+    except ModelFolderError:
+        kind = None
+    if kind not in list(ARCHITECTURES):  # a list: what stands in the file may not be hashable
+        raise ModelFolderError(f"{folder}: exists and is not a model folder; it is not replaced")
+    return True
 
 
 def write_model_files(folder: Path, model: MultiTaskModel, labels: Labels, tensors: Mapping[str, Tensor]) -> None:

@@ -16,12 +16,13 @@ from ser.audio import SAMPLE_RATE, array_windows, audio_info, read_audio, read_s
 from ser.data.manifest import Utterance
 from ser.data.sampler import evaluation_batches
 from ser.errors import AudioError, SerError, shorten
+from ser.files import StrPath
 
 WINDOW = 512  # at most so many recordings are sorted by length together before results come
 PATIENCE = 1.0  # seconds that recordings which fill a batch wait for more from a slow source
 MOST_FIRST = 64  # at most so many recordings are asked of a generator before the first result
 # A path, a manifest row, samples, or a dict of `datasets` (array, sampling_rate, path).
-Input = str | os.PathLike[str] | Utterance | np.ndarray | Tensor | Mapping[str, Any]
+Input = StrPath | Utterance | np.ndarray | Tensor | Mapping[str, Any]
 
 
 def is_pair(item: Sequence[Any]) -> bool:

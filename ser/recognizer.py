@@ -35,7 +35,7 @@ from ser.errors import AudioError, ConfigError, ModelFolderError, SerError, shor
 from ser.files import write_folder_atomically
 from ser.inputs import Decoder, Input, each_of, find_recording, gather, open_windows, pack_decoded, plan_batches
 from ser.models import pretrained
-from ser.models.config import ARCHITECTURES, Wav2Vec2Config
+from ser.models.config import Wav2Vec2Config
 from ser.models.heads import HEADS
 from ser.models.multitask import MultiTaskModel, Outputs
 
@@ -286,14 +286,7 @@ class Recognizer:
         if tensors is None:
             self.require_float32("to save it")
         folder = Path(folder)
-        if pretrained.exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-            try:
-                values = pretrained.read_json(pretrained.check_folder(folder), "config.json")
-                ours = values.get("model_type") in list(ARCHITECTURES)
-            except ModelFolderError:
-                ours = False
-            if not ours:
-                raise ModelFolderError(f"{folder}: exists and is not a model folder; it is not replaced")
+        folders.is_replaced(folder)  # refuses anything that is not a model folder
         tensors = self.model.state_dict() if tensors is None else tensors
         size = sum(tensor.nbytes for tensor in tensors.values())
 

@@ -16,9 +16,11 @@ import time
 import types
 import zipfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import convert as page
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,7 +28,7 @@ from torch import Tensor
 
 import ser
 from ser.convert import convert as converting
-from ser.convert import pickles, references
+from ser.convert import pickles
 from ser.convert.foreign import conv_layers, derived_values
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError, ModelFolderError
@@ -40,8 +42,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def convert(source, target, **options) -> dict:
-    """As `ser convert` does: compared with the reference where it is installed."""
-    return converting.convert(source, target, reference=references.reference_layers, **options)
+    """As examples/convert.py does: compared with the reference where it is installed."""
+    return converting.convert(source, target, reference=page.reference_layers, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -647,13 +649,13 @@ def test_published_sizes_need_no_configuration(preset):
 def test_a_wrong_configuration_is_found_by_the_comparison_and_nothing_is_left(styles, randomise, tmp_path):
     theirs = randomise(torchaudio_model(styles["base-style"]))
     torch.save(theirs.state_dict(), tmp_path / "a.pth")
-    layers = references.layers_of_torchaudio
+    layers = page.layers_of_torchaudio
 
     def right(source, config, waveform):  # the reference knows the number of heads
         return layers(source, replace(config, num_attention_heads=4), waveform)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(references, "layers_of_torchaudio", right)
+        patch.setattr(page, "layers_of_torchaudio", right)
         with pytest.raises(ModelFolderError, match=r"differs from torchaudio.*--config"):
             convert(tmp_path / "a.pth", tmp_path / "new", config={"num_attention_heads": 2})
     assert left_in(tmp_path) == ["a.pth"]
@@ -1040,12 +1042,21 @@ def test_the_certificate_says_what_was_read_written_and_compared(encoder, tmp_pa
     assert len(lines) == 4 and f"{count} tensors" in lines[0]
 
 
+def test_without_a_reference_nothing_is_compared_and_the_certificate_says_none(encoder, tmp_path):
+    torch.save(encoder.state_dict(), tmp_path / "a.ckpt")
+    lines: list[str] = []
+    settings = {"config": encoder.config.to_dict(), "say": lines.append}
+    returned = converting.convert(tmp_path / "a.ckpt", tmp_path / "new", **settings)
+    assert returned["comparison"] == {"reference": "none", "samples": 16_000, "layers": [], "largest": None}
+    assert "layers compared with: none" in lines
+
+
 # ------------------------------------------------------------------------------------------------ the script
 
 
-def run_script(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+def run_script(*arguments: str | Path, cwd: Path, script: Sequence[str | Path] = ("-m", "ser", "convert")):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", "-m", "ser", "convert", *map(str, arguments)]
+    command = [sys.executable, "-W", "ignore", *map(str, [*script, *arguments])]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
@@ -1061,6 +1072,19 @@ def test_the_script_converts_and_reports_errors_in_one_line(styles, randomise, t
     done = run_script(*arguments, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "error: new: exists; choose another folder, or --overwrite\n"
+
+
+def test_the_page_in_examples_also_compares_layers_and_the_command_does_not(styles, randomise, tmp_path):
+    config = styles["base-style"]
+    torch.save(randomise(torchaudio_model(config)).state_dict(), tmp_path / "a.pth")
+    (tmp_path / "heads.json").write_text(json.dumps({"num_attention_heads": config.num_attention_heads}))
+    found = {}
+    for name, script in (("command", ("-m", "ser", "convert")), ("page", (ROOT / "examples" / "convert.py",))):
+        done = run_script("a.pth", name, "--config", tmp_path / "heads.json", cwd=tmp_path, script=script)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads((tmp_path / name / "certificate.json").read_text())["comparison"]
+    assert found["command"]["reference"] == "none" and found["command"]["layers"] == []
+    assert found["page"]["reference"].startswith("torchaudio ") and found["page"]["largest"] < 1e-5
 
 
 def test_importing_ser_does_not_import_the_converter():

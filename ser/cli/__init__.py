@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import ser
 from ser.errors import SerError, printable
@@ -82,7 +83,9 @@ def make_parser(text: str | None, prog: str | None = None) -> argparse.ArgumentP
     )
 
 
-def execute(name: str, argv: Sequence[str], *, prog: str | None = None, text: str | None = None) -> int:
+def execute(
+    name: str, argv: Sequence[str], *, prog: str | None = None, text: str | None = None, **values: Any
+) -> int:
     """Run one command and return its exit status; errors are raised as they are.
 
     Args:
@@ -90,18 +93,20 @@ def execute(name: str, argv: Sequence[str], *, prog: str | None = None, text: st
         argv: its arguments.
         prog: what its help calls it; None: the name of this process's script.
         text: what its help says instead of the module's docstring.
+        values: of its arguments, what no flag gives, such as a function.
     """
     module = load_command(name)
     parser = make_parser(text or module.__doc__, prog)
     module.add_arguments(parser)
+    parser.set_defaults(**values)
     parse = getattr(module, "parse", argparse.ArgumentParser.parse_args)
     return module.run(parse(parser, list(argv)))
 
 
-def call(name: str, argv: Sequence[str], *, prog: str | None = None, text: str | None = None) -> int:
+def call(name: str, argv: Sequence[str], **options: Any) -> int:
     """Run one command as a process does, which errors end with a message; the arguments are those of `execute`."""
     with getattr(load_command(name), "errors_told", errors_told)():
-        return execute(name, argv, prog=prog, text=text)
+        return execute(name, argv, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

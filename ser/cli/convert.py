@@ -24,16 +24,15 @@ their classes (e0..e3 are neutral, happy, angry, sad, as in the paper's manifest
     ser convert output/checkpoint-1000 models/paper --vocab vocab.json --labels e0,e1,e2,e3
 
 Nothing in the source is executed: of a pickle only tensors and plain settings are read, and a file that names
-anything else is refused. The folder is written once its tensors are the source's bit for bit, and each layer's
-output is that of the reference (transformers or torchaudio, where installed) with the source's tensors;
-certificate.json in it says so.
+anything else is refused. The folder is written once its tensors are the source's bit for bit, and certificate.json
+in it says so. examples/convert.py is the same command, and also compares each layer's output with that of the
+library that the source comes from.
 """
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ser.convert.convert import convert
-from ser.convert.references import reference_layers
 from ser.data.text import Vocabulary
 from ser.errors import printable
 from ser.models.pretrained import read_json
@@ -60,6 +59,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "rows (default: e0,e1,e2,e3)")  # fmt: skip
     add("--speakers", type=names, metavar="A,B,...", help="of the speaker head (default: s0,s1,...)")
     add("--overwrite", action="store_true", help="replace a model folder at the target")
+    parser.set_defaults(reference=None)  # examples/convert.py has one
 
 
 def run(arguments: Namespace) -> int:
@@ -73,7 +73,7 @@ def run(arguments: Namespace) -> int:
         labels=arguments.labels,
         speakers=arguments.speakers,
         overwrite=arguments.overwrite,
-        reference=reference_layers,
+        reference=arguments.reference,
         say=lambda text: print(printable(text, lines=True)),
     )
     return 0

@@ -40,11 +40,11 @@ from ser.cli import LAUNCHER
 from ser.data.labels import DIMENSIONS
 from ser.data.manifest import Utterance
 from ser.data.protocols import KNOWN, overlap
-from ser.data.selection import Selection, Tell, add_data_arguments, selected_data
+from ser.data.selection import Selection, add_data_arguments, selected_data
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
 from ser.device import cpu_threads, freed_memory_kept
-from ser.errors import ConfigError, FileError, SerError, brief_repr, printable, summary
+from ser.errors import ConfigError, FileError, SerError, Tell, brief_repr, printable, summary
 from ser.files import write_json
 from ser.models.pretrained import find_folder
 from ser.recognizer import Recognizer

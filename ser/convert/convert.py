@@ -20,13 +20,13 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from ser import folder as folders
 from ser.convert import foreign
 from ser.convert.pickles import Dictionary, copied_tensors, read_pickle
 from ser.data.manifest import PAPER_EMOTIONS
 from ser.data.text import Vocabulary
-from ser.errors import ConfigError, ModelFolderError, shorten, summary
+from ser.errors import ConfigError, ModelFolderError, Tell, shorten, summary
 from ser.files import digest, read_tensors, write_folder_atomically, write_json, write_tensors
-from ser.folder import check_names, class_names, classifier_form, expect, read_do_normalize, read_vocabulary
 from ser.models import pretrained
 from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.multitask import HeadsConfig, MultiTaskModel
@@ -36,8 +36,6 @@ from ser.recognizer import Recognizer
 # What another library computes with a source's tensors: (source, our configuration, waveform (1, S)) -> its name
 # and version, and the last of its layers' outputs, (1, T, D) each. ImportError where it is not installed.
 Reference = Callable[["Source", Wav2Vec2Config, Tensor], tuple[str, list[Tensor]]]
-
-Say = Callable[[str], None]  # takes a line on what is done
 
 TOLERANCE = 1e-5  # of each layer: norm of the difference, relative to the reference's norm
 SAMPLES = 16_000  # of the waveform that both compute: one second
@@ -129,7 +127,7 @@ def read_hugging_face_folder(folder: Path) -> Source:
     keys = {pretrained.canonical_name(key): key for key in state}
     tensors = by_our_names(folder, state, keys)
     source = Source(folder, "hugging-face", files, len(state), tensors, tensors, keys, values=values)
-    source.do_normalize = read_do_normalize(folder, source.notes)
+    source.do_normalize = folders.read_do_normalize(folder, source.notes)
     return source
 
 
@@ -144,7 +142,7 @@ def fairseq_symbols(path: Path, checkpoint: Mapping) -> list[str] | None:
         return None
     symbols: Any = vars(dictionary).get("symbols")
     listed = isinstance(symbols, list) and all(isinstance(symbol, str) for symbol in symbols)
-    expect(listed, f"{path}: its dictionary", symbols, "symbols; pass --vocab", 80)
+    folders.expect(listed, f"{path}: its dictionary", symbols, "symbols; pass --vocab", 80)
     if symbols[:2] != ["<s>", "<pad>"]:
         raise ModelFolderError(f"{path}: its dictionary does not begin with <s> and <pad>; pass --vocab")
     return ["<pad>", "<s>", *symbols[2:]]
@@ -275,7 +273,7 @@ def chosen_vocabulary(source: Source) -> Vocabulary:
         vocabulary = Vocabulary({symbol: i for i, symbol in enumerate(source.symbols)})
     elif source.path.is_dir():
         rows, values, notes = source.rows("lm_head"), source.values, source.notes
-        vocabulary = read_vocabulary(source.path, "librispeech", rows=rows, values=values, notes=notes)
+        vocabulary = folders.read_vocabulary(source.path, "librispeech", rows=rows, values=values, notes=notes)
     if vocabulary is None:
         vocabulary = Vocabulary.librispeech()
         source.assumed["vocabulary"] = "".join(vocabulary.tokens)
@@ -380,9 +378,9 @@ def write_hugging_face(source: Source, folder: Path) -> None:
 
 def name_classes(source: Source, labels: Sequence[str]) -> None:
     """Give the classes of a `transformers` classifier their names, where it has none of its own."""
-    form = classifier_form(TensorsInMemory(source))
+    form = folders.classifier_form(TensorsInMemory(source))
     rows = source.rows("cls_head") if form == "linear" else source.rows("dimension_head.out_proj")
-    theirs = class_names(source.path / "config.json", source.values)
+    theirs = folders.class_names(source.path / "config.json", source.values)
     if form is None or theirs not in ([], [f"LABEL_{i}" for i in range(len(theirs))]):
         raise ModelFolderError(
             f"{source.path}: --labels names the classes of a head that has no names; "
@@ -390,7 +388,7 @@ def name_classes(source: Source, labels: Sequence[str]) -> None:
         )
     if len(labels) != rows:
         raise ModelFolderError(f"{source.path}: --labels has {len(labels)} names for {rows} classes")
-    check_names(source.path, "--labels", list(labels))
+    folders.check_names(source.path, "--labels", list(labels))
     source.values["id2label"] = {str(i): name for i, name in enumerate(labels)}
     source.values["label2id"] = {name: i for i, name in enumerate(labels)}
 
@@ -440,10 +438,10 @@ def compare_layers(source: Source, folder: Path, reference: Reference | None) ->
     if samples > MAX_SAMPLES:
         raise ModelFolderError(f"{source.path}: its first frame needs {config.min_samples:,} samples")
     waveform = torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
+    if reference is None:
+        return {"reference": "none", "samples": samples, "layers": [], "largest": None}
     ours, _ = encoder.layers(waveform)
     try:
-        if reference is None:
-            raise ImportError("no reference")
         name, theirs = reference(source, config, waveform)
     except (ImportError, OSError):
         return {"reference": "none installed", "samples": samples, "layers": [], "largest": None}
@@ -475,13 +473,8 @@ def check_paths(source: Path, target: Path, *, overwrite: bool) -> None:
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ModelFolderError(f"{target}: lies in {source} or around it; choose a folder beside it")
-    if not pretrained.exists(target) or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not overwrite:
+    if folders.is_replaced(target) and not overwrite:
         raise ModelFolderError(f"{target}: exists; choose another folder, or --overwrite")
-    values = pretrained.read_json(pretrained.check_folder(target), "config.json") if target.is_dir() else {}
-    if values.get("model_type") not in list(ARCHITECTURES):
-        raise ModelFolderError(f"{target}: exists and is not a model folder; it is not replaced")
 
 
 def certificate_of(source: Source, folder: Path, name: str, comparison: Mapping, **tensors: Any) -> dict[str, Any]:
@@ -524,7 +517,7 @@ def convert(
     config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     reference: Reference | None = None,
-    say: Say = lambda line: None,
+    say: Tell = lambda line: None,
     **given: Unpack[GivenNames],
 ) -> dict:
     """Write the model folder ``target`` from a checkpoint of another library, after comparing the two.
@@ -535,7 +528,7 @@ def convert(
         target: the folder to write; complete or not at all.
         config: values of config.json that the source lacks or has wrong.
         overwrite: replace a model folder that stands there.
-        reference: what computes the layers to compare with, such as that of `ser.convert.references`; None: the
+        reference: what computes the layers to compare with, such as that of examples/convert.py; None: the
             tensors are compared, and no layers.
         say: called with a line on each step.
         given: ``labels`` of the emotion head; default: those of the paper, e0..e3: neutral, happy, angry, sad. Of
@@ -572,7 +565,8 @@ def convert(
         written = check_tensors(read, folder)
         say(f"{written} tensors written, {len(read.tensors)} of them the source's, bit for bit")
         comparison = compare_layers(read, folder, reference)
-        say(f"compared with: {comparison['reference']}; largest difference {comparison['largest']}")
+        largest = "" if comparison["largest"] is None else f"; largest difference {comparison['largest']:.1e}"
+        say(f"layers compared with: {comparison['reference']}{largest}")
         tensors = {"written": written, "unused": read.unused, "new": new}
         certificate.update(certificate_of(read, folder, name, comparison, **tensors))
         write_json(folder / "certificate.json", certificate)

@@ -5,7 +5,6 @@ reads a name and `read_named` does the rest. The emotions have one name in all c
 a model of one corpus can be tried on another; the corpus's own code is kept in the column `code`.
 """
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from ser.data.protocols import PROTOCOLS, Protocol, kfold
 from ser.data.release import Corpus, Dropped
 from ser.data.text import did_you_mean
 from ser.errors import ConfigError, ManifestError, indented
-from ser.files import files_below
+from ser.files import StrPath, files_below
 
 # ---------------------------------------------------------------------------------------------------- by name
 
@@ -143,7 +142,7 @@ def _why_not(file: Path, named: Named | None, known: Mapping[str, Utterance]) ->
     return "the same name stands in another folder already" if file.stem in known else ""
 
 
-def read_named(folder: str | os.PathLike[str], parse: Callable[[str], Named | None]) -> Corpus:
+def read_named(folder: StrPath, parse: Callable[[str], Named | None]) -> Corpus:
     """Read the WAV files of a folder and its subfolders, by what `parse` reads in their names.
 
     Args:
@@ -262,7 +261,7 @@ CORPORA: dict[str, CorpusRow] = {
 }
 
 
-def read_corpus(name: str, folder: str | os.PathLike[str], **options: Any) -> Corpus:
+def read_corpus(name: str, folder: StrPath, **options: Any) -> Corpus:
     """Read a corpus of `CORPORA`, and warn of what differs from the published counts.
 
     Args:

@@ -13,17 +13,17 @@ side, so both speakers of a test fold are in training too.
 
 import json
 import math
-import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ser.data.labels import DIMENSIONS
 from ser.data.manifest import PAPER_EMOTIONS, Utterance, read_manifest
 from ser.data.release import Corpus, Dropped
-from ser.errors import ManifestError, indented
+from ser.errors import ManifestError, Tell, indented
+from ser.files import StrPath
 
 LICENCE = "IEMOCAP: on request from SAIL, University of Southern California, for research; no redistribution"
 SOURCE = "Busso et al., IEMOCAP: interactive emotional dyadic motion capture database, LREC 42, 2008"
@@ -296,7 +296,7 @@ def count_differences(utterances: Iterable[Utterance]) -> list[str]:
 # ----------------------------------------------------------------------------------------------- the release
 
 
-def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_files: bool = True) -> Corpus:
+def read_iemocap(root: StrPath, *, partial: bool = False, check_files: bool = True) -> Corpus:
     """Read the labelled turns of the release: those with a label, a transcript and a recording, joined by id.
 
     Args:
@@ -353,11 +353,7 @@ def read_iemocap(root: str | os.PathLike[str], *, partial: bool = False, check_f
 
 
 def read_paper_csv(
-    path: str | os.PathLike[str],
-    *,
-    root: str | os.PathLike[str] | None = None,
-    check_files: bool = True,
-    tell: Callable[[str], None] | None = None,
+    path: StrPath, *, root: StrPath | None = None, check_files: bool = True, tell: Tell | None = None
 ) -> list[Utterance]:
     """Read one of the paper's files, ``iemocap_01F.train.csv`` or the like: file, emotion (e0 to e3), text.
 
@@ -413,11 +409,7 @@ def _fold_differences(
 
 
 def read_paper_folds(
-    folder: str | os.PathLike[str],
-    *,
-    root: str | os.PathLike[str] | None = None,
-    check_files: bool = True,
-    tell: Callable[[str], None] | None = None,
+    folder: StrPath, *, root: StrPath | None = None, check_files: bool = True, tell: Tell | None = None
 ) -> Corpus:
     """Read the paper's twenty files, and take the turns in them, once each.
 

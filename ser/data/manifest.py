@@ -36,7 +36,7 @@ import shlex
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,8 +54,8 @@ from ser.data.cells import (
 )
 from ser.data.labels import DIMENSIONS, label_columns, label_kinds
 from ser.data.text import did_you_mean, nfc, unique_names
-from ser.errors import ConfigError, ManifestError, brief_repr, shorten, summary
-from ser.files import csv_line, replace_file
+from ser.errors import ConfigError, ManifestError, Tell, brief_repr, shorten, summary
+from ser.files import StrPath, csv_line, replace_file
 
 COLUMNS = ("file", "emotion", "text", "speaker", "id", "start", "end", *DIMENSIONS)
 
@@ -634,14 +634,14 @@ def _checked_utterances(
 
 
 def read_manifest(
-    path: str | os.PathLike[str],
+    path: StrPath,
     *,
-    root: str | os.PathLike[str] | None = None,
+    root: StrPath | None = None,
     columns: Mapping[str, str] | None = None,
     check_files: bool = True,
     literal_labels: bool = False,
     label_map: Mapping[str, Any] | None = None,
-    tell: Callable[[str], None] | None = None,
+    tell: Tell | None = None,
 ) -> list[Utterance]:
     """Read the utterances of a manifest, in its order. The module's docstring has the rules.
 
@@ -782,11 +782,7 @@ def _written_lines(
 
 
 def write_manifest(
-    path: str | os.PathLike[str],
-    utterances: Iterable[Utterance],
-    *,
-    root: str | os.PathLike[str] | None = None,
-    literal_labels: bool = False,
+    path: StrPath, utterances: Iterable[Utterance], *, root: StrPath | None = None, literal_labels: bool = False
 ) -> None:
     """Write a manifest that `read_manifest` reads as the same utterances; whole or not at all.
 

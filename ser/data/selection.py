@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from ser.data import protocols
 from ser.data.corpora import divided_manifest
 from ser.data.manifest import Utterance, check_regular, parse_columns, read_manifest
 from ser.data.spellings import check_map, check_spellings, label_lines, parse_map
-from ser.errors import ConfigError, ManifestError, brief_repr
-from ser.files import digest
+from ser.errors import ConfigError, ManifestError, Tell, brief_repr
+from ser.files import StrPath, digest
 
-Tell = Callable[[str], None]  # shows a user a line
 Sets = dict[str, list[Utterance]]  # of utterances, by their names for people
 
 
@@ -191,7 +189,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "speakers such as 1.0 as they are written (default: they are no label, and 1.0 is 1)")  # fmt: skip
 
 
-def selected_data(arguments: argparse.Namespace, data: str | os.PathLike[str] | None = None) -> Selection:
+def selected_data(arguments: argparse.Namespace, data: StrPath | None = None) -> Selection:
     """Return what the flags name: the divided corpus, or the plain manifest ``data``; with its present sha256."""
     plain = Selection(
         str(data or arguments.data),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import stat
 import unicodedata
 from collections import Counter
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ser.errors import ConfigError, TextError, brief_repr
-from ser.files import is_lfs_pointer, replace_file
+from ser.files import StrPath, is_lfs_pointer, replace_file
 
 # A foreign vocabulary is read from a file that somebody else wrote. The largest useful ones (characters of
 # Chinese) have some 20,000 symbols; at 20 bytes each 65,536 symbols still fit.
@@ -199,7 +198,7 @@ class Vocabulary:
         return cls({token: i for i, token in enumerate(symbols)}, word_delimiter=word_delimiter)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str], *, word_delimiter: str = "|") -> Vocabulary:
+    def read(cls, path: StrPath, *, word_delimiter: str = "|") -> Vocabulary:
         """Read a vocab.json, an object of token -> id. The delimiter stands in another file: pass it.
 
         Raises:
@@ -212,7 +211,7 @@ class Vocabulary:
             raise TextError(f"{path}: not a vocabulary: {error}") from error
 
     @staticmethod
-    def read_ids(path: str | os.PathLike[str]) -> dict[str, Any]:
+    def read_ids(path: StrPath) -> dict[str, Any]:
         """Read the object in a vocab.json, whatever it holds.
 
         Raises:
@@ -238,7 +237,7 @@ class Vocabulary:
         except (TextError, ValueError, RecursionError) as error:
             raise TextError(f"{path}: not a vocabulary: {error}") from error
 
-    def write(self, path: str | os.PathLike[str]) -> None:
+    def write(self, path: StrPath) -> None:
         """Write vocab.json, whole or not at all.
 
         Raises:

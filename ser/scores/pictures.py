@@ -5,14 +5,14 @@ import sys
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ser.errors import ConfigError, pip_line, printable
+from ser.errors import ConfigError, Tell, pip_line, printable
 from ser.scores.report import Part, Report
 
 LONGEST_LABEL = 30  # characters of a label in a picture
@@ -173,7 +173,7 @@ def print_warning(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def draw(result: Report, folder: Path, *, say: Callable[[str], None] = print_warning) -> list[Path]:
+def draw(result: Report, folder: Path, *, say: Tell = print_warning) -> list[Path]:
     """Draw the confusion matrix, the reliability diagram and accuracy by length of a report, as PNG files.
 
     Returns the files. ``say`` gets a line on labels that could not be drawn. Raises ConfigError where matplotlib

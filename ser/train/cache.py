@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from ser.audio import SAMPLE_RATE
 from ser.data.dataset import SpeechDataset
-from ser.errors import ConfigError, FileError
+from ser.errors import ConfigError, FileError, Tell
 from ser.files import digest, open_tensors, sync, write_tensors, written
 from ser.models.multitask import MultiTaskModel
 from ser.train.distributed import World
@@ -313,9 +313,7 @@ def check_seen(cache: Cache, keys: Sequence[str], errors: Collection[int], world
         )
 
 
-def fill_cache(
-    cache: Cache, dataset: SpeechDataset, world: World, say: Callable[[str], None], name: str
-) -> Stored:
+def fill_cache(cache: Cache, dataset: SpeechDataset, world: World, say: Tell, name: str) -> Stored:
     """Compute what is missing, each rank its share, and return what to read. All ranks call this.
 
     ``say`` prints a line. Recordings that cannot be read are in the result's ``errors``, on all ranks.

@@ -166,12 +166,13 @@ def paper_row(values: dict[str, Any]) -> dict[str, float]:
 
 
 def format_row(kind: str) -> dict[str, float]:
-    """What `ser convert` measures on a checkpoint of this kind: the largest difference of a layer."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    """What examples/convert.py measures on a checkpoint of this kind: the largest difference of a layer."""
+    tests = Path(__file__).parents[1]
+    sys.path[:0] = [str(tests), str(tests.parent / "examples")]
+    from convert import reference_layers
     from test_convert import fairseq_settings, fairseq_state, torchaudio_model
 
     from ser.convert.convert import convert
-    from ser.convert.references import reference_layers
 
     values = {"model_type": "wav2vec2", "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1024}
     config = Wav2Vec2Config.from_dict(values | {"num_hidden_layers": 3, "mask_time_prob": 0.05})

@@ -1,14 +1,21 @@
-"""Compute the layers of a source with the library that it comes from: the other side of a conversion's proof.
+"""Turn a checkpoint of another library into a model folder, and compare each layer with that library.
 
-The libraries are imported when a source is converted, and nothing else in `ser` imports them.
+    python examples/convert.py downloads/wav2vec2-base models/wav2vec2-base
+    python examples/convert.py wav2vec2_fairseq_base_ls960.pth models/wav2vec2-base
+
+This is `ser convert`, whose help says more, with one check in addition. The reference computes with the source's
+tensors, and each layer's output has to be equal to ours within rounding, or nothing is written. The reference is
+torchaudio for its own checkpoints, and transformers for all others. It is used where it is installed.
 """
 
+import sys
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ser.cli import call
 from ser.convert.convert import Source, encoder_tensors
 from ser.errors import ModelFolderError, summary
 from ser.models.config import NEUTRAL_VALUES, Wav2Vec2Config
@@ -69,3 +76,7 @@ def reference_layers(source: Source, config: Wav2Vec2Config, waveform: Tensor) -
     """Return the reference's name and version, and its layers, for any kind of source."""
     layers_of = layers_of_torchaudio if source.kind == "torchaudio" else layers_of_transformers
     return layers_of(source, config, waveform)
+
+
+if __name__ == "__main__":
+    sys.exit(call("convert", sys.argv[1:], text=__doc__, reference=reference_layers))
