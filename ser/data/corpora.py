@@ -1,8 +1,8 @@
-"""The corpora that `ser` reads, one row each in `CORPORA`; and readers of those that tell all in their file names.
+"""List the corpora that `ser` reads in the table `CORPORA`, and read those whose file names hold all labels.
 
-A further corpus is a row and a function. Where file names tell all, as in EmoDB, RAVDESS and CREMA-D, the function
-reads a name and `read_named` does the rest. The emotions have one name in all corpora (angry, not anger), so that
-a model of one corpus can be tried on another; the corpus's own code is kept in the column `code`.
+A further corpus needs a row and a function. If file names hold all labels, as in EmoDB, RAVDESS and CREMA-D, the
+function parses a name and `read_named` does the rest. An emotion has the same name in all corpora (angry, not
+anger), so that a model of one corpus can be tried on another. The column `code` keeps the corpus's own code.
 """
 
 import os
@@ -32,10 +32,10 @@ class Named:
 
     Attributes:
         emotion: our name of the class.
-        code: the corpus's own.
-        speaker: as the corpus numbers them.
+        code: the corpus's own code of the class.
+        speaker: the corpus's number of the speaker.
         text: what is said.
-        gender: "female", "male" or None, where the name does not tell.
+        gender: "female", "male", or None if the name does not tell.
         extra: further columns.
     """
 
@@ -195,7 +195,7 @@ def dialogue_protocols(utterances: Sequence[Utterance]) -> list[Protocol]:
 
 
 def speaker_protocols(utterances: Sequence[Utterance]) -> list[Protocol]:
-    """Leave speakers out, where all speakers say the same few sentences."""
+    """Return the protocol that leaves speakers out, for corpora where all say the same few sentences."""
     return [kfold("speaker", min(10, len({u.speaker for u in utterances})), shares=["transcripts"])]
 
 
@@ -204,13 +204,13 @@ class CorpusRow:
     """Describe a corpus that can be read, checked and divided.
 
     Attributes:
-        read: takes the folder of the corpus, and by name what stands in `options`.
+        read: takes the folder of the corpus, and the keyword arguments in `options`.
         licence: what its publishers say; for data sheets and model cards.
         source: where the corpus is described.
-        counts: emotion -> utterances, as they are published; "unlabelled" for those without one.
+        counts: emotion -> published number of utterances; "unlabelled" for those without one.
         options: which of partial, root and tell (see `read_corpus`) `read` takes.
-        manifests: name -> a function that selects its utterances; none: one manifest of all, named as the row. The
-            first one is what protocols divide.
+        manifests: name -> a function that selects its utterances. Protocols divide the first one. Empty: one
+            manifest of all utterances, named as the row.
         protocols: a function from these utterances to the protocols that divide them.
     """
 
@@ -263,13 +263,13 @@ CORPORA: dict[str, CorpusRow] = {
 
 
 def read_corpus(name: str, folder: str | os.PathLike[str], **options: Any) -> Corpus:
-    """Read a corpus of `CORPORA`, and warn of what differs from the published counts.
+    """Read a corpus of `CORPORA`, and warn if its counts differ from the published ones.
 
     Args:
         name: the row.
-        folder: of the corpus.
-        options: partial (go on where something is missing), root (the folder of the recordings, where `folder` has
-            tables alone) and tell (called with what a user should know); each goes to readers that take it.
+        folder: the folder of the corpus.
+        options: partial (go on if something is missing), root (the folder of the recordings, if `folder` has only
+            tables) and tell (called with lines for the user); each goes to readers that take it.
 
     Raises:
         ConfigError: there is no such row.
@@ -290,12 +290,12 @@ def read_corpus(name: str, folder: str | os.PathLike[str], **options: Any) -> Co
 
 
 def manifests_of(name: str, utterances: list[Utterance]) -> dict[str, list[Utterance]]:
-    """Name the manifests of a corpus, each with its utterances; the first one is what protocols divide."""
+    """Return the manifests of a corpus, name -> utterances; protocols divide the first one."""
     selections = CORPORA[name].manifests or {name: list}
     return {manifest: select(utterances) for manifest, select in selections.items()}
 
 
 def divided_manifest(folder: Path) -> Path:
-    """Find the manifest to divide in a folder that preparing a corpus wrote; that of the first row if none is."""
+    """Find the manifest to divide in the folder of a prepared corpus; if none exists, name that of the first row."""
     paths = [folder / f"{next(iter(row.manifests), name)}.csv" for name, row in CORPORA.items()]
     return next((path for path in paths if path.is_file()), paths[0])
