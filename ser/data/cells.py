@@ -127,7 +127,8 @@ class Quoting:
 def find_quoting(file: BinaryIO) -> Quoting:
     """Read a TSV once to find out what its quotation marks mean, and go back to its beginning.
 
-    They enclose cells if every cell that begins with one ends with one on the same line, with marks inside doubled.
+    They enclose cells if every cell that begins with one ends with one on the same line, and marks inside are
+    doubled.
     """
     number = width = 0
     found = Quoting()

@@ -83,8 +83,8 @@ RAVDESS_EMOTIONS |= {"07": "disgusted", "08": "surprised"}
 def parse_ravdess(stem: str) -> Named | None:
     """Read ``03-01-06-01-02-01-12``, if it names audio (03) of speech (01); return None for another name.
 
-    The parts are modality, channel, emotion, intensity (1 normal, 2 strong), statement, repetition and actor. Of
-    the 24 actors those with even numbers are women. Songs have the same statements and are left out.
+    The parts are modality, channel, emotion, intensity (1 normal, 2 strong), statement, repetition and actor. The
+    24 actors with even numbers are women, the others men. Songs have the same statements and are left out.
     """
     match = re.fullmatch(r"03-01-(0[1-8])-(0[12])-(0[12])-(0[12])-(0[1-9]|1\d|2[0-4])", stem)
     if not match:
@@ -115,9 +115,9 @@ CREMA_D_LEVELS = {"LO": "low", "MD": "medium", "HI": "high", "XX": "unspecified"
 
 
 def parse_crema_d(stem: str) -> Named | None:
-    """Read ``1001_DFA_ANG_XX``: actor (1001 to 1091), sentence, emotion meant, intensity.
+    """Read ``1001_DFA_ANG_XX``: actor (1001 to 1091), sentence, intended emotion, intensity.
 
-    One released name ends in a single X. Gender stands in the corpus's table of actors, not in the names.
+    One released name ends in a single X. The gender is in the corpus's table of actors, not in the names.
 
     Returns:
         What the name says; None for another name.
@@ -131,7 +131,7 @@ def parse_crema_d(stem: str) -> Named | None:
 
 
 def _why_not(file: Path, named: Named | None, known: Mapping[str, Utterance]) -> str:
-    """Say why a sound file is no utterance of the corpus; "" where it is one."""
+    """Say why a sound file is not an utterance of the corpus; "" if it is one."""
     if file.name.startswith("."):
         return "hidden file"
     if file.suffix.lower() != ".wav":
@@ -144,16 +144,16 @@ def _why_not(file: Path, named: Named | None, known: Mapping[str, Utterance]) ->
 
 
 def read_named(folder: str | os.PathLike[str], parse: Callable[[str], Named | None]) -> Corpus:
-    """Read the WAV files of a folder and its subfolders, by what `parse` reads in their names.
+    """Read the WAV files of a folder and its subfolders; `parse` reads the labels in their names.
 
     Args:
-        folder: of the corpus.
-        parse: `parse_emodb`, `parse_ravdess`, `parse_crema_d`: a name without ".wav" -> what it says.
+        folder: the folder of the corpus.
+        parse: `parse_emodb`, `parse_ravdess` or `parse_crema_d`: a name without ".wav" -> what it says.
 
     Returns:
-        Utterances whose id is the name. Files with other names are dropped, hidden ones (``._03a01Fa.wav`` on
-        copies made with a Mac) too, and sound that is no WAV. A name that stands in several folders is taken once,
-        from the first of them: archives of RAVDESS hold every file twice. Links to folders are followed.
+        Utterances whose id is the name. Dropped are files with other names, hidden files (``._03a01Fa.wav`` on
+        copies made with a Mac), and sound that is not WAV. A name in several folders is taken from the first one,
+        since archives of RAVDESS hold every file twice. Links to folders are followed.
 
     Raises:
         ManifestError: there is no such folder, or no file in it has a name of the corpus.
@@ -296,6 +296,6 @@ def manifests_of(name: str, utterances: list[Utterance]) -> dict[str, list[Utter
 
 
 def divided_manifest(folder: Path) -> Path:
-    """Find the manifest to divide in the folder of a prepared corpus; if none exists, name that of the first row."""
+    """Find the manifest to divide in the folder of a prepared corpus; if none is there, name the first row's."""
     paths = [folder / f"{next(iter(row.manifests), name)}.csv" for name, row in CORPORA.items()]
     return next((path for path in paths if path.is_file()), paths[0])
