@@ -187,7 +187,7 @@ def fold_settings(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, 
 
 
 def check_same(folder: Path, settings: dict[str, Any], as_written: Callable[[], dict[str, Any]]) -> None:
-    """Refuse to go on with a fold that was trained or evaluated with other settings.
+    """Refuse to continue a fold that was trained or evaluated with other settings.
 
     ``as_written`` returns the `contents` with all labels as they are written, as earlier releases read them.
     """

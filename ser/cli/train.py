@@ -275,7 +275,7 @@ def chosen_heads(config: TrainConfig, train: list) -> list[str]:
 
 
 def closing_line(result: FitResult, out: Path, *, chosen_on_test: bool) -> str:
-    """Print which weights to use, and their figure on validation data."""
+    """Return a line that says which weights to use, and their figure on validation data."""
     step, best = result.progress.step, result.progress.best
     if best is None:
         return f"done: {out / 'best'} (update {step})"

@@ -212,7 +212,7 @@ class Vocabulary:
 
     @staticmethod
     def read_ids(path: str | os.PathLike[str]) -> dict[str, Any]:
-        """Read the object in a vocab.json, whatever it holds.
+        """Read the object in a vocab.json, without a check of its content.
 
         Raises:
             TextError: ``path`` is not a regular file of at most 2 MiB that holds an object.

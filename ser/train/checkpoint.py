@@ -143,7 +143,7 @@ def seal_checkpoint(folder: Path, run: str) -> None:
 
 
 def own_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a checkpoint, and verify the manifest alone. Raises RunFolderError."""
+    """Read the manifest of a checkpoint, and verify only the manifest itself. Raises RunFolderError."""
     path = folder / MANIFEST
     try:
         if not path.is_file():
