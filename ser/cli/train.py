@@ -82,8 +82,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "(default: base)")  # fmt: skip
     add("--out", type=Path, required=True, help="the run's folder; resumed if it has a checkpoint")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--paper", action="store_true", help="the settings of Cai et al. (2021) as their text has them")
-    add("--paper-script", action="store_true", help="as their training script acts")
+    add("--paper", action="store_true", help="use the settings in the text of Cai et al. (2021)")
+    add("--paper-script", action="store_true", help="use the settings of their training script")
     add_training_arguments(parser)
     add_data_arguments(parser)
     add = parser.add_argument_group("folds").add_argument
@@ -93,23 +93,23 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("text")
     add = group.add_mutually_exclusive_group().add_argument
     add("--vocab", type=Path, help="vocab.json (default: that of --init, else librispeech's)")
-    add("--build-vocab", action="store_true", help="make the vocabulary of the training text")
+    add("--build-vocab", action="store_true", help="make the vocabulary from the training text")
     add = group.add_argument
     add("--orthography", choices=sorted(ORTHOGRAPHIES), default="librispeech",
-        help="of the text (default: librispeech)")  # fmt: skip
+        help="spelling of the text (default: librispeech)")  # fmt: skip
     add("--tags", choices=["remove", "keep-letters"], default="remove",
         help="[..], {..}, <..> in text: letters stay in the paper (default: remove)")  # fmt: skip
     add = parser.add_argument_group("continuing a run").add_argument
-    add("--overwrite", action="store_true", help="start anew where --out holds a run")
-    add("--resume-from", metavar="CHECKPOINT", help="go back to this one of --out, such as "
-        "step-00000120; later ones are set aside (default: the newest that is sound)")  # fmt: skip
+    add("--overwrite", action="store_true", help="remove a run in --out and start again")
+    add("--resume-from", metavar="CHECKPOINT", help="go back to this checkpoint of --out, such as "
+        "step-00000120; later ones are set aside (default: the newest sound one)")  # fmt: skip
     add("--allow-changes", nargs="+", default=[], metavar="NAME", help="settings that may differ "
         f"from the resumed run's: {', '.join(sorted(CHANGEABLE))}")  # fmt: skip
     add = parser.add_argument_group("other").add_argument
     add("--revision", help="branch, tag or commit of --init on the hub")
-    add("--data-licence", help="of the corpus, for the model card (default: as preparing it wrote)")
-    add("--weights-licence", help="of --init, for the model card (default: as its own card has it)")
-    add("--threads", type=int, help="CPU threads per process (default: cores / processes; of one process "
+    add("--data-licence", help="licence of the corpus, for the model card (default: that from ser prepare)")
+    add("--weights-licence", help="licence of --init, for the model card (default: that in its own card)")
+    add("--threads", type=int, help="CPU threads per process (default: cores / processes; for one process "
         "OMP_NUM_THREADS)")  # fmt: skip
     add("--verbose", action="store_true", help="show changed transcripts, and reference beside hypothesis in "
         "evaluation")  # fmt: skip

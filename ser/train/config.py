@@ -125,14 +125,14 @@ class TrainConfig:
         help="auto, cpu, cuda or cuda:N; auto is a GPU per process where there is one")
     workers: int = option(COMMON, 0, resume="freely",
         help="processes per rank that decode audio; 0: the training process decodes")
-    seed: int = option(COMMON, 0, help="of new weights, order, dropout and masks")
+    seed: int = option(COMMON, 0, help="random seed of new weights, order, dropout and masks")
 
     gamma: float = option(LOSSES, 1.0, resume="asked", help="weight of the loss of dimensions (arousal, "
         "dominance, valence), 1 - CCC over an update: it needs large ones, such as an effective batch of 32")
-    layers: str = option(LOSSES, "auto", help="what the heads but CTC's read: last, weighted (a learnt mean of "
-        "all), or the number of a layer; auto: as --init has it, else last")
+    layers: str = option(LOSSES, "auto", help="layer that all heads except CTC read: last, weighted (a learnt "
+        "mean of all), or the number of a layer; auto: as in --init, else last")
     pooling: str = option(LOSSES, "auto", choices=("auto", *POOLINGS), help="how frames become one vector for "
-        "emotion, speaker and dimensions; auto: as --init has it, else mean")
+        "emotion, speaker and dimensions; auto: as in --init, else mean")
     label_smoothing: float = option(LOSSES, 0.0, check=share, resume="asked", help="of the emotion loss, 0 to 1")
     class_weights: bool = option(LOSSES, False, help="weight emotions inversely to their frequency in training")
     ctc_per_character: bool = option(LOSSES, False,
@@ -141,11 +141,11 @@ class TrainConfig:
     head_rate: float = option(OPTIMIZER, 0.0, resume="asked",
         help="peak learning rate of the heads; 0: the same as rate")
     schedule: str = option(OPTIMIZER, "linear", choices=SCHEDULES, resume="asked",
-        help="how the rate goes on after its warm-up; linear: it falls to 0")
+        help="how the rate changes after its warm-up; linear: it falls to 0")
     warmup: float = option(OPTIMIZER, 0.1, check=share, resume="asked",
         help="share of updates with a linearly rising rate, 0 to 1")
     weight_decay: float = option(OPTIMIZER, 0.0, resume="asked",
-        help="AdamW's, on weight matrices; never on biases, norms and embeddings")
+        help="weight decay of AdamW, on weight matrices only, not on biases, norms and embeddings")
     adam_beta2: float = option(OPTIMIZER, 0.999, check=share_below_1, resume="asked",
         help="AdamW's second decay rate")
     clip: float = option(OPTIMIZER, 1.0, resume="asked", help="largest gradient norm of an update; 0: no limit")
@@ -158,33 +158,33 @@ class TrainConfig:
     accumulate: int = option(BATCHES, 0, resume="freely", hidden=True,
         help="micro-batches per update and process; 0: follows from the effective batch")
     batching: str = option(BATCHES, "bucket", choices=("bucket", "random"),
-        help="utterances of like length together, or as drawn")
+        help="bucket: utterances of similar length together; random: as drawn")
     augment: tuple[str, ...] = option(BATCHES, (), check=lambda _, names: augmented(names, seed=0), resume="asked",
         help="names of augmentations that change each training waveform, in their order (not with cache)")
     max_seconds: float = option(BATCHES, 0.0,
         help="drop longer training utterances, in seconds; 0: keep all. Evaluation drops none")
     activation_checkpointing: bool = option(BATCHES, False, resume="freely",
         help="recompute activations: less memory, about a third more time")
-    cache: str = option(BATCHES, "", resume="asked", help="folder in which what a frozen part makes of each "
-        "recording is kept, so that it is computed once; may be shared by runs; empty: none")
-    cache_dtype: str = option(BATCHES, "fp16", choices=("fp16", "fp32"), resume="asked", help="how the cache "
-        "keeps numbers: fp16 rounds to three digits, fp32 does not round and takes twice the room")
+    cache: str = option(BATCHES, "", resume="asked", help="folder that keeps the output of a frozen part for each "
+        "recording, so that it is computed once; runs may share it; empty: none")
+    cache_dtype: str = option(BATCHES, "fp16", choices=("fp16", "fp32"), resume="asked", help="type of numbers in "
+        "the cache: fp16 rounds to three digits, fp32 does not round and takes twice the space")
 
     eval_every: str = option(KEPT, "1ep", check=parse_interval, resume="asked",
         help="evaluate every N epochs (Nep) or N updates (N)")
     eval_seconds: float = option(KEPT, 0.0, resume="freely", help="padded seconds of audio per forward pass in "
         "evaluation; 0: as in prediction, 16 on a CPU and 64 on a GPU")
     metric: str = option(KEPT, "auto", choices=("auto", *METRICS),
-        help="what the best model is chosen by on validation data; auto: unweighted_accuracy, else wer")
+        help="metric that chooses the best model on validation data; auto: unweighted_accuracy, else wer")
     early_stop: int = option(KEPT, 0, resume="asked", help="end after N evaluations without improvement; 0: never")
     save_every: str = option(KEPT, "1ep", check=parse_interval, resume="freely",
         help="save a checkpoint every N epochs (Nep) or N updates (N)")
     keep: int = option(KEPT, 2, check=above_0, resume="freely",
-        help="checkpoints to keep, the newest; that of the best evaluation stays too")
+        help="how many of the newest checkpoints to keep; that of the best evaluation is kept too")
     log_every: int = option(KEPT, 10, check=above_0, resume="freely", help="updates between progress lines")
 
-    on_bad_audio: str = option(FAULTS, "fail", choices=("fail", "skip"), resume="freely", help="what becomes of "
-        "recordings that cannot be read: end the run, or leave them out, named in skipped.jsonl")
+    on_bad_audio: str = option(FAULTS, "fail", choices=("fail", "skip"), resume="freely", help="what to do with "
+        "recordings that cannot be read: end the run, or leave them out and list them in skipped.jsonl")
     max_bad_audio: float = option(FAULTS, 0.01, check=share, resume="freely", help="largest share of the training "
         "set, and of the validation set, that skip may leave out, 0 to 1; beyond it the run ends")
     timeout: float = option(FAULTS, 600.0, check=above_0, resume="freely", help="seconds that a process waits for "
