@@ -419,7 +419,7 @@ def verify_entry(
 
 
 def show_claims(claimed: list[str]) -> None:
-    """Print what a card claims and cannot be computed, with all settings in one line."""
+    """Print the claims of a card that cannot be computed, with all settings in one line."""
     prefix = "settings."
     names = [name for name in claimed if not name.startswith(prefix)]
     settings = ", ".join(name.removeprefix(prefix) for name in claimed if name.startswith(prefix))

@@ -9,7 +9,7 @@ A million files with eight decoding processes on a GPU, one JSON object per line
     ser predict recordings/ --model runs/demo/best --format jsonl --output predictions.jsonl \\
         --device cuda --workers 8
 
-A lecture of any length, every five seconds an emotion of the ten around it:
+A lecture of any length, in windows of ten seconds that begin every five seconds:
 
     ser predict lecture.flac --model runs/demo/best --window 10 --hop 5 --format csv
 

@@ -83,8 +83,8 @@ RAVDESS_EMOTIONS |= {"07": "disgusted", "08": "surprised"}
 def parse_ravdess(stem: str) -> Named | None:
     """Read ``03-01-06-01-02-01-12``, if it names audio (03) of speech (01); return None for another name.
 
-    The parts are modality, channel, emotion, intensity (1 normal, 2 strong), statement, repetition and actor. The
-    24 actors with even numbers are women, the others men. Songs have the same statements and are left out.
+    The parts are modality, channel, emotion, intensity (1 normal, 2 strong), statement, repetition and actor. Of
+    the 24 actors, those with even numbers are women. Songs have the same statements and are left out.
     """
     match = re.fullmatch(r"03-01-(0[1-8])-(0[12])-(0[12])-(0[12])-(0[1-9]|1\d|2[0-4])", stem)
     if not match:
