@@ -276,3 +276,16 @@ def test_a_row_takes_labels_by_the_names_of_their_columns_and_no_others():
 def test_a_row_that_cannot_be_is_refused_where_it_is_made(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_a_column_of_numbers_is_found_whatever_its_case(monkeypatch):
+    monkeypatch.setitem(LABELS, "age", LabelSpec("numbers", ("Age", "weight")))
+    label_of = encoder("age", ["age", "Weight", "height"])
+    assert label_of({"Age": 4.0, "weight": 2.0})[:2] == [4.0, 2.0] and math.isnan(label_of({})[2])
+
+
+def test_a_head_without_a_row_of_labels_stops_no_training_that_does_not_ask_for_it(monkeypatch, tmp_path):
+    toy_model(Labels.of(emotions=["a", "b"])).save(tmp_path / "m")
+    monkeypatch.setitem(HEADS, "age", Head("age_head"))
+    recognizer, _ = Recognizer.create(tmp_path / "m", emotions=["a", "b"])
+    assert recognizer.emotions == ["a", "b"]
