@@ -81,13 +81,12 @@ def test_draws_differ_between_utterances_epochs_and_seeds_and_with_what_stands_b
     assert not any(torch.equal(first[i], other[i]) for other in others for i in first)
 
 
-def test_the_place_is_that_of_the_plan_and_of_an_utterance_in_evaluation_its_number(utterances):
+def test_without_balance_and_in_evaluation_the_place_is_the_number_of_the_utterance(utterances):
     lengths = SpeechDataset(utterances).lengths
     sampler = LengthBucketBatchSampler(lengths, seed=0, effective_batch=5, micro_batch=2, world_size=2)
     sampler.set_position(epoch=3)
-    plan = [index for update in sampler.plan(epoch=3) for index in update]
     items = [item for steps in sampler.steps for ranks in steps for batch in ranks for item in batch]
-    assert {(item.index, item.place, item.epoch) for item in items} == {(i, k, 3) for k, i in enumerate(plan)}
+    assert {(item.index, item.place, item.epoch) for item in items} == {(i, i, 3) for i in range(len(lengths))}
     batches = evaluation_batches(lengths, batch_samples=max(lengths))
     assert {item for batch in batches for item in batch} == {Item(i, 1.0, 0, i) for i in range(len(lengths))}
 

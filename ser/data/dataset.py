@@ -29,6 +29,7 @@ class Batch:
     labels: dict[str, Tensor]  # head -> labels of its kind; see `ser.data.labels.LabelSpec`
     weights: Tensor  # (B,) float32, 0 for an utterance that only keeps a rank busy, or could not be read
     indices: list[int] = field(default_factory=list)  # positions in the dataset
+    places: list[int] = field(default_factory=list)  # in the epoch: see `ser.data.sampler.Item`
     errors: dict[int, str] = field(default_factory=dict)  # position -> why its recording could not be read
     # In place of waveforms, (B, 0) then: (B, T, C) features or (B, N, D) pooled layers, and which of them.
     stored: Tensor | None = None
@@ -70,6 +71,7 @@ class Example:
     num_samples: int = 0  # S; 0: those of the waveform
     stored: Tensor | None = None  # in place of a waveform: see `Batch`
     kind: str = ""
+    place: int = 0  # in the epoch
 
 
 class StoredInputs(Protocol):
@@ -177,7 +179,7 @@ class SpeechDataset(Dataset[Example]):
                 waveform, error = torch.zeros(self.lengths[index]), str(bad)
         length = self.lengths[index] if kind else 0
         weight, labels = (0.0, self.no_labels()) if error else (item.weight, self.labels_of(index))
-        return Example(index, weight, waveform, labels, error, length, stored, kind)
+        return Example(index, weight, waveform, labels, error, length, stored, kind, item.place)
 
     def labels_of(self, index: int) -> dict[str, Any]:
         """Return an utterance's label for each head."""
@@ -231,5 +233,6 @@ def collate(examples: Sequence[Example]) -> Batch:
         labels={head: collate_labels(head, [e.labels[head] for e in examples]) for head in examples[0].labels},
         weights=torch.tensor([e.weight for e in examples]),
         indices=[e.index for e in examples],
+        places=[e.place for e in examples],
         errors={e.index: e.error for e in examples if e.error},
     )

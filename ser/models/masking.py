@@ -1,8 +1,8 @@
 """Draw the spans of SpecAugment in time and feature (Park et al., 2019; wav2vec 2.0, appendix A).
 
-The draw of an utterance is a function of (seed, epoch, utterance) alone: neither its batch, nor the rank, nor what
-was drawn before changes it. So masked training is independent of how work is split, and a resumed run needs no
-saved random state.
+The draw of an utterance is a function of (seed, epoch, place) alone: neither its batch, nor the rank, nor what was
+drawn before changes it. So masked training is independent of how work is split, and a resumed run needs no saved
+random state. Without balance, the place in the epoch is the number of the utterance.
 """
 
 from collections.abc import Sequence
@@ -39,20 +39,20 @@ def draw_spans(
 
 
 def spec_augment(
-    config: Wav2Vec2Config, num_frames: Tensor, utterances: Sequence[int], *, seed: int, epoch: int
+    config: Wav2Vec2Config, num_frames: Tensor, places: Sequence[int], *, seed: int, epoch: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Draw the masks of a batch, mask_time (B, T) and mask_feature (B, D), on the CPU; None where not configured.
 
-    ``num_frames`` (B,) are the valid frames, T the largest of them; ``utterances`` (B,) are their stable
-    numbers in the training set.
+    ``num_frames`` (B,) are the valid frames, T the largest of them; ``places`` (B,) are their numbers in
+    the epoch (see `ser.data.sampler.Item`).
     """
     if not config.apply_spec_augment:
         return None, None
     frames = num_frames.tolist()
     time = np.zeros((len(frames), max(frames)), dtype=bool)
     feature = np.zeros((len(frames), config.hidden_size), dtype=bool)
-    for row, (length, utterance) in enumerate(zip(frames, utterances, strict=True)):
-        generator = np.random.default_rng([seed, epoch, int(utterance)])
+    for row, (length, place) in enumerate(zip(frames, places, strict=True)):
+        generator = np.random.default_rng([seed, epoch, int(place)])
         time[row, :length] = draw_spans(
             length,
             prob=config.mask_time_prob,
