@@ -78,7 +78,7 @@ def classification_loss(
     )
     if focal:
         p = logits.softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
-        losses = losses * (1 - p).clamp(min=1e-7) ** focal  # at 0 the slope of a power below 1 is not finite
+        losses = losses * (1 - p).clamp(min=0) ** focal  # which has no slope where p is 1, in place of NaN
     per_label = 1.0 if weights is None else weights[labels.clamp(min=0)]
     return (losses * known).sum(), (known * per_label).sum().detach()
 
