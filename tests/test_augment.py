@@ -1,12 +1,10 @@
 """The seam for augmentations: what is drawn depends on (seed, epoch, place) alone."""
 
-from functools import partial
-
 import pytest
 import torch
 from toy import write_corpus
 
-from ser.data.augment import AUGMENTATIONS, augmented
+from ser.data.augment import AUGMENTATIONS, Augmenter, augmented
 from ser.data.dataset import SpeechDataset, collate
 from ser.data.labels import Labels
 from ser.data.manifest import read_manifest
@@ -105,9 +103,7 @@ def test_an_augmentation_that_changes_the_length_is_refused(utterances, workers)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one():
-    with pytest.raises(
-        ConfigError, match=r"called 'gian' \(did you mean 'gain'\?\); there are: gain, noise, halve"
-    ):
+    with pytest.raises(ConfigError, match=r"called 'gian' \(did you mean 'gain'\?\); there are: gain, .*, halve"):
         augmented(["gian"], 0)
 
 
@@ -115,6 +111,6 @@ def test_a_chain_can_be_given_to_a_worker_process():
     import pickle
 
     chain = pickle.loads(pickle.dumps(augmented(["gain"], 7)))
-    assert isinstance(chain, partial)
+    assert isinstance(chain, Augmenter)
     x = torch.ones(5)
     assert torch.equal(chain(x, Item(0, place=3)), augmented(["gain"], 7)(x, Item(0, place=3)))
