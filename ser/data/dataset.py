@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ser.audio import audio_info, load_audio, normalise
+from ser.data.augment import Augmenter
 from ser.data.labels import LABELS, Labels, collate_labels, encoder, unknown
 from ser.data.manifest import Utterance
 from ser.data.sampler import Item
@@ -104,9 +105,8 @@ class SpeechDataset(Dataset[Example]):
         self.utterances, self.model_labels = list(utterances), labels or Labels()
         # Where what a model makes of the recordings is kept, it is read in their place (`ser.train.cache`).
         self.stored: StoredInputs | None = None
-        # In training: what is done to a waveform before it is normalised (`ser.data.augment`). It keeps the
-        # length.
-        self.augment: Callable[[Tensor, Item], Tensor] | None = None
+        # In training: what is done to a waveform before it is normalised.
+        self.augment: Augmenter | None = None
         self.labels: dict[str, list[Any]] = {}
         for head, names in self.model_labels.names.items():
             label_of = encoder(head, names)
@@ -176,14 +176,23 @@ class SpeechDataset(Dataset[Example]):
             except MissingLibraryError:
                 raise  # nothing is wrong with the recording
             except AudioError as bad:
-                waveform, error = torch.zeros(self.lengths[index]), str(bad)
+                waveform, error = torch.zeros(self.length_at(item)), str(bad)
         length = self.lengths[index] if kind else 0
-        weight, labels = (0.0, self.no_labels()) if error else (item.weight, self.labels_of(index))
+        weight, labels = (0.0, self.no_labels()) if error else (item.weight, self.labels_at(item))
         return Example(index, weight, waveform, labels, error, length, stored, kind, item.place)
 
-    def labels_of(self, index: int) -> dict[str, Any]:
-        """Return an utterance's label for each head."""
-        return {head: labels[index] for head, labels in self.labels.items()}
+    def length_at(self, item: Item) -> int:
+        """Return the samples of an utterance at a place, where an augmentation may have changed them."""
+        length = self.lengths[item.index]
+        return length if self.augment is None else self.augment.length(length, item.epoch, item.place)
+
+    def labels_at(self, item: Item) -> dict[str, Any]:
+        """Return an utterance's label for each head; no text where an augmentation has cut it."""
+        labels = {head: labels[item.index] for head, labels in self.labels.items()}
+        if self.augment is not None and "ctc" in labels and self.augment.resizes:
+            kept = self.augment.keeps_text(self.lengths[item.index], item.epoch, item.place)
+            labels["ctc"] = labels["ctc"] if kept else []
+        return labels
 
     def no_labels(self) -> dict[str, Any]:
         """Return what stands for the labels of a recording that cannot be read."""

@@ -20,7 +20,7 @@ from ser.data.augment import augmented
 from ser.data.dataset import SpeechDataset
 from ser.data.labels import NO_LABEL, PLURALS, collate_labels, known
 from ser.data.manifest import Utterance
-from ser.data.sampler import LengthBucketBatchSampler, Places, draw_balanced
+from ser.data.sampler import Item, LengthBucketBatchSampler, Places, draw_balanced
 from ser.errors import ConfigError, RunFolderError, SerError, printable
 from ser.recognizer import Recognizer
 from ser.train.bad_audio import BadAudio
@@ -125,14 +125,19 @@ def without_long(
 
 
 def places_of(dataset: SpeechDataset, config: TrainConfig) -> Callable[[int], Places] | None:
-    """Return the function that draws the places of an epoch; None where each utterance has one."""
-    if not config.balance:
+    """Return the function that draws the places of an epoch; None where each utterance has one, as it is."""
+    resizes = dataset.augment is not None and dataset.augment.resizes
+    if not config.balance and not resizes:
         return None
     groups = [(u.extra.get("corpus") or "", u.emotion or "") for u in dataset.utterances]
 
     def places(epoch: int) -> Places:
-        indices = draw_balanced(groups, temperature=config.balance, seed=config.seed, epoch=epoch)
-        return Places(indices, [dataset.lengths[i] for i in indices])
+        indices: Sequence[int] = range(len(dataset))
+        if config.balance:
+            indices = draw_balanced(groups, temperature=config.balance, seed=config.seed, epoch=epoch)
+        items = [Item(index, 1.0, epoch, place) for place, index in enumerate(indices)] if resizes else []
+        lengths = map(dataset.length_at, items) if resizes else (dataset.lengths[i] for i in indices)
+        return Places(indices, list(lengths))
 
     return places
 
@@ -145,7 +150,7 @@ def make_ready(
     lengths = {name: part.lengths for name, part in sets.items()}
     dataset = without_long(sets["train"], recognizer, config, world)
     if config.augment:
-        dataset.augment = augmented(config.augment, config.seed)
+        dataset.augment = augmented(config.augment, config.seed, dataset.utterances)
     for note in check_training_data(dataset, shape.num_frames, min_samples=shape.min_samples, unread=unread):
         say(world, note)
     sampler = LengthBucketBatchSampler(
