@@ -1,12 +1,10 @@
 """The seam for augmentations: what is drawn depends on (seed, epoch, place) alone."""
 
-from functools import partial
-
 import pytest
 import torch
 from toy import write_corpus
 
-from ser.data.augment import AUGMENTATIONS, augmented
+from ser.data.augment import AUGMENTATIONS, Augmenter, augmented
 from ser.data.dataset import SpeechDataset, collate
 from ser.data.labels import Labels
 from ser.data.manifest import read_manifest
@@ -81,13 +79,12 @@ def test_draws_differ_between_utterances_epochs_and_seeds_and_with_what_stands_b
     assert not any(torch.equal(first[i], other[i]) for other in others for i in first)
 
 
-def test_the_place_is_that_of_the_plan_and_of_an_utterance_in_evaluation_its_number(utterances):
+def test_without_balance_and_in_evaluation_the_place_is_the_number_of_the_utterance(utterances):
     lengths = SpeechDataset(utterances).lengths
     sampler = LengthBucketBatchSampler(lengths, seed=0, effective_batch=5, micro_batch=2, world_size=2)
     sampler.set_position(epoch=3)
-    plan = [index for update in sampler.plan(epoch=3) for index in update]
     items = [item for steps in sampler.steps for ranks in steps for batch in ranks for item in batch]
-    assert {(item.index, item.place, item.epoch) for item in items} == {(i, k, 3) for k, i in enumerate(plan)}
+    assert {(item.index, item.place, item.epoch) for item in items} == {(i, i, 3) for i in range(len(lengths))}
     batches = evaluation_batches(lengths, batch_samples=max(lengths))
     assert {item for batch in batches for item in batch} == {Item(i, 1.0, 0, i) for i in range(len(lengths))}
 
@@ -106,9 +103,7 @@ def test_an_augmentation_that_changes_the_length_is_refused(utterances, workers)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one():
-    with pytest.raises(
-        ConfigError, match=r"called 'gian' \(did you mean 'gain'\?\); there are: gain, noise, halve"
-    ):
+    with pytest.raises(ConfigError, match=r"called 'gian' \(did you mean 'gain'\?\); there are: gain, .*, halve"):
         augmented(["gian"], 0)
 
 
@@ -116,6 +111,6 @@ def test_a_chain_can_be_given_to_a_worker_process():
     import pickle
 
     chain = pickle.loads(pickle.dumps(augmented(["gain"], 7)))
-    assert isinstance(chain, partial)
+    assert isinstance(chain, Augmenter)
     x = torch.ones(5)
     assert torch.equal(chain(x, Item(0, place=3)), augmented(["gain"], 7)(x, Item(0, place=3)))

@@ -62,7 +62,7 @@ def test_cross_entropy_is_the_negative_logarithm_of_the_label_s_probability():
 
 def test_sums_and_counts_add_up_over_any_split():
     logits = scores(6, 4)
-    options = {"class_weights": CLASS_WEIGHTS, "label_smoothing": 0.1}
+    options = {"class_weights": CLASS_WEIGHTS, "label_smoothing": 0.1, "focal": 1.5, "adjustment": CLASS_WEIGHTS}
     whole = classification_loss(logits, LABELS, **options)
     for size in (1, 2, 4):
         parts = [
@@ -71,6 +71,36 @@ def test_sums_and_counts_add_up_over_any_split():
         ]
         torch.testing.assert_close(sum(p[0] for p in parts), whole[0])
         torch.testing.assert_close(sum(p[1] for p in parts), whole[1])
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_the_focal_loss_is_lin_et_al_s(gamma):
+    logits = scores(6, 4)
+    total, count = classification_loss(logits, LABELS, focal=gamma)
+    p = logits.softmax(-1)[LABELS != NO_LABEL, LABELS[LABELS != NO_LABEL]]
+    torch.testing.assert_close(total, (-((1 - p) ** gamma) * p.log()).sum())
+    assert count == 4
+    assert torch.equal(classification_loss(logits, LABELS, focal=0.0)[0], classification_loss(logits, LABELS)[0])
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_the_focal_loss_of_a_certain_and_right_answer_has_a_finite_gradient(gamma):
+    logits = torch.tensor([[100.0, 0.0, 0.0], [0.0, 0.0, 100.0]], requires_grad=True)
+    total, _ = classification_loss(logits, torch.tensor([0, 0]), focal=gamma)
+    assert gradient(total, logits).isfinite().all() and total.isfinite()
+
+
+def test_logit_adjustment_is_menon_et_al_s_and_weighs_pairs_of_classes():
+    """Eq. 10: log(1 + sum over y' of (pi_y' / pi_y) ** tau * exp(f_y' - f_y))."""
+    logits, prior, tau = scores(6, 4), torch.tensor([0.6, 0.2, 0.15, 0.05]).double(), 1.5
+    total, count = classification_loss(logits, LABELS, adjustment=tau * prior.log())
+    wanted = 0.0
+    for f, y in zip(logits, LABELS.tolist(), strict=True):
+        if y != NO_LABEL:
+            pairs = [(prior[k] / prior[y]) ** tau * (f[k] - f[y]).exp() for k in range(4) if k != y]
+            wanted = wanted + (1 + sum(pairs)).log()
+    torch.testing.assert_close(total, wanted)
+    assert count == 4
 
 
 def test_unlabelled_utterances_get_no_gradient():
@@ -92,7 +122,7 @@ def test_without_any_label_loss_count_and_gradient_are_exactly_zero(weights):
 
 def test_utterances_of_weight_zero_contribute_nothing():
     logits, busy = scores(6, 4), torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
-    options = {"class_weights": CLASS_WEIGHTS, "label_smoothing": 0.1}
+    options = {"class_weights": CLASS_WEIGHTS, "label_smoothing": 0.1, "focal": 1.5, "adjustment": CLASS_WEIGHTS}
     total, count = classification_loss(logits, LABELS, utterance_weights=busy, **options)
     kept = busy > 0
     wanted = classification_loss(logits[kept], LABELS[kept], **options)

@@ -262,7 +262,7 @@ def test_a_count_that_divides_evenly_adds_no_batch():
 
 def test_a_rank_without_work_runs_one_utterance_of_the_update_at_weight_0():
     steps = cut_update([5], [0, 0, 0, 0, 0, 700], world_size=3, micro_batch=2)
-    assert sorted(group for ranks in steps for group in ranks) == [[Item(5, w)] for w in (0.0, 0.0, 1.0)]
+    assert sorted(group for ranks in steps for group in ranks) == [[Item(5, w, 0, 5)] for w in (0.0, 0.0, 1.0)]
 
 
 @pytest.mark.parametrize(

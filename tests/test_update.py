@@ -72,6 +72,7 @@ def examples(*, without=(), dtype=torch.float64):
         found.append(
             Example(
                 index=i,
+                place=i,
                 weight=1.0,
                 waveform=torch.randn(length, generator=generator, dtype=dtype),
                 labels={

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ser.audio import audio_info, load_audio, normalise
+from ser.data.augment import Augmenter
 from ser.data.labels import LABELS, Labels, collate_labels, encoder, unknown
 from ser.data.manifest import Utterance
 from ser.data.sampler import Item
@@ -29,6 +30,7 @@ class Batch:
     labels: dict[str, Tensor]  # head -> labels of its kind; see `ser.data.labels.LabelSpec`
     weights: Tensor  # (B,) float32, 0 for an utterance that only keeps a rank busy, or could not be read
     indices: list[int] = field(default_factory=list)  # positions in the dataset
+    places: list[int] = field(default_factory=list)  # in the epoch: see `ser.data.sampler.Item`
     errors: dict[int, str] = field(default_factory=dict)  # position -> why its recording could not be read
     # From a cache: (B, T, C) features or (B, N, D) pooled layers, and the kind; waveforms are then (B, 0).
     stored: Tensor | None = None
@@ -70,6 +72,7 @@ class Example:
     num_samples: int = 0  # S; 0: those of the waveform
     stored: Tensor | None = None  # in place of a waveform: see `Batch`
     kind: str = ""
+    place: int = 0  # in the epoch
 
 
 class StoredInputs(Protocol):
@@ -102,8 +105,8 @@ class SpeechDataset(Dataset[Example]):
         self.utterances, self.model_labels = list(utterances), labels or Labels()
         # If there is a cache, it is read in place of the recordings (`ser.train.cache`).
         self.stored: StoredInputs | None = None
-        # In training, this changes a waveform before it is normalised, and keeps its length (`ser.data.augment`).
-        self.augment: Callable[[Tensor, Item], Tensor] | None = None
+        # In training, this changes a waveform before it is normalised.
+        self.augment: Augmenter | None = None
         self.labels: dict[str, list[Any]] = {}
         for head, names in self.model_labels.names.items():
             label_of = encoder(head, names)
@@ -174,14 +177,23 @@ class SpeechDataset(Dataset[Example]):
             except MissingLibraryError:
                 raise  # nothing is wrong with the recording
             except AudioError as bad:
-                waveform, error = torch.zeros(self.lengths[index]), str(bad)
+                waveform, error = torch.zeros(self.length_at(item)), str(bad)
         length = self.lengths[index] if kind else 0
-        weight, labels = (0.0, self.no_labels()) if error else (item.weight, self.labels_of(index))
-        return Example(index, weight, waveform, labels, error, length, stored, kind)
+        weight, labels = (0.0, self.no_labels()) if error else (item.weight, self.labels_at(item))
+        return Example(index, weight, waveform, labels, error, length, stored, kind, item.place)
 
-    def labels_of(self, index: int) -> dict[str, Any]:
-        """Return an utterance's label for each head."""
-        return {head: labels[index] for head, labels in self.labels.items()}
+    def length_at(self, item: Item) -> int:
+        """Return the samples of an utterance at a place, where an augmentation may have changed them."""
+        length = self.lengths[item.index]
+        return length if self.augment is None else self.augment.length(length, item.epoch, item.place)
+
+    def labels_at(self, item: Item) -> dict[str, Any]:
+        """Return an utterance's label for each head; no text where an augmentation has cut it."""
+        labels = {head: labels[item.index] for head, labels in self.labels.items()}
+        if self.augment is not None and "ctc" in labels and self.augment.resizes:
+            kept = self.augment.keeps_text(self.lengths[item.index], item.epoch, item.place)
+            labels["ctc"] = labels["ctc"] if kept else []
+        return labels
 
     def no_labels(self) -> dict[str, Any]:
         """Return the labels of a recording that cannot be read: unknown, for each head."""
@@ -231,5 +243,6 @@ def collate(examples: Sequence[Example]) -> Batch:
         labels={head: collate_labels(head, [e.labels[head] for e in examples]) for head in examples[0].labels},
         weights=torch.tensor([e.weight for e in examples]),
         indices=[e.index for e in examples],
+        places=[e.place for e in examples],
         errors={e.index: e.error for e in examples if e.error},
     )

@@ -1,16 +1,18 @@
-"""Plan the updates of an epoch, and cut each update for the ranks.
+"""Draw the places of an epoch, plan its updates, and cut each update for the ranks.
 
-The plan is a list of updates (optimizer steps), each a list of utterances. It is a function of (lengths, seed,
-epoch, effective batch) and of nothing else. The world size and the size of a micro-batch only say how each update
-is cut. Every rank gets the same number of micro-batches:
+An epoch is a list of places, and each place holds an utterance. Usually every utterance has one place. With
+balance (`draw_balanced`) an utterance may have several places or none.
+
+The plan is a list of updates (optimizer steps), each a list of places. It is a function of (lengths, seed, epoch,
+effective batch, balance) and of nothing else. The world size and the size of a micro-batch only say how each
+update is cut. Every rank gets the same number of micro-batches:
 
     plan       [ update 0: a b c d e f g h ] [ update 1: i j k l m n o p ] ... [ last, small: y z ]
-    place                  0 1 2 3 4 5 6 7               8 9 ...                                     ...
     2 ranks,   rank 0: (a b) (g h)           (i j) (o p)                       (y)
     2 a batch  rank 1: (c d) (e f)           (k l) (m n)                       (z)
 
-So another number of ranks computes the same updates in the same order. Every utterance counts once per epoch, and
-a run can continue at any update without saved state. A rank for which an update has no utterance left computes one
+So another number of ranks computes the same updates in the same order. Every place counts once per epoch, and a
+run can continue at any update without saved state. A rank for which an update has no utterance left computes one
 of the others at weight 0, so that all ranks take the same number of steps. Ranks wait for each other once per
 update, so the utterances are dealt such that the ranks compute nearly the same number of samples.
 
@@ -20,9 +22,9 @@ lengths are jittered before they are sorted, so neighbours change every epoch, a
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import accumulate
 from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -39,13 +41,13 @@ class Item(NamedTuple):
     """Hold one utterance of a micro-batch, and where it stands in the run.
 
     (seed, epoch, place) is the same for any number of ranks and workers, and in a run that is continued. These
-    three numbers seed whatever is drawn for an utterance, such as an augmentation.
+    three numbers seed whatever is drawn for an utterance, such as a mask or an augmentation.
 
     Attributes:
         index: the number of the utterance in the data set.
         weight: its weight in the losses; 1, or 0 for an utterance that only keeps a rank busy.
         epoch: the epoch, from 0; 0 in evaluation.
-        place: the place of the utterance in the plan of the epoch, from 0; in evaluation equal to ``index``.
+        place: the number of its place in the epoch, from 0. It equals ``index`` without balance and in evaluation.
     """
 
     index: int  # type: ignore[assignment]  # it hides the method `tuple.index`, which nobody needs here
@@ -66,9 +68,91 @@ class MicroLimits(TypedDict, total=False):
     micro_samples: int | None
 
 
+class Places(NamedTuple):
+    """Hold the places of an epoch.
+
+    Attributes:
+        indices: the number of the utterance at each place.
+        lengths: its samples there; an augmentation may change them.
+    """
+
+    indices: Sequence[int]
+    lengths: Sequence[int]
+
+
 def padded_samples(group: Sequence[int], lengths: Sequence[int]) -> int:
     """Count the samples of a padded batch, which are its cost: the number of utterances times the longest."""
     return len(group) * max(lengths[i] for i in group)
+
+
+# ----------------------------------------------------------------------------------------------------- balance
+
+
+Group = tuple[str, str]  # a corpus and a class in it; "" for no class
+
+
+def softened(counts: Mapping[str, int], temperature: float) -> dict[str, float]:
+    """Return shares in proportion to count ** (1 - temperature); they sum to 1."""
+    powers = {name: count ** (1 - temperature) for name, count in counts.items()}
+    whole = sum(powers.values())
+    return {name: power / whole for name, power in powers.items()}
+
+
+def balanced_shares(groups: Iterable[Group], temperature: float) -> dict[Group, float]:
+    """Return how often each group is drawn, as shares of an epoch that sum to 1.
+
+    A corpus of n utterances gets a share in proportion to n ** (1 - T), and so does each class within its corpus.
+    T = 0 leaves everything as it is; T = 1 makes the corpora equally frequent, and the classes of each.
+    Utterances without a class keep their share of their corpus.
+
+    Args:
+        groups: of each utterance.
+        temperature: T, 0 to 1.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for corpus, name in groups:
+        counts.setdefault(corpus, Counter())[name] += 1
+    corpora = softened({corpus: classes.total() for corpus, classes in counts.items()}, temperature)
+    shares = {}
+    for corpus, classes in counts.items():
+        without = classes[""] / classes.total()
+        del classes[""]
+        shares[corpus, ""] = corpora[corpus] * without
+        for name, share in softened(classes, temperature).items():
+            shares[corpus, name] = corpora[corpus] * (1 - without) * share
+    return shares
+
+
+def whole_parts(shares: Sequence[float], total: int) -> list[int]:
+    """Divide ``total`` in proportion to shares that sum to 1, by the method of largest remainders."""
+    parts = [int(share * total) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda k: parts[k] - shares[k] * total)
+    for k in by_remainder[: total - sum(parts)]:
+        parts[k] += 1
+    return parts
+
+
+def draw_balanced(groups: Sequence[Group], *, temperature: float, seed: int, epoch: int) -> list[int]:
+    """Draw the utterance at each place of an epoch, in ascending order; there are as many places as utterances.
+
+    The places of a group (see `balanced_shares`) go to its utterances as evenly as can be: each utterance has the
+    same number of places, or one more. Which ones have one more is drawn from (seed, epoch).
+    """
+    members: dict[Group, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    shares = balanced_shares(groups, temperature)
+    names = sorted(members)
+    sizes = whole_parts([shares[name] for name in names], len(groups))
+    # A longer key than those of masks and of the plan, so these are other random numbers.
+    generator = np.random.default_rng([seed, epoch, 0, 0, 1])
+    copies = np.zeros(len(groups), dtype=np.int64)
+    for name, size in zip(names, sizes, strict=True):
+        own = generator.permutation(members[name])
+        each, more = divmod(size, len(own))
+        copies[own] = each
+        copies[own[:more]] += 1
+    return np.repeat(np.arange(len(groups)), copies).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------- plan
@@ -121,10 +205,10 @@ def plan_epoch(
     batch_samples: int | None = None,
     batching: str = "bucket",
 ) -> list[list[int]]:
-    """Plan the updates of an epoch, each a list of utterance numbers with the longest first.
+    """Plan the updates of an epoch, each a list of places with the longest first.
 
     Args:
-        lengths: samples of each utterance, from file headers.
+        lengths: samples at each place.
         seed: the seed of the run.
         epoch: its number, from 0.
         effective_batch: utterances per update; or
@@ -230,17 +314,17 @@ def cut_update(
     *,
     world_size: int,
     epoch: int = 0,
-    place: int = 0,
+    indices: Sequence[int] | None = None,
     **limits: Unpack[MicroLimits],
 ) -> list[list[list[Item]]]:
     """Cut an update into micro-batches: return ``[step][rank]`` -> items, with as few steps as the limits allow.
 
     Args:
-        update: utterance numbers, in the order of `plan_epoch`.
-        lengths: samples of each utterance.
+        update: places, in the order of `plan_epoch`.
+        lengths: samples at each place.
         world_size: number of ranks; all get equally many micro-batches, and nearly as many samples.
         epoch: the epoch that the update belongs to.
-        place: the place of the first utterance of the update in the plan of the epoch.
+        indices: the utterance at each place; None: places are utterances.
         limits: see `MicroLimits`.
     """
     # Single utterances are dealt to ranks, the finest way to share; then each rank's are cut into micro-batches.
@@ -253,10 +337,11 @@ def cut_update(
     while not all(is_within(group, lengths, **limits) for rank in ranks for group in split_evenly(rank, steps)):
         steps += 1
     # A rank without an utterance computes the last one, which is the shortest and so the cheapest.
-    idle = Item(update[-1], 0.0, epoch, place + len(update) - 1)
+    indices = range(len(lengths)) if indices is None else indices
+    idle = Item(indices[update[-1]], 0.0, epoch, update[-1])
     items = [
-        [[Item(update[k], 1.0, epoch, place + k) for k in group] or [idle] for group in split_evenly(hand, steps)]
-        for hand in hands
+        [[Item(indices[p], 1.0, epoch, p) for p in group] or [idle] for group in split_evenly(rank, steps)]
+        for rank in ranks
     ]
     return [list(step) for step in zip(*items, strict=True)]
 
@@ -282,9 +367,14 @@ class LengthBucketBatchSampler(Sampler[list[Item]]):
         batching: str = "bucket",
         rank: int = 0,
         world_size: int = 1,
+        places: Callable[[int], Places] | None = None,
         **limits: Unpack[MicroLimits],
     ) -> None:
-        """Plan the first epoch; see `plan_epoch` and `cut_update` for the arguments.
+        """Plan the first epoch; see `plan_epoch` and `cut_update` for the other arguments.
+
+        Args:
+            lengths: samples of each utterance.
+            places: a function from the epoch to its places; None: each utterance has one, with these lengths.
 
         Raises:
             ConfigError: there are no utterances, or an argument is invalid.
@@ -293,26 +383,27 @@ class LengthBucketBatchSampler(Sampler[list[Item]]):
             raise ConfigError("there are no utterances to sample from")
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank is {rank}; expected 0 to {world_size - 1}")
-        self.lengths = list(lengths)
+        usual = Places(range(len(lengths)), list(lengths))
+        self.places = places or (lambda epoch: usual)
         self.rank, self.world_size = rank, world_size
-        self.plan = partial(
-            plan_epoch,
-            self.lengths,
-            seed=seed,
-            effective_batch=effective_batch,
-            batch_samples=batch_samples,
-            batching=batching,
+        self.plan_places = partial(
+            plan_epoch, seed=seed, effective_batch=effective_batch, batch_samples=batch_samples, batching=batching
         )
-        self.cut = partial(cut_update, lengths=self.lengths, world_size=world_size, **limits)
+        self.cut = partial(cut_update, world_size=world_size, **limits)
         self.set_position(epoch=0)
+
+    def plan(self, *, epoch: int) -> list[list[int]]:
+        """Return the utterances of each update of an epoch."""
+        indices, lengths = self.places(epoch)
+        return [[indices[place] for place in update] for update in self.plan_places(lengths, epoch=epoch)]
 
     def set_position(self, *, epoch: int, update: int = 0) -> None:
         """Go to an epoch, and skip its first ``update`` updates. Nothing is read or drawn for skipped updates."""
-        plan = self.plan(epoch=epoch)
+        indices, self.lengths = self.places(epoch)
+        plan = self.plan_places(self.lengths, epoch=epoch)
         if not 0 <= update <= len(plan):
             raise ConfigError(f"epoch {epoch} has {len(plan)} updates; cannot start at {update}")
-        places = [0, *accumulate(map(len, plan))]
-        self.steps = [self.cut(plan[k], epoch=epoch, place=places[k]) for k in range(update, len(plan))]
+        self.steps = [self.cut(rest, self.lengths, epoch=epoch, indices=indices) for rest in plan[update:]]
         self.__dict__.pop("padding", None)  # the cached share belongs to the earlier position
 
     @property
@@ -334,8 +425,8 @@ class LengthBucketBatchSampler(Sampler[list[Item]]):
         real = padded = 0
         for steps in self.steps:
             for batch in (batch for ranks in steps for batch in ranks):
-                real += sum(int(item.weight) * self.lengths[item.index] for item in batch)
-                padded += padded_samples([item.index for item in batch], self.lengths)
+                real += sum(int(item.weight) * self.lengths[item.place] for item in batch)
+                padded += padded_samples([item.place for item in batch], self.lengths)
         return 1 - real / padded if padded else 0.0
 
 

@@ -1,7 +1,8 @@
 """Draw the masks of SpecAugment in time and feature (Park et al., 2019; wav2vec 2.0, appendix A).
 
-The masks of an utterance are a function of (seed, epoch, utterance), and not of its batch, the rank or earlier
-draws. So training does not depend on how the work is split, and a resumed run needs no saved random state.
+The masks of an utterance are a function of (seed, epoch, place in the epoch), and not of its batch, the rank or
+earlier draws. So training does not depend on how the work is split, and a resumed run needs no saved random state.
+Without balance, the place is the number of the utterance.
 """
 
 from collections.abc import Sequence
@@ -38,20 +39,20 @@ def draw_spans(
 
 
 def spec_augment(
-    config: Wav2Vec2Config, num_frames: Tensor, utterances: Sequence[int], *, seed: int, epoch: int
+    config: Wav2Vec2Config, num_frames: Tensor, places: Sequence[int], *, seed: int, epoch: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Draw the masks of a batch, mask_time (B, T) and mask_feature (B, D), on the CPU; None if not configured.
 
-    ``num_frames`` (B,) are the valid frames, with T the largest; ``utterances`` (B,) are the numbers of the
-    utterances in the training set.
+    ``num_frames`` (B,) are the valid frames, with T the largest; ``places`` (B,) are the places of the utterances
+    in the epoch (see `ser.data.sampler.Item`).
     """
     if not config.apply_spec_augment:
         return None, None
     frames = num_frames.tolist()
     time = np.zeros((len(frames), max(frames)), dtype=bool)
     feature = np.zeros((len(frames), config.hidden_size), dtype=bool)
-    for row, (length, utterance) in enumerate(zip(frames, utterances, strict=True)):
-        generator = np.random.default_rng([seed, epoch, int(utterance)])
+    for row, (length, place) in enumerate(zip(frames, places, strict=True)):
+        generator = np.random.default_rng([seed, epoch, int(place)])
         time[row, :length] = draw_spans(
             length,
             prob=config.mask_time_prob,

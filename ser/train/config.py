@@ -135,6 +135,10 @@ class TrainConfig:
         "emotion, speaker and dimensions; auto: as in --init, else mean")
     label_smoothing: float = option(LOSSES, 0.0, check=share, resume="asked", help="of the emotion loss, 0 to 1")
     class_weights: bool = option(LOSSES, False, help="weight emotions inversely to their frequency in training")
+    focal: float = option(LOSSES, 0.0, resume="asked", help="gamma of the focal loss of emotions (Lin et al., "
+        "2017): an utterance weighs (1 - p of its class) ** gamma; 0: cross entropy")
+    logit_adjustment: float = option(LOSSES, 0.0, resume="asked", help="tau of the logit adjustment of emotions "
+        "(Menon et al., 2021): training adds tau * log(share of the class) to its score; 0: off, 1: for UA")
     ctc_per_character: bool = option(LOSSES, False,
         help="divide each transcript's loss by its length (the paper does not)")
 
@@ -159,6 +163,8 @@ class TrainConfig:
         help="micro-batches per update and process; 0: follows from the effective batch")
     batching: str = option(BATCHES, "bucket", choices=("bucket", "random"),
         help="bucket: utterances of similar length together; random: as drawn")
+    balance: float = option(BATCHES, 0.0, check=share, help="how even corpora and emotions are made, 0 to 1: an "
+        "epoch has some utterances several times and others not; 0: each once, 1: all equally often")
     augment: tuple[str, ...] = option(BATCHES, (), check=lambda _, names: augmented(names, seed=0), resume="asked",
         help="names of augmentations that change each training waveform, in their order (not with cache)")
     max_seconds: float = option(BATCHES, 0.0,

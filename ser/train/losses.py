@@ -45,6 +45,8 @@ def classification_loss(
     *,
     class_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
+    focal: float = 0.0,
+    adjustment: Tensor | None = None,
     utterance_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the sum of the cross entropy, and the count to divide it by.
@@ -54,6 +56,10 @@ def classification_loss(
         labels: (B,) int64, `NO_LABEL` where unknown.
         class_weights: (K,) or None.
         label_smoothing: 0..1, as in `torch.nn.functional.cross_entropy`.
+        focal: gamma of Lin et al., Focal loss for dense object detection, ICCV 2017, eq. 4: the loss of an
+            utterance is multiplied by (1 - p) ** gamma, p being the probability of its class. 0 changes nothing.
+        adjustment: (K,) is added to the scores; tau * log of the classes' shares gives the logit-adjusted loss of
+            Menon et al., Long-tail learning via logit adjustment, ICLR 2021, eq. 10. None changes nothing.
         utterance_weights: (B,), 0 for an utterance that only keeps a rank busy; None: all 1.
 
     Returns:
@@ -61,6 +67,8 @@ def classification_loss(
         equals ``F.cross_entropy(..., reduction="mean")``.
     """
     logits = at_least_float32(logits)
+    if adjustment is not None:
+        logits = logits + adjustment.to(logits, non_blocking=True)
     known = (labels != NO_LABEL).to(logits.dtype)
     if utterance_weights is not None:
         known = known * utterance_weights.to(logits, non_blocking=True)
@@ -68,6 +76,9 @@ def classification_loss(
     losses = F.cross_entropy(
         logits, labels, weights, ignore_index=NO_LABEL, reduction="none", label_smoothing=label_smoothing
     )
+    if focal:
+        p = logits.softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        losses = losses * (1 - p).clamp(min=0) ** focal  # which has no slope where p is 1, in place of NaN
     per_label = 1.0 if weights is None else weights[labels.clamp(min=0)]
     return (losses * known).sum(), (known * per_label).sum().detach()
 
@@ -193,6 +204,8 @@ class Objective:
     weights: dict[str, float]  # by head; 0: not trained
     label_smoothing: float = 0.0
     class_weights: Tensor | None = None  # (K,) of the emotion loss
+    focal: float = 0.0  # this and the next one: of the emotion loss, see `classification_loss`
+    adjustment: Tensor | None = None  # (K,)
     ctc_per_character: bool = False
     blank: int = 0
 
@@ -224,11 +237,10 @@ class Objective:
 
 
 def emotion_loss(scores: Tensor, labels: Tensor, *, weights: Tensor, num_frames: Tensor, objective: Objective):
-    """Return `classification_loss` with the weights of classes and the label smoothing of the objective."""
-    classes, smoothing = objective.class_weights, objective.label_smoothing
-    return classification_loss(
-        scores, labels, class_weights=classes, label_smoothing=smoothing, utterance_weights=weights
-    )
+    """Return `classification_loss` with the options of the objective."""
+    options: dict[str, Any] = {"label_smoothing": objective.label_smoothing, "focal": objective.focal}
+    options |= {"class_weights": objective.class_weights, "adjustment": objective.adjustment}
+    return classification_loss(scores, labels, utterance_weights=weights, **options)
 
 
 def class_loss(scores: Tensor, labels: Tensor, *, weights: Tensor, num_frames: Tensor, objective: Objective):

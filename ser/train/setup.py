@@ -5,7 +5,7 @@ before the run's folder is touched.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from ser.data.augment import augmented
 from ser.data.dataset import SpeechDataset
 from ser.data.labels import NO_LABEL, PLURALS, collate_labels, known
 from ser.data.manifest import Utterance
-from ser.data.sampler import LengthBucketBatchSampler
+from ser.data.sampler import Item, LengthBucketBatchSampler, Places, draw_balanced
 from ser.errors import ConfigError, RunFolderError, SerError, printable
 from ser.recognizer import Recognizer
 from ser.train.bad_audio import BadAudio
@@ -58,27 +58,6 @@ def head_weights(recognizer: Recognizer, config: TrainConfig) -> dict[str, float
         reason = f"the weights of all heads ({', '.join(heads)}) are 0; see --alpha, --beta, --gamma"
         raise ConfigError(f"nothing would be trained: {reason}")
     return weights
-
-
-def inverse_frequencies(labels: Sequence[int], classes: int) -> Tensor:
-    """Return class weights (K,) proportional to 1 / frequency, 1 on average over the labelled utterances."""
-    labelled = torch.tensor([label for label in labels if label != NO_LABEL], dtype=torch.int64)
-    counts = labelled.bincount(minlength=classes).double()
-    return (counts.sum() / (classes * counts.clamp(min=1))).float()
-
-
-def make_objective(
-    recognizer: Recognizer, config: TrainConfig, weights: dict[str, float], train: SpeechDataset
-) -> Objective:
-    """Make the objective, which training minimises."""
-    weighted = config.class_weights and recognizer.emotions
-    return Objective(
-        weights=weights,
-        label_smoothing=config.label_smoothing,
-        class_weights=inverse_frequencies(train.labels["emotion"], len(recognizer.emotions)) if weighted else None,
-        ctc_per_character=config.ctc_per_character,
-        blank=recognizer.vocabulary.blank if recognizer.vocabulary is not None else 0,
-    )
 
 
 def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: SpeechDataset) -> str:
@@ -145,6 +124,24 @@ def without_long(
     return shorter
 
 
+def places_of(dataset: SpeechDataset, config: TrainConfig) -> Callable[[int], Places] | None:
+    """Return the function that draws the places of an epoch; None where each utterance has one, as it is."""
+    resizes = dataset.augment is not None and dataset.augment.resizes
+    if not config.balance and not resizes:
+        return None
+    groups = [(u.extra.get("corpus") or "", u.emotion or "") for u in dataset.utterances]
+
+    def places(epoch: int) -> Places:
+        indices: Sequence[int] = range(len(dataset))
+        if config.balance:
+            indices = draw_balanced(groups, temperature=config.balance, seed=config.seed, epoch=epoch)
+        items = [Item(index, 1.0, epoch, place) for place, index in enumerate(indices)] if resizes else []
+        lengths = map(dataset.length_at, items) if resizes else (dataset.lengths[i] for i in indices)
+        return Places(indices, list(lengths))
+
+    return places
+
+
 def make_ready(
     recognizer: Recognizer, sets: Sets, config: TrainConfig, weights: dict[str, float], bad_audio: BadAudio
 ) -> Data:
@@ -153,7 +150,7 @@ def make_ready(
     lengths = {name: part.lengths for name, part in sets.items()}
     dataset = without_long(sets["train"], recognizer, config, world)
     if config.augment:
-        dataset.augment = augmented(config.augment, config.seed)
+        dataset.augment = augmented(config.augment, config.seed, dataset.utterances)
     for note in check_training_data(dataset, shape.num_frames, min_samples=shape.min_samples, unread=unread):
         say(world, note)
     sampler = LengthBucketBatchSampler(
@@ -165,6 +162,7 @@ def make_ready(
         batching=config.batching,
         rank=world.rank,
         world_size=world.size,
+        places=places_of(dataset, config),
     )
     frames = shape.num_frames
     concordant = [head for head, loss in LOSSES.items() if loss.sums is None]
@@ -173,6 +171,44 @@ def make_ready(
     ):
         say(world, note)
     return Data(dataset, sets["valid"], sampler, lengths)
+
+
+def class_counts(labels: Sequence[int], classes: int) -> Tensor:
+    """Count the labels of each class, (K,) float64."""
+    labelled = torch.tensor([label for label in labels if label != NO_LABEL], dtype=torch.int64)
+    return labelled.bincount(minlength=classes).double()
+
+
+def inverse_frequencies(counts: Tensor) -> Tensor:
+    """Return class weights (K,) proportional to 1 / frequency, 1 on average over the labelled utterances."""
+    return (counts.sum() / (len(counts) * counts.clamp(min=1))).float()
+
+
+def logit_adjustment(counts: Tensor, tau: float) -> Tensor:
+    """Return tau * log of the share of each class, (K,); a class without utterances counts as having one."""
+    counts = counts.clamp(min=1)
+    return (tau * (counts / counts.sum()).log()).float()
+
+
+def make_objective(
+    recognizer: Recognizer, config: TrainConfig, weights: dict[str, float], data: Data
+) -> Objective:
+    """Make the objective, which training minimises.
+
+    Class weights and logit adjustment follow the frequencies in an epoch, which are the same in every epoch.
+    """
+    drawn, tau = data.sampler.places(0).indices, config.logit_adjustment
+    emotions = data.train.labels.get("emotion", [])
+    counts = class_counts([emotions[i] for i in drawn], len(recognizer.emotions)) if emotions else None
+    return Objective(
+        weights=weights,
+        label_smoothing=config.label_smoothing,
+        class_weights=inverse_frequencies(counts) if config.class_weights and counts is not None else None,
+        focal=config.focal,
+        adjustment=logit_adjustment(counts, tau) if tau and counts is not None else None,
+        ctc_per_character=config.ctc_per_character,
+        blank=recognizer.vocabulary.blank if recognizer.vocabulary is not None else 0,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the run's folder
@@ -319,7 +355,7 @@ def prepare(
     for note in opened.notes:
         say(world, note)
     put_into_training(recognizer, config, weights, world)
-    objective = make_objective(recognizer, config, weights, data.train)
+    objective = make_objective(recognizer, config, weights, data)
     learner = make_learner(recognizer, config, objective, data, world)
     updates = updates_of_epochs(config, data.sampler)
     return Job(config, recognizer, data, learner, updates, metric, opened, saver, bad_audio)

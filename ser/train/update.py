@@ -62,7 +62,7 @@ def draw_masks(model: MultiTaskModel, batch: Batch, *, seed: int, epoch: int) ->
     if not model.wav2vec2.training:
         return {"mask_time": None, "mask_feature": None}
     frames = model.config.num_frames(batch.num_samples)
-    time, feature = spec_augment(model.config, frames, batch.indices, seed=seed, epoch=epoch)
+    time, feature = spec_augment(model.config, frames, batch.places, seed=seed, epoch=epoch)
     masks, device = {"mask_time": time, "mask_feature": feature}, batch.waveforms.device
     return {name: None if m is None else m.to(device, non_blocking=True) for name, m in masks.items()}
 

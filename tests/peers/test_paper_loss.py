@@ -42,6 +42,7 @@ def examples(samples=SAMPLES):
             1.0,
             torch.randn(n, generator=generator, dtype=torch.float64),
             {"emotion": EMOTIONS[i], "ctc": TARGETS[i]},
+            place=i,
         )
         for i, n in enumerate(samples)
     ]
