@@ -151,6 +151,9 @@ def test_two_heads_of_classes_from_outside_and_inside_stand_beside_each_other(ge
     assert figures["gender_accuracy"] == sum(right) / 16 and {p.emotion for p in answers} <= set(emotions)
     assert figures["loss"] == pytest.approx(figures["loss_emotion"] + 0.5 * figures["loss_gender"])
     assert again.model.gender_head.dense.weight.shape == (16, 16), "its form is dense"
+    with torch.no_grad():
+        again.model.gender_head.out_proj.bias += torch.tensor([0.0, 1e3])
+    assert {p.others["gender"] for p in again.predict([row.file for row in rows])} == {"m"}, "the second name"
 
 
 @pytest.mark.parametrize("name", ["written.csv", "written.jsonl"])
