@@ -363,7 +363,7 @@ class Others:
         A recording that cannot be read is reported where it is trained on.
         """
         number = below(len(self), generator)
-        other = self.utterances[number + (number >= self.index)]
+        other = self.utterances[number + (0 <= self.index <= number)]
         try:
             return fitted(KEPT.read(other.file, other.start, other.end), num_samples, generator)
         except MissingLibraryError:
@@ -425,17 +425,17 @@ def pink_noise() -> np.ndarray:
     size = 1 << 20
     spectrum = np.fft.rfft(white_noise(size, generator_of(0)).astype(np.float64))
     hz = np.arange(len(spectrum)) * (SAMPLE_RATE / size)
-    noise = np.fft.irfft(np.where(hz < 20, 0, spectrum / np.sqrt(np.maximum(hz, 20))), size).astype(np.float32)
-    noise.flags.writeable = False
-    return noise
+    made = np.fft.irfft(np.where(hz < 20, 0, spectrum / np.sqrt(np.maximum(hz, 20))), size).astype(np.float32)
+    made.flags.writeable = False
+    return made
 
 
-def add_noise(waveform: Tensor, noise: np.ndarray, snr: float) -> Tensor:
+def add_noise(waveform: Tensor, added: np.ndarray, snr: float) -> Tensor:
     """Add noise (S,), ``snr`` dB below the utterance in power over its whole length."""
-    speech, wrong = power_of(waveform.numpy()), power_of(noise)
-    if min(speech, wrong) < SILENT:
+    before, there = power_of(waveform.numpy()), power_of(added)
+    if min(before, there) < SILENT:
         return waveform
-    return waveform + torch.from_numpy(noise * np.float32(math.sqrt(speech / wrong * 10 ** (-snr / 10))))
+    return waveform + torch.from_numpy(added * np.float32(math.sqrt(before / there * 10 ** (-snr / 10))))
 
 
 def fft_size(least: int) -> int:
@@ -478,7 +478,7 @@ def babble(
     *,
     others: Others,
     snr: Annotated[float, SNR],
-    voices: Annotated[int, Drawn(3, 3, "{} voices", 1, 20, int)],
+    voices: Annotated[int, Drawn(3, 3, "", 1, 20, int)],
 ) -> Tensor:
     """Add other utterances of the training set, all equally loud."""
     mixed = np.zeros(len(waveform), dtype=np.float32)
@@ -674,14 +674,11 @@ def read_options(specification: str, name: str, text: str) -> dict[str, Option]:
             raise ConfigError(f"{where}: {key} is {value!r}; expected {option.expected}") from None
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-    for key, option in options.items():
-        if isinstance(option, Recordings) and key not in chosen:
-            options = {k: o for k, o in options.items() if k != key}
-        elif isinstance(option, Recordings):
-            if both := [other for other in option.instead_of if other in chosen]:
-                raise ConfigError(f"{where}: {key} stands in place of {both[0]}; leave one of them out")
-            options = {k: o for k, o in options.items() if k not in option.instead_of}
-    return options | chosen
+    folders = {key: option.instead_of for key, option in options.items() if isinstance(option, Recordings)}
+    left_out = {other: key for key, others in folders.items() for other in (others if key in chosen else [key])}
+    if both := [key for key in chosen if key in left_out]:
+        raise ConfigError(f"{where}: {left_out[both[0]]} stands in place of {both[0]}; leave one of them out")
+    return {key: option for key, option in (options | chosen).items() if key not in left_out}
 
 
 def read_specification(specification: str, number: int) -> Chosen:
