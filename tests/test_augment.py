@@ -293,8 +293,8 @@ def test_a_telephone_passes_300_to_3400_hz_at_eight_bits():
     x = one("noise:kind=white,snr=-50", speech(4))
     heard = one("telephone", x)
     for low, high in ((0, 300), (3400, 4000), (4000, 8000)):
-        assert band_power(heard, low, high) < 1e-3 * band_power(heard, 300, 3400) * (high - low) / 3100
-        assert band_power(heard, low, high) < 1e-3 * band_power(x, low, high)
+        # what is coded makes noise 38 dB below, which is kept out too
+        assert band_power(heard, low, high) < 1e-5 * band_power(heard, 300, 3400) * (high - low) / 3100
     assert db(band_power(heard, 400, 3300) / band_power(x, 400, 3300)) == pytest.approx(0, abs=0.1)
     quantised = one("telephone", tone(1000)) - tone(1000)
     assert 30 < db(power(tone(1000)) / power(quantised[800:-800])) < 45  # of eight bits of mu-law
@@ -327,6 +327,13 @@ def test_speed_changes_pitch_and_length_and_nothing_else(factor):
     played = one(f"speed:factors={factor}", x)
     assert len(played) == len(expected)
     assert (played - expected)[400:-400].abs().max() < 2e-3 * expected.abs().max()
+
+
+def test_speed_lets_the_end_of_the_band_fade_out():
+    heard = one("speed:factors=1.1", one("noise:kind=white,snr=-50", speech(4)))
+    powers = [band_power(heard, low, low + 50) for low in (7000, 7500, 7700, 7950)]
+    assert 0.8 < powers[1] / powers[0] < 1.25 and 0.2 < powers[2] / powers[0] < 0.95
+    assert powers[3] < 0.01 * powers[0]
 
 
 def test_speed_draws_among_its_factors():
@@ -432,27 +439,19 @@ def test_the_numbers_that_are_drawn_stay_the_same_from_release_to_release():
     assert generator_of(0, 2**80, -1).bit_generator.state != generator_of(0, 2**80, 1).bit_generator.state
 
 
-SPECIFICATIONS = st.lists(
-    st.sampled_from(
-        [
-            "gain:db=-100..40",
-            "noise:snr=-50..100",
-            "noise:kind=pink,p=0.5",
-            "reverb:rt60=0.05..2,drr=-20..40",
-            "telephone",
-            "clipping:db=0..60",
-            "speed:factors=0.5/0.9/1.1/2",
-            "crop:seconds=0.025..0.5",
-            "babble",
-        ]
-    ),
-    max_size=5,
-)
+ROWS_OF_OURS = ["gain:db=-100..40", "noise:snr=-50..100", "noise:kind=pink,p=0.5", "babble", "telephone"]
+ROWS_OF_OURS += ["reverb:rt60=0.05..2,drr=-20..40", "clipping:db=0..60", "speed:factors=0.5/0.9/1.1/2"]
+ROWS_OF_OURS += ["crop:seconds=0.025..0.5"]
 SOUNDS = st.sampled_from(["silence", "one", "tiny", "loud", "speech", "hum", "click"])
 
 
 @settings(deadline=None, max_examples=150, derandomize=True)
-@given(SPECIFICATIONS, SOUNDS, st.sampled_from([1, 7, 399, 400, 401, 3000, 16_001]), st.integers(0, 50))
+@given(
+    st.lists(st.sampled_from(ROWS_OF_OURS), max_size=5),
+    SOUNDS,
+    st.sampled_from([1, 7, 399, 400, 401, 3000, 16_001]),
+    st.integers(0, 50),
+)
 def test_lengths_are_as_planned_and_nothing_is_ever_not_finite(utterances, specifications, sound, count, place):
     ramp = torch.arange(count)
     kinds = {"silence": 0.0 * ramp, "one": torch.ones(count), "tiny": torch.full((count,), 1e-42)}
