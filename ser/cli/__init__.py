@@ -39,6 +39,7 @@ COMMANDS = {
     "evaluate": ("ser.cli.evaluate", "measure a model on labelled recordings, verify a card, compare models"),
     "crossval": ("ser.cli.crossval", "train and evaluate every fold of a protocol, and pool the results"),
     "prepare": ("ser.cli.prepare", "make manifests, folds and a data sheet of a corpus"),
+    "augment": ("ser.cli.augment", "write what training would hear of recordings under augmentations"),
     "convert": ("ser.cli.convert", "turn a checkpoint of another library into a model folder"),
     "demo": ("ser.cli.demo", "train, evaluate and use a small model on a synthetic corpus"),
 }
