@@ -540,10 +540,18 @@ def test_a_row_of_a_user_may_change_the_length_that_it_draws_and_no_other(monkey
     row = Resizing(halved, lambda waveform, how: waveform[::step], keeps_text=False)
     monkeypatch.setitem(AUGMENTATIONS, "half", row)
     if step == 2:
-        assert len(one("half", torch.ones(10))) == augmented(["half"], 0).length(10, 0, 0) == 5
+        assert len(one("half", torch.ones(1000))) == augmented(["half"], 0).length(1000, 0, 0) == 500
     else:
-        with pytest.raises(ConfigError, match=r"'half' made \(4,\) of a waveform of \(10,\), not \(5,\)"):
-            one("half", torch.ones(10))
+        with pytest.raises(ConfigError, match=r"'half' made \(334,\) of a waveform of \(1000,\), not \(500,\)"):
+            one("half", torch.ones(1000))
+
+
+@pytest.mark.parametrize(("shortest", "left"), [(500, 500), (501, 1000)])
+def test_what_would_leave_less_than_a_model_s_first_frame_is_not_done(monkeypatch, shortest, left):
+    monkeypatch.setitem(AUGMENTATIONS, "half", Resizing(halved, lambda waveform, how: waveform[::2], False))
+    chain = augmented(["half", "gain:db=6"], 0, shortest=shortest)
+    assert len(chain(torch.ones(1000), Item(0))) == chain.length(1000, 0, 0) == left
+    assert chain.keeps_text(1000, 0, 0) == (left == 1000)
 
 
 # -------------------------------------------------------------------------------------------------- recordings

@@ -565,12 +565,9 @@ def clipping(
 def draw_speed(
     num_samples: int, generator: np.random.Generator, *, factors: Annotated[float, Among((0.9, 1.0, 1.1), 0.5, 2)]
 ) -> Resized:
-    """Say how long an utterance is that is played ``factors`` times as fast; a very short one stays as it is."""
+    """Say how long an utterance is that is played ``factors`` times as fast."""
     rate = round(SAMPLE_RATE * factors)
-    num = -(-num_samples * SAMPLE_RATE // rate)
-    if num < min(SHORTEST, num_samples):
-        return Resized(num_samples, SAMPLE_RATE, "too short")
-    return Resized(num, rate, f"factor {factors:g}")
+    return Resized(-(-num_samples * SAMPLE_RATE // rate), rate, f"factor {factors:g}")
 
 
 def play_faster(waveform: Tensor, how: Resized) -> Tensor:
@@ -715,6 +712,7 @@ class Augmenter:
     rows: tuple[Chosen, ...]
     seed: int
     utterances: Sequence[Utterance] = ()
+    shortest: int = SHORTEST  # samples: a row that would leave fewer is not applied
 
     @property
     def resizes(self) -> bool:
@@ -734,6 +732,8 @@ class Augmenter:
             values, how = {name: option.draw(generator) for name, option in chosen.options.items()}, None
             if isinstance(chosen.row, Resizing):
                 how = chosen.row.draw(num_samples, generator, **values)
+                if how.num_samples < min(self.shortest, num_samples):
+                    continue
             yield Application(chosen, generator, values, num_samples, how)
             num_samples = how.num_samples if how else num_samples
 
@@ -800,7 +800,9 @@ class Augmenter:
         return waveform
 
 
-def augmented(specifications: Sequence[str], seed: int, utterances: Sequence[Utterance] = ()) -> Augmenter:
+def augmented(
+    specifications: Sequence[str], seed: int, utterances: Sequence[Utterance] = (), *, shortest: int = SHORTEST
+) -> Augmenter:
     """Make the chain of augmentations that specifications ask for.
 
     Args:
@@ -808,6 +810,7 @@ def augmented(specifications: Sequence[str], seed: int, utterances: Sequence[Utt
         seed: of the run.
         utterances: of the training set, whose numbers are those of the items. Babble is made of them; without any
             the chain can be checked and asked for lengths.
+        shortest: samples that a model's first frame needs: what would leave an utterance with fewer is not done.
 
     Returns:
         An `Augmenter` for `SpeechDataset.augment`.
@@ -822,4 +825,4 @@ def augmented(specifications: Sequence[str], seed: int, utterances: Sequence[Utt
         raise ConfigError(
             f"the augmentation {hearing[0]!r} is made of other utterances, and there is only this one"
         )
-    return Augmenter(rows, seed, utterances if hearing else ())
+    return Augmenter(rows, seed, utterances if hearing else (), shortest)

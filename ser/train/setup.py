@@ -150,7 +150,7 @@ def make_ready(
     lengths = {name: part.lengths for name, part in sets.items()}
     dataset = without_long(sets["train"], recognizer, config, world)
     if config.augment:
-        dataset.augment = augmented(config.augment, config.seed, dataset.utterances)
+        dataset.augment = augmented(config.augment, config.seed, dataset.utterances, shortest=shape.min_samples)
     for note in check_training_data(dataset, shape.num_frames, min_samples=shape.min_samples, unread=unread):
         say(world, note)
     sampler = LengthBucketBatchSampler(
