@@ -11,9 +11,10 @@ and no texts, so a corpus that has a reader of its own is better read with that 
 """
 
 import json
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from ser.files import StrPath
 
 # Classes of the label maps, in small letters -> our names; other names stay, None is no label.
 NAMES: dict[str, str | None] = {"fear": "fearful", "disgust": "disgusted", "surprise": "surprised"}
-NAMES |= {"boredom": "bored", "contempt": "contemptuous", "pleasure": "pleased", "pain,groan": "pained"}
-NAMES |= {"disappointment,disapproval": "disappointed", "no-agreement": None, "unknown": None}
+NAMES |= {"boredom": "bored", "contempt": "contemptuous", "pleasure": "pleased", "pain, groan": "pained"}
+NAMES |= {"disappointment, disapproval": "disappointed", "no-agreement": None, "unknown": None}
 
 # Utterances of each corpus, as EmoBox publishes them.
 COUNTS = {"aesdd": 604, "ased": 2474, "asvpesd": 13964, "cafe": 936, "casia": 1200, "cremad": 7442, "emns": 1181}
@@ -35,8 +36,6 @@ COUNTS |= {"emodb": 535, "emovdb": 6887, "emovo": 588, "emozionalmente": 6902, "
 COUNTS |= {"iemocap": 5531, "jlcorpus": 2400, "m3ed": 24437, "mead": 31729, "meld": 13706, "mer2023": 5030}
 COUNTS |= {"mesd": 862, "msppodcast": 73042, "oreau": 434, "pavoque": 7334, "polish": 450, "ravdess": 1440}
 COUNTS |= {"resd": 1396, "savee": 480, "shemo": 2838, "subesco": 7000, "tess": 2800, "turevdb": 1735, "urdu": 400}
-
-Row = tuple[int, dict[str, Any]]  # number of a line, what it holds
 
 
 def _bytes(path: Path) -> bytes:
@@ -48,8 +47,12 @@ def _bytes(path: Path) -> bytes:
         raise ManifestError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    """Yield the lines that are not blank. Raises ManifestError, with its number, for a line without a key."""
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the object of each line that is not blank.
+
+    Raises:
+        ManifestError: a line holds no object with a key; the message names it.
+    """
     for number, line in enumerate(_bytes(path).splitlines(), 1):
         if line.strip():
             try:
@@ -96,14 +99,14 @@ def _folds(folder: Path, corpus: str) -> dict[str, dict[str, str]]:
             if len(files) > 1 and part != "test":
                 continue
             column = {"split": part} if len(files) == 1 else {"fold": fold}
-            for line, row in _rows(path):
+            for line, row in _objects(path):
                 if columns.setdefault(row["key"], column) is not column:
                     there = " ".join(next(iter(columns[row["key"]].items())))
                     raise ManifestError(f"{path}: line {line}: {row['key']!r} is in {there} already")
     return columns
 
 
-def _utterance(row: Mapping[str, Any], root: Path, classes: Mapping[str, str]) -> Utterance:
+def _listed_utterance(row: Mapping[str, Any], root: Path, classes: Mapping[str, str]) -> Utterance:
     """Make an utterance of a line. Raises ValueError where something is missing or no number."""
     if missing := [name for name in ("wav", "emo") if not isinstance(row.get(name), str) or not row[name]]:
         raise ValueError(f"no {missing[0]}")
@@ -111,13 +114,27 @@ def _utterance(row: Mapping[str, Any], root: Path, classes: Mapping[str, str]) -
         raise ValueError(f"the emotion {row['emo']!r} is not in the label map, which has {', '.join(classes)}")
     times = [row.get("start_time"), row.get("end_time")]
     for time in times:
-        if time is not None and (isinstance(time, bool) or not isinstance(time, int | float) or not time >= 0):
+        if time is not None and (type(time) not in (int, float) or not 0 <= time < math.inf):
             raise ValueError(f"found {brief_repr(time)}, expected seconds, 0 or more")
     name = classes[row["emo"].lower()]
     emotion = NAMES.get(name, name)
     return Utterance(
         row["key"], root / row["wav"], start=times[0], end=times[1], emotion=emotion, extra={"code": row["emo"]}
     )
+
+
+def _listed(path: Path, root: Path, classes: Mapping[str, str]) -> dict[str, Utterance]:
+    """Read the list: key -> utterance. Raises ManifestError, with the number of the line, for one that is none."""
+    rows: dict[str, Utterance] = {}
+    for line, row in _objects(path):
+        try:
+            u = _listed_utterance(row, root, classes)
+            if u.id in rows:
+                raise ValueError(f"the key {u.id!r} stands there twice")
+        except ValueError as error:
+            raise ManifestError(f"{path}: line {line}: {error}") from None
+        rows[u.id] = u
+    return rows
 
 
 def _file_of(u: Utterance, files: Files) -> tuple[Path, str]:
@@ -130,7 +147,7 @@ def _file_of(u: Utterance, files: Files) -> tuple[Path, str]:
     return sound or found, "" if sound else f"no recording: of {found.suffix} files the sound is needed as .wav"
 
 
-def _repeated(utterances: list[Utterance]) -> Iterator[Dropped]:
+def _repeated(utterances: Iterable[Utterance]) -> Iterator[Dropped]:
     """Find utterances whose recording stands in the list twice: as one emotion, or as several."""
     alike = defaultdict(list)
     for u in utterances:
@@ -162,20 +179,10 @@ def read_emobox(folder: StrPath, *, root: StrPath | None = None) -> Corpus:
     if len(lists) != 1:
         raise ManifestError(f"{folder}: {len(lists)} lists of utterances, expected one as in EmoBox/data/aesdd")
     (path,) = lists
-    classes, columns = _label_map(folder), _folds(folder, path.stem)
-    files, rows, dropped = Files(), dict[str, Utterance](), list[Dropped]()
-    for line, row in _rows(path):
-        try:
-            u = _utterance(row, root, classes)
-            if u.id in rows:
-                raise ValueError(f"the key {u.id!r} stands there twice")
-        except ValueError as error:
-            raise ManifestError(f"{path}: line {line}: {error}") from None
-        rows[u.id] = u
-    dropped += _repeated(list(rows.values()))
-    gone = {d.what for d in dropped}
-    utterances = []
-    for key in sorted(rows.keys() - gone):
+    rows, columns = _listed(path, root, _label_map(folder)), _folds(folder, path.stem)
+    dropped = list(_repeated(rows.values()))
+    files, utterances = Files(), []
+    for key in sorted(rows.keys() - {d.what for d in dropped}):
         u = rows[key]
         file, why = _file_of(u, files)
         if columns and key not in columns:
@@ -188,7 +195,8 @@ def read_emobox(folder: StrPath, *, root: StrPath | None = None) -> Corpus:
     dropped += [Dropped(key, "in a fold, but not in the list") for key in sorted(columns.keys() - rows.keys())]
     if not utterances:
         reasons = indented(f"{n} x {why}" for why, n in Counter(d.why for d in dropped).most_common())
-        raise ManifestError(f"{folder}: none of its {len(rows)} recordings is below {root}{reasons}\nGive --root")
+        advice = "Give --root, the folder that has downloads"
+        raise ManifestError(f"{folder}: none of its {len(rows)} recordings is below {root}{reasons}\n{advice}")
     expected = COUNTS.get(path.stem, len(rows))
     warnings = [f"{path}: {len(rows)} utterances, EmoBox has {expected}"] if len(rows) != expected else []
     return Corpus(root, utterances, dropped, warnings)

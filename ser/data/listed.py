@@ -189,7 +189,7 @@ CREMA_D_LETTERS = {"A": ("ANG", "angry"), "D": ("DIS", "disgusted"), "F": ("FEA"
 CREMA_D_LETTERS |= {"H": ("HAP", "happy"), "N": ("NEU", "neutral"), "S": ("SAD", "sad")}
 
 
-def _rows(path: Path, needed: Collection[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def _table_rows(path: Path, needed: Collection[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the number of the line and the cells of each row of a CSV.
 
     Raises:
@@ -263,7 +263,7 @@ def read_votes(folder: Path) -> dict[str, dict[str, str]]:
     votes: dict[str, dict[str, str]] = {}
     counted = table in tabulated
     name = "fileName" if counted else "FileName"
-    for line, cells in _rows(table, ["", name, *CREMA_D_LETTERS] if counted else [name, "VoiceVote"]):
+    for line, cells in _table_rows(table, ["", name, *CREMA_D_LETTERS] if counted else [name, "VoiceVote"]):
         if counted and not cells[""].startswith("1"):
             continue
         try:

@@ -47,7 +47,7 @@ class Corpus:
         return dict(Counter(d.why for d in self.dropped).most_common())
 
 
-def _why_unusable(file: Path) -> str:
+def _why_not_read(file: Path) -> str:
     """Say why a sound file is not read; "" where it is."""
     if file.name.startswith("."):
         return "hidden file"
@@ -80,7 +80,7 @@ def recordings(folder: Path, dropped: list[Dropped], warnings: list[str]) -> Ite
         raise ManifestError(f"{error.filename}: cannot be listed: {error.strerror}") from None
     for file in files:
         if file.suffix.lower() in SUFFIXES + OTHER_SUFFIXES:
-            if why := _why_unusable(file):
+            if why := _why_not_read(file):
                 dropped.append(Dropped(file.relative_to(folder).as_posix(), why))
             else:
                 yield file
