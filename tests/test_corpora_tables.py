@@ -240,6 +240,15 @@ def test_crema_d_has_the_votes_on_the_voice_beside_the_emotion_that_was_meant(tm
     assert corpus.warnings == [f"{corpus.root}: 1 recordings without votes, such as 1002_IEO_SAD_HI"]
 
 
+def test_the_voted_emotions_of_a_prepared_manifest_can_be_read_as_the_labels(tmp_path):
+    write_crema_d(tmp_path / "release")
+    assert call("prepare", [str(tmp_path / "release"), "--corpus", "crema-d", "--out", str(tmp_path / "out")]) == 0
+    manifest = tmp_path / "out" / "crema-d.csv"
+    rows = read_manifest(manifest, root=tmp_path / "release", columns={"emotion": "voted"})
+    assert [row.emotion for row in rows] == ["angry", None, None]
+    assert [row.extra["emotion_original"] for row in rows] == ["angry", "happy", "sad"]
+
+
 def test_without_the_counts_of_votes_their_summary_is_read_and_without_tables_names_alone(tmp_path):
     write_crema_d(tmp_path)
     (tmp_path / "processedResults" / "tabulatedVotes.csv").unlink()
