@@ -161,6 +161,14 @@ def test_crema_d_has_twelve_sentences_of_their_own():
     assert len(CREMA_D_TEXTS) == len(set(CREMA_D_TEXTS.values())) == 12
 
 
+def test_tess_has_two_speakers_so_nothing_validates(tmp_path):
+    for name in ("OAF_back_sad", "YAF_back_sad"):
+        (tmp_path / f"{name}.wav").touch()
+    utterances = read_named(tmp_path, parse_tess).utterances
+    (protocol,) = CORPORA["tess"].protocols(utterances)
+    assert [sorted(fold.parts) for fold in protocol.folds(utterances)] == [["test", "train"]] * 2
+
+
 def test_ased_has_as_many_women_and_men_as_its_readme_says():
     genders = [parse_ased(f"n1-01-01-01-{number:02d}").gender for number in range(1, 66)]
     assert (genders.count("female"), genders.count("male")) == (25, 40)
