@@ -32,12 +32,14 @@ from ser.data.manifest import (
     Utterance,
     check_distinct,
     check_regular,
+    collector_paused,
     map_for,
     read_unnamed,
     unknown_in_map,
+    why_no_corpus,
     with_names,
 )
-from ser.data.spellings import check_map, is_name, spelling
+from ser.data.spellings import check_map, spelling
 from ser.data.text import did_you_mean, nfc
 from ser.errors import ConfigError, ManifestError, Tell, brief_repr, shorten
 from ser.files import StrPath, digest
@@ -102,13 +104,6 @@ def default_name(path: StrPath) -> str:
     there = Path(os.path.abspath(path))  # noqa: PTH100 (which takes .. out of the path)
     names = (PARTS.sub("", name).strip("-_. ") for name in (there.stem, *(p.name for p in there.parents)))
     return nfc(next(filter(None, names), ""))
-
-
-def why_no_corpus(name: str) -> str:
-    """Say why a name cannot be that of a corpus; "" where it can."""
-    if not is_name(name) or not name.isprintable():
-        return "is no name"
-    return "holds a /, which divides corpus and name" if "/" in name else ""
 
 
 def check_sources(sets: Mapping[str, Sequence[NamedManifest]]) -> None:
@@ -228,6 +223,7 @@ def _set_apart(utterances: list[Utterance]) -> None:
                     cells[column] = shared.setdefault((corpus, name), f"{corpus}/{name}")
 
 
+@collector_paused()
 def read_sources(
     sources: Sequence[NamedManifest],
     *,
