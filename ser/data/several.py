@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,15 @@ def default_name(path: StrPath) -> str:
     return nfc(next(filter(None, names), ""))
 
 
+def check_corpora(names: Iterable[str]) -> None:
+    """Refuse names of corpora that differ in spelling alone. Raises ConfigError."""
+    spelt: dict[str, str] = {}
+    for name in sorted(names):
+        if (other := spelt.setdefault(spelling(name), name)) != name:
+            both = f"{brief_repr(other)} and {brief_repr(name)}"
+            raise ConfigError(f"the corpora {both} differ in spelling alone; name them in a JSON list")
+
+
 def check_sources(sets: Mapping[str, Sequence[NamedManifest]]) -> None:
     """Refuse names of corpora that are none, and manifests that cannot be told apart.
 
@@ -126,11 +135,7 @@ def check_sources(sets: Mapping[str, Sequence[NamedManifest]]) -> None:
                 if os.path.realpath(other.path) == os.path.realpath(source.path):
                     raise ConfigError(f"{title}: {source.path} is given twice")
                 raise ConfigError(f"{title}: {both} are both called {brief_repr(source.name)}; {advice}")
-    spelt: dict[str, str] = {}
-    for name in (source.name for sources in sets.values() for source in sources):
-        if (other_name := spelt.setdefault(spelling(name), name)) != name:
-            both = f"{brief_repr(other_name)} and {brief_repr(name)}"
-            raise ConfigError(f"the corpora {both} differ in spelling alone; {advice}")
+    check_corpora({source.name for sources in sets.values() for source in sources})
 
 
 # ------------------------------------------------------------------------------------------------------ lists
