@@ -17,7 +17,7 @@ from ser.data.manifest import Utterance, read_manifest
 from ser.data.selection import Selection, add_data_arguments, selected_data, selected_sets, with_usual_names
 from ser.data.spellings import USUAL_NAMES, label_lines, usual_line, usual_names
 from ser.errors import ConfigError, ManifestError, SerError
-from ser.scores.card import read_record
+from ser.scores.card import read_record, write_card
 from ser.train.content import contents
 
 NAMES = {"emo": {"angry": "anger", "happy": "joy", "sad": "sadness"}, "tess": {"neutral": "calm"}}
@@ -345,6 +345,7 @@ def test_the_usual_names_are_words_that_stand_once():
         (["Happy", "joy"], {"classes": ["happy", "joy"]}, {}),
         (["joy"], {"classes": ["happy"], "kept": ["joy"]}, {}),
         (["joy"], {"classes": []}, {}),
+        (["Happy"], {"classes": ["happy"]}, {}),  # another spelling, which is refused
         ([""], {}, {}),
     ],
 )
@@ -389,6 +390,19 @@ def test_one_manifest_in_training_is_never_renamed(tmp_path, capsys):
     assert record["emotions"] == ["anger", "joy", "neutral", "sadness"]
     assert "sources" not in record["settings"]["train"] and "usual names" not in capsys.readouterr().err
     assert "corpora" not in record["evaluations"][0]
+
+
+def test_one_manifest_with_a_column_corpus_is_not_renamed_either(tmp_path, capsys):
+    write_corpora(tmp_path)
+    for part in ("train", "valid"):
+        path = tmp_path / f"emo/{part}.csv"
+        header, *rows = path.read_text().splitlines()
+        path.write_text("\n".join([f"{header},corpus", *(f"{row},{i % 2}" for i, row in enumerate(rows))]) + "\n")
+    options = {"train": paths(tmp_path, "train", "emo"), "valid": paths(tmp_path, "valid", "emo")}
+    train(tmp_path, tmp_path / "run", **options)
+    record = read_record(tmp_path / "run/best")
+    assert record["emotions"] == ["anger", "joy", "neutral", "sadness"]
+    assert "corpora" not in record["evaluations"][0] and "emo 0" not in capsys.readouterr().err
 
 
 def test_validation_of_several_takes_the_names_of_the_one_that_is_trained_on(tmp_path, capsys):
@@ -478,8 +492,10 @@ def test_cards_hold_with_figures_of_each_corpus_and_pooled(corpora, tmp_path, ca
     assert execute("evaluate", ["--verify", str(tmp_path / "best")]) == 0
     record = json.loads((tmp_path / "best/training.json").read_text())
     record["evaluations"][0]["corpora"]["tess"]["figures"]["accuracy"] += 0.1
-    (tmp_path / "best/training.json").write_text(json.dumps(record))
+    write_card(tmp_path / "best", record)
+    capsys.readouterr()
     assert execute("evaluate", ["--verify", str(tmp_path / "best")]) == 1
+    assert re.findall(r"^  (.*?)  .*DIFFERS", capsys.readouterr().out, re.MULTILINE) == ["tess: accuracy"]
 
 
 def test_a_changed_manifest_is_noticed_and_a_list_says_where_they_are_now(corpora, tmp_path, capsys):
