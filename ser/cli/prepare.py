@@ -1,4 +1,4 @@
-"""Make manifests, folds and a data sheet of a corpus's release, checked to the last turn.
+"""Make manifests, folds and a data sheet of a corpus's release, and check its counts.
 
     ser prepare IEMOCAP_full_release --out data/iemocap
     ser prepare PAPER_CSVS --corpus iemocap-csv --root IEMOCAP_full_release --out data/paper
@@ -22,7 +22,7 @@ from ser.files import replace_file, write_json
 
 
 def write_protocols(out: Path, protocols: list[Protocol], utterances: list[Utterance], seed: int) -> list[str]:
-    """Print and write the folds of each protocol; return why some were not."""
+    """Print and write the folds of each protocol; return the reasons why some were not written."""
     refused = []
     for protocol in protocols:
         path = out / "folds" / f"{protocol.name.replace(':', '-')}.json"

@@ -1,7 +1,7 @@
-"""Change a waveform in training: the table of augmentations, and how one is drawn.
+"""Change a waveform in training: the table of augmentations, and how their random numbers are drawn.
 
-What is drawn for an utterance is a function of (seed, epoch, place in the plan of the epoch) and of nothing else.
-So the number of ranks and of workers changes nothing, and neither does an interruption of the run.
+The random numbers of an utterance are a function of (seed, epoch, place in the plan of the epoch) and of nothing
+else. So they depend neither on the number of ranks and workers nor on an interruption of the run.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from ser.data.sampler import Item
 from ser.data.text import did_you_mean
 from ser.errors import ConfigError
 
-# Takes a waveform (S,) float32 at 16 kHz, before it is normalised, and a generator for all that it draws; returns
-# another waveform (S,).
+# An augmentation takes a waveform (S,) float32 at 16 kHz, before it is normalised, and a generator for all random
+# numbers. It returns a new waveform (S,).
 Augmentation = Callable[[Tensor, np.random.Generator], Tensor]
 
-# A row is a function of a module, which worker processes can be given, and is added before `fit` is called.
+# A row is a function of a module, so that it can be sent to worker processes. Add it before `fit` is called.
 AUGMENTATIONS: dict[str, Augmentation] = {}
 
 
@@ -41,10 +41,10 @@ def augmented(names: Sequence[str], seed: int) -> Callable[[Tensor, Item], Tenso
 
     Args:
         names: rows of `AUGMENTATIONS`.
-        seed: of the run.
+        seed: the seed of the run.
 
     Returns:
-        A function of (waveform, item) -> waveform. It raises ConfigError where an augmentation changes the length.
+        A function (waveform, item) -> waveform. It raises ConfigError if an augmentation changes the length.
 
     Raises:
         ConfigError: a name is not in the table.

@@ -1,8 +1,8 @@
-"""The corpora that `ser` reads, one row each in `CORPORA`; and readers of those that tell all in their file names.
+"""List the corpora that `ser` reads in the table `CORPORA`, and read those whose file names hold all labels.
 
-A further corpus is a row and a function. Where file names tell all, as in EmoDB, RAVDESS and CREMA-D, the function
-reads a name and `read_named` does the rest. The emotions have one name in all corpora (angry, not anger), so that
-a model of one corpus can be tried on another; the corpus's own code is kept in the column `code`.
+A further corpus needs a row and a function. If file names hold all labels, as in EmoDB, RAVDESS and CREMA-D, the
+function parses a name and `read_named` does the rest. An emotion has the same name in all corpora (angry, not
+anger), so that a model of one corpus can be tried on another. The column `code` keeps the corpus's own code.
 """
 
 import re
@@ -31,10 +31,10 @@ class Named:
 
     Attributes:
         emotion: our name of the class.
-        code: the corpus's own.
-        speaker: as the corpus numbers them.
+        code: the corpus's own code of the class.
+        speaker: the corpus's number of the speaker.
         text: what is said.
-        gender: "female", "male" or None, where the name does not tell.
+        gender: "female", "male", or None if the name does not tell.
         extra: further columns.
     """
 
@@ -83,7 +83,7 @@ def parse_ravdess(stem: str) -> Named | None:
     """Read ``03-01-06-01-02-01-12``, if it names audio (03) of speech (01); return None for another name.
 
     The parts are modality, channel, emotion, intensity (1 normal, 2 strong), statement, repetition and actor. Of
-    the 24 actors those with even numbers are women. Songs have the same statements and are left out.
+    the 24 actors, those with even numbers are women. Songs have the same statements and are left out.
     """
     match = re.fullmatch(r"03-01-(0[1-8])-(0[12])-(0[12])-(0[12])-(0[1-9]|1\d|2[0-4])", stem)
     if not match:
@@ -114,9 +114,9 @@ CREMA_D_LEVELS = {"LO": "low", "MD": "medium", "HI": "high", "XX": "unspecified"
 
 
 def parse_crema_d(stem: str) -> Named | None:
-    """Read ``1001_DFA_ANG_XX``: actor (1001 to 1091), sentence, emotion meant, intensity.
+    """Read ``1001_DFA_ANG_XX``: actor (1001 to 1091), sentence, intended emotion, intensity.
 
-    One released name ends in a single X. Gender stands in the corpus's table of actors, not in the names.
+    One released name ends in a single X. The gender is in the corpus's table of actors, not in the names.
 
     Returns:
         What the name says; None for another name.
@@ -130,7 +130,7 @@ def parse_crema_d(stem: str) -> Named | None:
 
 
 def _why_not(file: Path, named: Named | None, known: Mapping[str, Utterance]) -> str:
-    """Say why a sound file is no utterance of the corpus; "" where it is one."""
+    """Say why a sound file is not an utterance of the corpus; "" if it is one."""
     if file.name.startswith("."):
         return "hidden file"
     if file.suffix.lower() != ".wav":
@@ -143,16 +143,16 @@ def _why_not(file: Path, named: Named | None, known: Mapping[str, Utterance]) ->
 
 
 def read_named(folder: StrPath, parse: Callable[[str], Named | None]) -> Corpus:
-    """Read the WAV files of a folder and its subfolders, by what `parse` reads in their names.
+    """Read the WAV files of a folder and its subfolders; `parse` reads the labels in their names.
 
     Args:
-        folder: of the corpus.
-        parse: `parse_emodb`, `parse_ravdess`, `parse_crema_d`: a name without ".wav" -> what it says.
+        folder: the folder of the corpus.
+        parse: `parse_emodb`, `parse_ravdess` or `parse_crema_d`: a name without ".wav" -> what it says.
 
     Returns:
-        Utterances whose id is the name. Files with other names are dropped, hidden ones (``._03a01Fa.wav`` on
-        copies made with a Mac) too, and sound that is no WAV. A name that stands in several folders is taken once,
-        from the first of them: archives of RAVDESS hold every file twice. Links to folders are followed.
+        Utterances whose id is the name. Dropped are files with other names, hidden files (``._03a01Fa.wav`` on
+        copies made with a Mac), and sound that is not WAV. A name in several folders is taken from the first one,
+        since archives of RAVDESS hold every file twice. Links to folders are followed.
 
     Raises:
         ManifestError: there is no such folder, or no file in it has a name of the corpus.
@@ -194,7 +194,7 @@ def dialogue_protocols(utterances: Sequence[Utterance]) -> list[Protocol]:
 
 
 def speaker_protocols(utterances: Sequence[Utterance]) -> list[Protocol]:
-    """Leave speakers out, where all speakers say the same few sentences."""
+    """Return the protocol that leaves speakers out, for corpora where all say the same few sentences."""
     return [kfold("speaker", min(10, len({u.speaker for u in utterances})), shares=["transcripts"])]
 
 
@@ -203,13 +203,13 @@ class CorpusRow:
     """Describe a corpus that can be read, checked and divided.
 
     Attributes:
-        read: takes the folder of the corpus, and by name what stands in `options`.
+        read: takes the folder of the corpus, and the keyword arguments in `options`.
         licence: what its publishers say; for data sheets and model cards.
         source: where the corpus is described.
-        counts: emotion -> utterances, as they are published; "unlabelled" for those without one.
+        counts: emotion -> published number of utterances; "unlabelled" for those without one.
         options: which of partial, root and tell (see `read_corpus`) `read` takes.
-        manifests: name -> a function that selects its utterances; none: one manifest of all, named as the row. The
-            first one is what protocols divide.
+        manifests: name -> a function that selects its utterances. Protocols divide the first one. Empty: one
+            manifest of all utterances, named as the row.
         protocols: a function from these utterances to the protocols that divide them.
     """
 
@@ -262,13 +262,13 @@ CORPORA: dict[str, CorpusRow] = {
 
 
 def read_corpus(name: str, folder: StrPath, **options: Any) -> Corpus:
-    """Read a corpus of `CORPORA`, and warn of what differs from the published counts.
+    """Read a corpus of `CORPORA`, and warn if its counts differ from the published ones.
 
     Args:
         name: the row.
-        folder: of the corpus.
-        options: partial (go on where something is missing), root (the folder of the recordings, where `folder` has
-            tables alone) and tell (called with what a user should know); each goes to readers that take it.
+        folder: the folder of the corpus.
+        options: partial (go on if something is missing), root (the folder of the recordings, if `folder` has only
+            tables) and tell (called with lines for the user); each goes to readers that take it.
 
     Raises:
         ConfigError: there is no such row.
@@ -289,12 +289,12 @@ def read_corpus(name: str, folder: StrPath, **options: Any) -> Corpus:
 
 
 def manifests_of(name: str, utterances: list[Utterance]) -> dict[str, list[Utterance]]:
-    """Name the manifests of a corpus, each with its utterances; the first one is what protocols divide."""
+    """Return the manifests of a corpus, name -> utterances; protocols divide the first one."""
     selections = CORPORA[name].manifests or {name: list}
     return {manifest: select(utterances) for manifest, select in selections.items()}
 
 
 def divided_manifest(folder: Path) -> Path:
-    """Find the manifest to divide in a folder that preparing a corpus wrote; that of the first row if none is."""
+    """Find the manifest to divide in the folder of a prepared corpus; if none is there, name the first row's."""
     paths = [folder / f"{next(iter(row.manifests), name)}.csv" for name, row in CORPORA.items()]
     return next((path for path in paths if path.is_file()), paths[0])

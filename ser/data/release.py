@@ -1,4 +1,4 @@
-"""What a reader of a corpus finds: its utterances, what became none, and what a person should know."""
+"""Describe what a reader of a corpus returns: utterances, what was dropped, and warnings."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,11 +9,11 @@ from ser.data.manifest import Utterance
 
 @dataclass(frozen=True)
 class Dropped:
-    """Name something in the folder of a corpus that became no utterance.
+    """Name something in the folder of a corpus that did not become an utterance.
 
     Attributes:
         what: a turn, a line or a file, as the corpus names it.
-        why: the reason, in the same words for all that share it.
+        why: the reason; equal reasons have equal texts.
     """
 
     what: str
@@ -26,9 +26,9 @@ class Corpus:
 
     Attributes:
         root: the folder of the corpus.
-        utterances: in the order of their ids.
-        dropped: all that is not among them.
-        warnings: what a person should know, and what was done about it.
+        utterances: the utterances, in the order of their ids.
+        dropped: what did not become an utterance.
+        warnings: what the user should know, and what was done about it.
     """
 
     root: Path
