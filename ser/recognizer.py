@@ -71,7 +71,7 @@ class Prediction:
         return values if self.others else {name: values[name] for name in values if name != "others"}
 
 
-def chosen_labels(labels: Labels | None, fields: Mapping[str, Any]) -> Labels:
+def given_labels(labels: Labels | None, fields: Mapping[str, Any]) -> Labels:
     """Return the labels, or make them from their fields; a TypeError says that both were given."""
     if labels is not None and fields:
         raise TypeError(f"labels are given, and so are {', '.join(fields)}: give one of the two")
@@ -101,7 +101,7 @@ class Recognizer:
         Raises:
             ConfigError: the number of labels is not that of the heads' outputs.
         """
-        self.model, self.labels = model, chosen_labels(labels, fields)
+        self.model, self.labels = model, given_labels(labels, fields)
         expected = model.heads_config.sizes
         found = {head: self.labels.sizes.get(head, 0) for head in expected}
         if found != expected:
@@ -163,7 +163,7 @@ class Recognizer:
         of `HeadsConfig`; None: as in the folder, else mean and last. ``fields``, instead of ``labels``, are those
         of `Labels.of`.
         """
-        labels = chosen_labels(labels, fields)
+        labels = given_labels(labels, fields)
         reads = {name: value for name, value in (("pooling", pooling), ("layers", layers)) if value is not None}
         if not folders.is_preset(init):
             return cls.from_encoder(pretrained.find_folder(init), labels, reads, seed=seed)
