@@ -21,11 +21,12 @@ from ser.data.selection import Selection
 from ser.errors import ConfigError, ModelFolderError, printable
 from ser.files import replace_file, write_json
 from ser.recognizer import Recognizer
-from ser.scores.report import Report, four_digits, interval_text, shares, title_of
+from ser.scores.report import CORPUS, Report, four_digits, interval_text, shares, title_of
 
 RECORD, CARD = "training.json", "README.md"
 EVALUATE, EARLIER_EVALUATE = "ser evaluate", "python examples/evaluate.py"  # commands that a card names
 MOST_RESAMPLES = 1_000_000  # more would take hours
+OF_ONE_CLASS = ("precision ", "recall ")  # figures that a card does not have of each corpus
 KEPT = ("utterances", "speakers", "judged", "figures", "resamples", "seed")  # fields of a report in the record
 
 
@@ -74,6 +75,11 @@ def training_record(
     }
 
 
+def sources_anywhere(selection: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the manifests of several corpora, wherever they lie; none where a manifest is read alone."""
+    return [dict(source) | {"path": "", "root": None} for source in selection.get("sources", [])]
+
+
 def same_data(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
     """Tell whether two selections (`Selection.to_dict`) name the same utterances, wherever the files are."""
     if not first or not second or not first.get("sha256"):
@@ -82,7 +88,9 @@ def same_data(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None)
     def content(selection: Mapping[str, Any]) -> dict[str, Any]:
         names = Selection.from_dict(selection).to_dict()
         held_out = names["known_turns"] if names["part"] == KNOWN else 0
-        return {**names, "data": "", "root": None, "shares": [], "known_turns": held_out}
+        sources = sources_anywhere(selection)
+        same = {"data": "", "root": None, "shares": [], "known_turns": held_out, "sources": sources}
+        return {**names, **same, "usual_names": {}, "no_usual_names": False}
 
     return content(first) == content(second)
 
@@ -103,7 +111,10 @@ def expected_choice(record: Mapping[str, Any], selection: Mapping[str, Any] | No
     if not best or not valid:
         return False
     chosen_on = [valid, *([dict(valid) | {"part": "test"}] if settings.get("valid_is_test") else [])]
-    return any(same_data(selection, one) for one in chosen_on)
+    # Some of the corpora that chose the weights chose them too.
+    some = sources_anywhere(selection or {}) if not (selection or {}).get("protocol") else []
+    within = bool(some) and all(one in sources_anywhere(valid) for one in some)
+    return within or any(same_data(selection, one) for one in chosen_on)
 
 
 def evaluation_entry(
@@ -117,7 +128,13 @@ def evaluation_entry(
         chosen_on: whether these weights were chosen by this same figure.
     """
     content = result.to_dict()
-    return {name: content[name] for name in KEPT} | {"selection": selection, "chosen_on": chosen_on}
+    prefix, corpora = f"{CORPUS}: ", {}
+    for name, part in content["parts"].items():
+        if name.startswith(prefix):
+            figures = {n: value for n, value in part["figures"].items() if not n.startswith(OF_ONE_CLASS)}
+            corpora[name.removeprefix(prefix)] = part | {"figures": figures}
+    entry = {name: content[name] for name in KEPT} | ({"corpora": corpora} if corpora else {})
+    return entry | {"selection": selection, "chosen_on": chosen_on}
 
 
 def with_evaluation(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +147,11 @@ def with_evaluation(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict
     others = [e for e in record["evaluations"] if not same_data(e["selection"], entry["selection"])]
     part = (entry["selection"] or {}).get("part")
     watched = part == "test" and record["settings"].get("valid_is_test") and any(e["chosen_on"] for e in others)
-    chosen_on = entry["chosen_on"] or watched or any(e["chosen_on"] for e in same)
+    best = record.get("weights") == "best"
+    some = bool((entry["selection"] or {}).get("sources")) and expected_choice(
+        record, entry["selection"], best=best
+    )
+    chosen_on = entry["chosen_on"] or watched or some or any(e["chosen_on"] for e in same)
     return dict(record) | {"evaluations": [*others, dict(entry) | {"chosen_on": bool(chosen_on)}]}
 
 
@@ -187,6 +208,18 @@ def training_paragraphs(record: Mapping[str, Any]) -> str:
     return "\n\n".join(paragraphs)
 
 
+def corpus_paragraphs(entry: Mapping[str, Any]) -> list[str]:
+    """Show the figures of each corpus, where an evaluation has several."""
+    if not entry.get("corpora"):
+        return []
+    rows = ["| corpus | utterances | accuracy (WA) | unweighted accuracy (UA) | macro F1 | word error rate |"]
+    rows.append("|---|---|---|---|---|---|")
+    for name, part in entry["corpora"].items():
+        figures = (part["figures"].get(key) for key in ("accuracy", "unweighted_accuracy", "macro_f1", "wer"))
+        rows.append(f"| {' | '.join([as_text(name), str(part['utterances']), *map(four_digits, figures)])} |")
+    return ["\n".join(rows)]
+
+
 def evaluation_paragraphs(entry: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """Show the figures of one evaluation, and what has to be known about them."""
     selection, utterances, judged = entry["selection"], entry["utterances"], entry["judged"]
@@ -201,6 +234,7 @@ def evaluation_paragraphs(entry: Mapping[str, Any], record: Mapping[str, Any]) -
         spans = (interval_text(figure[f"interval_{over}"]) for over in ("utterances", "speakers"))
         rows.append(f"| {' | '.join([as_text(title_of(name)), four_digits(figure['value']), *spans])} |")
     paragraphs.append("\n".join(rows))
+    paragraphs += corpus_paragraphs(entry)
     if 0 < judged["emotion"] < utterances:
         paragraphs.append(f"Emotions are judged on the {judged['emotion']} whose label the model knows.")
     if record["speakers_known"] and judged["speaker"] < utterances:
@@ -310,6 +344,9 @@ def flat_numbers(entry: Mapping[str, Any]) -> dict[str, float | None]:
     """Return every number of an evaluation, each with its own name."""
     numbers: dict[str, float | None] = {name: entry[name] for name in ("utterances", "speakers")}
     numbers |= {f"{name} judged": count for name, count in entry["judged"].items()}
+    for corpus, part in entry.get("corpora", {}).items():
+        numbers[f"{corpus}: utterances"] = part["utterances"]
+        numbers |= {f"{corpus}: {name}": value for name, value in part["figures"].items()}
     for name, figure in entry["figures"].items():
         numbers[name] = figure["value"]
         for over in ("utterances", "speakers"):
@@ -322,7 +359,7 @@ def differences(
     entry: Mapping[str, Any], result: Report, *, tolerance: float = 1e-6
 ) -> list[tuple[str, float | None, float | None, bool]]:
     """Compare an evaluation with a new report on the same data: return (name, on the card, now, equal)."""
-    then, now = flat_numbers(entry), flat_numbers(result.to_dict())
+    then, now = flat_numbers(entry), flat_numbers(evaluation_entry(result, None))
     rows = []
     for name in dict.fromkeys([*then, *now]):
         a, b = then.get(name), now.get(name)
