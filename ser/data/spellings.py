@@ -36,8 +36,12 @@ INVISIBLE = re.compile(
 USUAL_NAMES = {
     "angry": ("anger",),
     "bored": ("boredom",),
+    "contemptuous": ("contempt",),
     "disgusted": ("disgust",),
+    "enthusiastic": ("enthusiasm",),
+    "excited": ("excitement",),
     "fearful": ("fear",),
+    "frustrated": ("frustration",),
     "happy": ("happiness", "joy"),
     "neutral": ("neutrality",),
     "sad": ("sadness",),
