@@ -267,7 +267,7 @@ def read_data(arguments: Namespace, record: dict | None, emotions: list[str], te
 
 
 def with_corpora(arguments: Namespace, selection: Selection) -> Namespace:
-    """Return the arguments so that figures are reported by corpus too, where several meet."""
+    """Return the arguments with figures by corpus, if the selection has several."""
     parts = [*arguments.parts, scores.CORPUS] if selection.sources else arguments.parts
     return Namespace(**vars(arguments) | {"parts": parts})
 

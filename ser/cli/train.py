@@ -198,7 +198,7 @@ def read(selection: Selection, config: TrainConfig, world: World) -> list[Uttera
 
 
 def learns_emotions(config: TrainConfig) -> bool:
-    """Tell whether emotions are used where the data has them."""
+    """Tell whether emotions are trained on, if the data has them."""
     return config.heads == "auto" or "emotion" in config.heads.split(",")
 
 
@@ -225,9 +225,9 @@ def emotions_of_init(known: list[str], train: list[Utterance]) -> list[str]:
 def name_as_usual(
     chosen: dict[str, Selection], sets: Sets, config: TrainConfig, world: World
 ) -> tuple[dict[str, Selection], Sets]:
-    """Give emotions their usual names where several corpora meet in training; one alone keeps its names.
+    """Rename emotions to their usual names if training has several corpora; a single one keeps its names.
 
-    Validation data of several corpora then take the names of the one that is trained on.
+    In that case, validation data of other corpora get the names of the training data.
     """
     tell = partial(say, world)
     if not any(selection.sources for selection in chosen.values()) or not learns_emotions(config):
