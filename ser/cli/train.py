@@ -58,6 +58,7 @@ from ser.data.selection import (
     selected_sets,
     with_usual_names,
 )
+from ser.data.several import unfamiliar_corpora
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean, did_you_mean
 from ser.device import cpu_threads
 from ser.errors import ConfigError, ModelFolderError, brief_repr, summary
@@ -85,7 +86,9 @@ Parts = tuple[list[Utterance], list[Utterance], dict[str, Any]]  # train, valid,
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of the command, the common ones first."""
     parser.allow_abbrev = False
-    parser.usage = "%(prog)s (--train MANIFEST | --data MANIFEST --protocol NAME) --init MODEL --out FOLDER ..."
+    parser.usage = (
+        "%(prog)s (--train MANIFEST ... | --data MANIFEST --protocol NAME) --init MODEL --out FOLDER ..."
+    )
     group = parser.add_argument_group("data and model")
     add = group.add_argument
     add("--train", type=Path, nargs="+", metavar="MANIFEST", help="manifest to learn from; several, or one JSON "
@@ -249,6 +252,8 @@ def read_manifests(arguments: Namespace, config: TrainConfig, world: World) -> P
     chosen, parts = name_as_usual(chosen, parts, config, world)
     review(parts, chosen["train"], config, world)
     train, valid = parts["train"], parts.get("valid", [])
+    for line in unfamiliar_corpora("valid", valid, train) if chosen["train"].sources else ():
+        say(world, line)
     check_overlap(train, valid, allow=arguments.allow_overlap)
     about: dict[str, Any] = {part: selection.to_dict() for part, selection in chosen.items()}
     if valid:

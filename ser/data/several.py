@@ -43,7 +43,7 @@ from ser.data.manifest import (
 )
 from ser.data.spellings import check_map, spelling
 from ser.data.text import did_you_mean, nfc
-from ser.errors import ConfigError, ManifestError, Tell, brief_repr, shorten
+from ser.errors import ConfigError, ManifestError, Tell, brief_repr, shorten, summary
 from ser.files import StrPath, digest
 
 MAX_LIST_BYTES = 1024 * 1024  # of a JSON file that lists manifests; a larger one is a manifest
@@ -279,6 +279,15 @@ def read_sources(
         for line in lines:
             tell(line)
     return everything
+
+
+def unfamiliar_corpora(title: str, utterances: Iterable[Utterance], training: Iterable[Utterance]) -> list[str]:
+    """Return a line if a set has corpora that training does not name, since their speakers count as others."""
+    here, there = ({u.corpus for u in rows} for rows in (utterances, training))
+    if not (new := sorted(here - there)):
+        return []
+    known = summary(sorted(there))
+    return [f"{title} has corpora whose speakers count as others, as training has only {known}: {summary(new)}"]
 
 
 def combined_sha256(sources: Sequence[NamedManifest]) -> str:
