@@ -558,7 +558,7 @@ def test_a_list_a_pooled_manifest_and_two_manifests_train_the_same_weights(corpo
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_overlap_is_of_a_corpus(corpora, tmp_path):
+def test_overlap_is_of_a_corpus(corpora, tmp_path, capsys):
     words = ["--allow-overlap", "none"]
     with pytest.raises(ManifestError, match=r"valid: 2 speakers stand in training too: 'emo/s0', 'emo/s1'"):
         train(corpora, tmp_path / "a", *words, valid=paths(corpora, "valid", "emo"))
@@ -566,6 +566,7 @@ def test_overlap_is_of_a_corpus(corpora, tmp_path):
         train(corpora, tmp_path / "b", valid=paths(corpora, "train", "emo"))
     other = renamed(write_corpus(tmp_path / "other", 8, speakers=2, seed=9, name="valid"), {})
     train(corpora, tmp_path / "c", *words, "--map", '{"calm": null}', valid=[str(other)])
+    assert "valid has corpora whose speakers count as others, as training has only" in capsys.readouterr().err
     shared = json.loads((tmp_path / "c/config.json").read_text())["shared_with_training"]["valid"]
     assert shared["speakers"] == 0.0, "s0 and s1 of another corpus are other people"
 
@@ -578,18 +579,25 @@ def test_one_manifest_is_evaluated_as_a_corpus_of_those_that_training_had(corpor
     other = write_corpus(tmp_path / "other", 8, speakers=2, name="test")
     execute("evaluate", [*words, str(other)])
     said = capsys.readouterr()
-    assert "speakers count as others: other; training has emo, tess" in said.err and "speakers 0.0 %" in said.out
+    assert "speakers count as others, as training has only emo, tess: other\n" in said.err
+    assert "known from training: speakers 0.0 %" in said.out
 
 
 def test_a_model_of_one_corpus_is_evaluated_on_several_and_knows_its_own_speakers_again(corpora, tmp_path, capsys):
     one = {part: paths(corpora, part, "emo") for part in ("train", "valid")}
     train(corpora, tmp_path / "run", **one)
     capsys.readouterr()
-    words = ["--model", str(tmp_path / "run/best"), "--resamples", "2", "--manifest", *paths(corpora, "test")]
-    execute("evaluate", words)
+    words = ["--model", str(tmp_path / "run/best"), "--resamples", "2", "--card", "--manifest"]
+    execute("evaluate", [*words, *paths(corpora, "test")])
     said = capsys.readouterr()
     assert "known from training: speakers 50.0 %" in said.out and "corpus: tess" in said.out
     assert "angry (3) is anger" in said.err
+    execute("evaluate", [*words, *paths(corpora, "test", "tess")])
+    assert execute("evaluate", ["--verify", str(tmp_path / "run/best")]) == 0
+    selections = [entry["selection"] for entry in read_record(tmp_path / "run/best")["evaluations"]]
+    renamings = [selection.get("usual_names") for selection in selections]
+    assert renamings == [None, *[{"angry": "anger", "happy": "joy", "sad": "sadness"}] * 2]
+    assert ["sources" in selection for selection in selections] == [False, True, False]
 
 
 def test_weights_that_some_of_the_corpora_chose_say_so(corpora, tmp_path):

@@ -47,6 +47,7 @@ from ser.data.selection import (
     selected_sets,
     with_usual_names,
 )
+from ser.data.several import unfamiliar_corpora
 from ser.data.spellings import parse_map
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
@@ -252,10 +253,8 @@ def read_data(arguments: Namespace, record: dict | None, emotions: list[str], te
         chosen, sets_read = with_usual_names(chosen, sets_read, tell, classes=emotions)
         data = replace(data, selection=chosen["data"], utterances=sets_read["data"])
     if data.selection.sources and data.training:
-        here, there = ({u.corpus for u in rows} for rows in (data.utterances, data.training))
-        if new := sorted(here - there):
-            has = f"training has {summary(sorted(there))}"
-            tell(f"corpora that training does not name, whose speakers count as others: {summary(new)}; {has}")
+        for line in unfamiliar_corpora("data", data.utterances, data.training):
+            tell(line)
     check_parts(arguments.parts, data.utterances)
     speakers = {u.speaker for u in data.training or () if u.speaker is not None}
     sets = {data.selection.part or "data": data.utterances}
@@ -267,7 +266,7 @@ def read_data(arguments: Namespace, record: dict | None, emotions: list[str], te
 
 
 def with_corpora(arguments: Namespace, selection: Selection) -> Namespace:
-    """Return the arguments so that figures are reported by corpus too, where several meet."""
+    """Return the arguments with figures by corpus, if the selection has several."""
     parts = [*arguments.parts, scores.CORPUS] if selection.sources else arguments.parts
     return Namespace(**vars(arguments) | {"parts": parts})
 

@@ -58,6 +58,7 @@ from ser.data.selection import (
     selected_sets,
     with_usual_names,
 )
+from ser.data.several import unfamiliar_corpora
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean, did_you_mean
 from ser.device import cpu_threads
 from ser.errors import ConfigError, ModelFolderError, brief_repr, summary
@@ -85,7 +86,9 @@ Parts = tuple[list[Utterance], list[Utterance], dict[str, Any]]  # train, valid,
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of the command, the common ones first."""
     parser.allow_abbrev = False
-    parser.usage = "%(prog)s (--train MANIFEST | --data MANIFEST --protocol NAME) --init MODEL --out FOLDER ..."
+    parser.usage = (
+        "%(prog)s (--train MANIFEST ... | --data MANIFEST --protocol NAME) --init MODEL --out FOLDER ..."
+    )
     group = parser.add_argument_group("data and model")
     add = group.add_argument
     add("--train", type=Path, nargs="+", metavar="MANIFEST", help="manifest to learn from; several, or one JSON "
@@ -198,7 +201,7 @@ def read(selection: Selection, config: TrainConfig, world: World) -> list[Uttera
 
 
 def learns_emotions(config: TrainConfig) -> bool:
-    """Tell whether emotions are used where the data has them."""
+    """Tell whether emotions are trained on, if the data has them."""
     return config.heads == "auto" or "emotion" in config.heads.split(",")
 
 
@@ -225,9 +228,9 @@ def emotions_of_init(known: list[str], train: list[Utterance]) -> list[str]:
 def name_as_usual(
     chosen: dict[str, Selection], sets: Sets, config: TrainConfig, world: World
 ) -> tuple[dict[str, Selection], Sets]:
-    """Give emotions their usual names where several corpora meet in training; one alone keeps its names.
+    """Rename emotions to their usual names if training has several corpora; a single one keeps its names.
 
-    Validation data of several corpora then take the names of the one that is trained on.
+    In that case, validation data of other corpora get the names of the training data.
     """
     tell = partial(say, world)
     if not any(selection.sources for selection in chosen.values()) or not learns_emotions(config):
@@ -249,6 +252,8 @@ def read_manifests(arguments: Namespace, config: TrainConfig, world: World) -> P
     chosen, parts = name_as_usual(chosen, parts, config, world)
     review(parts, chosen["train"], config, world)
     train, valid = parts["train"], parts.get("valid", [])
+    for line in unfamiliar_corpora("valid", valid, train) if chosen["train"].sources else ():
+        say(world, line)
     check_overlap(train, valid, allow=arguments.allow_overlap)
     about: dict[str, Any] = {part: selection.to_dict() for part, selection in chosen.items()}
     if valid:

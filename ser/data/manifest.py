@@ -207,7 +207,7 @@ class _Problems:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause the garbage collector: rows make no cycles, and it would look through all of them again and again."""
+    """Pause the garbage collector, which would look through all rows again and again, though none is garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -505,7 +505,7 @@ def _default_id(file: str, start: float | None, end: float | None) -> str:
 
 @functools.lru_cache
 def why_no_corpus(name: str) -> str:
-    """Say why a name cannot be that of a corpus; "" where it can."""
+    """Say why a corpus cannot have this name; "" if it can."""
     if not name.strip() or not name.isprintable():
         return "is no name"
     return "holds a /, which divides corpus and name" if "/" in name else ""
@@ -593,7 +593,7 @@ def _new_names(
 def unknown_in_map(
     label_map: Mapping[str, Any], utterances: Sequence[Utterance], columns: Sequence[str] = ("emotion", "speaker")
 ) -> list[str]:
-    """Point at names of a map that no utterance has, before the map is applied."""
+    """Return lines about names in a map that no utterance has; the map is not applied yet."""
     lines = []
     for column in columns:
         if names := map_for(label_map, column):
@@ -698,13 +698,12 @@ def read_unnamed(
     missing: Missing,
     corpus: str = "",
 ) -> tuple[list[Utterance], list[str]]:
-    """Read the rows of a manifest with their labels as they are written, and what a user should know of it.
+    """Read the rows of a manifest with their labels as they are written, and lines for the user.
 
     Args:
-        path, root, columns, check_files: as of `read_manifest`, which names the labels too.
-        missing: knows which numbers and texts are none.
-        corpus: where several corpora meet, that of rows without a cell in the column `corpus`; see
-            `ser.data.several`.
+        path, root, columns, check_files: as in `read_manifest`, which also names the labels.
+        missing: tells which numbers and texts mean a missing one.
+        corpus: if several corpora are read (`ser.data.several`), that of rows without a cell in this column.
     """
     folder = Path(path.parent if root is None else root).absolute()
     renaming, quoting = _Renaming(path, columns), Quoting()
@@ -937,13 +936,13 @@ def check_labels(
 
 
 def check_distinct(utterances: Sequence[Utterance]) -> None:
-    """Refuse ids and recordings (file, start, end) that stand in two of several manifests.
+    """Refuse ids and recordings (file, start, end) that are in two of several manifests.
 
     Raises:
         ManifestError: one message lists the first 50.
     """
     problems = _Problems()
-    suspect: set[int] = set()  # rows whose digest another row has: of a million rows, hardly any
+    suspect: set[int] = set()  # rows with the hash of another row: few, so a million rows need little memory
     for digests in ((hash(u.id) for u in utterances), (hash(_audio(u)) for u in utterances)):
         numbers = np.fromiter(digests, np.int64, len(utterances))
         order = np.argsort(numbers, kind="stable")

@@ -35,7 +35,7 @@ Sets = dict[str, list[Utterance]]  # of utterances, by their names for people
 
 @collector_paused()
 def rename(utterances: list[Utterance], names: Mapping[str, str | None]) -> list[Utterance]:
-    """Give emotions other names, None for no emotion, in the list itself: two lists of a million are large."""
+    """Rename emotions, None for no emotion, in the list itself, since a copy of a million rows is large."""
     for place, u in enumerate(utterances if names else ()):
         if (emotion := u.emotion) is not None and emotion in names:
             utterances[place] = u.relabelled(emotion=names[emotion])
@@ -201,9 +201,9 @@ class Selection:
         check_spellings(sets, emotions=emotions or (), speakers=speakers, label_map=maps, columns=used)
 
     def moved(self, data: StrPath | None, root: str | None) -> Selection:
-        """Return the same utterances, where their manifest and their recordings are now; None: where they were.
+        """Return the same selection with other places of manifest and recordings; None: the recorded places.
 
-        Of several, ``data`` is a JSON list, in which each manifest is known by its content.
+        For several manifests ``data`` is a JSON list, in which each manifest is found by its content.
         """
         if not self.sources:
             return replace(self, data=str(data) if data else self.data, root=root or self.root)
@@ -218,7 +218,7 @@ class Selection:
         return replace(self, sources=sources)
 
     def as_corpora(self) -> Selection:
-        """Return the same utterances as one corpus of several, so that they can be compared with several."""
+        """Return the same selection as a corpus with a name, so that it can be compared with several corpora."""
         if self.sources:
             return self
         path, name = str(self.manifest), several.default_name(self.data)
@@ -227,7 +227,7 @@ class Selection:
         return replace(self, sources=[one], sha256=sha256, label_map={})
 
     def all_maps(self) -> dict[str, Any]:
-        """Return all maps as one, in which speakers of a manifest's own map are corpus/name."""
+        """Return all maps as one, with the speakers of the manifests' own maps as corpus/name."""
         emotions, speakers = dict[str, str | None](), dict[str, str | None]()
         for source in self.sources:
             emotions |= map_for(source.map, "emotion")
@@ -239,7 +239,7 @@ class Selection:
 
     @property
     def chosen_names(self) -> set[str]:
-        """Return the emotions that a map of a person names, old and new."""
+        """Return the emotions that stand in a map, old names and new ones."""
         pairs = map_for(self.all_maps(), "emotion").items()
         return {name for pair in pairs for name in pair if name is not None}
 
@@ -269,7 +269,7 @@ class Selection:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name data and say how it is divided; `selected_data` reads them."""
     add = parser.add_argument_group("a corpus, divided by a protocol").add_argument
-    add("--data", help="manifest to divide, or the folder that preparing a corpus wrote")
+    add("--data", help="manifest to divide, JSON file that lists manifests, or the folder that preparing wrote")
     add(
         "--protocol",
         help=f"{', '.join(protocols.PROTOCOLS)} (or speaker-known:TURNS), column, or kfold:COLUMN:COUNT",
@@ -291,7 +291,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def is_several(arguments: argparse.Namespace, paths: Sequence[StrPath]) -> bool:
-    """Tell whether manifests, or one file that lists some, are to be read as several corpora."""
+    """Tell whether these paths are several corpora: two manifests or more, or a list of manifests."""
     columns = parse_columns(arguments.columns)
     return len(paths) > 1 or several.listed(paths[0], columns.get("file", "file")) is not None
 
@@ -299,7 +299,7 @@ def is_several(arguments: argparse.Namespace, paths: Sequence[StrPath]) -> bool:
 def given_roots(
     arguments: argparse.Namespace, sources: Sequence[NamedManifest], like: Selection | None
 ) -> list[str | None]:
-    """Return the folder of --root for each manifest; those of ``like`` are the manifests that it was given for."""
+    """Return the folder of --root for each manifest; ``like`` has the manifests that --root is given for."""
     roots = arguments.root or [None]
     if len(roots) == 1:
         return roots * len(sources)
@@ -317,7 +317,7 @@ def given_roots(
 def sources_of(
     arguments: argparse.Namespace, paths: Sequence[StrPath], like: Selection | None = None
 ) -> list[NamedManifest]:
-    """Return the manifests of several corpora; what a JSON list does not say of one, the flags say of all."""
+    """Return the manifests of several corpora; the flags count if a JSON list does not say it for a manifest."""
     columns = parse_columns(arguments.columns)
     lists = [several.read_list(path, columns.get("file", "file")) for path in paths]
     if len(paths) > 1 and any(one is not None for one in lists):
@@ -341,13 +341,13 @@ def selected_data(
     corpora: bool = False,
     like: Selection | None = None,
 ) -> Selection:
-    """Return what the flags name: the divided corpus, or the manifests ``data``; with the present sha256.
+    """Return the selection that flags name, a divided corpus or the manifests ``data``, with its present sha256.
 
     Args:
-        arguments: of `add_data_arguments`.
-        data: one or several manifests that are not divided; None: those of --data.
-        corpora: whether one manifest is read as one corpus of several too, as others beside it are.
-        like: the selection whose manifests --root is given for, where it is another one.
+        arguments: the parsed flags of `add_data_arguments`.
+        data: one or several manifests that are not divided; None: --data.
+        corpora: whether a single manifest is also read as a corpus with a name, since others are.
+        like: the selection whose manifests --root is given for; None: this one.
     """
     given = arguments.data if data is None else data
     paths: list[StrPath] = [given] if isinstance(given, str | os.PathLike) else list(given)
@@ -381,7 +381,7 @@ def selected_data(
 def selected_sets(
     arguments: argparse.Namespace, sets: Mapping[str, Sequence[StrPath]], *, corpora: bool = False
 ) -> dict[str, Selection]:
-    """Return what the flags name for each set of manifests; where several corpora meet in one, they do in all."""
+    """Return the selection of each set of manifests; if one set has several corpora, all sets name theirs."""
     corpora = corpora or any(is_several(arguments, paths) for paths in sets.values())
     chosen: dict[str, Selection] = {}
     for name, paths in sets.items():
@@ -394,13 +394,13 @@ def selected_sets(
 def with_usual_names(
     chosen: Mapping[str, Selection], sets: Sets, tell: Tell, *, classes: Collection[str] | None = None
 ) -> tuple[dict[str, Selection], Sets]:
-    """Give emotions their usual names, tell it, and record it in the selections; see `usual_names`.
+    """Rename emotions to their usual names, and record this in the selections; see `usual_names`.
 
     Args:
         chosen: the selection of each set.
-        sets: what was read.
-        tell: is called with a line, where something changes.
-        classes: those of the model that is evaluated; None: the sets are trained on.
+        sets: their utterances; the lists themselves are changed.
+        tell: is called with a line if a name changes.
+        classes: the classes of the model that is evaluated; None: the sets are for training.
     """
     counts = Counter(u.emotion for utterances in sets.values() for u in utterances if u.emotion is not None)
     kept = {name for selection in chosen.values() for name in selection.chosen_names}

@@ -1,4 +1,4 @@
-"""Read several corpora as one set of utterances, and keep apart what has the same name in two of them.
+"""Read several corpora as one set of utterances, in which equal names of two corpora stay different.
 
 Several manifests are given by their paths, or by one JSON file that lists them:
 
@@ -6,13 +6,15 @@ Several manifests are given by their paths, or by one JSON file that lists them:
      {"path": "tess.csv", "root": "TESS", "columns": {"emotion": "label"}, "map": {"ps": "surprised"},
       "name": "tess"}]
 
-The rules where corpora meet:
+These rules hold then:
 
-- Each utterance has its corpus in the column `corpus`. A cell of that column in a manifest counts; else it is the
-  name of the manifest. So one manifest with that column, listed in a JSON file, is the same as several.
-- Ids, speakers, dialogues and sessions are written ``corpus/name``: speaker 1 of two corpora is two people.
-- A manifest's own map sees labels as they are written, and the common map sees what that made of them. The common
-  map sees speakers as ``corpus/name``, so it can also say that two corpora have the same person.
+- Each utterance has its corpus in the column `corpus`. If the manifest has a cell in this column, that is the
+  corpus; else it is the name of the manifest. So one manifest with this column, in a list, is the same as several.
+- Ids, speakers, dialogues and sessions become ``corpus/name``, so speaker 1 of two corpora is two people.
+- The map of a manifest renames labels as they are written. The common map (--map) renames the result. It has
+  speakers as ``corpus/name``, so it can also say that a person is in two corpora.
+
+A single manifest that no list names is read as ever, even if it has a column `corpus`.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from ser.data.manifest import (
 )
 from ser.data.spellings import check_map, spelling
 from ser.data.text import did_you_mean, nfc
-from ser.errors import ConfigError, ManifestError, Tell, brief_repr, shorten
+from ser.errors import ConfigError, ManifestError, Tell, brief_repr, shorten, summary
 from ser.files import StrPath, digest
 
 MAX_LIST_BYTES = 1024 * 1024  # of a JSON file that lists manifests; a larger one is a manifest
@@ -58,12 +60,12 @@ class NamedManifest:
     """Describe one manifest of several.
 
     Attributes:
-        path: of the manifest.
-        root: the folder that its files are relative to; None: the manifest's own.
+        path: where the manifest is.
+        root: the folder that its files are relative to; None: the manifest's own folder.
         columns: our column names -> those of the manifest.
-        map: renames and drops its labels, see `ser.data.spellings.parse_map`.
-        name: of the corpus, for rows that have no cell in the column `corpus`.
-        sha256: of the manifest; empty: any content will do.
+        map: the map of its labels, see `ser.data.spellings.parse_map`.
+        name: the corpus of rows that have no cell in the column `corpus`.
+        sha256: the digest of the manifest; empty: any content is accepted.
     """
 
     path: str
@@ -75,7 +77,7 @@ class NamedManifest:
 
     @classmethod
     def from_dict(cls, values: object, where: str) -> NamedManifest:
-        """Read one item of a list; ``where`` begins the message. Raises ConfigError for anything else."""
+        """Read one item of a list. Raises ConfigError for anything else, with a message that begins ``where``."""
         known = [f.name for f in fields(cls)]
         if not isinstance(values, dict):
             raise ConfigError(f"{where}: found {brief_repr(values)}, expected an object such as in {EXAMPLE}")
@@ -116,13 +118,14 @@ def check_corpora(names: Iterable[str]) -> None:
 
 
 def check_sources(sets: Mapping[str, Sequence[NamedManifest]]) -> None:
-    """Refuse names of corpora that are none, and manifests that cannot be told apart.
+    """Refuse bad names of corpora, and two manifests with the same name in a set.
 
     Args:
         sets: such as "train" and "valid" -> their manifests. The same name in two sets means the same corpus.
 
     Raises:
-        ConfigError: a name is missing or in use, a manifest stands twice, or two names differ in spelling alone.
+        ConfigError: a name is missing or used twice, a manifest is given twice, or two names differ only in
+            spelling.
     """
     advice = f"name them in a JSON list, such as {EXAMPLE}"
     for title, sources in sets.items():
@@ -142,12 +145,12 @@ def check_sources(sets: Mapping[str, Sequence[NamedManifest]]) -> None:
 
 
 def listed(path: StrPath, file_column: str = "file") -> list[dict[str, Any]] | None:
-    """Return the items of a JSON file that lists manifests; None for what is read as a manifest itself.
+    """Return the items of a JSON file that lists manifests; None for a file that is a manifest itself.
 
     A .json file is a list unless an object in it has a file, as rows of a manifest have.
 
     Raises:
-        ConfigError: it is neither; the message is one line.
+        ConfigError: the file is neither; the message is one line.
     """
     path = Path(path)
     try:
@@ -211,14 +214,14 @@ def stamped(source: NamedManifest) -> NamedManifest:
 
 
 def composed(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the map of emotions that does what two do, one after the other; of speakers that of the first."""
+    """Return one map for two maps of emotions that are applied in turn, and the first map of speakers."""
     own, common = (map_for(one, "emotion") for one in (first, second))
     both = common | {old: common.get(new, new) if new is not None else None for old, new in own.items()}
     return {**both, "speaker": map_for(first, "speaker")}
 
 
 def _set_apart(utterances: list[Utterance]) -> None:
-    """Write speakers, dialogues and sessions of rows that were just read as corpus/name."""
+    """Change speakers, dialogues and sessions of rows to corpus/name, in the rows themselves, which are new."""
     shared: dict[tuple[str, str], str] = {}  # one string for all rows of a speaker
     for u in utterances:
         corpus = u.extra["corpus"]
@@ -241,11 +244,12 @@ def read_sources(
 
     Args:
         sources: the manifests.
-        label_map: what is renamed in all of them, behind their own maps.
-        literal_labels, check_files, tell: as of `read_manifest`.
+        label_map: the common map, which is applied after the manifests' own maps.
+        literal_labels, check_files, tell: as in `read_manifest`.
 
     Raises:
-        ManifestError: as `read_manifest`; or a manifest has changed since, or a recording or an id stands twice.
+        ManifestError: as in `read_manifest`; or the content of a manifest is another one than its sha256 says; or
+            a recording or an id is in two manifests.
     """
     lines: list[str] = []
     everything: list[Utterance] = []
@@ -275,6 +279,15 @@ def read_sources(
         for line in lines:
             tell(line)
     return everything
+
+
+def unfamiliar_corpora(title: str, utterances: Iterable[Utterance], training: Iterable[Utterance]) -> list[str]:
+    """Return a line if a set has corpora that training does not name, since their speakers count as others."""
+    here, there = ({u.corpus for u in rows} for rows in (utterances, training))
+    if not (new := sorted(here - there)):
+        return []
+    known = summary(sorted(there))
+    return [f"{title} has corpora whose speakers count as others, as training has only {known}: {summary(new)}"]
 
 
 def combined_sha256(sources: Sequence[NamedManifest]) -> str:

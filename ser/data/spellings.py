@@ -31,8 +31,8 @@ INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 
-# The usual name of an emotion -> how others write it; "" are emotions that are left out, since most corpora lack
-# them. Where several corpora meet, one class would else be two.
+# The usual name of an emotion -> other names for it, which several corpora may have. The emotions of "" are left
+# out, since most corpora do not have them.
 USUAL_NAMES = {
     "angry": ("anger",),
     "bored": ("boredom",),
@@ -302,13 +302,13 @@ def _zeros(sets: Mapping[str, Sequence[Utterance]]) -> list[str]:
 def usual_names(
     names: Iterable[str], *, kept: Collection[str] = (), classes: Collection[str] | None = None
 ) -> dict[str, str | None]:
-    """Map emotions to their usual names (`USUAL_NAMES`), None for those that are left out.
+    """Return old -> new for emotions that have another usual name (`USUAL_NAMES`), None if they are left out.
 
     Args:
         names: emotions of several corpora.
-        kept: names that a person chose in a map: none of them is changed, and their group takes such a name.
-        classes: those of a model, where it is evaluated: only a name that is none of them and means one of them
-            changes, and becomes that one.
+        kept: names in a map of the user. They stay, and other names of the same emotion become such a name.
+        classes: the classes of a model that is evaluated. Then a name changes only if it is not a class but
+            another name of exactly one class, and it becomes that class.
     """
     group_of = {spelling(name): usual for usual, others in USUAL_NAMES.items() for name in (usual, *others)}
     chosen: dict[str, list[str]] = {}  # usual name -> what it is called here
@@ -328,7 +328,7 @@ def usual_names(
 
 
 def usual_line(changes: Mapping[str, str | None], counts: Mapping[str, int]) -> str:
-    """Say in a line what the table of usual names changed; ``counts`` are those of the labels before."""
+    """Return a line that says which names changed; ``counts`` are those of the old names."""
     new: dict[str | None, list[str]] = {}
     for name, to in changes.items():
         new.setdefault(to, []).append(f"{_plain(name)} ({counts[name]})")
@@ -342,7 +342,7 @@ def usual_line(changes: Mapping[str, str | None], counts: Mapping[str, int]) -> 
 
 
 def corpus_lines(title: str, utterances: Iterable[Utterance]) -> list[str]:
-    """Count a set by corpus, as a table: corpora by classes, without a class, all, and speakers."""
+    """Return the lines of a table: utterances by corpus and class, all utterances, and speakers of each corpus."""
     cells: Counter[tuple[str, str]] = Counter((u.corpus, u.emotion or "") for u in utterances)
     speakers = Counter(corpus for corpus, _ in {(u.corpus, u.speaker) for u in utterances if u.speaker})
     corpora, classes = Counter[str](), Counter[str]()

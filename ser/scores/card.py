@@ -26,7 +26,7 @@ from ser.scores.report import CORPUS, Report, four_digits, interval_text, shares
 RECORD, CARD = "training.json", "README.md"
 EVALUATE, EARLIER_EVALUATE = "ser evaluate", "python examples/evaluate.py"  # commands that a card names
 MOST_RESAMPLES = 1_000_000  # more would take hours
-OF_ONE_CLASS = ("precision ", "recall ")  # figures that a card does not have of each corpus
+OF_ONE_CLASS = ("precision ", "recall ")  # figures that a card does not have for each corpus
 KEPT = ("utterances", "speakers", "judged", "figures", "resamples", "seed")  # fields of a report in the record
 
 
@@ -76,7 +76,7 @@ def training_record(
 
 
 def sources_anywhere(selection: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the manifests of several corpora, wherever they lie; none where a manifest is read alone."""
+    """Return the manifests of several corpora without their places; none for a single manifest."""
     return [dict(source) | {"path": "", "root": None} for source in selection.get("sources", [])]
 
 
@@ -111,7 +111,7 @@ def expected_choice(record: Mapping[str, Any], selection: Mapping[str, Any] | No
     if not best or not valid:
         return False
     chosen_on = [valid, *([dict(valid) | {"part": "test"}] if settings.get("valid_is_test") else [])]
-    # Some of the corpora that chose the weights chose them too.
+    # A figure on some of the corpora that chose the weights is optimistic too.
     some = sources_anywhere(selection or {}) if not (selection or {}).get("protocol") else []
     within = bool(some) and all(one in sources_anywhere(valid) for one in some)
     return within or any(same_data(selection, one) for one in chosen_on)
@@ -209,7 +209,7 @@ def training_paragraphs(record: Mapping[str, Any]) -> str:
 
 
 def corpus_paragraphs(entry: Mapping[str, Any]) -> list[str]:
-    """Show the figures of each corpus, where an evaluation has several."""
+    """Return a table of the figures of each corpus, if an evaluation has several."""
     if not entry.get("corpora"):
         return []
     rows = ["| corpus | utterances | accuracy (WA) | unweighted accuracy (UA) | macro F1 | word error rate |"]

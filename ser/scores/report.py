@@ -40,7 +40,7 @@ LENGTHS = (0.0, 2.0, 4.0, 8.0, math.inf)  # limits of the parts by length, in se
 # Columns of the predictions file by which figures are reported in parts, if no others are named.
 SEEN_TEXT = "seen_text"  # whether training had the transcript
 PARTS = ("kind", SEEN_TEXT)
-CORPUS = "corpus"  # by which figures are reported too where several corpora meet
+CORPUS = "corpus"  # the column of parts if there are several corpora
 
 # (least, most) of a column's numbers
 SHARE, COUNT, NUMBER = (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf)
@@ -382,9 +382,9 @@ class Outcomes:
         return Outcomes(self.emotions, text, numbers, self.parts)
 
     def relabelled(self, names: Mapping[str, str | None]) -> Outcomes:
-        """Return the outcomes with other names of emotions, both of labels and of answers.
+        """Return the outcomes with other names of emotions, in labels and predictions.
 
-        None takes a label away. An answer keeps its name then: it is still wrong where there is a label.
+        None removes a label. A prediction keeps its name then, since it is still wrong for another label.
         """
         if not names:
             return self

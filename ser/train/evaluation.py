@@ -76,7 +76,7 @@ class Evaluation:
         return {"emotion_utterances": counts.count, **counts.figures}
 
     def corpus_metrics(self, emotions: Sequence[str]) -> dict[str, float]:
-        """Return the unweighted accuracy of each corpus, where the rows are of several."""
+        """Return the unweighted accuracy of each corpus, if the rows are of several."""
         place, totals = {name: i for i, name in enumerate(emotions)}, dict[str, Any]()
         for utterance, _, prediction in self.rows:
             reference, predicted = place.get(utterance.emotion or ""), place.get(prediction.emotion or "")

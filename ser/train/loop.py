@@ -71,7 +71,7 @@ def fetch_updates(
 
 
 def corpora_meet(job: Job) -> bool:
-    """Tell whether the validation data are of several corpora, so that figures are given of each."""
+    """Tell whether the validation data are several corpora, so that figures are reported for each."""
     return bool((job.opened.run.settings.get("valid") or {}).get("sources"))
 
 
