@@ -745,15 +745,11 @@ class Augmenter:
 
     def keeps_text(self, num_samples: int, epoch: int, place: int) -> bool:
         """Tell whether the whole transcript is still spoken in the utterance at this place of this epoch."""
-        for chosen, _, _, before, how in self.applied(num_samples, epoch, place, resizing_only=True):
-            if (
-                how
-                and how.num_samples != before
-                and isinstance(chosen.row, Resizing)
-                and not chosen.row.keeps_text
-            ):
-                return False
-        return True
+        changes = self.applied(num_samples, epoch, place, resizing_only=True)
+        changed = [
+            change.chosen.row for change in changes if change.how and change.how.num_samples != change.before
+        ]
+        return all(isinstance(row, Resizing) and row.keeps_text for row in changed)
 
     def words(self, num_samples: int, item: Item) -> list[str]:
         """Say what is done to an utterance of ``num_samples`` at an item's place: a text for each row applied."""
