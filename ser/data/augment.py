@@ -497,7 +497,7 @@ def room_response(rt60: float, drr: float, generator: np.random.Generator) -> np
         generator: draws the noise.
     """
     num = round(rt60 * SAMPLE_RATE)
-    decay = 10 ** (-3 / num * np.arange(num))
+    decay = np.exp(-3 * math.log(10) / num * np.arange(num))
     response = white_noise(num, generator) * decay
     response[: SAMPLE_RATE // 400] = 0  # the first echo comes after 2.5 ms
     response *= math.sqrt(10 ** (-drr / 10) / np.square(response).sum())
