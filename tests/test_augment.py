@@ -501,6 +501,7 @@ def test_lengths_are_as_planned_and_nothing_is_ever_not_finite(utterances, speci
         ("noise:folder={tmp_path}/niose", r"niose: no such folder \(did you mean 'noise'\?\)"),
         ("noise:folder={tmp_path}/noise,p=0.5", "no such folder .*folder= reaches to the end"),
         ("noise:folder={tmp_path}/noise", r"no recordings \(.wav, .*it has 1 other files, such as a.txt"),
+        ("noise:folder=", "folder is ''; expected the path of a folder"),
         ("noise:kind=pink,folder={tmp_path}", "folder stands in place of kind"),
         ("reverb:drr=3,folder={tmp_path}", "folder stands in place of drr"),
     ],

@@ -253,6 +253,8 @@ class Recordings:
 
     def read(self, text: str) -> Self:
         """List the recordings of a folder, which has to have one."""
+        if not text:
+            raise ValueError(text)
         folder, reach = Path(text), "folder= reaches to the end of the specification, so options stand before it"
         if not folder.is_dir():
             near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
