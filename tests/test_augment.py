@@ -25,6 +25,7 @@ from ser.data.augment import (
     Augmenter,
     Drawn,
     KeptSounds,
+    Recordings,
     Resized,
     Resizing,
     augmented,
@@ -416,6 +417,13 @@ def test_p_is_the_share_of_utterances_and_does_not_change_what_else_is_drawn():
     assert torch.equal(one("gain:p=0", x), x)
 
 
+def test_what_is_drawn_depends_on_seed_epoch_and_place_each():
+    places = [(seed, epoch, place) for seed in (0, 1, 12) for epoch in (0, 1, 12) for place in (0, 1, 12, 2**40)]
+    x = torch.ones(400)
+    factors = [float(one("gain", x, seed=seed, epoch=epoch, place=place)[0]) for seed, epoch, place in places]
+    assert len(set(factors)) == len(places)
+
+
 def test_rows_of_a_list_draw_apart_and_a_row_may_stand_twice():
     x = torch.ones(400)
     once, twice = augmented(["gain"], 0), augmented(["gain", "gain"], 0)
@@ -492,6 +500,7 @@ def test_lengths_are_as_planned_and_nothing_is_ever_not_finite(utterances, speci
         ("noise:folder={tmp_path}/niose", r"niose: no such folder \(did you mean 'noise'\?\)"),
         ("noise:folder={tmp_path}/noise,p=0.5", "no such folder .*folder= reaches to the end"),
         ("noise:folder={tmp_path}/noise", r"no recordings \(.wav, .*it has 1 other files, such as a.txt"),
+        ("noise:folder=", "folder is ''; expected the path of a folder"),
         ("noise:kind=pink,folder={tmp_path}", "folder stands in place of kind"),
         ("reverb:drr=3,folder={tmp_path}", "folder stands in place of drr"),
     ],
@@ -508,6 +517,8 @@ def test_a_specification_that_cannot_be_is_refused_with_what_there_is(specificat
 def test_the_path_of_a_folder_may_hold_commas_and_equals_signs(noises):
     assert "," in noises.name and "=" in noises.name
     chain = augmented([f"noise:snr=3,folder={noises}"], 0)
+    (folder,) = (option for option in chain.rows[0].options.values() if isinstance(option, Recordings))
+    assert folder.files == tuple(str(noises / name) for name in ("a.wav", "below/b.flac", "c.WAV")), "in order"
     said = {chain.words(1000, Item(0, place=k))[0] for k in range(30)}
     assert said == {f"noise: SNR 3.0 dB, {name}" for name in ("a.wav", "b.flac", "c.WAV")}
 
@@ -662,6 +673,7 @@ def test_the_command_makes_softer_what_would_not_fit(tmp_path, utterances, capsy
     [
         (["{file}", "--augment", "gain"], "/train0-0-0.wav would be replaced; give another folder"),
         (["{file}x", "--augment", "gain"], "no such file"),
+        (["{file}", "{file}x", "--augment", "gain"], "no such file"),
         (["{file}", "--augment", "gian"], "no augmentation is called 'gian'"),
         (["{file}", "--augment", "babble", "--seed", "1"], "'babble' is made of other utterances"),
         (["{file}", "--augment", "gain", "--epochs", "0"], "expected 1 or more"),

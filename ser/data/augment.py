@@ -253,6 +253,8 @@ class Recordings:
 
     def read(self, text: str) -> Self:
         """List the recordings of a folder, which has to have one."""
+        if not text:
+            raise ValueError(text)
         folder, reach = Path(text), "folder= reaches to the end of the specification, so options stand before it"
         if not folder.is_dir():
             near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -497,7 +499,7 @@ def room_response(rt60: float, drr: float, generator: np.random.Generator) -> np
         generator: draws the noise.
     """
     num = round(rt60 * SAMPLE_RATE)
-    decay = 10 ** (-3 / num * np.arange(num))
+    decay = np.exp(-3 * math.log(10) / num * np.arange(num))
     response = white_noise(num, generator) * decay
     response[: SAMPLE_RATE // 400] = 0  # the first echo comes after 2.5 ms
     response *= math.sqrt(10 ** (-drr / 10) / np.square(response).sum())
@@ -745,15 +747,11 @@ class Augmenter:
 
     def keeps_text(self, num_samples: int, epoch: int, place: int) -> bool:
         """Tell whether the whole transcript is still spoken in the utterance at this place of this epoch."""
-        for chosen, _, _, before, how in self.applied(num_samples, epoch, place, resizing_only=True):
-            if (
-                how
-                and how.num_samples != before
-                and isinstance(chosen.row, Resizing)
-                and not chosen.row.keeps_text
-            ):
-                return False
-        return True
+        changes = self.applied(num_samples, epoch, place, resizing_only=True)
+        changed = [
+            change.chosen.row for change in changes if change.how and change.how.num_samples != change.before
+        ]
+        return all(isinstance(row, Resizing) and row.keeps_text for row in changed)
 
     def words(self, num_samples: int, item: Item) -> list[str]:
         """Say what is done to an utterance of ``num_samples`` at an item's place: a text for each row applied."""
