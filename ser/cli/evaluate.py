@@ -38,9 +38,16 @@ import torch
 import ser
 from ser.cli import LAUNCHER
 from ser.data.labels import DIMENSIONS
-from ser.data.manifest import Utterance
+from ser.data.manifest import Utterance, map_for
 from ser.data.protocols import KNOWN, overlap
-from ser.data.selection import Selection, add_data_arguments, selected_data
+from ser.data.selection import (
+    Selection,
+    add_data_arguments,
+    selected_data,
+    selected_sets,
+    with_usual_names,
+)
+from ser.data.spellings import parse_map
 from ser.data.text import Rewriting, clean
 from ser.data.workers import WORKER_SECONDS
 from ser.device import cpu_threads, freed_memory_kept
@@ -69,11 +76,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of the command, the common ones first."""
     add = parser.add_argument_group("model and data").add_argument
     add("--model", help="model folder, or its OWNER/NAME on the Hugging Face hub")
-    add("--manifest", type=Path, help="labelled recordings")
+    add("--manifest", type=Path, nargs="+", help="labelled recordings; several manifests, or one JSON file that "
+        "lists them, are several corpora")  # fmt: skip
     add("--out", type=Path, help="folder to write; shows the table alone without it")
     add("--card", action="store_true", help="put the figures on the model's card")
-    add("--train", type=Path, help="the training manifest, where the model does not name it: what is shared, and "
-        "parts by seen and unseen transcript")  # fmt: skip
+    add("--train", type=Path, nargs="+", metavar="MANIFEST", help="the training manifests, where the model does "
+        "not name them: what is shared, and parts by seen and unseen transcript")  # fmt: skip
     add_data_arguments(parser)
     add = parser.add_argument_group("folds").add_argument
     add("--fold", help="name of the protocol's fold, such as 01F")
@@ -103,8 +111,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def refuse_renaming(arguments: Namespace) -> None:
-    """Refuse flags that rename labels: --compare reads labels from two files, and --verify as the card says."""
-    flags = ("map", "literal_labels", "columns")
+    """Refuse flags that say how labels are read: --compare finds them in two files, and --verify in the card.
+
+    --compare takes a map, since the two files may have other names of the same classes.
+    """
+    flags = ("literal_labels", "columns", "no_usual_names") + (() if arguments.compare else ("map",))
     given = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name)]
     if given and (arguments.compare or arguments.verify):
         how = "labels stand in the files" if arguments.compare else "labels are read as the card says"
@@ -194,10 +205,15 @@ def same_fold(first: Selection, second: Selection) -> bool:
 
 
 def read_manifest_data(arguments: Namespace, named: Selection | None, tell: Tell) -> EvaluatedData:
-    """Read --manifest; ``named`` is what the model was trained on."""
+    """Read --manifest; ``named`` is what the model was trained on.
+
+    Where several corpora meet, in training or here, speakers and ids are those of a corpus on both sides.
+    """
     if arguments.fold or arguments.known_turns:
         raise ConfigError("--fold and --known-turns need --protocol, which says how the manifest is divided")
-    chosen = selected_data(arguments, arguments.manifest)
+    chosen = selected_data(arguments, arguments.manifest, corpora=bool(named and named.sources))
+    if named is not None and chosen.sources:
+        named = named.as_corpora()
     utterances = chosen.read(check_files=arguments.on_bad_audio == "fail", tell=tell)
     training = training_utterances(named, chosen, utterances, told=bool(arguments.train))
     return EvaluatedData(chosen, utterances, training, {"manifest": chosen.data})
@@ -206,7 +222,10 @@ def read_manifest_data(arguments: Namespace, named: Selection | None, tell: Tell
 def read_fold_data(arguments: Namespace, named: Selection | None, tell: Tell) -> EvaluatedData:
     """Read --data and take the part of the fold; ``named`` is what the model was trained on."""
     arguments.data = arguments.data or arguments.manifest
-    chosen = replace(selected_data(arguments), part=arguments.part)
+    several = bool(named and named.sources)
+    chosen = replace(selected_data(arguments, corpora=several), part=arguments.part)
+    if named is not None and chosen.sources:
+        named = named.as_corpora()
     if named is not None and same_fold(named, chosen) and arguments.known_turns is None:
         chosen = replace(chosen, known_turns=named.known_turns)
     everything = chosen.read(check_files=arguments.on_bad_audio == "fail", tell=tell)
@@ -223,10 +242,15 @@ def read_fold_data(arguments: Namespace, named: Selection | None, tell: Tell) ->
 def read_data(arguments: Namespace, record: dict | None, emotions: list[str], tell: Tell) -> EvaluatedData:
     """Read what the model of a record (see `ser.scores.card`) is evaluated on, and show its labels."""
     named = None if record is None else card.trained_on(record)
+    manifest = arguments.manifest and not arguments.protocol
     if arguments.train:
-        named = selected_data(arguments, arguments.train)
-    read = read_manifest_data if arguments.manifest and not arguments.protocol else read_fold_data
-    data = read(arguments, named, tell)
+        sets = {"data": arguments.manifest} if manifest else {}
+        named = selected_sets(arguments, sets | {"train": arguments.train})["train"]
+    data = (read_manifest_data if manifest else read_fold_data)(arguments, named, tell)
+    if emotions:
+        chosen, sets_read = {"data": data.selection}, {"data": data.utterances}
+        chosen, sets_read = with_usual_names(chosen, sets_read, tell, classes=emotions)
+        data = replace(data, selection=chosen["data"], utterances=sets_read["data"])
     check_parts(arguments.parts, data.utterances)
     speakers = {u.speaker for u in data.training or () if u.speaker is not None}
     sets = {data.selection.part or "data": data.utterances}
@@ -235,6 +259,12 @@ def read_data(arguments: Namespace, record: dict | None, emotions: list[str], te
 
 
 # ------------------------------------------------------------------------------------------------- evaluating
+
+
+def with_corpora(arguments: Namespace, selection: Selection) -> Namespace:
+    """Return the arguments so that figures are reported by corpus too, where several meet."""
+    parts = [*arguments.parts, scores.CORPUS] if selection.sources else arguments.parts
+    return Namespace(**vars(arguments) | {"parts": parts})
 
 
 def outcomes_of(
@@ -341,6 +371,7 @@ def evaluate_model(arguments: Namespace, world: World) -> bool:
     if arguments.card and record is None:
         raise ConfigError(f"--card: {arguments.model} has no {card.RECORD}, as training writes it")
     data = read_data(arguments, record, recognizer.emotions, tell)
+    arguments = with_corpora(arguments, data.selection)
     rewriting = Rewriting()
     outcomes = outcomes_of(recognizer, data.utterances, data.training, arguments, world, arguments.out, rewriting)
     known = known_turn_outcomes(recognizer, data, arguments, world)
@@ -383,8 +414,10 @@ def evaluate_model(arguments: Namespace, world: World) -> bool:
 
 def moved(selection: Selection, arguments: Namespace) -> Selection:
     """Return the same utterances, where --data and --root say that they are now."""
-    places = {"data": str(arguments.data) if arguments.data else None, "root": arguments.root}
-    return replace(selection, **{name: value for name, value in places.items() if value})
+    roots = arguments.root or [None]
+    if len(roots) > 1:
+        raise ConfigError("--verify takes one --root; a JSON list as --data names the root of each manifest")
+    return selection.moved(arguments.data, roots[0])
 
 
 def same_figures(entry: Mapping[str, Any], result: Report, tolerance: float) -> bool:
@@ -409,7 +442,7 @@ def verify_entry(
     selection = moved(Selection.from_dict(entry["selection"]), arguments)
     usual = {"on_bad_audio": "fail", "max_bad_audio": 0.0}
     bad_audio = {name: record["settings"].get(name, value) for name, value in usual.items()}
-    as_trained = Namespace(**vars(arguments) | bad_audio)
+    as_trained = with_corpora(Namespace(**vars(arguments) | bad_audio), selection)
     outcomes = outcomes_of(recognizer, selection.utterances(check_files=False), None, as_trained, world)
     if outcomes is None:
         return True
@@ -458,7 +491,8 @@ def run(arguments: Namespace) -> int:
     """Evaluate, verify or compare; the exit status is 1 for a card that does not hold."""
     check_flags(arguments)
     if arguments.compare:
-        first, second = (Outcomes.read(path) for path in arguments.compare)
+        names = {} if arguments.map is None else map_for(parse_map(arguments.map), "emotion")
+        first, second = (Outcomes.read(path).relabelled(names) for path in arguments.compare)
         compared = scores.compare_predictions(first, second, resamples=arguments.resamples, seed=arguments.seed)
         print(json.dumps(compared, indent=2))
         return 0

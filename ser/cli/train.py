@@ -18,6 +18,12 @@ One fold of the paper's protocol with the paper's settings, from the folder that
         --data data/iemocap --root IEMOCAP_full_release --protocol paper10 --fold 01F \\
         --paper --init wav2vec2-base --out runs/01F
 
+Several corpora at once, each with its own folder of recordings (or one JSON file that lists manifests, with the
+path, root, columns, map and name of each; see docs/training.md):
+
+    ser train --train emodb/train.csv tess/train.csv --valid emodb/valid.csv tess/valid.csv \\
+        --root EMODB TESS --init small --out runs/two
+
 With one process: ser train ... . A run that was interrupted continues when the same command is given again.
 SIGTERM, SIGUSR1, SIGHUP and Ctrl-C let it finish its update, save, and end with status 75.
 
@@ -44,7 +50,14 @@ from ser.cli import LAUNCHER
 from ser.data.labels import LABELS, labelled_heads, names_in
 from ser.data.manifest import Utterance, check_labels, check_overlap
 from ser.data.protocols import Audit, Fold, overlap, to_table, usual_known_turns
-from ser.data.selection import Selection, add_data_arguments, selected_data
+from ser.data.selection import (
+    Selection,
+    Sets,
+    add_data_arguments,
+    selected_data,
+    selected_sets,
+    with_usual_names,
+)
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean, did_you_mean
 from ser.device import cpu_threads
 from ser.errors import ConfigError, ModelFolderError, brief_repr, summary
@@ -75,8 +88,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.usage = "%(prog)s (--train MANIFEST | --data MANIFEST --protocol NAME) --init MODEL --out FOLDER ..."
     group = parser.add_argument_group("data and model")
     add = group.add_argument
-    add("--train", type=Path, help="manifest to learn from")
-    add("--valid", type=Path, help="manifest to choose the best model by")
+    add("--train", type=Path, nargs="+", metavar="MANIFEST", help="manifest to learn from; several, or one JSON "
+        "file that lists them, are several corpora")  # fmt: skip
+    add("--valid", type=Path, nargs="+", metavar="MANIFEST", help="manifests to choose the best model by")
     add("--init", default="base",
         help=f"model folder, its OWNER/NAME on the Hugging Face hub, or {', '.join(PRESETS)} (random weights) "
         "(default: base)")  # fmt: skip
@@ -183,9 +197,14 @@ def read(selection: Selection, config: TrainConfig, world: World) -> list[Uttera
     return selection.read(check_files=config.on_bad_audio == "fail", tell=partial(say, world))
 
 
-def review(sets: dict[str, list[Utterance]], selection: Selection, config: TrainConfig, world: World) -> None:
+def learns_emotions(config: TrainConfig) -> bool:
+    """Tell whether emotions are used where the data has them."""
+    return config.heads == "auto" or "emotion" in config.heads.split(",")
+
+
+def review(sets: Sets, selection: Selection, config: TrainConfig, world: World) -> None:
     """Show the classes of each set before anything is trained; refuse two spellings of one."""
-    used = config.heads == "auto" or "emotion" in config.heads.split(",")
+    used = learns_emotions(config)
     selection.review({"train": sets["train"]} | sets, partial(say, world), emotions=None if used else [])
 
 
@@ -203,11 +222,31 @@ def emotions_of_init(known: list[str], train: list[Utterance]) -> list[str]:
     return []
 
 
+def name_as_usual(
+    chosen: dict[str, Selection], sets: Sets, config: TrainConfig, world: World
+) -> tuple[dict[str, Selection], Sets]:
+    """Give emotions their usual names where several corpora meet in training; one alone keeps its names.
+
+    Validation data of several corpora then take the names of the one that is trained on.
+    """
+    tell = partial(say, world)
+    if not any(selection.sources for selection in chosen.values()) or not learns_emotions(config):
+        return chosen, sets
+    if len({u.corpus for u in next(iter(sets.values()))}) > 1:
+        return with_usual_names(chosen, sets, tell)
+    if "valid" not in sets:
+        return chosen, sets
+    classes = names_in("emotion", (u.labels for u in sets["train"]))
+    one, valid = with_usual_names({"valid": chosen["valid"]}, {"valid": sets["valid"]}, tell, classes=classes)
+    return chosen | one, sets | valid
+
+
 def read_manifests(arguments: Namespace, config: TrainConfig, world: World) -> Parts:
     """Read --train and --valid."""
     files = {"train": arguments.train} | ({"valid": arguments.valid} if arguments.valid else {})
-    chosen = {part: selected_data(arguments, path) for part, path in files.items()}
+    chosen = selected_sets(arguments, files)
     parts = {part: read(selection, config, world) for part, selection in chosen.items()}
+    chosen, parts = name_as_usual(chosen, parts, config, world)
     review(parts, chosen["train"], config, world)
     train, valid = parts["train"], parts.get("valid", [])
     check_overlap(train, valid, allow=arguments.allow_overlap)
@@ -230,6 +269,8 @@ def read_fold(arguments: Namespace, config: TrainConfig, world: World) -> Parts:
     selection = selected_data(arguments)
     protocol = selection.find_protocol()
     utterances = read(selection, config, world)
+    named, sets = name_as_usual({"data": selection}, {"data": utterances}, config, world)
+    selection, utterances = named["data"], sets["data"]
     fold, audit = selection.find_fold(utterances)
     if arguments.known_turns is None and (turns := turns_to_hold_out(fold, audit, utterances, config)):
         selection = replace(selection, known_turns=turns)
@@ -250,14 +291,25 @@ def read_fold(arguments: Namespace, config: TrainConfig, world: World) -> Parts:
     return parts["train"], parts.get("valid", []), about
 
 
-def data_licence(arguments: Namespace) -> str | None:
-    """Return the licence of the corpus, as far as anybody said."""
-    prepared = Path(arguments.data or arguments.train)
+def prepared_licence(prepared: Path) -> str | None:
+    """Return the licence that `ser prepare` wrote beside its manifests, if it did."""
     report = (prepared if prepared.is_dir() else prepared.parent) / "report.json"
-    if arguments.data_licence is None and report.is_file():  # what `ser prepare` wrote beside its manifests
+    if report.is_file():
         with suppress(OSError, ValueError, AttributeError):
             return json.loads(report.read_text(encoding="utf-8")).get("licence")
-    return arguments.data_licence
+    return None
+
+
+def data_licence(arguments: Namespace, trained: Selection) -> str | None:
+    """Return the licence of the corpus, or of each of several, as far as anybody said."""
+    if arguments.data_licence is not None:
+        return arguments.data_licence
+    if not trained.sources:
+        return prepared_licence(Path(trained.data))
+    licences = {source.name: prepared_licence(Path(source.path)) for source in trained.sources}
+    if not any(licences.values()):
+        return None
+    return "; ".join(f"{name}: {licence or 'not stated'}" for name, licence in licences.items())
 
 
 def chosen_heads(config: TrainConfig, train: list) -> list[str]:
@@ -337,7 +389,10 @@ def settings_of_run(arguments: Namespace, recognizer: Recognizer, world: World, 
     begun = origin(arguments) if world.is_main else {}  # which reads all weights; the main rank records it
     return {
         **about,
-        "licences": {"data": data_licence(arguments), "weights": begun.pop("licence", None)},
+        "licences": {
+            "data": data_licence(arguments, Selection.from_dict(about["train"])),
+            "weights": begun.pop("licence", None),
+        },
         **begun,
         "labels": recognizer.emotions,
         "speakers": recognizer.speakers,

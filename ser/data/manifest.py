@@ -152,6 +152,11 @@ class Utterance:
         """The speaker's name, None if unknown."""
         return self.labels.get("speaker")
 
+    @property
+    def corpus(self) -> str:
+        """The name of the corpus, empty if unknown."""
+        return self.extra.get("corpus", "")
+
 
 def value_of(utterance: Utterance, column: str) -> Any:
     """Return what stands in a column of ours, None for nothing."""
@@ -255,10 +260,13 @@ class _Renaming:
                 f"can be given as columns, such as file=path{self.remark}"
             )
 
-    def lines(self) -> list[str]:
-        """Say which columns were read as what, and which were not, with what those may be meant for."""
+    def lines(self, also: Sequence[str] = ()) -> list[str]:
+        """Say which columns were read as what, and which were not, with what those may be meant for.
+
+        ``also`` are further columns that are read.
+        """
         theirs = {self(name): name for name in self.found}
-        read = [ours for ours in known_columns() if ours in theirs]
+        read = [ours for ours in (*known_columns(), *also) if ours in theirs]
         unread = [ours for ours in known_columns() if ours not in theirs]
         others = [name for name in self.found if name and self(name) not in read]
         shown = [c if c == theirs[c] else f"{c} (from {brief_repr(theirs[c])})" for c in read]
@@ -480,9 +488,17 @@ def _default_id(file: str, start: float | None, end: float | None) -> str:
 
 
 def _utterance(
-    cells: dict[str, str | None], folder: Path, found: list[str], missing: Missing, kinds: Mapping[str, str]
+    cells: dict[str, str | None],
+    folder: Path,
+    found: list[str],
+    missing: Missing,
+    kinds: Mapping[str, str],
+    corpus: str = "",
 ) -> Utterance:
-    """Make an utterance of a row; what is wrong with the row goes to `found`. ``kinds`` are `label_kinds`."""
+    """Make an utterance of a row; what is wrong with the row goes to `found`. ``kinds`` are `label_kinds`.
+
+    Where several corpora meet, ``corpus`` is that of rows which do not name theirs, and it begins each id.
+    """
     full: dict[str, Any] = {name: cell for name, cell in cells.items() if cell and not cell.isspace()}
     name = full.pop("file", "")
     if not name:
@@ -493,7 +509,7 @@ def _utterance(
         cell = full.pop(column)
         if kinds[column] == "numbers":
             labels[column] = _cell_number(column, cell, found, missing)
-        elif kinds[column] == "class":  # of emotions and speakers `_with_names` knows more
+        elif kinds[column] == "class":  # of emotions and speakers `with_names` knows more
             none = column not in ("emotion", "speaker") and missing(column, cell)
             labels[column] = None if none else _label(cell)
         elif not (len(cell) < 8 and missing(column, cell)):  # the texts that can be none
@@ -502,6 +518,11 @@ def _utterance(
         found.append(f"end {end} is not after start {start or 0.0}")
     id = full.pop("id", None) or _default_id(name, start, end)
     extra = dict(full)  # a copy is as small as what is left
+    if corpus:
+        extra["corpus"] = named = _label(extra.get("corpus")) or corpus
+        id = f"{named}/{id}"
+        if "/" in named:
+            found.append(f"the corpus {brief_repr(named)} holds a /, which divides corpus and name")
     return Utterance(id, folder / name, start=start, end=end, labels=labels, extra=extra)
 
 
@@ -542,14 +563,25 @@ def _new_names(
         new |= {n: names.get(to, to) for n, to in floats.items()}
         changes = shorten(", ".join(_change(n, to) for n, to in floats.items()), 200)
         lines.append(f"  speakers that are whole numbers written as floats are those: {changes}")
-    known = dict.fromkeys([*counts, *floats.values()])
-    for name in [name for name in names if name not in known][:MAX_SHOWN]:
-        near = did_you_mean(name, list(known)[:MAX_COLUMNS])
-        lines.append(f"  --map: no {column} here is called {brief_repr(name)}{near}")
     return new
 
 
-def _with_names(
+def unknown_in_map(
+    label_map: Mapping[str, Any], utterances: Sequence[Utterance], columns: Sequence[str] = ("emotion", "speaker")
+) -> list[str]:
+    """Point at names of a map that no utterance has, before the map is applied."""
+    lines = []
+    for column in columns:
+        if names := map_for(label_map, column):
+            known = dict.fromkeys(name for u in utterances if (name := u.labels.get(column)) is not None)
+            known |= dict.fromkeys(map(whole, known)) if column == "speaker" else {}
+            for name in [name for name in names if name not in known][:MAX_SHOWN]:
+                near = did_you_mean(name, list(known)[:MAX_COLUMNS])
+                lines.append(f"  --map: no {column} here is called {brief_repr(name)}{near}")
+    return lines
+
+
+def with_names(
     utterances: list[Utterance], label_map: Mapping[str, Any], missing: Missing, lines: list[str]
 ) -> list[Utterance]:
     """Name the labels of the utterances as `label_map` and the rules of reading say.
@@ -614,14 +646,14 @@ class _Checks:
 
 
 def _checked_utterances(
-    rows: Iterable[_Row], folder: Path, missing: Missing, checks: _Checks, problems: _Problems
+    rows: Iterable[_Row], folder: Path, missing: Missing, checks: _Checks, problems: _Problems, corpus: str
 ) -> list[Utterance]:
     """Make an utterance of each row, whose file is under its name on the disk; report what is wrong with it."""
     files, kinds = Files(), label_kinds()
     utterances: list[Utterance] = []
     for line, cells in rows:
         found: list[str] = []
-        utterance = _utterance(cells, folder, found, missing, kinds)
+        utterance = _utterance(cells, folder, found, missing, kinds, corpus)
         if not found:
             name = cells["file"]
             if name is not None and not name.isascii():
@@ -631,6 +663,50 @@ def _checked_utterances(
             problems.add(f"{checks.unit} {line}", what)
         utterances.append(utterance)
     return utterances
+
+
+def read_unnamed(
+    path: Path,
+    *,
+    root: StrPath | None,
+    columns: Mapping[str, str],
+    check_files: bool,
+    missing: Missing,
+    corpus: str = "",
+) -> tuple[list[Utterance], list[str]]:
+    """Read the rows of a manifest with their labels as they are written, and what a user should know of it.
+
+    Args:
+        path, root, columns, check_files: as of `read_manifest`, which names the labels too.
+        missing: knows which numbers and texts are none.
+        corpus: where several corpora meet, that of rows without a cell in the column `corpus`; see
+            `ser.data.several`.
+    """
+    folder = Path(path.parent if root is None else root).absolute()
+    renaming, quoting = _Renaming(path, columns), Quoting()
+    problems = _Problems()
+    try:
+        check_regular(path, "a CSV or JSON lines manifest")
+        if not folder.is_dir():
+            raise ManifestError(f"{path}: its recordings should be in {folder}, which is not a folder")
+        with path.open("rb") as file:
+            if _separator(path) == "\t":
+                quoting = find_quoting(file)
+                renaming.remark = quoting.remark()
+            unit = "line" if _separator(path) or not _is_array(file) else "item"
+            if _separator(path):
+                rows = _csv_rows(path, file, renaming, problems, quoting)
+            else:
+                rows = _json_rows(file, unit, renaming, problems)
+            checks = _Checks(check_files=check_files, unit=unit)
+            utterances = _checked_utterances(rows, folder, missing, checks, problems, corpus)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ManifestError(f"{path}: cannot read the manifest: {cause}") from error
+    problems.raise_if_any(f"{path}: the manifest cannot be used, these are its problems{quoting.remark()}")
+    if not utterances:
+        raise ManifestError(f"{path}: the manifest has no rows")
+    return utterances, [*renaming.lines(["corpus"] if corpus else []), *quoting.lines()]
 
 
 def read_manifest(
@@ -667,33 +743,13 @@ def read_manifest(
             file, a start or end that is no number, negative or reversed, a wrong number of fields, bytes that are
             not UTF-8, or JSON that does not parse.
     """
-    path = Path(path)
-    folder = Path(path.parent if root is None else root).absolute()
-    renaming, quoting = _Renaming(path, columns or {}), Quoting()
-    problems, missing = _Problems(), Missing(literal=literal_labels)
-    try:
-        check_regular(path, "a CSV or JSON lines manifest")
-        if not folder.is_dir():
-            raise ManifestError(f"{path}: its recordings should be in {folder}, which is not a folder")
-        with path.open("rb") as file:
-            if _separator(path) == "\t":
-                quoting = find_quoting(file)
-                renaming.remark = quoting.remark()
-            unit = "line" if _separator(path) or not _is_array(file) else "item"
-            if _separator(path):
-                rows = _csv_rows(path, file, renaming, problems, quoting)
-            else:
-                rows = _json_rows(file, unit, renaming, problems)
-            checks = _Checks(check_files=check_files, unit=unit)
-            utterances = _checked_utterances(rows, folder, missing, checks, problems)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        cause = error.strerror if isinstance(error, OSError) else error
-        raise ManifestError(f"{path}: cannot read the manifest: {cause}") from error
-    problems.raise_if_any(f"{path}: the manifest cannot be used, these are its problems{quoting.remark()}")
-    if not utterances:
-        raise ManifestError(f"{path}: the manifest has no rows")
-    notes = [*renaming.lines(), *quoting.lines()]
-    utterances = _with_names(utterances, label_map or {}, missing, notes)
+    missing = Missing(literal=literal_labels)
+    utterances, notes = read_unnamed(
+        Path(path), root=root, columns=columns or {}, check_files=check_files, missing=missing
+    )
+    unknown = unknown_in_map(label_map or {}, utterances)
+    utterances = with_names(utterances, label_map or {}, missing, notes)
+    notes += unknown
     if tell is not None:
         for note in [*notes, *missing.lines()]:
             tell(note)
@@ -853,6 +909,25 @@ def check_labels(
                 problems.add(f"utterance {brief_repr(utterance.id)}", f"unknown {kind} {brief_repr(label)}{near}")
     lists = "; ".join(f"the {kind}s are {brief_repr(sorted(names))}" for kind, names in known.items())
     problems.raise_if_any(f"{lists}; these are other labels, which --map can rename or drop")
+
+
+def check_distinct(utterances: Sequence[Utterance]) -> None:
+    """Refuse ids and recordings (file, start, end) that stand in two of several manifests.
+
+    Raises:
+        ManifestError: one message lists the first 50.
+    """
+    problems = _Problems()
+    ids: set[str] = set()
+    audio: dict[tuple[str, float, float | None], str] = {}
+    for u in utterances:
+        first = audio.setdefault(_audio(u), u.id)
+        if u.id in ids:
+            problems.add(f"utterance {brief_repr(u.id)}", "its id stands in two manifests of one corpus")
+        elif first != u.id:
+            problems.add(f"utterance {brief_repr(u.id)}", f"is the same recording as {brief_repr(first)}")
+        ids.add(u.id)
+    problems.raise_if_any("the manifests cannot be used together, these are their problems")
 
 
 def find_overlap(train: Iterable[Utterance], other: Iterable[Utterance]) -> Overlap:

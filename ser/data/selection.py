@@ -8,28 +8,47 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Iterable, Mapping
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ser.data import protocols
+from ser.data import protocols, several
 from ser.data.corpora import divided_manifest
-from ser.data.manifest import Utterance, check_regular, parse_columns, read_manifest
-from ser.data.spellings import check_map, check_spellings, label_lines, parse_map
+from ser.data.manifest import Utterance, check_regular, map_for, parse_columns, read_manifest
+from ser.data.several import NamedManifest
+from ser.data.spellings import (
+    check_map,
+    check_spellings,
+    is_name,
+    label_lines,
+    parse_map,
+    usual_line,
+    usual_names,
+)
 from ser.errors import ConfigError, ManifestError, Tell, brief_repr
 from ser.files import StrPath, digest
 
 Sets = dict[str, list[Utterance]]  # of utterances, by their names for people
 
 
+def renamed(utterances: list[Utterance], names: Mapping[str, str | None]) -> list[Utterance]:
+    """Return the utterances with other names of emotions; None for no emotion."""
+    if not names:
+        return utterances
+    labelled = ((u, u.emotion) for u in utterances)
+    return [u.relabelled(emotion=names[e]) if e is not None and e in names else u for u, e in labelled]
+
+
 @dataclass(frozen=True)
 class Selection:
-    """Describe a manifest (without a protocol), or a part of a fold of it.
+    """Describe a manifest or several (without a protocol), or a part of a fold of them.
 
     Attributes:
-        data: the manifest, or the folder that preparing a corpus wrote.
-        sha256: of the manifest; empty: any content will do.
+        data: the manifest, or the folder that preparing a corpus wrote; of several, the list or their paths.
+        sha256: of the manifest; of several, of their names and contents; empty: any content will do.
         root: the folder that the manifest's files are relative to; None: the manifest's own.
         columns: our column names -> those of the manifest.
         protocol: a name, as `find_protocol` takes it.
@@ -39,6 +58,9 @@ class Selection:
         known_turns: of each training speaker, held out as the part "known" (see `with_known_turns`).
         part: train, valid, test or known.
         label_map, literal_labels: as of `read_manifest`.
+        sources: the manifests where several corpora meet (see `ser.data.several`); empty: ``data`` is read alone.
+        usual_names: emotions that were given their usual names, behind all maps: name -> new name, None for none.
+        no_usual_names: whether none may be.
     """
 
     data: str
@@ -53,6 +75,9 @@ class Selection:
     part: str | None = None
     label_map: dict[str, Any] = field(default_factory=dict)
     literal_labels: bool = False
+    sources: list[NamedManifest] = field(default_factory=list)
+    usual_names: dict[str, str | None] = field(default_factory=dict)
+    no_usual_names: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Selection:
@@ -65,16 +90,23 @@ class Selection:
         selection = cls(**values)
         check_map(selection.label_map, "label_map")
         names = (*selection.shares, *selection.columns, *selection.columns.values())
-        if not all(isinstance(name, str) for name in names):
+        usual = all(is_name(old) and (new is None or is_name(new)) for old, new in selection.usual_names.items())
+        if not usual or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"{brief_repr(values)} does not name utterances")
-        return selection
+        return replace(selection, sources=[NamedManifest.from_dict(one, "sources") for one in selection.sources])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the selection as JSON holds it.
 
         How labels are read is left out where it is the default, so that selections of earlier releases are equal.
         """
-        usual = {"label_map": {}, "literal_labels": False}
+        usual = {
+            "label_map": {},
+            "literal_labels": False,
+            "sources": [],
+            "usual_names": {},
+            "no_usual_names": False,
+        }
         return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
     @property
@@ -85,6 +117,9 @@ class Selection:
 
     def stamped(self) -> Selection:
         """Return the selection with the manifest's present sha256. Raises ManifestError if it cannot be read."""
+        if self.sources:
+            sources = [several.stamped(source) for source in self.sources]
+            return replace(self, sources=sources, sha256=several.combined_sha256(sources))
         path = self.manifest
         try:
             check_regular(path, "a CSV or JSON lines manifest")
@@ -101,6 +136,20 @@ class Selection:
         Raises:
             ManifestError: the manifest cannot be used, or is another one than was meant.
         """
+        if self.sources:
+            read = several.read_sources(
+                self.sources,
+                label_map=self.label_map,
+                literal_labels=self.literal_labels,
+                check_files=check_files,
+                tell=tell,
+            )
+        else:
+            read = self._read_alone(check_files=check_files, tell=tell)
+        return renamed(read, self.usual_names)
+
+    def _read_alone(self, *, check_files: bool, tell: Tell | None) -> list[Utterance]:
+        """Read a manifest by itself."""
         if self.sha256 and self.stamped().sha256 != self.sha256:
             raise ManifestError(f"{self.manifest}: has changed since; its sha256 was {self.sha256}")
         labels = {"literal_labels": self.literal_labels, "label_map": self.label_map}
@@ -143,13 +192,47 @@ class Selection:
             emotions: those of the model, none where it has or learns none; None: there is no model yet.
             speakers: those that the model was trained on.
         """
-        for line in label_lines(sets, emotions=emotions):
+        for line in label_lines(sets, emotions=emotions, by_corpus=bool(self.sources)):
             tell(line)
         used = ["speaker"] if emotions == [] else ["emotion", "speaker"]
         check_spellings(sets, emotions=emotions or (), speakers=speakers, label_map=self.label_map, columns=used)
 
+    def moved(self, data: StrPath | None, root: str | None) -> Selection:
+        """Return the same utterances, where their manifest and their recordings are now; None: where they were.
+
+        Of several, ``data`` is a JSON list, in which each manifest is known by its content.
+        """
+        if not self.sources:
+            return replace(self, data=str(data) if data else self.data, root=root or self.root)
+        there = several.read_list(data) if data else []
+        if there is None:
+            raise ConfigError(f"{data}: is one manifest, expected a JSON list of {len(self.sources)}")
+        by_content = {several.stamped(source).sha256: source for source in there}
+        sources = []
+        for source in self.sources:
+            now = by_content.get(source.sha256, source)
+            sources.append(replace(source, path=now.path, root=root or now.root))
+        return replace(self, sources=sources)
+
+    def as_corpora(self) -> Selection:
+        """Return the same utterances as one corpus of several, so that they can be compared with several."""
+        if self.sources:
+            return self
+        path, name = str(self.manifest), several.default_name(self.data)
+        one = NamedManifest(path, self.root, self.columns, self.label_map, name, self.sha256)
+        sha256 = self.sha256 and several.combined_sha256([one])
+        return replace(self, sources=[one], sha256=sha256, label_map={})
+
+    @property
+    def chosen_names(self) -> set[str]:
+        """Return the emotions that a map of a person names, old and new."""
+        maps = [map_for(one, "emotion") for one in (self.label_map, *(source.map for source in self.sources))]
+        return {name for one in maps for pair in one.items() for name in pair if name is not None}
+
     def __str__(self) -> str:
         """Name the selection for people."""
+        if self.sources and not self.protocol:
+            return ", ".join(f"{source.name} ({source.path})" for source in self.sources)
         if not self.protocol:
             return self.data
         fold = f", fold {self.fold}" if self.fold else ""
@@ -165,6 +248,7 @@ class Selection:
             options += [f"--{name}", *values] if values else []
         options += ["--map", json.dumps(self.label_map)] if self.label_map else []
         options += ["--literal-labels"] if self.literal_labels else []
+        options += ["--no-usual-names"] if self.no_usual_names else []
         return options
 
 
@@ -181,23 +265,93 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--protocol-seed", type=int, default=0, metavar="SEED", help="of protocols that draw (default: 0)")
     add("--known-turns", type=int, metavar="COUNT", help="of each training speaker, held out to score a speaker "
         "head on (default: up to 10 where one is trained and the protocol tests on strangers)")  # fmt: skip
-    add("--root", help="folder that the manifests' files are relative to (default: that of the manifest)")
+    add("--root", nargs="+", help="folder that the manifests' files are relative to, one for all or one for each "
+        "(default: that of the manifest)")  # fmt: skip
     add("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
     add("--map", metavar="JSON", help="file, or the object itself: emotion as written -> its name, or null for no "
         'label, as {"hapy": "happy", "xxx": null}; "speaker": the same of speakers')  # fmt: skip
     add("--literal-labels", action="store_true", help="take cells such as nan, NA, None and - as labels, and "
         "speakers such as 1.0 as they are written (default: they are no label, and 1.0 is 1)")  # fmt: skip
+    add("--no-usual-names", action="store_true", help="leave names of emotions such as joy (default: joy is happy "
+        "where several corpora are trained on, and in evaluation what the model calls it)")  # fmt: skip
 
 
-def selected_data(arguments: argparse.Namespace, data: StrPath | None = None) -> Selection:
-    """Return what the flags name: the divided corpus, or the plain manifest ``data``; with its present sha256."""
+def is_several(arguments: argparse.Namespace, paths: Sequence[StrPath]) -> bool:
+    """Tell whether manifests, or one file that lists some, are to be read as several corpora."""
+    columns = parse_columns(arguments.columns)
+    return len(paths) > 1 or several.listed(paths[0], columns.get("file", "file")) is not None
+
+
+def given_roots(
+    arguments: argparse.Namespace, sources: Sequence[NamedManifest], like: Selection | None
+) -> list[str | None]:
+    """Return the folder of --root for each manifest; those of ``like`` are the manifests that it was given for."""
+    roots = arguments.root or [None]
+    if len(roots) == 1:
+        return roots * len(sources)
+    if like is not None and len(like.sources) == len(roots):
+        by_name = dict(zip((source.name for source in like.sources), roots, strict=True))
+        if lacking := [source.path for source in sources if source.name not in by_name]:
+            raise ConfigError(f"--root names no folder for {lacking[0]}; a JSON list of manifests can")
+        return [by_name[source.name] for source in sources]
+    if len(roots) != len(sources):
+        count = f"{len(roots)} folders for {len(sources)} manifest{'s' if len(sources) > 1 else ''}"
+        raise ConfigError(f"--root names {count}; give one folder, or one for each manifest")
+    return roots
+
+
+def sources_of(
+    arguments: argparse.Namespace, paths: Sequence[StrPath], like: Selection | None = None
+) -> list[NamedManifest]:
+    """Return the manifests of several corpora; what a JSON list does not say of one, the flags say of all."""
+    columns = parse_columns(arguments.columns)
+    lists = [several.read_list(path, columns.get("file", "file")) for path in paths]
+    if len(paths) > 1 and any(one is not None for one in lists):
+        path = next(path for path, one in zip(paths, lists, strict=True) if one is not None)
+        raise ConfigError(f"{path}: is a list of manifests, which is given alone")
+    own = [NamedManifest(str(path), name=several.default_name(path)) for path in paths]
+    sources = own if lists[0] is None else lists[0]
+    if len(arguments.root or []) > 1 and lists[0] is not None:
+        raise ConfigError("--root names several folders; a JSON list names the root of each manifest itself")
+    folders = given_roots(arguments, sources, like)
+    return [
+        replace(source, root=source.root or root, columns=source.columns or columns)
+        for source, root in zip(sources, folders, strict=True)
+    ]
+
+
+def selected_data(
+    arguments: argparse.Namespace,
+    data: StrPath | Sequence[StrPath] | None = None,
+    *,
+    corpora: bool = False,
+    like: Selection | None = None,
+) -> Selection:
+    """Return what the flags name: the divided corpus, or the manifests ``data``; with the present sha256.
+
+    Args:
+        arguments: of `add_data_arguments`.
+        data: one or several manifests that are not divided; None: those of --data.
+        corpora: whether one manifest is read as one corpus of several too, as others beside it are.
+        like: the selection whose manifests --root is given for, where it is another one.
+    """
+    given = arguments.data if data is None else data
+    paths: list[StrPath] = [given] if isinstance(given, str | os.PathLike) else list(given)
+    roots = arguments.root or []
+    listed = corpora or is_several(arguments, paths)
+    if not listed and len(roots) > 1:
+        raise ConfigError(f"--root names {len(roots)} folders for one manifest")
     plain = Selection(
-        str(data or arguments.data),
-        root=arguments.root,
+        ", ".join(map(str, paths)),
+        root=roots[0] if len(roots) == 1 else None,
         columns=parse_columns(arguments.columns),
         label_map={} if arguments.map is None else parse_map(arguments.map),
         literal_labels=arguments.literal_labels,
-    ).stamped()
+        sources=sources_of(arguments, paths, like) if listed else [],
+        no_usual_names=arguments.no_usual_names,
+    )
+    several.check_sources({"manifests": plain.sources})
+    plain = plain.stamped()
     if data is not None:
         return plain
     return replace(
@@ -208,3 +362,37 @@ def selected_data(arguments: argparse.Namespace, data: StrPath | None = None) ->
         fold=getattr(arguments, "fold", None),
         known_turns=arguments.known_turns or 0,
     )
+
+
+def selected_sets(
+    arguments: argparse.Namespace, sets: Mapping[str, Sequence[StrPath]], *, corpora: bool = False
+) -> dict[str, Selection]:
+    """Return what the flags name for each set of manifests; where several corpora meet in one, they do in all."""
+    corpora = corpora or any(is_several(arguments, paths) for paths in sets.values())
+    chosen: dict[str, Selection] = {}
+    for name, paths in sets.items():
+        first = next(iter(chosen.values()), None)
+        chosen[name] = selected_data(arguments, paths, corpora=corpora, like=first)
+    several.check_sources({name: selection.sources for name, selection in chosen.items()})
+    return chosen
+
+
+def with_usual_names(
+    chosen: Mapping[str, Selection], sets: Sets, tell: Tell, *, classes: Collection[str] | None = None
+) -> tuple[dict[str, Selection], Sets]:
+    """Give emotions their usual names, tell it, and record it in the selections; see `usual_names`.
+
+    Args:
+        chosen: the selection of each set.
+        sets: what was read.
+        tell: is called with a line, where something changes.
+        classes: those of the model that is evaluated; None: the sets are trained on.
+    """
+    counts = Counter(u.emotion for utterances in sets.values() for u in utterances if u.emotion is not None)
+    kept = {name for selection in chosen.values() for name in selection.chosen_names}
+    changes = usual_names(counts, kept=kept, classes=classes)
+    if not changes or any(selection.no_usual_names for selection in chosen.values()):
+        return dict(chosen), sets
+    tell(usual_line(changes, counts))
+    recorded = {name: replace(one, usual_names=one.usual_names | changes) for name, one in chosen.items()}
+    return recorded, {name: renamed(utterances, changes) for name, utterances in sets.items()}

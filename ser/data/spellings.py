@@ -4,6 +4,8 @@ A class in two spellings (angry, Angry) would be two classes, so it is refused, 
 What may be a slip (hapy beside happy) is shown with the counts of all classes, before anything is trained.
 """
 
+from __future__ import annotations
+
 import difflib
 import json
 import re
@@ -21,6 +23,7 @@ from ser.errors import ConfigError, ManifestError, brief_repr, indented, shorten
 MAX_MAP_BYTES = 16 * 1024 * 1024
 MAX_EXAMPLE = 1000  # characters of a map in a message
 EXAMPLE = '{"hapy": "happy", "xxx": null}'  # a map in messages
+MAX_CLASSES = 12  # classes that have a column in a table of corpora
 MAX_COMPARED = 200  # classes that are compared with each other for slips
 
 # These characters have no picture of their own, as those of the categories Cc and Cf: joiners, fillers, selectors
@@ -28,6 +31,20 @@ MAX_COMPARED = 200  # classes that are compared with each other for slips
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
+
+# The usual name of an emotion -> how others write it; "" are emotions that are left out, since most corpora lack
+# them. Where several corpora meet, one class would else be two.
+USUAL_NAMES = {
+    "angry": ("anger",),
+    "bored": ("boredom",),
+    "disgusted": ("disgust",),
+    "fearful": ("fear",),
+    "happy": ("happiness", "joy"),
+    "neutral": ("neutrality",),
+    "sad": ("sadness",),
+    "surprised": ("surprise",),
+    "": ("calm",),
+}
 
 # These are not among the cells that stand for nothing, and yet hardly meant as a class.
 SEEMS_MISSING = frozenset({"nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nil", "nat", "?", "--", "missing"})
@@ -276,7 +293,72 @@ def _zeros(sets: Mapping[str, Sequence[Utterance]]) -> list[str]:
     return [f"speakers differ in leading zeros alone, and count as different people: {shown}"] if twins else []
 
 
+# ------------------------------------------------------------------------------------------------ usual names
+
+
+def usual_names(
+    names: Iterable[str], *, kept: Collection[str] = (), classes: Collection[str] | None = None
+) -> dict[str, str | None]:
+    """Map emotions to their usual names (`USUAL_NAMES`), None for those that are left out.
+
+    Args:
+        names: emotions of several corpora.
+        kept: names that a person chose in a map: none of them is changed, and their group takes such a name.
+        classes: those of a model, where it is evaluated: only a name that is none of them and means one of them
+            changes, and becomes that one.
+    """
+    group_of = {spelling(name): usual for usual, others in USUAL_NAMES.items() for name in (usual, *others)}
+    chosen: dict[str, list[str]] = {}  # usual name -> what it is called here
+    for name in dict.fromkeys(kept if classes is None else classes):
+        if group := group_of.get(spelling(name)):
+            chosen.setdefault(group, []).append(name)
+    found: dict[str, str | None] = {}
+    for name in sorted(set(names).difference(kept, classes or ())):
+        group = group_of.get(spelling(name)) if name else None
+        if group is None or (classes is not None and spelling(name) in map(spelling, classes)):
+            continue
+        called = chosen.get(group, [])
+        if len(called) == 1 or classes is None:
+            new = called[0] if len(called) == 1 else group or None
+            found |= {name: new} if new != name else {}
+    return found
+
+
+def usual_line(changes: Mapping[str, str | None], counts: Mapping[str, int]) -> str:
+    """Say in a line what the table of usual names changed; ``counts`` are those of the labels before."""
+    new: dict[str | None, list[str]] = {}
+    for name, to in changes.items():
+        new.setdefault(to, []).append(f"{_plain(name)} ({counts[name]})")
+    parts = [
+        f"{summary(old, MAX_SHOWN)} {'left out' if to is None else f'is {_plain(to)}'}" for to, old in new.items()
+    ]
+    return f"usual names of emotions (--no-usual-names leaves them as they are): {'; '.join(parts)}"
+
+
 # ----------------------------------------------------------------------------------------------------- counts
+
+
+def corpus_lines(title: str, utterances: Iterable[Utterance]) -> list[str]:
+    """Count a set by corpus, as a table: corpora by classes, without a class, all, and speakers."""
+    cells: Counter[tuple[str, str]] = Counter((u.corpus, u.emotion or "") for u in utterances)
+    speakers = Counter(corpus for corpus, _ in {(u.corpus, u.speaker) for u in utterances if u.speaker})
+    corpora, classes = Counter[str](), Counter[str]()
+    for (corpus, emotion), count in cells.items():
+        corpora[corpus] += count
+        classes[emotion] += count
+    without = classes.pop("", 0)
+    shown = sorted(name for name, _ in classes.most_common(MAX_CLASSES))
+    known = list(corpora)[:MAX_SHOWN]
+    columns = [(_plain(name), {c: cells[c, name] for c in known}) for name in shown]
+    if len(classes) > len(shown):
+        columns += [("others", {c: corpora[c] - sum(cells[c, e] for e in (*shown, "")) for c in known})]
+    columns += [("no emotion", {c: cells[c, ""] for c in known})] if without else []
+    columns += [("utterances", corpora), ("speakers", speakers)]
+    rows = [[title, *(shorten(name, 20) for name, _ in columns)]]
+    rows += [[f"  {shorten(_plain(c), 40)}", *(str(counts[c]) for _, counts in columns)] for c in known]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return [*lines, *([f"  and {len(corpora) - MAX_SHOWN} more corpora"] if len(corpora) > MAX_SHOWN else [])]
 
 
 def _differing_classes(counts: Mapping[str, Counter[str]], emotions: Collection[str] | None) -> list[str]:
@@ -291,16 +373,23 @@ def _differing_classes(counts: Mapping[str, Counter[str]], emotions: Collection[
     return [line for title, here in others if here for line in _lacking(title, here, other, there, consequence)]
 
 
-def label_lines(sets: Mapping[str, Sequence[Utterance]], *, emotions: Collection[str] | None = None) -> list[str]:
+def label_lines(
+    sets: Mapping[str, Sequence[Utterance]],
+    *,
+    emotions: Collection[str] | None = None,
+    by_corpus: bool = False,
+) -> list[str]:
     """Say what a user should know of the labels before they are used: classes, counts, and what is odd.
 
     Args:
         sets: name -> utterances; the first one is what others are compared with.
         emotions: the classes of the model that is evaluated on them, none where it has no emotions; None: there is
             no model yet.
+        by_corpus: whether each set is counted by corpus too.
     """
     counts = {title: Counter(u.emotion for u in us if u.emotion is not None) for title, us in sets.items()}
     lines = [_set_line(title, utterances, counts[title]) for title, utterances in sets.items()]
+    lines += [line for title, us in sets.items() if by_corpus for line in corpus_lines(title, us)]
     lines += [f"  {line}" for line in _odd_names(sum(counts.values(), Counter[str]()))]
     lines += [f"warning: {line}" for line in _zeros(sets)]
     lines += _differing_classes(counts, emotions)

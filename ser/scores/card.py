@@ -21,11 +21,12 @@ from ser.data.selection import Selection
 from ser.errors import ConfigError, ModelFolderError, printable
 from ser.files import replace_file, write_json
 from ser.recognizer import Recognizer
-from ser.scores.report import Report, four_digits, interval_text, shares, title_of
+from ser.scores.report import CORPUS, Report, four_digits, interval_text, shares, title_of
 
 RECORD, CARD = "training.json", "README.md"
 EVALUATE, EARLIER_EVALUATE = "ser evaluate", "python examples/evaluate.py"  # commands that a card names
 MOST_RESAMPLES = 1_000_000  # more would be hours
+OF_ONE_CLASS = ("precision ", "recall ")  # figures that a card does not have of each corpus
 KEPT = ("utterances", "speakers", "judged", "figures", "resamples", "seed")  # of a report
 
 
@@ -82,7 +83,9 @@ def same_data(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None)
     def content(selection: Mapping[str, Any]) -> dict[str, Any]:
         names = Selection.from_dict(selection).to_dict()
         held_out = names["known_turns"] if names["part"] == KNOWN else 0
-        return {**names, "data": "", "root": None, "shares": [], "known_turns": held_out}
+        sources = [source | {"path": "", "root": None} for source in names.get("sources", [])]
+        same = {"data": "", "root": None, "shares": [], "known_turns": held_out, "sources": sources}
+        return {**names, **same, "usual_names": {}, "no_usual_names": False}
 
     return content(first) == content(second)
 
@@ -117,7 +120,13 @@ def evaluation_entry(
         chosen_on: whether these weights were chosen because of this very figure.
     """
     content = result.to_dict()
-    return {name: content[name] for name in KEPT} | {"selection": selection, "chosen_on": chosen_on}
+    prefix, corpora = f"{CORPUS}: ", {}
+    for name, part in content["parts"].items():
+        if name.startswith(prefix):
+            figures = {n: value for n, value in part["figures"].items() if not n.startswith(OF_ONE_CLASS)}
+            corpora[name.removeprefix(prefix)] = part | {"figures": figures}
+    entry = {name: content[name] for name in KEPT} | ({"corpora": corpora} if corpora else {})
+    return entry | {"selection": selection, "chosen_on": chosen_on}
 
 
 def with_evaluation(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,6 +195,18 @@ def training_paragraphs(record: Mapping[str, Any]) -> str:
     return "\n\n".join(paragraphs)
 
 
+def corpus_paragraphs(entry: Mapping[str, Any]) -> list[str]:
+    """Show the figures of each corpus, where an evaluation has several."""
+    if not entry.get("corpora"):
+        return []
+    rows = ["| corpus | utterances | accuracy (WA) | unweighted accuracy (UA) | macro F1 | word error rate |"]
+    rows.append("|---|---|---|---|---|---|")
+    for name, part in entry["corpora"].items():
+        figures = (part["figures"].get(key) for key in ("accuracy", "unweighted_accuracy", "macro_f1", "wer"))
+        rows.append(f"| {' | '.join([as_text(name), str(part['utterances']), *map(four_digits, figures)])} |")
+    return ["\n".join(rows)]
+
+
 def evaluation_paragraphs(entry: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """Show the figures of one evaluation, and what has to be known about them."""
     selection, utterances, judged = entry["selection"], entry["utterances"], entry["judged"]
@@ -200,6 +221,7 @@ def evaluation_paragraphs(entry: Mapping[str, Any], record: Mapping[str, Any]) -
         spans = (interval_text(figure[f"interval_{over}"]) for over in ("utterances", "speakers"))
         rows.append(f"| {' | '.join([as_text(title_of(name)), four_digits(figure['value']), *spans])} |")
     paragraphs.append("\n".join(rows))
+    paragraphs += corpus_paragraphs(entry)
     if 0 < judged["emotion"] < utterances:
         paragraphs.append(f"Emotions are judged on the {judged['emotion']} whose label the model knows.")
     if record["speakers_known"] and judged["speaker"] < utterances:
@@ -309,6 +331,9 @@ def flat_numbers(entry: Mapping[str, Any]) -> dict[str, float | None]:
     """Return every number of an evaluation by a name of its own."""
     numbers: dict[str, float | None] = {name: entry[name] for name in ("utterances", "speakers")}
     numbers |= {f"{name} judged": count for name, count in entry["judged"].items()}
+    for corpus, part in entry.get("corpora", {}).items():
+        numbers[f"{corpus}: utterances"] = part["utterances"]
+        numbers |= {f"{corpus}: {name}": value for name, value in part["figures"].items()}
     for name, figure in entry["figures"].items():
         numbers[name] = figure["value"]
         for over in ("utterances", "speakers"):
@@ -321,7 +346,7 @@ def differences(
     entry: Mapping[str, Any], result: Report, *, tolerance: float = 1e-6
 ) -> list[tuple[str, float | None, float | None, bool]]:
     """Return (number, on the card, computed now, equal) of an evaluation and a new report of the same data."""
-    then, now = flat_numbers(entry), flat_numbers(result.to_dict())
+    then, now = flat_numbers(entry), flat_numbers(evaluation_entry(result, None))
     rows = []
     for name in dict.fromkeys([*then, *now]):
         a, b = then.get(name), now.get(name)

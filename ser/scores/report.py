@@ -40,6 +40,7 @@ LENGTHS = (0.0, 2.0, 4.0, 8.0, math.inf)  # seconds: the parts by length
 # Columns of the predictions file by whose values figures are reported apart, if no others are named.
 SEEN_TEXT = "seen_text"  # whether training had the transcript
 PARTS = ("kind", SEEN_TEXT)
+CORPUS = "corpus"  # by which figures are reported too where several corpora meet
 
 # (least, most) of a column's numbers
 SHARE, COUNT, NUMBER = (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf)
@@ -379,6 +380,20 @@ class Outcomes:
         """Return some rows: where ``rows`` (N,) is True, or those of these numbers in their order."""
         text, numbers = ({name: c[rows] for name, c in columns.items()} for columns in (self.text, self.numbers))
         return Outcomes(self.emotions, text, numbers, self.parts)
+
+    def relabelled(self, names: Mapping[str, str | None]) -> Outcomes:
+        """Return the outcomes with other names of emotions, both of labels and of answers.
+
+        None takes a label away. An answer keeps its name then: it is still wrong where there is a label.
+        """
+        if not names:
+            return self
+        new = {old: old if name is None else name for old, name in names.items()}
+        labels = [names.get(name, name) or "" for name in self.text["emotion"]]
+        answers = [new.get(name, name) for name in self.text["predicted"]]
+        columns = {"emotion": np.array(labels, object), "predicted": np.array(answers, object)}
+        emotions = list(dict.fromkeys(new.get(name, name) for name in self.emotions))
+        return Outcomes(emotions, self.text | columns, self.numbers, self.parts)
 
     @classmethod
     def of(

@@ -75,6 +75,20 @@ class Evaluation:
             return {f"{head}_accuracy": counts.figures["accuracy"], f"{head}_utterances": counts.count}
         return {"emotion_utterances": counts.count, **counts.figures}
 
+    def corpus_metrics(self, emotions: Sequence[str]) -> dict[str, float]:
+        """Return the unweighted accuracy of each corpus, where the rows are of several."""
+        place, totals = {name: i for i, name in enumerate(emotions)}, dict[str, Any]()
+        for utterance, _, prediction in self.rows:
+            reference, predicted = place.get(utterance.emotion or ""), place.get(prediction.emotion or "")
+            if reference is not None and predicted is not None:
+                counts = totals.setdefault(utterance.corpus, np.zeros((3, len(place)), np.int64))
+                counts[0, reference] += reference == predicted
+                counts[1, reference] += 1
+                counts[2, predicted] += 1
+        figures = {corpus: ClassificationCounts(counts).figures for corpus, counts in totals.items()}
+        several = figures if len(figures) > 1 else {}
+        return {f"unweighted_accuracy {name}": one["unweighted_accuracy"] for name, one in several.items()}
+
     def concordance_metrics(self) -> dict[str, float]:
         """Return the concordance of each number, and "ccc", the mean of the dimensions where it is defined."""
         figures = {}

@@ -23,7 +23,7 @@ from ser.device import choose_device, freed_memory_kept, memory_gib
 from ser.errors import RunFolderError, printable
 from ser.recognizer import Recognizer
 from ser.scores.card import RECORD, evaluation_entry, training_record, with_evaluation, write_card
-from ser.scores.report import Outcomes, as_row, report
+from ser.scores.report import CORPUS, PARTS, Outcomes, as_row, report
 from ser.train.bad_audio import errors_of
 from ser.train.checkpoint import Progress
 from ser.train.config import ERROR_METRICS, TrainConfig, parse_interval
@@ -70,6 +70,11 @@ def fetch_updates(
 # ---------------------------------------------------------------------------------------------- what is saved
 
 
+def corpora_meet(job: Job) -> bool:
+    """Tell whether the validation data are of several corpora, so that figures are given of each."""
+    return bool((job.opened.run.settings.get("valid") or {}).get("sources"))
+
+
 def save_model(job: Job, progress: Progress, name: str, evaluation: Evaluation | None) -> None:
     """Begin to save best/ or last/, with its card."""
     if not job.world.is_main:
@@ -78,9 +83,10 @@ def save_model(job: Job, progress: Progress, name: str, evaluation: Evaluation |
     record = training_record(recognizer, train.utterances, train.lengths, run.settings)
     record |= {"step": progress.step, "epoch": progress.epoch, "weights": name}
     if evaluation is not None:
-        rows = [as_row(recognizer, *row) for row in evaluation.rows]
-        figures = report(Outcomes.of(recognizer.emotions, rows))
-        entry = evaluation_entry(figures, run.settings.get("valid"), chosen_on=name == "best")
+        rows, valid = [as_row(recognizer, *row) for row in evaluation.rows], run.settings.get("valid")
+        parts = (*PARTS, CORPUS) if corpora_meet(job) else PARTS
+        figures = report(Outcomes.of(recognizer.emotions, rows, parts))
+        entry = evaluation_entry(figures, valid, chosen_on=name == "best")
         record = with_evaluation(record, entry)
     write = partial(write_card, record=record)
     job.saver.model(run.folder / name, recognizer, step=progress.step, also=write)
@@ -168,7 +174,9 @@ def evaluate_and_keep_best(job: Job, progress: Progress, log: Log, stop: StopReq
         epoch = progress.epoch - (
             progress.update == 0
         )  # after the last update of an epoch, progress has the next one
-        log.write("valid", evaluation.metrics() | {"best": progress.best}, progress, epoch=epoch)
+        metrics = evaluation.metrics() | {"best": progress.best}
+        metrics |= evaluation.corpus_metrics(job.recognizer.emotions) if corpora_meet(job) else {}
+        log.write("valid", metrics, progress, epoch=epoch)
         if log.verbose:
             show_rows(job.world, evaluation)
         if progress.evaluations_since_best == 0:
