@@ -44,7 +44,7 @@ from ser.data.selection import Selection, add_reading_arguments, selected_data, 
 from ser.data.text import did_you_mean
 from ser.data.workers import WORKER_SECONDS
 from ser.device import choose_device, cpu_threads, freed_memory_kept
-from ser.errors import AudioError, ConfigError, FileError, indented, summary
+from ser.errors import AudioError, ConfigError, FileError, indented, printable, summary
 from ser.files import write_json
 from ser.folder import is_preset
 from ser.models.pretrained import find_folder
@@ -203,6 +203,7 @@ def vectors_of_corpora(
                 kept = vectors, torch.tensor([i not in errors for i in range(len(own))])
                 if path:
                     probe.keep(path, *kept)
+                tqdm.write(printable(f"{name}: {len(own)} vectors of {vectors.shape[1]} numbers"), file=sys.stderr)
             else:
                 bar.update(len(own))
             parts[name] = kept

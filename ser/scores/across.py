@@ -221,6 +221,7 @@ class Result:
         unread: utterances of the test that could not be read.
         heard_by_head: speakers of the test who are in the training of this cell.
         heard_by_model: those whom the model itself heard before; None: not known.
+        lacking: pieces whose training lacks a class, since those who show it are tested.
         penalties: those of the linear heads.
     """
 
@@ -232,6 +233,7 @@ class Result:
     unread: int = 0
     heard_by_head: int = 0
     heard_by_model: int | None = None
+    lacking: int = 0
     penalties: tuple[float, ...] = ()
 
     @property
@@ -258,6 +260,7 @@ class Result:
             | {"interval_speakers": self.interval and [*self.interval]}
             | {"utterances": self.utterances, "speakers": self.speakers, "unread": self.unread}
             | {"trained_on": max(len(piece.train) for piece in cell.pieces), "folds": len(cell.pieces)}
+            | {"folds_lacking_a_class": self.lacking}
             | {"left_out": dict(cell.left_out), "penalties": [*self.penalties]}
             | {"speakers_heard_by_head": self.heard_by_head, "speakers_heard_by_model": self.heard_by_model}
         )
@@ -306,7 +309,9 @@ def score(
         low, high = intervals(figures, speakers, resamples=resamples)["unweighted_accuracy"]
         interval = (low, high)
     repeated: set[str | None] = set()
+    lacking = 0
     for piece in cell.pieces:
+        lacking += {utterances[i].emotion for i in piece.train} != {*cell.classes}
         repeated |= {utterances[i].speaker for i in piece.train} & {utterances[i].speaker for i in piece.test}
     by_model = len(heard.speakers(tested))
     return Result(
@@ -318,6 +323,7 @@ def score(
         len(everything) - len(tested),
         len(repeated - {None}),
         None if heard.unknown and not by_model else by_model,
+        lacking,
         tuple(penalties),
     )
 
@@ -394,6 +400,12 @@ def notes(results: Sequence[Result], unknown: str = "") -> list[str]:
     lines += [f"what the model heard is unknown: {printable(unknown)}"] if unknown else []
     if unread := max((r.unread for r in with_figures), default=0):
         lines.append(f"up to {unread} utterances of a cell could not be read and are in no figure")
+    for r in with_figures:
+        if r.lacking:
+            folds = f"{r.lacking} of {len(r.cell.pieces)} folds"
+            lines.append(
+                printable(f"{r.cell.row} > {r.cell.test}: the training of {folds} lacks a class of the test")
+            )
     why = {f"{r.cell.row} > {r.cell.test}: {r.cell.why_empty}": r for r in results if r.cell.why_empty}
     return [*lines, *(printable(f"no figure for {line}") for line in why)]
 
@@ -408,7 +420,7 @@ def to_dict(results: Sequence[Result], about: Mapping[str, Any]) -> dict[str, An
 def write_csv(path: Path, results: Sequence[Result]) -> None:
     """Write a line for each cell."""
     names = ["row", "test", "classes", "chance", *FIGURES, "low", "high", "utterances", "speakers", "unread"]
-    names += ["trained_on", "folds", "left_out_train", "left_out_test"]
+    names += ["trained_on", "folds", "folds_lacking_a_class", "left_out_train", "left_out_test"]
     names += ["speakers_heard_by_head", "speakers_heard_by_model", "why_empty"]
     with replace_file(path) as file:
         file.write(csv_line(names))

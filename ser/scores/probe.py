@@ -7,8 +7,8 @@
 
 The vector of an utterance is the mean and the standard deviation over its valid frames, by default averaged over
 the layers. It does not depend on batch composition. The head is ridge regression on a column for each class, +1
-for the class and -1 for others, with every class weighted alike. It has a closed form: it is the same each time. Its
-penalty is the one of `PENALTIES` that recognises held-out speakers of the training data best.
+for the class and -1 for others, with every class weighted alike. It has a closed form: it is the same each time.
+Its penalty is the one of `PENALTIES` that recognises held-out speakers of the training data best.
 """
 
 from __future__ import annotations
