@@ -251,6 +251,11 @@ def read_data(arguments: Namespace, record: dict | None, emotions: list[str], te
         chosen, sets_read = {"data": data.selection}, {"data": data.utterances}
         chosen, sets_read = with_usual_names(chosen, sets_read, tell, classes=emotions)
         data = replace(data, selection=chosen["data"], utterances=sets_read["data"])
+    if data.selection.sources and data.training:
+        here, there = ({u.corpus for u in rows} for rows in (data.utterances, data.training))
+        if new := sorted(here - there):
+            has = f"training has {summary(sorted(there))}"
+            tell(f"corpora that training does not name, whose speakers count as others: {summary(new)}; {has}")
     check_parts(arguments.parts, data.utterances)
     speakers = {u.speaker for u in data.training or () if u.speaker is not None}
     sets = {data.selection.part or "data": data.utterances}

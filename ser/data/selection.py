@@ -17,7 +17,7 @@ from typing import Any
 
 from ser.data import protocols, several
 from ser.data.corpora import divided_manifest
-from ser.data.manifest import Utterance, check_regular, map_for, parse_columns, read_manifest
+from ser.data.manifest import Utterance, check_regular, collector_paused, map_for, parse_columns, read_manifest
 from ser.data.several import NamedManifest
 from ser.data.spellings import (
     check_map,
@@ -34,12 +34,13 @@ from ser.files import StrPath, digest
 Sets = dict[str, list[Utterance]]  # of utterances, by their names for people
 
 
-def renamed(utterances: list[Utterance], names: Mapping[str, str | None]) -> list[Utterance]:
-    """Return the utterances with other names of emotions; None for no emotion."""
-    if not names:
-        return utterances
-    labelled = ((u, u.emotion) for u in utterances)
-    return [u.relabelled(emotion=names[e]) if e is not None and e in names else u for u, e in labelled]
+@collector_paused()
+def rename(utterances: list[Utterance], names: Mapping[str, str | None]) -> list[Utterance]:
+    """Give emotions other names, None for no emotion, in the list itself: two lists of a million are large."""
+    for place, u in enumerate(utterances if names else ()):
+        if (emotion := u.emotion) is not None and emotion in names:
+            utterances[place] = u.relabelled(emotion=names[emotion])
+    return utterances
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Selection:
             )
         else:
             read = self._read_alone(check_files=check_files, tell=tell)
-        return renamed(read, self.usual_names)
+        return rename(read, self.usual_names)
 
     def _read_alone(self, *, check_files: bool, tell: Tell | None) -> list[Utterance]:
         """Read a manifest by itself."""
@@ -194,8 +195,11 @@ class Selection:
         """
         for line in label_lines(sets, emotions=emotions, by_corpus=bool(self.sources)):
             tell(line)
+        if self.sources:
+            several.check_corpora({u.corpus for utterances in sets.values() for u in utterances})
         used = ["speaker"] if emotions == [] else ["emotion", "speaker"]
-        check_spellings(sets, emotions=emotions or (), speakers=speakers, label_map=self.label_map, columns=used)
+        maps = self.all_maps()
+        check_spellings(sets, emotions=emotions or (), speakers=speakers, label_map=maps, columns=used)
 
     def moved(self, data: StrPath | None, root: str | None) -> Selection:
         """Return the same utterances, where their manifest and their recordings are now; None: where they were.
@@ -223,11 +227,22 @@ class Selection:
         sha256 = self.sha256 and several.combined_sha256([one])
         return replace(self, sources=[one], sha256=sha256, label_map={})
 
+    def all_maps(self) -> dict[str, Any]:
+        """Return all maps as one, in which speakers of a manifest's own map are corpus/name."""
+        emotions, speakers = dict[str, str | None](), dict[str, str | None]()
+        for source in self.sources:
+            emotions |= map_for(source.map, "emotion")
+            for pair in map_for(source.map, "speaker").items():
+                old, new = (name and f"{source.name}/{name}" for name in pair)
+                speakers |= {str(old): new}
+        emotions |= map_for(self.label_map, "emotion")
+        return {**emotions, "speaker": speakers | map_for(self.label_map, "speaker")}
+
     @property
     def chosen_names(self) -> set[str]:
         """Return the emotions that a map of a person names, old and new."""
-        maps = [map_for(one, "emotion") for one in (self.label_map, *(source.map for source in self.sources))]
-        return {name for one in maps for pair in one.items() for name in pair if name is not None}
+        pairs = map_for(self.all_maps(), "emotion").items()
+        return {name for pair in pairs for name in pair if name is not None}
 
     def __str__(self) -> str:
         """Name the selection for people."""
@@ -400,4 +415,4 @@ def with_usual_names(
         return dict(chosen), sets
     tell(usual_line(changes, counts))
     recorded = {name: replace(one, usual_names=one.usual_names | changes) for name, one in chosen.items()}
-    return recorded, {name: renamed(utterances, changes) for name, utterances in sets.items()}
+    return recorded, {name: rename(utterances, changes) for name, utterances in sets.items()}

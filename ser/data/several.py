@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,14 @@ from ser.data.manifest import (
     Utterance,
     check_distinct,
     check_regular,
+    collector_paused,
     map_for,
     read_unnamed,
     unknown_in_map,
+    why_no_corpus,
     with_names,
 )
-from ser.data.spellings import check_map, is_name, spelling
+from ser.data.spellings import check_map, spelling
 from ser.data.text import did_you_mean, nfc
 from ser.errors import ConfigError, ManifestError, Tell, brief_repr, shorten
 from ser.files import StrPath, digest
@@ -106,11 +108,13 @@ def default_name(path: StrPath) -> str:
     return nfc(next(filter(None, names), ""))
 
 
-def why_no_corpus(name: str) -> str:
-    """Say why a name cannot be that of a corpus; "" where it can."""
-    if not is_name(name) or not name.isprintable():
-        return "is no name"
-    return "holds a /, which divides corpus and name" if "/" in name else ""
+def check_corpora(names: Iterable[str]) -> None:
+    """Refuse names of corpora that differ in spelling alone. Raises ConfigError."""
+    spelt: dict[str, str] = {}
+    for name in sorted(names):
+        if (other := spelt.setdefault(spelling(name), name)) != name:
+            both = f"{brief_repr(other)} and {brief_repr(name)}"
+            raise ConfigError(f"the corpora {both} differ in spelling alone; name them in a JSON list")
 
 
 def check_sources(sets: Mapping[str, Sequence[NamedManifest]]) -> None:
@@ -133,11 +137,7 @@ def check_sources(sets: Mapping[str, Sequence[NamedManifest]]) -> None:
                 if os.path.realpath(other.path) == os.path.realpath(source.path):
                     raise ConfigError(f"{title}: {source.path} is given twice")
                 raise ConfigError(f"{title}: {both} are both called {brief_repr(source.name)}; {advice}")
-    spelt: dict[str, str] = {}
-    for name in (source.name for sources in sets.values() for source in sources):
-        if (other_name := spelt.setdefault(spelling(name), name)) != name:
-            both = f"{brief_repr(other_name)} and {brief_repr(name)}"
-            raise ConfigError(f"the corpora {both} differ in spelling alone; {advice}")
+    check_corpora({source.name for sources in sets.values() for source in sources})
 
 
 # ------------------------------------------------------------------------------------------------------ lists
@@ -230,6 +230,7 @@ def _set_apart(utterances: list[Utterance]) -> None:
                     cells[column] = shared.setdefault((corpus, name), f"{corpus}/{name}")
 
 
+@collector_paused()
 def read_sources(
     sources: Sequence[NamedManifest],
     *,

@@ -75,6 +75,11 @@ def training_record(
     }
 
 
+def sources_anywhere(selection: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the manifests of several corpora, wherever they lie; none where a manifest is read alone."""
+    return [dict(source) | {"path": "", "root": None} for source in selection.get("sources", [])]
+
+
 def same_data(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
     """Tell whether two selections (`Selection.to_dict`) are of the same utterances, wherever the files are."""
     if not first or not second or not first.get("sha256"):
@@ -83,7 +88,7 @@ def same_data(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None)
     def content(selection: Mapping[str, Any]) -> dict[str, Any]:
         names = Selection.from_dict(selection).to_dict()
         held_out = names["known_turns"] if names["part"] == KNOWN else 0
-        sources = [source | {"path": "", "root": None} for source in names.get("sources", [])]
+        sources = sources_anywhere(selection)
         same = {"data": "", "root": None, "shares": [], "known_turns": held_out, "sources": sources}
         return {**names, **same, "usual_names": {}, "no_usual_names": False}
 
@@ -106,7 +111,10 @@ def expected_choice(record: Mapping[str, Any], selection: Mapping[str, Any] | No
     if not best or not valid:
         return False
     chosen_on = [valid, *([dict(valid) | {"part": "test"}] if settings.get("valid_is_test") else [])]
-    return any(same_data(selection, one) for one in chosen_on)
+    # Some of the corpora that chose the weights chose them too.
+    some = sources_anywhere(selection or {}) if not (selection or {}).get("protocol") else []
+    within = bool(some) and all(one in sources_anywhere(valid) for one in some)
+    return within or any(same_data(selection, one) for one in chosen_on)
 
 
 def evaluation_entry(
@@ -138,7 +146,11 @@ def with_evaluation(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict
     others = [e for e in record["evaluations"] if not same_data(e["selection"], entry["selection"])]
     part = (entry["selection"] or {}).get("part")
     watched = part == "test" and record["settings"].get("valid_is_test") and any(e["chosen_on"] for e in others)
-    chosen_on = entry["chosen_on"] or watched or any(e["chosen_on"] for e in same)
+    best = record.get("weights") == "best"
+    some = bool((entry["selection"] or {}).get("sources")) and expected_choice(
+        record, entry["selection"], best=best
+    )
+    chosen_on = entry["chosen_on"] or watched or some or any(e["chosen_on"] for e in same)
     return dict(record) | {"evaluations": [*others, dict(entry) | {"chosen_on": bool(chosen_on)}]}
 
 
