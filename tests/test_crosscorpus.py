@@ -166,11 +166,10 @@ def test_a_number_that_does_not_vary_and_a_class_that_is_missing_do_no_harm():
 
 
 def test_speakers_are_dealt_whole_into_parts_of_like_size():
-    names = ["a"] * 50 + ["b"] * 20 + ["c"] * 20 + ["d"] * 9 + ["e"]
+    names = ["e"] * 50 + ["d"] * 20 + ["c"] * 20 + ["b"] * 9 + ["a"]
     parts = deal(names, 3)
-    assert {name: {int(p) for n, p in zip(names, parts, strict=True) if n == name} for name in "abcde"} == {
-        "a": {0}, "b": {1}, "c": {2}, "d": {1}, "e": {2},
-    }  # fmt: skip
+    of = {name: {int(p) for n, p in zip(names, parts, strict=True) if n == name} for name in "abcde"}
+    assert of == {"e": {0}, "c": {1}, "d": {2}, "b": {1}, "a": {2}}, "the largest first, each to the smallest part"
     assert set(deal(["a", "b"], 5)) == {0, 1}
     shuffled = np.random.default_rng(0).permutation(len(names))
     assert np.array_equal(deal([names[i] for i in shuffled], 3), parts[shuffled])
@@ -215,6 +214,17 @@ def test_only_classes_in_common_are_compared_and_the_others_are_counted():
         assert cells[pair].pieces == () and cells[pair].why_empty == "has 1 class in common"
     assert cells[OTHERS, "z"].classes == ("c", "e"), "of what any other corpus has"
     assert cells["y", "y"].classes == ("a", "b", "e")
+
+
+def test_the_table_says_where_chance_is_another():
+    utterances = rows("x", "abcabc", "112233") + rows("y", "abab", "1122")
+    answers = {i: str(u.emotion) for i, u in enumerate(utterances)}
+    results = [score(utterances, c, answers, Heard(), resamples=20) for c in plan(utterances, folds=2)]
+    assert across.chance_text(results) == "0.33 (0.50 of 2 classes)"
+    lines = across.table_lines(results)
+    assert lines[0].split() == ["train", "\\", "test", "x", "y"]
+    assert lines[2].split() == ["1.00-1.00", "1.00-1.00", "of", "2"] and "*" in lines[1]
+    assert across.chance_text([]) == "-" and across.notes([]) == ["chance: -"]
 
 
 def test_the_test_part_of_a_corpus_is_tested_in_every_cell_and_trained_on_in_none():
@@ -413,7 +423,7 @@ def test_the_command_fills_a_matrix_and_marks_what_the_model_heard(corpora, tmp_
     assert {c["speakers_heard_by_head"] for c in cells.values()} == {0}
     assert f"{cells['two', 'one']['unweighted_accuracy']:.3f}m" in told
     assert f"{cells['one', 'one']['unweighted_accuracy']:.3f}*m" in told
-    assert "chance is 1 / classes: 0.25 of 4" in told and "2 of 5" in told
+    assert "chance: 0.25\n" in told and "2 of 5" in told
     table = list(csv.DictReader((tmp_path / "crosscorpus.csv").open()))
     assert [(row["row"], row["test"]) for row in table] == list(cells)
     assert float(table[1]["low"]) == cells["one", "two"]["interval_speakers"][0]
@@ -493,6 +503,20 @@ def test_a_list_of_manifests_a_map_and_classes_choose_what_is_compared(corpora, 
     cells = json.loads((tmp_path / "crosscorpus.json").read_text())["cells"]
     assert cells[0]["classes"] == ["happy", "neutral", "sad"]
     assert [cell["speakers_heard_by_head"] for cell in cells] == [0, 1, 1, 0]
+
+
+def test_corpora_whose_rows_are_mixed_in_one_manifest_have_the_same_figures(corpora, tmp_path):
+    tables = [list(csv.reader(path.read_text().splitlines())) for path in manifests(corpora)]
+    pairs = zip(*([[path.parent.name, str(path.parent / r[0]), *r[1:]] for r in table[1:]] for path, table in zip(
+        manifests(corpora), tables, strict=True)), strict=True)  # fmt: skip
+    with (tmp_path / "mixed.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["corpus", *tables[0][0]], *(row for pair in pairs for row in pair)])
+    (tmp_path / "list.json").write_text(json.dumps([{"path": "mixed.csv"}]))
+    found = []
+    for out, given in (("two", manifests(corpora)), ("mixed", [tmp_path / "list.json"])):
+        call("--model", corpora / "silent", "--corpora", *given, "--out", tmp_path / out, "--no-pictures")
+        found.append(json.loads((tmp_path / out / "crosscorpus.json").read_text())["unweighted_accuracy"])
+    assert found[0] == found[1] and list(found[0]) == ["one", "two"]
 
 
 def test_a_preset_has_the_same_random_weights_each_time_and_has_heard_nobody(corpora, tmp_path):
@@ -651,7 +675,7 @@ def test_whole_trainings_fill_the_same_table_and_none_is_done_twice(corpora, tmp
 
 
 def test_cells_share_trainings_whose_names_stay_when_a_corpus_is_added():
-    two = rows("x", "abab", "1122", "rvrt") + rows("y", "abca", "1122")
+    two = rows("x", "ababab", "112233", "rvrvtt") + rows("y", "abca", "1122")
     three = two + rows("z", "abc/"[:3], "123")
     names = []
     for utterances in (two, three):

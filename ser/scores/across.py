@@ -343,13 +343,20 @@ def most_classes(results: Sequence[Result]) -> int:
     return max((len(result.cell.classes) for result in results if result.figures), default=0)
 
 
+def chance_text(results: Sequence[Result]) -> str:
+    """Say what guessing has: 0.25, or (0.33 where of 3 classes) too."""
+    counts = sorted({len(result.cell.classes) for result in results if result.figures}, reverse=True)
+    fewer = [f"{1 / count:.2f} of {count}" for count in counts[1:]]
+    return f"{1 / counts[0]:.2f}" + (f" ({', '.join(fewer)} classes)" if fewer else "") if counts else "-"
+
+
 def cell_texts(result: Result | None, most: int) -> tuple[str, str]:
     """Write a cell of the table: the figure with its marks, and the interval."""
     if result is None or result.ua is None:
         return "-", ""
     count = len(result.cell.classes)
     fewer = "" if count == most else f" of {count}"
-    low_high = "" if result.interval is None else "{:.2f} to {:.2f}".format(*result.interval)
+    low_high = "" if result.interval is None else "{:.2f}-{:.2f}".format(*result.interval)
     return f"{result.ua:.3f}{result.marks}", f"{low_high}{fewer}"
 
 
@@ -383,8 +390,8 @@ def table_lines(results: Sequence[Result], unknown: str = "") -> list[str]:
 
 def notes(results: Sequence[Result], unknown: str = "") -> list[str]:
     """Say what has to be known about the figures: chance, classes, marks, and what is left out."""
-    with_figures, most = [r for r in results if r.figures], most_classes(results)
-    lines = [f"chance is 1 / classes: {1 / most:.2f} of {most}" if most else "no cell has a figure"]
+    with_figures = [r for r in results if r.figures]
+    lines = [f"chance: {chance_text(results)}"]
     sets: dict[tuple[str, ...], list[str]] = {}
     for result in with_figures:
         sets.setdefault(result.cell.classes, []).append(f"{result.cell.row} > {result.cell.test}")

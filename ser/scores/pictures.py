@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ser.errors import ConfigError, Tell, pip_line, printable
-from ser.scores.across import OTHERS, Result, cell_texts, grid, most_classes
+from ser.scores.across import OTHERS, Result, cell_texts, chance_text, grid, most_classes
 from ser.scores.report import Part, Report
 
 LONGEST_LABEL = 30  # characters of a label in a picture
@@ -180,7 +180,7 @@ def draw_corpora(results: Sequence[Result], path: Path) -> dict[str, str]:
         if OTHERS in rows:
             axes.axhline(rows.index(OTHERS) - 0.5, color="black", linewidth=1)
         axes.set(xlabel="tested", ylabel="trained on")
-        axes.set_title(f"UA, and 95 % over speakers; chance {1 / max(most, 1):.2f}", fontsize=10)
+        axes.set_title(f"UA, and 95 % over speakers; chance {chance_text(results)}", fontsize=10)
         _save(figure, path)
     return {drawn: name for name, drawn in label.items() if drawn.startswith("#") and drawn != name}
 
