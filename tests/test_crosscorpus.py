@@ -19,7 +19,7 @@ from ser.data.selection import Selection
 from ser.errors import AudioError, ConfigError, ManifestError, ModelFolderError
 from ser.models.heads import mix_layers
 from ser.scores import across, probe
-from ser.scores.across import OTHERS, Heard, heard_by, plan, score
+from ser.scores.across import OTHERS, Heard, heard_by, plan_cells, score
 from ser.scores.card import training_record, write_card
 from ser.scores.probe import deal, held_out_figures, learn, ridge
 
@@ -180,7 +180,7 @@ def test_speakers_are_dealt_whole_into_parts_of_like_size():
 
 def test_no_speaker_of_a_test_is_in_its_training_and_all_others_are_all_others():
     utterances = rows("x", "abcabcabc", "111222345") + rows("y", "abab", "1122") + rows("z", "abcab", "11223")
-    cells = plan(utterances, folds=3)
+    cells = plan_cells(utterances, folds=3)
     assert [(c.row, c.test) for c in cells] == [(r, t) for r in ("x", "y", "z", OTHERS) for t in "xyz"]
     for cell in cells:
         for piece in cell.pieces:
@@ -206,7 +206,7 @@ def test_no_speaker_of_a_test_is_in_its_training_and_all_others_are_all_others()
 
 def test_only_classes_in_common_are_compared_and_the_others_are_counted():
     utterances = rows("x", "aabbccd", "1212121") + rows("y", "abee", "1212") + rows("z", "ccce", "1212")
-    cells = {(c.row, c.test): c for c in plan(utterances, folds=2)}
+    cells = {(c.row, c.test): c for c in plan_cells(utterances, folds=2)}
     xy = cells["x", "y"]
     assert xy.classes == ("a", "b") and xy.left_out == {"train": 3, "test": 2}
     assert {utterances[i].emotion for i in xy.pieces[0].train} == {"a", "b"}
@@ -219,7 +219,7 @@ def test_only_classes_in_common_are_compared_and_the_others_are_counted():
 def test_the_table_says_where_chance_is_another():
     utterances = rows("x", "abcabc", "112233") + rows("y", "abab", "1122")
     answers = {i: str(u.emotion) for i, u in enumerate(utterances)}
-    results = [score(utterances, c, answers, Heard(), resamples=20) for c in plan(utterances, folds=2)]
+    results = [score(utterances, c, answers, Heard(), resamples=20) for c in plan_cells(utterances, folds=2)]
     assert across.chance_text(results) == "0.33 (0.50 of 2 classes)"
     lines = across.table_lines(results)
     assert lines[0].split() == ["train", "\\", "test", "x", "y"]
@@ -229,27 +229,30 @@ def test_the_table_says_where_chance_is_another():
 
 def test_the_test_part_of_a_corpus_is_tested_in_every_cell_and_trained_on_in_none():
     utterances = rows("x", "ababab", "112233", "rrrvtt") + rows("y", "abab", "1122") + rows("z", "abab", "1122")
-    for cell in plan(utterances, folds=2):
+    for cell in plan_cells(utterances, folds=2):
         for piece in cell.pieces:
             assert {4, 5}.isdisjoint(piece.train)
             assert cell.test != "x" or piece.test == (4, 5)
-    within = next(c for c in plan(utterances, folds=0) if c.row == c.test == "x")
+    within = next(c for c in plan_cells(utterances, folds=0) if c.row == c.test == "x")
     assert within.pieces[0].train == (0, 1, 2, 3), "validation too"
     everywhere = [u.relabelled() for u in utterances]
     for u in everywhere[:6]:
         u.extra["part"] = "test"
-    assert next(c for c in plan(everywhere, folds=2) if c.row == c.test == "x").left_out == {"train": 0, "test": 0}
+    assert next(c for c in plan_cells(everywhere, folds=2) if c.row == c.test == "x").left_out == {
+        "train": 0,
+        "test": 0,
+    }
 
 
 def test_a_corpus_without_speakers_is_not_tested_within_itself():
     utterances = rows("x", "abab", "    ") + rows("y", "abab", "1122") + rows("z", "ababab", "1111  ")
-    cells = {(c.row, c.test): c for c in plan(utterances, folds=2)}
+    cells = {(c.row, c.test): c for c in plan_cells(utterances, folds=2)}
     assert cells["x", "x"].why_empty == "its speakers are not known"
     assert cells["z", "z"].why_empty == "has one speaker"
     assert cells["y", "x"].pieces and cells["x", "y"].pieces
-    assert {c.why_empty for c in plan(utterances, folds=0) if c.within} == {"is not asked for"}
+    assert {c.why_empty for c in plan_cells(utterances, folds=0) if c.within} == {"is not asked for"}
     two = rows("x", "ababab", "1122  ") + rows("y", "abab", "1122")
-    cell = plan(two, folds=2)[0]
+    cell = plan_cells(two, folds=2)[0]
     assert cell.left_out == {"train": 2, "test": 2}, "those without a speaker might be anybody"
     assert {i for piece in cell.pieces for i in piece.train} == {0, 1, 2, 3}
 
@@ -259,7 +262,7 @@ def test_a_corpus_without_speakers_is_not_tested_within_itself():
 
 def cell_and_answers(speakers: str, wrong: set[int]):
     utterances = rows("x", "abab", "1122") + rows("y", "ab" * (len(speakers) // 2), speakers)
-    cell = next(c for c in plan(utterances, folds=2) if (c.row, c.test) == ("x", "y"))
+    cell = next(c for c in plan_cells(utterances, folds=2) if (c.row, c.test) == ("x", "y"))
     other = {"a": "b", "b": "a"}
     predicted = {
         i: other[str(u.emotion)] if i - 4 in wrong else str(u.emotion) for i, u in enumerate(utterances) if i > 3
@@ -302,7 +305,7 @@ def test_without_speakers_to_draw_there_is_no_interval(speakers):
 
 def test_a_fold_whose_training_lacks_a_class_is_told():
     utterances = rows("x", "aabbc", "12123") + rows("y", "abc", "111")
-    cell = plan(utterances, folds=3)[0]
+    cell = plan_cells(utterances, folds=3)[0]
     result = score(utterances, cell, dict.fromkeys(range(5), "a"), Heard(), resamples=50)
     assert result.to_dict()["folds_lacking_a_class"] == 1
     assert "x > x: the training of 1 of 3 folds lacks a class of the test" in across.notes([result])
@@ -322,12 +325,12 @@ def test_what_could_not_be_read_is_counted_and_in_no_figure():
 
 def test_speakers_in_training_and_test_of_a_cell_mark_it():
     utterances = rows("x", "abab", "1122") + [u.relabelled(speaker="x/1") for u in rows("y", "ab", "11")]
-    cell = next(c for c in plan(utterances, folds=2) if (c.row, c.test) == ("x", "y"))
+    cell = next(c for c in plan_cells(utterances, folds=2) if (c.row, c.test) == ("x", "y"))
     result = score(utterances, cell, {4: "a", 5: "b"}, Heard(), resamples=50)
     assert result.heard_by_head == 1 and result.marks == "t"
     assert any(line.startswith("t  ") for line in across.notes([result]))
     parted = rows("x", "ababab", "112222", "rrrrtt") + rows("y", "ab", "11")
-    within = plan(parted, folds=2)[0]
+    within = plan_cells(parted, folds=2)[0]
     assert score(parted, within, {4: "a", 5: "b"}, Heard(), resamples=50).marks == "*t", "its own part shares one"
 
 
@@ -532,7 +535,7 @@ def test_the_heads_of_cells_with_the_same_training_set_are_one(corpora):
     utterances = rows("x", "abab", "1122") + rows("y", "abab", "1122") + rows("z", "abab", "1122")
     vectors = torch.from_numpy(np.random.default_rng(0).normal(size=(12, 3)))
     heads = LinearHeads(utterances, vectors, torch.ones(12, dtype=torch.bool))
-    for cell in plan(utterances, folds=2):
+    for cell in plan_cells(utterances, folds=2):
         heads.predicted(cell)
     assert len(heads.heads) == 3 + 3 * 2 + 3
 
@@ -679,7 +682,7 @@ def test_cells_share_trainings_whose_names_stay_when_a_corpus_is_added():
     three = two + rows("z", "abc/"[:3], "123")
     names = []
     for utterances in (two, three):
-        trainings, places = all_trainings(utterances, cells := plan(utterances, folds=2))
+        trainings, places = all_trainings(utterances, cells := plan_cells(utterances, folds=2))
         assert [len(place) for place in places] == [len(cell.pieces) for cell in cells]
         for cell, place in zip(cells, places, strict=True):
             for name, piece in zip(place, cell.pieces, strict=True):

@@ -108,7 +108,7 @@ def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
     return arguments
 
 
-def refuse_contradictions(arguments: Namespace) -> None:
+def check_arguments(arguments: Namespace) -> None:
     """Raise ConfigError for arguments that are missing, contradict each other or are out of range."""
     options = arguments.training_options
     if options and not arguments.train:
@@ -394,12 +394,12 @@ def write_results(arguments: Namespace, results: list[Result], data: Selection, 
 
 def run(arguments: Namespace) -> int:
     """Fill the matrix, show and write it."""
-    refuse_contradictions(arguments)
+    check_arguments(arguments)
     if arguments.out is not None and not arguments.no_pictures:
         needs_matplotlib()
     try:
         utterances, data = read_corpora(arguments)
-        cells = across.plan(utterances, folds=arguments.folds)
+        cells = across.plan_cells(utterances, folds=arguments.folds)
         if not any(cell.pieces for cell in cells):
             raise ConfigError("no two corpora have two classes in common; --map renames labels")
         heard = across.heard_by(arguments.model if is_preset(arguments.model) else find_folder(arguments.model))

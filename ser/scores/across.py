@@ -1,6 +1,6 @@
 """Compare corpora with each other: what is trained on, what is tested, and what comes out.
 
-    cells = plan(utterances, folds=5)            # of several corpora, see `ser.data.several`
+    cells = plan_cells(utterances, folds=5)            # of several corpora, see `ser.data.several`
     results = [score(utterances, cell, predicted_of(cell), heard, resamples=1000) for cell in cells]
     print(table(results))
 
@@ -127,7 +127,7 @@ def cell_of(
     return Cell(row, tuple(learnt), name, classes, tuple(pieces), left_out, why)
 
 
-def plan(utterances: Sequence[Utterance], *, folds: int) -> list[Cell]:
+def plan_cells(utterances: Sequence[Utterance], *, folds: int) -> list[Cell]:
     """Make all cells: each corpus on each, and all others on each; row by row.
 
     Args:
