@@ -21,6 +21,7 @@ from ser.models.heads import mix_layers
 from ser.scores import across, probe
 from ser.scores.across import OTHERS, Heard, heard_by, plan_cells, score
 from ser.scores.card import training_record, write_card
+from ser.scores.pictures import draw_corpora
 from ser.scores.probe import deal, held_out_figures, learn, ridge
 
 MEAN_STD = (("layers", "weighted"), ("pooling", "mean"))
@@ -408,6 +409,30 @@ def test_a_speaker_is_known_by_recording_where_the_corpus_has_another_name(corpo
     assert heard.speakers([stranger]) == set()
 
 
+# ------------------------------------------------------------------------------------------------------ picture
+
+
+def test_the_picture_frames_what_was_heard_and_numbers_names_that_cannot_be_drawn(tmp_path, monkeypatch):
+    from matplotlib.image import imread
+
+    names = {"x": "\u0639\u0631\u0628", "y": "a$b$", "z": "#2"}
+    utterances = [
+        Utterance(u.id, u.file, labels=u.labels, extra={"corpus": names[u.corpus]})
+        for u in rows("x", "abab", "1122") + rows("y", "abab", "1122") + rows("z", "abab", "    ")
+    ]
+    answers = {i: str(u.emotion) for i, u in enumerate(utterances)}
+    heard = Heard(frozenset({("file", "/y/0.wav")}))
+    red = []
+    for known in (Heard(), heard):
+        results = [score(utterances, c, answers, known, resamples=20) for c in plan_cells(utterances, folds=2)]
+        assert draw_corpora(results, tmp_path / "a.png") == {"#1": names["x"]}, "and z's own name is no number"
+        pixels = imread(tmp_path / "a.png")[..., :3]
+        red.append(int(((pixels[..., 0] > 0.8) & (pixels[..., 1] < 0.2)).sum()))
+    assert red[0] == 0 and red[1] > 1000
+    empty = [r for r in results if not r.figures]
+    assert empty and draw_corpora(empty, tmp_path / "none.png") == {}, "a picture without a figure"
+
+
 # ---------------------------------------------------------------------------------------------------- a command
 
 
@@ -529,6 +554,8 @@ def test_a_preset_has_the_same_random_weights_each_time_and_has_heard_nobody(cor
         call("--model", "small", "--corpora", *manifests(corpora), "--out", tmp_path / out, "--no-pictures")
         found.append(json.loads((tmp_path / out / "crosscorpus.json").read_text())["cells"])
     assert found[0] == found[1] and {cell["speakers_heard_by_model"] for cell in found[0]} == {0}
+    kept = [sorted(path.name for path in (tmp_path / out / "vectors").iterdir()) for out in ("a", "b")]
+    assert kept[0] == kept[1], "whose names have the digest of the weights"
 
 
 def test_the_heads_of_cells_with_the_same_training_set_are_one(corpora):
