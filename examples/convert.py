@@ -26,7 +26,7 @@ def layers_of_transformers(source: Source, config: Wav2Vec2Config, waveform: Ten
     """Compute the layers of transformers' model with the source's tensors; ImportError without transformers."""
     import transformers
 
-    # From the values that stand there and not from our reading of them: defaults are then its own.
+    # Use the values of the file and not our configuration, so that defaults are those of transformers.
     known = {f.name for f in fields(Wav2Vec2Config)} | NEUTRAL_VALUES.keys()
     values = {key: v for key, v in source.values.items() if key in known} | {"model_type": config.model_type}
     model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**values)).float().eval()
@@ -35,7 +35,7 @@ def layers_of_transformers(source: Source, config: Wav2Vec2Config, waveform: Ten
     if problems:
         raise ModelFolderError(f"{source.path}: transformers has other tensors: {summary(sorted(problems))}")
     output = model(waveform, output_hidden_states=True)
-    # Its last hidden state has a pre-norm encoder's final norm, as ours; the last of its layers has not.
+    # In a pre-norm encoder, its last hidden state has the final norm, as ours; the last of its layers has not.
     return f"transformers {transformers.__version__}", [*output.hidden_states[:-1], output.last_hidden_state]
 
 
@@ -67,7 +67,7 @@ def layers_of_torchaudio(source: Source, config: Wav2Vec2Config, waveform: Tenso
     own = {k: t.float() for k, t in source.original.items() if k.startswith(("encoder.", "feature_extractor."))}
     model.eval().load_state_dict(own)
     hidden, _ = model(waveform)
-    # The input of the first layer is not to be had from it, nor is the last layer with its norm but as the result.
+    # It does not return the input of the first layer. The last layer with its norm is only returned as the result.
     layers, _ = model.extract_features(waveform)
     return f"torchaudio {torchaudio.__version__}", [*layers[:-1], hidden]
 

@@ -4,7 +4,7 @@ Files, whole folders and manifests, in one table:
 
     python examples/infer.py speech.wav recordings/ test.csv --model runs/demo/best
 
-A lecture of any length, every five seconds an emotion of the ten around it:
+A lecture of any length, in windows of ten seconds that begin every five seconds:
 
     python examples/infer.py lecture.flac --model runs/demo/best --window 10 --hop 5 --format csv
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["SAMPLE_RATE", "Prediction", "Recognizer", "SerError", "load", "load_audio", "load_encoder"]
 
-# A public name is imported when it is first asked for: `ser --help` answers before torch could be imported.
+# A public name is imported when it is first used, so `ser --help` need not import torch.
 _PLACES = {
     "SAMPLE_RATE": "ser.audio",
     "Prediction": "ser.recognizer",
@@ -38,13 +38,13 @@ def __getattr__(name: str) -> Any:
     """Import a public name, or a module of the package such as `ser.errors`."""
     if name in _PLACES:
         value = getattr(import_module(_PLACES[name]), name)
-        globals()[name] = value  # the next time it is found without this function
+        globals()[name] = value  # from now on it is found without this function
         return value
-    if not name.startswith("_") and find_spec(f"ser.{name}") is not None:
+    if name.isidentifier() and not name.startswith("_") and find_spec(f"ser.{name}") is not None:
         return import_module(f"ser.{name}")
     raise AttributeError(f"module 'ser' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """Name what there is, imported or not."""
+    """List all public names, imported or not."""
     return sorted({*globals(), *__all__})

@@ -1,16 +1,16 @@
-"""Recordings in, 16 kHz mono waveforms out: the only file that opens sound.
+"""Read recordings as 16 kHz mono waveforms; only this file opens sound.
 
-A recording passes through four gates, each with one clear :class:`AudioError`:
+A recording passes four checks, each with a clear :class:`AudioError`:
 
 1. The path is a regular file. (A FIFO or a device would hang or never end.)
-2. `ser.containers` finds a container and a coding that are on the allow-list, and the file holds what the
-   container declares.
-3. The header that libsndfile reads has a usable rate, number of channels and length. This is checked before
-   anything of that length is allocated.
-4. The samples are as many as declared, finite and in range.
+2. `ser.containers` finds a container and a coding that are on the allow-list, and the file holds as much sound as
+   the container declares.
+3. The header that libsndfile reads has a usable rate, number of channels and length. This is checked before memory
+   for this length is allocated.
+4. The number of samples is as declared, and all are finite and in range.
 
-Sound in which nobody can be heard (silence, channels that cancel each other) is read with a warning:
-`read_audio`, `read_samples` and `read_windows` give it.
+For sound without audible speech (silence, channels that cancel each other), `read_audio`, `read_samples` and
+`read_windows` return a warning.
 
 Shapes: S samples at 16 kHz; "frames" here are sample points of the file, one value per channel.
 Everything is float32 on the CPU. Sound is read, averaged over its channels and resampled block by block, so memory
@@ -39,54 +39,54 @@ from ser.containers import ADVICE, SUBTYPES, Container, mp3_lead, read_container
 from ser.errors import AudioError, ConfigError, MissingLibraryError
 from ser.files import StrPath
 
-SAMPLE_RATE = 16_000  # Hz: what every wav2vec 2.0 checkpoint was trained on
+SAMPLE_RATE = 16_000  # Hz; every wav2vec 2.0 checkpoint was trained on this rate
 MIN_RATE, MAX_RATE = 4_000, 192_000  # Hz: telephone speech is 8 kHz, studio recordings end at 192 kHz
 MAX_CHANNELS = 32
 MAX_SECONDS = 3_600.0  # one hour is 230 MB at 16 kHz; a caller with more memory passes `max_seconds`
 
-# Full scale is 1. A float recording may pass it a little (1.5 after a mix, 4 after +12 dB), but
-# beyond +40 dB it is integers stored as floats, and a model would see 30,000 times the loudness.
+# Full scale is 1. A float recording may exceed it a little (1.5 after a mix, 4 after +12 dB), but beyond +40 dB
+# samples are integers stored as floats, and too loud for a model by a factor of up to 30,000.
 _MAX_AMPLITUDE = 100.0
-# A manifest's seconds are rounded; an end this little past the file's end means the file's end.
+# A manifest's seconds are rounded; an end that is this little past the file's end means the file's end.
 _END_TOLERANCE = 0.02
 
-# What is no speech, by level. 70 dB below full scale is 10 steps of 16 bit: beneath any microphone's noise, above
-# dither and what a muted channel holds. Speech is above it for a third of a second in the shortest word; a click
-# or two is not for a tenth.
-_QUIET = 10 ** (-70 / 20)  # of full scale
-_LEAST_SOUND = 0.1  # seconds above it, all together; of less than 0.4 s, a quarter
-_TOO_SHORT = SAMPLE_RATE // 40  # 25 ms are no frame for a model: they are padded, which is warning enough
-# Near full scale is within 1 dB: loud speech, with clipped peaks, is there for 0.5 % of its samples, sound that
-# was driven 20 dB beyond for half. Where samples pass full scale by far, it was not clipped there.
+# The level of silence. 70 dB below full scale are 10 steps of 16 bit: less than the noise of any microphone, and
+# more than dither or a muted channel. The shortest word is louder for a third of a second; one or two clicks are
+# louder for less than a tenth.
+_QUIET = 10 ** (-70 / 20)  # as a share of full scale
+_LEAST_SOUND = 0.1  # seconds that have to be louder in total; of less than 0.4 s, a quarter
+_TOO_SHORT = SAMPLE_RATE // 40  # shorter sound (25 ms, less than a frame) is padded, with a warning of its own
+# "Near full scale" is within 1 dB. In loud speech with clipped peaks 0.5 % of the samples are near, in sound that
+# was 20 dB too loud half of them. If samples exceed full scale by far, the recording was not clipped there.
 _NEAR_FULL_SCALE, _OVERSHOOT, _CLIPPED = 10 ** (-1 / 20), 1.2, 0.1
-# Power of the mean of C channels, times C, over that of a channel: C for the same sound in each, 1 for independent
-# ones, 0 for inverted ones. A tenth is 10 dB less than independent channels leave.
+# The power of the mean of C channels, times C, over the power of a channel, is C for equal channels, 1 for
+# independent ones and 0 for inverted ones. The limit is 10 dB below independent channels.
 _CANCELLED = 0.1
 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """Describe the selected excerpt of a recording, or the whole of it, by its header."""
+    """Describe a recording, or an excerpt of it, by its header."""
 
     path: Path
-    sample_rate: int  # Hz, of the file
+    sample_rate: int  # sample rate of the file in Hz
     channels: int
-    frames: int  # of the excerpt, at `sample_rate`
+    frames: int  # length of the excerpt, at `sample_rate`
     seconds: float  # frames / sample_rate
-    num_samples: int  # S: exactly what `load_audio` returns, at 16 kHz
+    num_samples: int  # S: the number of samples that `load_audio` returns, at 16 kHz
     format: str  # libsndfile's name of the container, such as "WAV"
-    subtype: str  # and of the coding, such as "PCM_16"
+    subtype: str  # libsndfile's name of the coding, such as "PCM_16"
     warning: str | None = None  # what its header leaves open
 
 
 # Resampling -------------------------------------------------------------------------------------
 #
-# Band-limited interpolation at the ratio new / old in lowest terms. Its kernel has `new` rows, one
-# per phase of the output, of 2 * reach + old taps. For 44,100 -> 16,000 Hz, 160 / 441, that is
-# 0.5 MB, but 44,101 -> 16,000 is irreducible: 2.8 GB. Such a ratio is replaced by the nearest with
-# a small kernel, which is nearly always within 1e-5. Only the neighbours of a simple ratio
-# (16,002 Hz) have none so near: they take a larger kernel to come within 1e-4, and some 200 rates
-# that would pass 10 MB even so (the worst is 15,995) stay up to 3.2e-4 off: half a cent in pitch.
+# This is band-limited interpolation with the ratio new / old in lowest terms. Its kernel has `new` rows,
+# one per phase of the output, of 2 * reach + old taps. For 44,100 -> 16,000 Hz (160 / 441) it has 0.5 MB,
+# but 44,101 -> 16,000 cannot be reduced and would need 2.8 GB. So such a ratio is replaced by the nearest
+# one with a small kernel, which is nearly always within 1e-5. Only rates close to a simple ratio (16,002 Hz)
+# need a larger kernel to come within 1e-4. Some 200 rates would then need more than 10 MB; for them the
+# error stays up to 3.2e-4 (15,995 Hz is the worst), which is half a cent in pitch.
 
 _KAISER_BEST = {  # resampy's and librosa's "kaiser_best": stop band -147 dB, flat to 7.5 of 8 kHz
     "lowpass_filter_width": 64,
@@ -94,14 +94,14 @@ _KAISER_BEST = {  # resampy's and librosa's "kaiser_best": stop band -147 dB, fl
     "resampling_method": "sinc_interp_kaiser",
     "beta": 14.769656459379492,
 }
-_SMALL_KERNEL = 500_000  # taps in all: 2 MB, and about 30 MB while torchaudio computes them
-_LARGEST_KERNEL = 2_500_000  # 10 MB, and about 110 MB meanwhile: only for rates that nobody records at
-_GOOD_RATIO = 10_000  # an error of one part in this many will do
-_BLOCK_FRAMES = 1 << 18  # at most so many frames, and so many values over all channels x 4, at a time
+_SMALL_KERNEL = 500_000  # taps in total: 2 MB, and about 30 MB while torchaudio computes them
+_LARGEST_KERNEL = 2_500_000  # 10 MB, and about 110 MB while it is computed; only for unusual rates
+_GOOD_RATIO = 10_000  # a relative error of 1 / 10,000 is small enough
+_BLOCK_FRAMES = 1 << 18  # the most frames in a block, which has at most four times as many values
 
 
 def _reach(new: int, old: int) -> int:
-    """Count the input samples that the filter sees on either side: 64 zero crossings of the lower rate."""
+    """Return how many input samples the filter uses on each side: 64 zero crossings of the lower rate."""
     return -(-68 * old // min(new, old))  # 64 / 0.9476 = 67.5
 
 
@@ -130,24 +130,24 @@ def _ratio(sample_rate: int) -> tuple[int, int]:
 
 
 def resampled_length(frames: int, sample_rate: int) -> int:
-    """Count the samples at 16 kHz that `frames` frames at `sample_rate` Hz become: rounded up, so 1 stays 1.
+    """Return the number of samples at 16 kHz for `frames` frames at `sample_rate` Hz, rounded up, so 1 stays 1.
 
-    The arithmetic is of whole numbers. torchaudio's own length passes through a float32 and is off by one for
-    some recordings over 17 minutes.
+    It is computed with whole numbers. torchaudio computes it in float32, which is wrong by one for some recordings
+    over 17 minutes.
     """
     new, old = _ratio(sample_rate)
     return -(-frames * new // old)
 
 
 def _power_of_two(n: int) -> int:
-    """Return the least power of two that is not below n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=4)
 def _resampler(new: int, old: int) -> Callable[[Tensor], Tensor]:
-    """Build a resampler that keeps its kernel, which takes ten times as long to build as to use."""
-    # A torchaudio built for another torch fails while loading its library: OSError, or worse.
+    """Build a resampler; it is cached, since building its kernel takes ten times as long as using it."""
+    # A torchaudio for another version of torch fails when its library is loaded, with OSError or other errors.
     try:
         from torchaudio.transforms import Resample
     except Exception as error:
@@ -160,16 +160,16 @@ def _resampler(new: int, old: int) -> Callable[[Tensor], Tensor]:
             f"({type(error).__name__}: {error}); found {installed} beside torch {torch.__version__}: "
             "install the torchaudio build that matches this torch, or give 16 kHz audio"
         ) from error
-    # The kernel in float64, then rounded once: computed in float32 it is 4e-5 off.
+    # The kernel is computed in float64 and rounded once: in float32 its error would be 4e-5.
     return Resample(old, new, **_KAISER_BEST, dtype=torch.float64).float()
 
 
 def _at_16_khz(blocks: Iterable[Tensor], frames: int, sample_rate: int) -> Tensor:
-    """Resample consecutive mono blocks, of `frames` samples in all, to (S,). A block may be reused once taken.
+    """Resample consecutive mono blocks, of `frames` samples in total, to (S,). Blocks may share their memory.
 
     Each output sample is the same sum of products as if the whole were resampled at once. A window
     of whole periods (`old` inputs, `new` outputs) slides over the input; outputs within `margin`
-    periods of an inner edge lack neighbours and belong to the window before or after:
+    periods of an inner edge lack neighbours and are written by the window before or after:
 
         input     |--margin--|------------------------|--margin--|
         outputs   | written  |  written from here     |   next   |
@@ -184,8 +184,8 @@ def _at_16_khz(blocks: Iterable[Tensor], frames: int, sample_rate: int) -> Tenso
         return out
     kernel = _resampler(new, old)
     margin = -(-_reach(new, old) // old)  # periods
-    # A power of two of periods, in the last window too: every new length of a convolution leaves up
-    # to 2 MB behind in oneDNN's cache and a fragmented heap, without end in a data-loader worker.
+    # The number of periods is a power of two, also in the last window: every new length of a convolution
+    # leaves up to 2 MB in oneDNN's cache and in a fragmented heap, so a data-loader worker would grow without end.
     periods = _power_of_two(max(_BLOCK_FRAMES // old, 4 * margin))
     window = torch.zeros(min(periods, _power_of_two(-(-frames // old))) * old)
     filled, done = 0, 0  # inputs in the window; periods at its front that need no writing
@@ -201,7 +201,7 @@ def _at_16_khz(blocks: Iterable[Tensor], frames: int, sample_rate: int) -> Tenso
             window[filled : filled + taken] = block[:taken]
             filled += taken
             block = block[taken:]
-    window[filled:] = 0  # as the kernel sees past the end anyway
+    window[filled:] = 0  # the kernel also assumes zeros after the end
     window = window[: _power_of_two(-(-filled // old)) * old]
     out[written:] = kernel(window)[done * new :][: len(out) - written]
     return out
@@ -211,7 +211,7 @@ def _at_16_khz(blocks: Iterable[Tensor], frames: int, sample_rate: int) -> Tenso
 
 
 def _checked_rate(name: str, sample_rate: int) -> int:
-    """Return the sample rate, which has to be a whole number of Hz within bounds."""
+    """Return the sample rate; refuse it unless it is a whole number of Hz within limits."""
     try:
         rate = operator.index(sample_rate)
     except TypeError:
@@ -230,14 +230,15 @@ def resample(waveform: Tensor, sample_rate: int) -> Tensor:
     Args:
         waveform: (S_in,) floating point at `sample_rate`, at least one sample.
         sample_rate: Hz, a whole number from 4,000 to 192,000. A rate whose ratio to 16,000 has
-            large terms (44,101 Hz) is taken as the nearest that has not: within 1e-4 of it.
+            large terms (44,101 Hz) is replaced by the nearest simple one, within 1e-4.
 
     Returns:
-        (S,) float32 on the CPU, S = ``resampled_length(S_in, sample_rate)``. At 16 kHz the waveform
-        itself, and torchaudio is not imported.
+        (S,) float32 on the CPU, S = ``resampled_length(S_in, sample_rate)``. At 16 kHz it is the
+        waveform itself, and torchaudio is not imported.
 
     Raises:
-        AudioError: rate or shape out of range; MissingLibraryError: torchaudio is missing or does not match torch.
+        AudioError: rate or shape is out of range; MissingLibraryError: torchaudio is missing or does not match
+            torch.
     """
     rate = _checked_rate("resample", sample_rate)
     if waveform.ndim != 1 or waveform.shape[0] == 0 or not waveform.is_floating_point():
@@ -252,10 +253,10 @@ def resample(waveform: Tensor, sample_rate: int) -> Tensor:
 
 
 def normalise(waveform: Tensor) -> Tensor:
-    """Give an utterance zero mean and unit variance, as Hugging Face's Wav2Vec2FeatureExtractor does.
+    """Scale an utterance to zero mean and unit variance, as Hugging Face's Wav2Vec2FeatureExtractor does.
 
-    The result is (x - mean) / sqrt(var + 1e-7), where var is the variance of the population. It is computed in
-    float64, in which the mean of a constant is that constant, so silence and any constant give exact zeros.
+    The result is (x - mean) / sqrt(var + 1e-7), where var is the population variance. It is computed in float64,
+    in which the mean of a constant is exact, so silence and any constant give exact zeros.
 
     Args:
         waveform: (S,) floating point, at least one sample, finite.
@@ -270,13 +271,14 @@ def normalise(waveform: Tensor) -> Tensor:
     return ((wide - mean) / torch.sqrt(variance + 1e-7)).float()
 
 
-_PIECE = 1 << 14  # frames that are copied to float64 at a time: more do not stay in a processor's cache
+_PIECE = 1 << 14  # frames that are copied to float64 at a time; more do not fit into a processor's cache
 
 
 class _Channels:
-    """Sum up the frames of a recording, to tell how far its channels cancel each other in their mean.
+    """Add up sums over a recording that tell how much its channels cancel each other in their mean.
 
-    The sums are float64: of each channel (C,), of the squares of all channels, and of the squares of their mean.
+    These are, in float64, the sums of each channel (C,), of the squares of all channels, and of the squares of
+    their mean.
     """
 
     def __init__(self) -> None:
@@ -298,10 +300,10 @@ class _Channels:
         return both
 
     def warning(self) -> str | None:
-        """Say in one sentence that the mean has lost what the channels hold, or None; see `_CANCELLED`."""
+        """Return a sentence if the channels cancel each other in the mean, else None; see `_CANCELLED`."""
         if not self.frames:
             return None
-        mean = self.sums / self.frames  # a constant is no sound
+        mean = self.sums / self.frames  # subtracted below, since a constant is not sound
         channels = self.squares / self.frames / len(mean) - float(mean.square().mean())
         mixed = max(self.mixed / self.frames - float(mean.mean()) ** 2, 0.0)
         if channels < _QUIET**2 or mixed * len(mean) > _CANCELLED * channels:
@@ -315,10 +317,10 @@ class _Channels:
 
 
 def level_warning(waveform: Tensor) -> str | None:
-    """Say in one sentence why nobody can be speaking in this sound; None where somebody may be.
+    """Return a sentence if this sound is silent or clipped, so that it cannot be recognised; else None.
 
-    This looks at levels alone, so noise and music pass. Speech that is whispered, or far from the microphone, has
-    a hundred times the sound that is required here. Loud speech has a tenth of the clipping that is allowed.
+    Only levels are checked, so noise and music pass. Whispered or distant speech has a hundred times the sound
+    that is required here. Loud speech has a tenth of the clipping that is allowed.
 
     Args:
         waveform: (S,) floating point at 16 kHz, full scale 1, at least one sample.
@@ -326,9 +328,9 @@ def level_warning(waveform: Tensor) -> str | None:
     if len(waveform) < _TOO_SHORT:
         return None
     least = min(_LEAST_SOUND * SAMPLE_RATE, len(waveform) / 4)
-    some = waveform[::8]  # of speech an eighth of its samples are enough, and the rest need not be looked at
+    some = waveform[::8]  # for speech, an eighth of its samples is enough to decide
     for part in (some, waveform):
-        loud = int(torch.count_nonzero((part - part.mean()).abs_() > _QUIET))  # a constant is no sound
+        loud = int(torch.count_nonzero((part - part.mean()).abs_() > _QUIET))  # a constant is not sound
         if loud >= least:
             break
     if loud < least:
@@ -344,12 +346,12 @@ def level_warning(waveform: Tensor) -> str | None:
 
 
 def joined_warnings(*warnings: str | None) -> str | None:
-    """Join the warnings that say something; None where none does."""
+    """Join the warnings that exist; None if there are none."""
     return "; ".join(w for w in warnings if w) or None
 
 
 def _mono(block: Tensor, name: str, first_frame: int, sample_rate: int, channels: _Channels) -> Tensor:
-    """Average a block (frames, channels) over its channels; refuse NaN, infinity and the range of integers."""
+    """Average a block (frames, channels) over its channels; refuse NaN, infinity and too large samples."""
     low, high = torch.aminmax(block)  # both are NaN if any value is; nothing is allocated
     if not (low >= -_MAX_AMPLITUDE and high <= _MAX_AMPLITUDE):
         wrong, advice = ~torch.isfinite(block), "samples must be finite; mend or leave out this recording"
@@ -364,14 +366,14 @@ def _mono(block: Tensor, name: str, first_frame: int, sample_rate: int, channels
         )
     if block.shape[1] == 1:
         return block[:, 0]
-    # For two channels the very same as `mean`, in a twentieth of the time.
+    # For two channels this equals `mean` exactly, in a twentieth of the time.
     mono = (block[:, 0] + block[:, 1]).mul_(0.5) if block.shape[1] == 2 else block.mean(dim=1)
     channels.add(block, mono)
     return mono
 
 
 def _block_frames(channels: int) -> int:
-    """Count the frames of a block: fewer where there are more than four channels."""
+    """Return the number of frames in a block, which is lower for more than four channels."""
     return min(_BLOCK_FRAMES, 4 * _BLOCK_FRAMES // channels)
 
 
@@ -382,7 +384,7 @@ _FULL_SCALE |= {torch.int16: 2.0**15, torch.int32: 2.0**31}
 def _as_columns(samples: np.ndarray | Tensor, name: str) -> Tensor:
     """View samples as (S, channels), of a dtype in `_FULL_SCALE`."""
     if isinstance(samples, np.ndarray) and samples.dtype.kind in "fi" and samples.dtype.itemsize <= 8:
-        # torch takes neither foreign byte order nor negative strides, and warns about read-only arrays.
+        # torch supports neither foreign byte order nor negative strides, and warns about read-only arrays.
         samples = torch.from_numpy(np.require(samples, samples.dtype.newbyteorder("="), ["C", "W"]))
     if not isinstance(samples, Tensor) or samples.dtype not in _FULL_SCALE:
         raise AudioError(
@@ -402,7 +404,7 @@ def _as_columns(samples: np.ndarray | Tensor, name: str) -> Tensor:
 
 
 def read_samples(samples: np.ndarray | Tensor, sample_rate: int) -> tuple[Tensor, str | None]:
-    """Do what :func:`as_waveform` does, and say what is wrong with the sound, for `Prediction.warning`."""
+    """Do the same as :func:`as_waveform`, and also return a warning about the sound, or None."""
     name = "as_waveform"
     rate = _checked_rate(name, sample_rate)
     columns = _as_columns(samples, name)
@@ -419,7 +421,7 @@ def read_samples(samples: np.ndarray | Tensor, sample_rate: int) -> tuple[Tensor
 
 
 def as_waveform(samples: np.ndarray | Tensor, sample_rate: int) -> Tensor:
-    """Take sound that the caller already has, with the checks and the result of :func:`load_audio`.
+    """Convert samples in memory to a waveform, with the checks and the result of :func:`load_audio`.
 
     Args:
         samples: (S_in,) or (S_in, channels), time first, up to 32 channels; floating point with full
@@ -430,7 +432,7 @@ def as_waveform(samples: np.ndarray | Tensor, sample_rate: int) -> Tensor:
         (S,) float32 mono at 16 kHz on the CPU, sharing no memory with `samples`.
 
     Raises:
-        AudioError: another type, shape or rate; no samples; NaN, infinity or |sample| > 100.
+        AudioError: type, shape or rate is not supported; there are no samples; NaN, infinity or |sample| > 100.
     """
     return read_samples(samples, sample_rate)[0]
 
@@ -439,7 +441,7 @@ def as_waveform(samples: np.ndarray | Tensor, sample_rate: int) -> Tensor:
 
 
 def _regular_file(path: Path) -> int:
-    """Return the size in bytes of what has to be a regular file. This comes before opening: a FIFO would block."""
+    """Check that a path is a regular file, and return its size in bytes; opening a FIFO would block."""
     try:
         status = os.stat(path)  # follows links  # noqa: PTH116
     except FileNotFoundError as error:
@@ -462,7 +464,7 @@ def _soundfile() -> Any:
     """Import soundfile, or say how to install it."""
     try:
         import soundfile
-    except Exception as error:  # OSError where the package is there but libsndfile is not
+    except Exception as error:  # OSError if the package exists but libsndfile does not
         raise MissingLibraryError(
             f"reading sound needs the soundfile package and libsndfile, which cannot be imported "
             f"({type(error).__name__}: {error}); install them: pip install soundfile, or apt install libsndfile1"
@@ -473,7 +475,7 @@ def _soundfile() -> Any:
 def _frame_range(
     name: str, frames: int, sample_rate: int, start: float | None, end: float | None, max_seconds: float | None
 ) -> tuple[int, int]:
-    """Turn seconds into (first frame, number of frames), checked against the file's frames and the limit."""
+    """Convert seconds to (first frame, number of frames), and check them against the file and the limit."""
     total = frames / sample_rate
     limit = MAX_SECONDS if max_seconds is None else max_seconds
     begin = 0.0 if start is None else start
@@ -496,12 +498,12 @@ def _frame_range(
 
 
 def _error_string(error: RuntimeError) -> str:
-    """Return libsndfile's own words of an error, which may be empty."""
+    """Return libsndfile's text of an error, which may be empty."""
     return getattr(error, "error_string", str(error)).strip()
 
 
 def _checked_frames(name: str, sound: Any, container: Container) -> int:
-    """Return a file's number of frames, where the header that libsndfile reads agrees with the container."""
+    """Return a file's number of frames; refuse a header that contradicts the container."""
     if sound.subtype not in SUBTYPES.get(sound.format, ()):
         raise AudioError(f"{name}: found {sound.format} with {sound.subtype}; {ADVICE}")
     _checked_rate(name, sound.samplerate)
@@ -532,7 +534,7 @@ def _checked_frames(name: str, sound: Any, container: Container) -> int:
 def _opened(
     path: StrPath, start: float | None, end: float | None, max_seconds: float | None
 ) -> Iterator[tuple[AudioInfo, int, Any]]:
-    """Open a recording with all checks: the excerpt's description, its first frame, the `soundfile.SoundFile`."""
+    """Open a recording with all checks; yield its description, its first frame and the `soundfile.SoundFile`."""
     path = Path(path)
     name = str(path)
     size = _regular_file(path)
@@ -542,15 +544,15 @@ def _opened(
             file = stack.enter_context(path.open("rb", buffering=0))  # so that seek moves the descriptor
             container = read_container(file, size, name)
             (container.part or file).seek(0)
-            # By descriptor: the file that was checked, and without a name whose extension libsndfile
-            # would take for a format.
+            # It is opened by descriptor: this is the file that was checked, and libsndfile cannot guess a
+            # format from the extension of its name.
             sound = stack.enter_context(soundfile.SoundFile(container.part or file.fileno(), closefd=False))
         except OSError as error:
             raise AudioError(f"{name}: cannot be read: {error.strerror or error}") from error
-        except RuntimeError as error:  # every error of libsndfile
+        except RuntimeError as error:  # the type of every error of libsndfile
             said = _error_string(error)
             raise AudioError(f"{name}: damaged header: libsndfile says: {said} Copy it again") from error
-        # Else soundfile seeks after every read to where it is already, and in MP3 the next block begins wrongly.
+        # Otherwise soundfile seeks to its position after every read, and in MP3 the next block begins wrongly.
         sound.seekable = lambda: False
         rate = sound.samplerate
         total = _checked_frames(name, sound, container)
@@ -570,15 +572,15 @@ def _opened(
 
 
 def _decoded(sound: Any, into: np.ndarray) -> tuple[int, str]:
-    """Decode the next frames into an array (frames, channels); return how many came, and why not more."""
+    """Decode the next frames into an array (frames, channels); return their number, and why it is not more."""
     try:
         return len(sound.read(out=into)), ""
-    except RuntimeError as error:  # FLAC reports a cut as an error, often without a text
+    except RuntimeError as error:  # for a truncated FLAC, often without a text
         return 0, f" ({_error_string(error) or 'decoder error'})"
 
 
 def _ended_early(info: AudioInfo, declared: int, at: int, reason: str) -> AudioError:
-    """Word the error for a recording that holds fewer frames than its header declares."""
+    """Return the error for a recording that holds fewer frames than its header declares."""
     return AudioError(
         f"{info.path}: truncated or damaged{reason}: its header declares {declared} frames or "
         f"more, decoding ended near frame {at}; copy it again"
@@ -586,17 +588,17 @@ def _ended_early(info: AudioInfo, declared: int, at: int, reason: str) -> AudioE
 
 
 def _go_to(sound: Any, info: AudioInfo, first: int) -> None:
-    """Bring the decoder to the excerpt's first frame, in the state that decoding from the start would leave it in.
+    """Move the decoder to the excerpt's first frame, into the same state as if it had decoded all before.
 
-    WAV and FLAC can be sought in. OGG is decoded from the start: libsndfile arrives at another place near the end,
-    and crashes where the headers leave it without a decoder. In MP3 libsndfile seeks to a frame without the
-    earlier frames that this one depends on, and makes up the rest; so the earlier frames are decoded too.
+    In WAV and FLAC this is a seek. OGG is decoded from the start, since libsndfile seeks to a wrong place near the
+    end, and crashes if headers leave it without a decoder. An MP3 frame depends on earlier frames, which
+    libsndfile ignores after a seek; so some earlier frames are decoded too.
     """
     if not first:
         return
     start = {"OGG": 0, "MP3": first - mp3_lead(info.sample_rate)}.get(info.format, first)
     buffer = np.empty((min(first, _block_frames(info.channels)), info.channels), dtype=np.float32)
-    got, reason = _decoded(sound, buffer[:1])  # a decoder that gives no frame is none to seek with
+    got, reason = _decoded(sound, buffer[:1])  # a decoder that returns no frame must not seek
     at = got
     if at and start > at:
         try:
@@ -611,7 +613,7 @@ def _go_to(sound: Any, info: AudioInfo, first: int) -> None:
 
 
 def _mono_blocks(sound: Any, info: AudioInfo, first: int, channels: _Channels) -> Iterator[Tensor]:
-    """Decode the excerpt block by block, from the decoder's place on; the same memory holds every block."""
+    """Decode the excerpt block by block, from the decoder's position on; all blocks share the same memory."""
     step = _block_frames(info.channels)
     buffer = np.empty((min(step, info.frames), info.channels), dtype=np.float32)
     for position in range(0, info.frames, step):
@@ -626,7 +628,7 @@ def _mono_blocks(sound: Any, info: AudioInfo, first: int, channels: _Channels) -
 def audio_info(
     path: StrPath, *, start: float | None = None, end: float | None = None, max_seconds: float | None = None
 ) -> AudioInfo:
-    """Describe a recording from its header, with every check that needs no decoding.
+    """Describe a recording by its header, with every check that needs no decoding.
 
     Args:
         path: WAV, WAVEX, RF64, FLAC, OGG/Vorbis or MP3; links are followed.
@@ -635,8 +637,9 @@ def audio_info(
         max_seconds: the longest excerpt to accept, by default 3,600 s.
 
     Raises:
-        AudioError: not a regular file; another format; truncated, where the header tells (WAV, RF64,
-            OGG, MP3); outside 4-192 kHz or 32 channels; empty; an excerpt that is not there or too long.
+        AudioError: the file is not regular, empty, of another format, or truncated according to its header
+            (WAV, RF64, OGG, MP3); it is outside 4-192 kHz or has more than 32 channels; or the excerpt does
+            not exist or is too long.
     """
     with _opened(path, start, end, max_seconds) as (info, _, _):
         return info
@@ -645,7 +648,7 @@ def audio_info(
 def read_audio(
     path: StrPath, *, start: float | None = None, end: float | None = None, max_seconds: float | None = None
 ) -> tuple[Tensor, str | None]:
-    """Do what :func:`load_audio` does, and say what is wrong with the sound, for `Prediction.warning`."""
+    """Do the same as :func:`load_audio`, and also return a warning about the sound, or None."""
     with _opened(path, start, end, max_seconds) as (info, first, sound):
         _go_to(sound, info, first)
         channels = _Channels()
@@ -656,38 +659,38 @@ def read_audio(
 def load_audio(
     path: StrPath, *, start: float | None = None, end: float | None = None, max_seconds: float | None = None
 ) -> Tensor:
-    """Read a recording, or only an excerpt of it, as 16 kHz mono: the mean over its channels.
+    """Read a recording, or an excerpt of it, as 16 kHz mono, the mean over its channels.
 
     Args:
         path, start, end, max_seconds: as for :func:`audio_info`.
 
     Returns:
         (S,) float32 on the CPU, full scale 1, S = ``audio_info(...).num_samples``. A 16 kHz mono
-        recording comes back unchanged.
+        recording is returned unchanged.
 
     Raises:
-        AudioError: as for :func:`audio_info`; fewer frames than declared; NaN, infinity or
-            |sample| > 100; a rate other than 16 kHz without a working torchaudio.
+        AudioError: as for :func:`audio_info`; or there are fewer frames than declared, NaN, infinity or
+            |sample| > 100, or the rate is not 16 kHz and torchaudio does not work.
     """
     return read_audio(path, start=start, end=end, max_seconds=max_seconds)[0]
 
 
 def _check_window(window: float, hop: float) -> None:
-    """Raise ConfigError for windows of no length, and for a hop that would leave gaps."""
+    """Raise ConfigError for windows without length, and for a hop that would leave gaps."""
     if not (0 < hop <= window < math.inf):
         raise ConfigError(f"window is {window!r} s and hop {hop!r} s; expected 0 < hop <= window")
 
 
 def _hop_frames(hop: float, rate: int) -> int:
-    """Count the frames from the start of a window to that of the next."""
+    """Return the number of frames from the start of a window to that of the next."""
     return max(1, round(hop * rate))
 
 
 def _window_bounds(frames: int, rate: int, window: float, hop: float) -> Iterator[tuple[int, int]]:
-    """Give (first frame, number of frames) of each window; see `load_windows`."""
+    """Yield (first frame, number of frames) of each window; see `load_windows`."""
     size, step = max(1, round(window * rate)), _hop_frames(hop, rate)
     for position in range(0, frames, step):
-        last = position + size + min(rate, size) > frames  # what is left after it is too short
+        last = position + size + min(rate, size) > frames  # the remainder after it would be too short
         yield position, frames - position if last else size
         if last:
             break
@@ -696,9 +699,9 @@ def _window_bounds(frames: int, rate: int, window: float, hop: float) -> Iterato
 def read_windows(
     path: StrPath, *, window: float, hop: float, start: float | None = None, end: float | None = None
 ) -> Iterator[tuple[float, float, Tensor, str | None]]:
-    """Do what :func:`load_windows` does, and say what is wrong with each window, for `Prediction.warning`.
+    """Do the same as :func:`load_windows`, and also yield a warning about each window, or None.
 
-    The recording is decoded once from its beginning to its end. What the next window shares with one is kept.
+    The recording is decoded once from its beginning to its end. Overlaps with the next window are kept.
     """
     _check_window(window, hop)
     with _opened(path, start, end, math.inf) as (info, first, sound):
@@ -727,20 +730,20 @@ def read_windows(
 def load_windows(
     path: StrPath, *, window: float, hop: float, start: float | None = None, end: float | None = None
 ) -> Iterator[tuple[float, float, Tensor]]:
-    """Read a recording of any length, or an excerpt of it, window by window: memory is that of one window.
+    """Read a recording of any length, or an excerpt of it, window by window, with the memory of one window.
 
     Args:
-        path, start, end: as for :func:`audio_info`; no length is too long.
-        window: seconds of each. A remainder of under a second at the end (or of under a window, where that is
-            shorter) makes the last window longer.
-        hop: seconds from the start of one to the start of the next; above 0, at most ``window``.
+        path, start, end: as for :func:`audio_info`; any length is possible.
+        window: the length of a window in seconds. A remainder shorter than a second (or than a shorter window) is
+            joined to the last window.
+        hop: seconds from the start of one window to the start of the next; above 0, at most ``window``.
 
     Yields:
         (start, end, waveform): seconds from the beginning of the file, and what :func:`load_audio` returns for
         that excerpt.
 
     Raises:
-        AudioError: as for :func:`load_audio`, where a window is reached; ConfigError: window or hop out of range.
+        AudioError: as for :func:`load_audio`, at the window concerned; ConfigError: window or hop out of range.
     """
     for begin, finish, waveform, _ in read_windows(path, window=window, hop=hop, start=start, end=end):
         yield begin, finish, waveform
@@ -749,11 +752,11 @@ def load_windows(
 def array_windows(
     samples: np.ndarray | Tensor, sample_rate: int, *, window: float, hop: float
 ) -> Iterator[tuple[float, float, Tensor, str | None]]:
-    """Do what `read_windows` does, with sound that the caller already has: all that :func:`as_waveform` takes."""
+    """Do the same as `read_windows` for samples in memory, as :func:`as_waveform` takes them."""
     _check_window(window, hop)
     rate = _checked_rate("array_windows", sample_rate)
     if samples.ndim not in (1, 2) or 0 in samples.shape:
-        as_waveform(samples, rate)  # says what is wrong with it
+        as_waveform(samples, rate)  # raises the right error
     for position, frames in _window_bounds(len(samples), rate, window, hop):
         start, end = position / rate, (position + frames) / rate
         try:

@@ -1,11 +1,11 @@
 """Recognise the containers of sound files by their first bytes: WAV, RF64, FLAC, OGG and MP3.
 
-`read_container` reads a file before libsndfile sees it. Only formats on the allow-list pass, and only a file that
-holds all the sound that its header declares, and no more. libsndfile itself does not check this: it parses some 25
-formats as soon as it opens a file, and it repairs a cut WAV without a word. Its parsers of ADPCM, CAF and others
-have known faults. Files that were joined byte by byte would play as their first part alone.
+`read_container` reads a file before libsndfile does. It accepts only formats on the allow-list, and only a file
+with exactly the sound that its header declares. libsndfile does not check this: it parses some 25 formats when it
+opens a file, and it repairs a truncated WAV silently. Its parsers of ADPCM, CAF and others have known bugs. Of
+files that were joined byte by byte it would read only the first part.
 
-This module decodes nothing and imports no library of sound; every fault is an :class:`AudioError`.
+This module decodes nothing and imports no audio library; every fault is an :class:`AudioError`.
 """
 
 import functools
@@ -27,7 +27,7 @@ SUBTYPES = {  # the allow-list, by libsndfile's names: container -> codings
     "MP3": ("MPEG_LAYER_III",),
 }
 SUFFIXES = (".wav", ".wave", ".bwf", ".rf64", ".flac", ".ogg", ".oga", ".mp3")
-# Files that hold sound too, but in formats that are not read: they are reported, and not passed over in silence.
+# Files with sound in other formats are not read. They are reported, and not ignored silently.
 # fmt: off
 OTHER_SUFFIXES = (
     ".3g2", ".3gp", ".3gpp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".alac", ".amr", ".ape", ".asf", ".au",
@@ -49,7 +49,7 @@ REFUSED_WAV_CODINGS = {
     0x40: "G.721 ADPCM",
     0x55: "MP3 inside WAV",
 }
-REFUSED_MAGIC = {  # only for a better message; what is not recognised is refused all the same
+REFUSED_MAGIC = {  # only for a better message; an unknown format is refused too
     b"FORM": "AIFF or another IFF",
     b".snd": "AU",
     b"caff": "CAF",
@@ -65,23 +65,23 @@ REFUSED_MAGIC = {  # only for a better message; what is not recognised is refuse
 
 
 class FilePart:
-    """A part of a file, which libsndfile then takes for the whole; some of its bytes may be replaced."""
+    """Present a part of a file to libsndfile as a whole file; some of its bytes may be replaced."""
 
     def __init__(self, file: "Bytes", start: int, end: int, replaced: dict[int, bytes] | None = None):
         self._file, self._start, self._size, self._replaced = file, start, end - start, replaced or {}
         self._at = 0
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
-        """Move to a place in the part, as in a file."""
+        """Move to a position in the part, as in a file."""
         self._at = max(0, offset + (0, self._at, self._size)[whence])
         return self._at
 
     def tell(self) -> int:
-        """Return the place in the part."""
+        """Return the position in the part."""
         return self._at
 
     def read(self, count: int, /) -> bytes:
-        """Read at most ``count`` bytes of the part, with what replaces some of them."""
+        """Read at most ``count`` bytes of the part, some of which may be replaced."""
         self._file.seek(self._start + self._at)
         data = self._file.read(max(0, min(count, self._size - self._at)))
         for position, field in self._replaced.items():
@@ -101,15 +101,15 @@ Bytes = BinaryIO | FilePart
 
 
 class Container(NamedTuple):
-    """What `read_container` found out about a file."""
+    """Hold what `read_container` found out about a file."""
 
-    frames: int | None = None  # set where libsndfile needs to be told the length, or needs a check
-    part: Bytes | None = None  # set where libsndfile needs to see something else than the file
+    frames: int | None = None  # the number of frames, if libsndfile does not find it, or it has to be checked
+    part: Bytes | None = None  # what libsndfile has to read, if it is not the whole file
     warning: str | None = None
 
 
 def read_fields(layout: str, file: Bytes, name: str) -> tuple[Any, ...]:
-    """Read the fields of a header from the current place, as `struct.unpack` does."""
+    """Read the fields of a header from the current position, as `struct.unpack` does."""
     data = file.read(struct.calcsize(layout))
     if len(data) < struct.calcsize(layout):
         raise AudioError(f"{name}: ends inside its header: truncated or not a sound file; copy it again")
@@ -117,13 +117,13 @@ def read_fields(layout: str, file: Bytes, name: str) -> tuple[Any, ...]:
 
 
 def bytes_at(file: Bytes, position: int, count: int) -> bytes:
-    """Read at most ``count`` bytes from a place of the file."""
+    """Read at most ``count`` bytes from a position in the file."""
     file.seek(position)
     return file.read(count)
 
 
 def joined_error(name: str, found: str) -> AudioError:
-    """Word the error for a file that holds several recordings; ``found`` says what shows them."""
+    """Return the error for a file that holds several recordings; ``found`` says how they were found."""
     return AudioError(
         f"{name}: holds more sound than its header declares ({found}): files that were joined byte by byte, of "
         "which players and programs read the first alone. Join sound, not files (sox ONE TWO BOTH.wav), or, where "
@@ -132,7 +132,7 @@ def joined_error(name: str, found: str) -> AudioError:
 
 
 def find_bytes(file: Bytes, wanted: bytes, position: int, size: int) -> Iterator[int]:
-    """Find each place of these bytes, from ``position`` on. The file is read in blocks, which bounds memory."""
+    """Yield each position of these bytes, from ``position`` on. The file is read in blocks, to limit memory."""
     block, overlap = 1 << 20, len(wanted) - 1
     while position < size:
         data = bytes_at(file, position, block)
@@ -145,11 +145,11 @@ def find_bytes(file: Bytes, wanted: bytes, position: int, size: int) -> Iterator
         position += len(data) - overlap
 
 
-# Tags: before the sound in any format, behind it in MP3 --------------------------------------------
+# Tags: before the sound in any format, after it in MP3 ---------------------------------------------
 
 
 def id3_length(head: bytes) -> int:
-    """Return the length in bytes of the ID3v2 tag that begins with these ten; 0 where none begins.
+    """Return the length in bytes of the ID3v2 tag that begins with these ten bytes; 0 if none begins.
 
     The length includes the tag's header and, if it has one, its footer.
     """
@@ -160,15 +160,15 @@ def id3_length(head: bytes) -> int:
 
 
 def after_tags(file: Bytes, position: int, size: int) -> int:
-    """Return the place where tags and zero bytes of padding end, whatever their order and number."""
-    padding = 1 << 20  # a file of nothing but zeros is not looked through to its end
+    """Return the position where tags and zero bytes of padding end, in any order and number."""
+    padding = 1 << 20  # the most zeros that are skipped, so a file of zeros is not read to its end
     while position < size:
         head = bytes_at(file, position, 32)
         if length := id3_length(head):
             position += length
         elif head[:8] == b"APETAGEX" and len(head) == 32:
             position += 32 + struct.unpack_from("<I", head, 12)[0]
-        elif head[:3] == b"TAG":  # ID3v1, behind the first of joined files
+        elif head[:3] == b"TAG":  # ID3v1, after the first of joined files
             position += 227 if head[3:4] == b"+" else 128
         elif head[:1] == b"\0" and padding > 0:
             data = bytes_at(file, position, 1 << 16)
@@ -180,7 +180,7 @@ def after_tags(file: Bytes, position: int, size: int) -> int:
 
 
 def before_tags(file: Bytes, size: int) -> int:
-    """Return the place where the tags at a file's end begin: ID3v1 (and its extension), ID3v2, APE, Lyrics3."""
+    """Return the position where the tags at a file's end begin: ID3v1 (with extension), ID3v2, APE, Lyrics3."""
     end = 0
     while end != size:
         end = size
@@ -190,7 +190,7 @@ def before_tags(file: Bytes, size: int) -> int:
                 size -= 227
         tail = bytes_at(file, max(0, size - 32), 32)
         length = 0
-        if tail[:8] == b"APETAGEX" and len(tail) == 32:  # a footer; the flag says whether there is a header too
+        if tail[:8] == b"APETAGEX" and len(tail) == 32:  # a footer; a flag says whether there is also a header
             of_items, _, flags = struct.unpack_from("<III", tail, 12)
             length = of_items + (32 if flags >> 31 else 0)
         elif tail[-10:-7] == b"3DI" and tail[-5] & 0x10:
@@ -203,21 +203,21 @@ def before_tags(file: Bytes, size: int) -> int:
 
 # WAV -----------------------------------------------------------------------------------------------
 
-# A program that writes into a pipe, or is stopped, cannot go back to fill in a size. It leaves one of these
-# instead: 0, the number of sox, or the largest number, perhaps less the size of a header.
+# A program that writes into a pipe, or is stopped, cannot go back to write a size. It leaves one of these instead:
+# 0, the number of sox, or the largest number, perhaps minus the size of a header.
 OPEN_SIZES = (0, 0x7FFFF000, 0x80000000)
 LARGEST_SIZES, LESS = (0x7FFFFFFF, 0xFFFFFFFF), 256
-MUCH_MORE = 4096  # bytes behind the sound of a WAV which are no chunks: less is a tag of some program
+MUCH_MORE = 4096  # up to this many bytes after the sound of a WAV, outside of chunks, are a program's tag
 
 
 def is_open_size(size: int, block_align: int) -> bool:
-    """Tell whether a chunk's size may be one that a program left open."""
+    """Tell whether a chunk's size may be a placeholder that a program left."""
     whole_frames = 0x7FFFF000 - 0x7FFFF000 % block_align  # as sox writes it
     return size in (*OPEN_SIZES, whole_frames) or any(0 <= n - size <= LESS for n in LARGEST_SIZES)
 
 
 def chunks_end(file: Bytes, position: int, size: int) -> int:
-    """Return the place where the chunks that follow one another from here end; a second `RIFF` is no chunk."""
+    """Return the position where the chunks that begin here end; a second `RIFF` does not count as a chunk."""
     for _ in range(1000):  # real files have a handful
         head = bytes_at(file, position, 8)
         kind, length = head[:4], int.from_bytes(head[4:], "little")
@@ -229,7 +229,7 @@ def chunks_end(file: Bytes, position: int, size: int) -> int:
 
 
 def second_wav(file: Bytes, position: int, size: int) -> int | None:
-    """Return the place where another WAV file begins, if one does."""
+    """Return the position where another WAV file begins, if there is one."""
     for place in find_bytes(file, b"WAVE", position, size):
         if bytes_at(file, place - 8, 4) in (b"RIFF", b"RF64"):
             return place - 8
@@ -239,8 +239,8 @@ def second_wav(file: Bytes, position: int, size: int) -> int | None:
 def find_wav_sound(file: Bytes, size: int, name: str) -> tuple[int, int, int, int]:
     """Go through the chunks of a WAV or RF64 file to its sound, and check its coding.
 
-    Returns the place of the sound's first byte, the bytes that are declared, the bytes of a frame, and the place
-    of the sizes that do not fit into 32 bits (0 without them, as in all but RF64).
+    Returns the position of the sound's first byte, the declared bytes, the bytes of a frame, and the position of
+    the 64-bit sizes in RF64 (0 in WAV).
     """
     position, ds64, data_size_64, block_align = 12, 0, 0, 0
     for _ in range(1000):  # chunks; real files have a handful
@@ -268,14 +268,14 @@ def find_wav_sound(file: Bytes, size: int, name: str) -> tuple[int, int, int, in
 
 
 def wav_container(file: Bytes, size: int, name: str) -> Container:
-    """Count the frames of a WAV or RF64 file, and check that the file holds the sound it declares and no more.
+    """Count the frames of a WAV or RF64 file, and check that it holds exactly the sound that it declares.
 
-    libsndfile reduces the declared length to what the file holds, so it would not report a cut.
+    libsndfile reduces the declared length to what the file holds, so it would not report a truncated file.
     """
     body, declared, block_align, ds64 = find_wav_sound(file, size, name)
     held, after = size - body, min(body + declared, size)
     rest = max(chunks_end(file, place, size) for place in (after, min(after + (declared & 1), size)))
-    # A size of the list that is right, because nothing or complete chunks follow, is no placeholder.
+    # A size in the list is not a placeholder if it is right, that is, if nothing or complete chunks follow.
     stream = is_open_size(declared, block_align) and (declared > held or rest < size)
     if declared > held and not stream:
         raise AudioError(
@@ -292,7 +292,7 @@ def wav_container(file: Bytes, size: int, name: str) -> Container:
         if more > max(MUCH_MORE, 0.01 * declared):
             warning = f"{more} bytes behind the sound that its header declares are unknown and were not read"
         return Container(declared // block_align, None, warning)
-    # libsndfile takes 0 as 0.
+    # libsndfile would read a size of 0 as 0, so the real sizes are put in.
     sizes = {4: struct.pack("<I", min(size - 8, 0xFFFFFFFF)), body - 4: struct.pack("<I", min(held, 0xFFFFFFFF))}
     if ds64:
         sizes |= {body - 4: b"\xff" * 4, ds64: struct.pack("<QQQ", size - 8, held, held // block_align)}
@@ -317,7 +317,7 @@ def ogg_container(file: Bytes, size: int, name: str) -> Container:
     serial = latest = 0
     while position < size:
         head = bytes_at(file, position, 27 + 255)
-        if head[:4] != b"OggS":  # damage, or what is no OGG behind it
+        if head[:4] != b"OggS":  # damage, or other data after the OGG
             position = next(find_bytes(file, b"OggS", position, size), size)
             continue
         if len(head) < 27:
@@ -352,7 +352,7 @@ def ogg_container(file: Bytes, size: int, name: str) -> Container:
 
 
 def flac_metadata_end(file: Bytes, start: int) -> int:
-    """Return the place where the metadata of the FLAC that begins at ``start`` ends; it may hold any bytes."""
+    """Return the position where the metadata ends, which may hold any bytes, of the FLAC at ``start``."""
     position = start + 4
     for _ in range(1000):  # real files have a handful
         head = bytes_at(file, position, 4)
@@ -364,13 +364,13 @@ def flac_metadata_end(file: Bytes, start: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def second_flac(name: str, start: int, size: int, changed: int) -> int | None:
-    """Return the place where another FLAC begins in this file, if one does.
+    """Return the position where another FLAC begins in this file, if there is one.
 
-    The answer is kept, for many excerpts of one file; ``changed`` is the time of the file's last change.
+    The result is cached for many excerpts of one file; ``changed`` is the time of the file's last change.
     """
     with Path(name).open("rb", buffering=0) as file:
         for place in find_bytes(file, b"fLaC", flac_metadata_end(file, start), size):
-            head = bytes_at(file, place + 4, 4)  # of a block of 34 bytes, the first that a FLAC has
+            head = bytes_at(file, place + 4, 4)  # the header of a FLAC's first block, which has 34 bytes
             if head in (b"\0\0\0\x22", b"\x80\0\0\x22"):
                 return place
     return None
@@ -383,11 +383,11 @@ MP3_KBIT = {  # MPEG 1 and MPEG 2 or 2.5, layer III, by index; 0 is "free" and 1
     2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0),
 }
 MP3_RATES = (44_100, 48_000, 32_000, 0)
-MP3_JUNK = 4096  # bytes behind the last frame that are neither sound nor a tag; more may have been sound
+MP3_JUNK = 4096  # this many unknown bytes after the last frame are accepted; more may have been sound
 
 
 class Mp3Frame(NamedTuple):
-    """Describe what the header of a layer III frame says."""
+    """Hold what the header of a layer III frame says."""
 
     size: int  # bytes
     samples: int
@@ -395,7 +395,7 @@ class Mp3Frame(NamedTuple):
 
 
 def mp3_frame(header: bytes) -> Mp3Frame | None:
-    """Read the header of a layer III frame from its four bytes; None where they are no such header."""
+    """Read the header of a layer III frame from its four bytes; None if they are not such a header."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return None
     version = header[1] >> 3 & 3  # 3: MPEG 1, 2: MPEG 2 (half the rates), 0: MPEG 2.5 (a quarter)
@@ -409,12 +409,12 @@ def mp3_frame(header: bytes) -> Mp3Frame | None:
 
 
 def mp3_lead(rate: int) -> int:
-    """Count the sample frames before an excerpt that have to be decoded for the excerpt to be exact.
+    """Return how many sample frames before an excerpt have to be decoded so that the excerpt is exact.
 
-    A frame's bits may begin up to 511 bytes back (MPEG 1) or 255 (MPEG 2 and 2.5), not counting headers. So as
-    many frames are needed as hold these bytes at the lowest bit rate, with the longest headers (stereo, with a
-    checksum). Until then libmpg123 leaves frames out, and keeps their bytes for those that follow. Two granules
-    are added, because a granule overlaps the one before it and the filter after that sees 480 samples back. One
+    A frame's bits may begin up to 511 bytes earlier (MPEG 1) or 255 (MPEG 2 and 2.5), not counting headers. So the
+    number of frames is that which holds these bytes at the lowest bit rate, with the longest headers (stereo, with
+    a checksum). Until then libmpg123 skips frames, but keeps their bytes for the next ones. Two granules are
+    added, because a granule overlaps the one before it, and the filter after that uses 480 earlier samples. One
     more is for rounding.
     """
     samples, back, header, kbit = (1152, 511, 38, 32) if rate >= 32_000 else (576, 255, 23, 8)
@@ -423,7 +423,7 @@ def mp3_lead(rate: int) -> int:
 
 
 def next_mp3_frame(file: Bytes, position: int, size: int) -> int | None:
-    """Return the next place where two MPEG frames of one kind follow each other, or one ends the file."""
+    """Return the next position where two MPEG frames of one kind follow each other, or one ends the file."""
     for place in find_bytes(file, b"\xff", position, size):
         frame = mp3_frame(bytes_at(file, place, 4))
         if frame is not None:
@@ -434,7 +434,7 @@ def next_mp3_frame(file: Bytes, position: int, size: int) -> int | None:
 
 
 def mp3_runs(file: Bytes, size: int) -> Iterator[tuple[int, int, int]]:
-    """Find the runs of MPEG frames of one kind: where each begins and ends, and its number of sample frames."""
+    """Yield (begin, end, number of sample frames) of each run of MPEG frames of one kind."""
     position: int | None = 0
     while position is not None and position < size:
         begin, samples, kind = position, 0, None
@@ -465,12 +465,12 @@ def mp3_length(file: Bytes, size: int, name: str) -> int:
 
 
 def mp3_container(file: Bytes, size: int, name: str) -> Container:
-    """Count the sample frames of an MP3 that declares no length; check one that does for missing or further sound.
+    """Count the sample frames of an MP3 without a declared length; else check it for missing or additional sound.
 
-    Without a Xing or Info tag libsndfile guesses the length from the bit rate of the first frame. A recording of
-    variable bit rate might then lose two thirds of its sound without a word.
+    Without a Xing or Info tag, libsndfile guesses the length from the bit rate of the first frame. A recording of
+    variable bit rate could then silently lose two thirds of its sound.
     """
-    first = bytes_at(file, 0, 64)  # the tag stands after at most 4 + 2 + 32 bytes of headers
+    first = bytes_at(file, 0, 64)  # the tag comes after at most 4 + 2 + 32 bytes of headers
     frame, tag = mp3_frame(first), max(first.find(b"Xing"), first.find(b"Info"))
     assert frame is not None, "the caller has seen it"
     end = before_tags(file, size)
@@ -481,8 +481,8 @@ def mp3_container(file: Bytes, size: int, name: str) -> Container:
     flags, frames, sound = struct.unpack_from(">III", first, tag + 4)
     if not flags & 1 or not frames:
         return Container(mp3_length(file, end, name) - frame.samples)
-    # Where both are there, bytes follow frames. A percent is left to encoders that count otherwise: the
-    # decoder finds a smaller cut by the frames.
+    # If there are both, bytes come after frames. One per cent is allowed for encoders that count differently; the
+    # decoder finds a smaller loss by the number of frames.
     declared = sound if flags & 2 else 0
     if size < 0.99 * declared:
         raise AudioError(
@@ -501,7 +501,7 @@ def mp3_container(file: Bytes, size: int, name: str) -> Container:
 
 
 def begins_as_sound(path: Path) -> bool:
-    """Tell whether a file begins as sound does. A broken link counts too, so that its error is shown."""
+    """Tell whether a file begins like sound. A broken link counts too, so that its error is shown."""
     try:
         if not path.is_file():
             return path.is_symlink() and not path.exists()
@@ -514,7 +514,7 @@ def begins_as_sound(path: Path) -> bool:
 
 
 def not_sound_error(head: bytes, name: str) -> AudioError:
-    """Word the error for a file that is no sound that ser reads, by its first bytes."""
+    """Return the error for a file that ser cannot read as sound, by its first bytes."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"version https://git-lfs", b"version https://hawser")):
         return AudioError(
@@ -528,15 +528,15 @@ def not_sound_error(head: bytes, name: str) -> AudioError:
 
 
 def read_container(file: BinaryIO, size: int, name: str) -> Container:
-    """Check an open file's container, and say how libsndfile has to see it.
+    """Check an open file's container, and say what libsndfile has to read.
 
     Args:
-        file: of bytes, unbuffered; its place moves.
-        size: of the file, in bytes.
-        name: what errors call the file; `second_flac` opens the file by it.
+        file: an unbuffered binary file; its position moves.
+        size: its size in bytes.
+        name: its name in errors; `second_flac` opens the file by this name.
 
     Raises:
-        AudioError: the format is not on the allow-list; the file is cut, or holds several recordings.
+        AudioError: the format is not on the allow-list; the file is truncated, or holds several recordings.
     """
     start = after_tags(file, 0, size)
     inner = FilePart(file, start, size) if start else file
@@ -554,7 +554,7 @@ def read_container(file: BinaryIO, size: int, name: str) -> Container:
         container = mp3_container(inner, size - start, name)
         tag = bytes_at(file, 0, 10)
         if start and start == id3_length(tag) and not tag[5] & 0x10:
-            return container  # one tag without a footer libsndfile passes over itself, and faster
+            return container  # libsndfile itself skips a single tag without a footer, which is faster
     else:
-        raise not_sound_error(bytes_at(file, 0, 64), name)  # with its zeros, which may be part of another format
+        raise not_sound_error(bytes_at(file, 0, 64), name)  # with leading zeros, which other formats may have
     return container._replace(part=inner) if start and container.part is None else container

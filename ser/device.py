@@ -22,7 +22,7 @@ except ImportError:  # Windows
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """Return the device called ``name``, one GPU for each local rank; "auto" is a GPU where there is one."""
+    """Return the device called ``name``, one GPU for each local rank; "auto" is a GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -43,9 +43,9 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 
 
 def cpu_threads() -> int:
-    """Count the threads for this process: its share of the cores, or OMP_NUM_THREADS where it runs alone.
+    """Return the number of threads for this process: its share of the cores, or OMP_NUM_THREADS if it is alone.
 
-    torchrun sets OMP_NUM_THREADS to 1 for several processes, however many cores there are, so there it is ignored.
+    torchrun sets OMP_NUM_THREADS to 1 for several processes on any machine, so it is ignored there.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if processes == 1 and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
@@ -60,9 +60,8 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 def has_fast_bf16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Tell whether products of bf16 matrices are faster than products of float32 matrices.
 
-    They are on GPUs from compute capability 8 on, on CPUs with AMX, and on AMD's CPUs with AVX512_BF16. Intel's
-    CPUs without AMX run that instruction at half the rate: bf16 took twice the time of float32 there
-    (docs/lab.md).
+    They are on GPUs from compute capability 8 on, on CPUs with AMX, and on AMD's CPUs with AVX512_BF16. On Intel's
+    CPUs without AMX, this instruction has half the rate, and bf16 took twice the time of float32 (docs/lab.md).
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
@@ -75,9 +74,9 @@ def has_fast_bf16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the type called "float32" or "bf16"; "auto" is bf16 where the device has fast instructions for it.
+    """Return the type called "float32" or "bf16"; "auto" is bf16 if the device has fast instructions for it.
 
-    The answer depends on the device alone, so the same machine always gives the same one.
+    The result depends only on the device, so it is always the same on one machine.
     """
     if name == "auto":
         return torch.bfloat16 if has_fast_bf16(device) else torch.float32
@@ -87,7 +86,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def memory_gib(device: torch.device) -> float | None:
-    """Return the peak memory of the GPU, or else of this process; None where the system does not tell."""
+    """Return the peak memory of the GPU, or else of this process; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if resource is None:
@@ -97,11 +96,11 @@ def memory_gib(device: torch.device) -> float | None:
 
 
 _lock = threading.Lock()
-_inside = 0  # contexts that are open, in any thread: the setting is the whole process's
+_inside = 0  # open contexts in all threads, since the setting is one of the whole process
 
 
 def glibc() -> ctypes.CDLL | None:
-    """Find the C library of this process, where it is glibc."""
+    """Return the C library of this process if it is glibc."""
     if platform.libc_ver()[0] != "glibc":
         return None
     try:
@@ -113,13 +112,13 @@ def glibc() -> ctypes.CDLL | None:
 
 @contextmanager
 def freed_memory_kept(device: torch.device) -> Iterator[None]:
-    """Keep the memory of freed CPU tensors for the next ones in here, and return it to the system at the end.
+    """Reuse the memory of freed CPU tensors in this context, and return it to the system at the end.
 
     glibc returns large blocks to the system at once. When it needs them again, their pages are mapped and zeroed
-    one by one: 170,000 page faults for an update of base, which cost 3 % of its time on a quiet machine and a
-    quarter on a virtual one. The setting is one of the whole process, so training and the commands enter this
-    context, and `Recognizer.predict` does not; whoever serves predictions may. Nothing changes with other C
-    libraries, nor on a GPU, whose memory torch keeps itself.
+    one by one. For an update of base this gives 170,000 page faults, 3 % of the time on a quiet machine and a
+    quarter on a virtual one. The setting affects the whole process, so training and the commands use this context,
+    but `Recognizer.predict` does not. With other C libraries nothing changes, nor on a GPU, where torch itself
+    keeps memory.
     """
     global _inside
     libc = glibc() if device.type == "cpu" else None

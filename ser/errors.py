@@ -1,12 +1,12 @@
-"""Define the kinds of errors, and the few ways in which their messages show foreign values and texts.
+"""Define the kinds of errors, and functions that show values and texts of files in messages.
 
-Every error that `ser` raises on purpose is a `SerError`, so one ``except ser.SerError`` is enough to tell bad
-input from a defect. Its message says what was found, what was expected and what to do. It is a single string,
-which keeps errors picklable: an error in a data-loader worker reaches the user with its text.
+Every error that `ser` raises on purpose is a `SerError`, so ``except ser.SerError`` separates bad input from
+defects. Its message says what was found, what was expected and what to do. It is a single string, so errors can be
+pickled: an error in a data-loader worker reaches the user with its text.
 
-What a file holds is shown by one of five functions, so that a message stays short and commands no terminal:
+One of five functions shows what a file holds, so that a message stays short and cannot control a terminal:
 
-    brief_repr   a value that is no text, whatever it is
+    brief_repr   any value that is not a text
     shorten      a text that may be long
     printable    a text that may hold control characters
     summary      names, in one line
@@ -20,7 +20,7 @@ Tell = Callable[[str], None]  # shows a user a line
 
 
 def _pieces(value: Any, most: int, depth: int = 0) -> Iterator[str]:
-    """Give the parts of a value's ``repr`` one by one, so that who takes them may stop."""
+    """Yield the parts of a value's ``repr`` one by one, so that the caller can stop early."""
     if isinstance(value, str | bytes):
         yield repr(value[: most + 1])
     elif isinstance(value, int) and value.bit_length() > 4 * most:
@@ -45,9 +45,8 @@ def _pieces(value: Any, most: int, depth: int = 0) -> Iterator[str]:
 def brief_repr(value: Any, most: int = 200) -> str:
     """Return the ``repr`` of a foreign value, cut at about ``most`` characters.
 
-    The time that this takes is bounded too, whatever the value is: nested deep or in itself, a list that holds
-    itself twice 60 times over, a number of a million digits. Of a value that is no plain data the type alone is
-    shown.
+    The time is limited for any value: one that is deeply nested or contains itself, or a number of a million
+    digits. For a value that is not plain data, only the type is shown.
     """
     text = ""
     for piece in _pieces(value, most):
@@ -63,10 +62,10 @@ def shorten(text: str, most: int = 500) -> str:
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Replace the characters that would command a terminal in a foreign text, such as a file's name or a label.
+    """Replace the characters that could control a terminal in a foreign text, such as a file's name or a label.
 
-    Control and format characters, separators other than a space and surrogates (bytes of a file name that are not
-    UTF-8) become U+FFFD. With ``lines`` the ends of lines stay, for a message of ours that has several lines.
+    Control and format characters, separators other than a space, and surrogates (bytes of a file name that are not
+    UTF-8) become U+FFFD. With ``lines``, line ends are kept, for a message of several lines.
     """
     kept = "\n" if lines else ""
     return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -93,7 +92,7 @@ def indented(messages: Iterable[str], most: int = 50) -> str:
 
 
 class SerError(Exception):
-    """An error about input, configuration or files: the base of all others. The message names file and cause."""
+    """Something is wrong with input, configuration or files; this is the base of all others."""
 
 
 class AudioError(SerError):
@@ -129,4 +128,4 @@ class FileError(SerError):
 
 
 class ResourceError(SerError):
-    """The machine gave out: memory ran short, or a process that decodes audio was killed."""
+    """The machine failed: memory ran out, or a process that decodes audio was killed."""

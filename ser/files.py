@@ -1,17 +1,16 @@
-"""Write files and folders whole or not at all: whatever happens meanwhile, the old one or the new one is there.
+"""Write files and folders whole or not at all: at any moment, the complete old one or the new one is there.
 
-Everything is built under a hidden name beside its target, and takes the target's place at the end, in this order:
+A file or folder is built under a hidden name beside its target, and replaces the target at the end, in this order:
 
     write, fsync of every file, [a manifest, fsync,] fsync of the folder, rename, fsync of the parent
 
-So several processes may write the same target at once: each puts a whole one into its place, and the last one
-stays. On Linux a folder changes places with the one that stands there in one step. Elsewhere that takes two
-renames. Between them the old folder is at `.NAME.PID-RANDOM.old`, and if the process dies there, the next writing
-puts it back.
+So several processes may write the same target at the same time: each replaces it as a whole, and the last one
+stays. On Linux, old and new folder change places in one step. Elsewhere this takes two renames. Between them the
+old folder is at `.NAME.PID-RANDOM.old`; if the process dies there, the next writing puts it back.
 
-What a killed process leaves is hidden (`.NAME.PID-RANDOM.new`, `.old`, `.tmp`, `.NAME.gone`) and is never read.
-The next writing of NAME removes it, since nobody holds its lock any more. It stays on Windows, and where folders
-cannot be locked, as on NFS; `clear_remains` removes it at once.
+A killed process leaves hidden files or folders (`.NAME.PID-RANDOM.new`, `.old`, `.tmp`, `.NAME.gone`), which are
+never read. The next writing of NAME removes them, since their lock is free. On Windows, and where folders cannot
+be locked, as on NFS, they stay; `clear_remains` removes them without a look at locks.
 """
 
 import csv
@@ -41,14 +40,14 @@ from torch import Tensor
 from ser.errors import FileError
 
 StrPath = str | os.PathLike[str]
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # pointer files of some 130 bytes begin so
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of pointer files
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST}  # where a folder stands already
+OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST}  # errors of a rename if a folder exists at the target
 READER_SECONDS = 30.0  # how long a named pipe may be without a reader
 
 
 def cannot_write(path: Path, error: OSError, size: int = 0) -> FileError:
-    """Word the error for a path that could not be written; it takes about ``size`` bytes, 0: unknown."""
+    """Return the error for a path that could not be written and needs about ``size`` bytes (0: unknown)."""
     cause = error.strerror or str(error) or error.__class__.__name__
     if error.errno not in NO_ROOM:
         return FileError(f"{path}: cannot be written: {cause}")
@@ -61,7 +60,7 @@ def cannot_write(path: Path, error: OSError, size: int = 0) -> FileError:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Tell whether a file is a pointer of git-lfs, which stands where the file itself was not fetched."""
+    """Tell whether a file is a pointer of git-lfs, which replaces a file that was not downloaded."""
     with path.open("rb") as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
@@ -74,10 +73,10 @@ def digest(path: Path) -> str:
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Raise FileError where a file cannot be written in this block, with its path and what to do."""
+    """Raise FileError if a file cannot be written in this block, with its path and what to do."""
     try:
         yield path
-    except BrokenPipeError:  # who read from it has enough
+    except BrokenPipeError:  # the reader of a pipe has closed it
         raise
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -87,9 +86,9 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def lock(path: Path, *, wait: bool) -> int | None:
-    """Lock a file or folder and return the handle; None where another process has the lock, or there are no locks.
+    """Lock a file or folder and return the handle; None if another process has the lock, or locks do not exist.
 
-    The system frees the lock when this process ends, however it ends.
+    The system releases the lock when this process ends, however it ends.
     """
     try:
         import fcntl  # not on Windows
@@ -106,7 +105,7 @@ def lock(path: Path, *, wait: bool) -> int | None:
 
 
 def unlock(handle: int | None) -> None:
-    """Give a lock back, also for processes that were forked meanwhile and have a copy of the handle."""
+    """Release a lock, also for forked processes that have a copy of the handle."""
     if handle is not None:
         import fcntl
 
@@ -115,7 +114,7 @@ def unlock(handle: int | None) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder if it is there, as far as possible."""
+    """Remove a file or folder if it exists, as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -124,16 +123,16 @@ def remove(path: Path) -> None:
 
 
 def clear_ended(target: Path) -> None:
-    """Remove what writers of ``target`` that have ended left beside it. What cannot be locked may be in use."""
+    """Remove the hidden remains of ended writers of ``target``; those that cannot be locked may be in use."""
     hidden = re.compile(re.escape(f".{target.name}.") + r"\d+-[0-9a-f]{8}\.(new|old|tmp|gone)")
     try:
         names = [name for name in os.listdir(target.parent) if hidden.fullmatch(name)]  # noqa: PTH208
-    except OSError:  # a folder may be written into and yet not be listed
+    except OSError:  # some folders can be written but not listed
         return
     for remains in map(target.with_name, names):
         handle = lock(remains, wait=False)
         if handle is not None and (remains.suffix != ".old" or target.exists()):
-            gone = remains.with_suffix(".gone")  # no part of a folder has a name that is put back
+            gone = remains.with_suffix(".gone")  # so a half-removed folder is never taken for a complete old one
             with suppress(OSError):
                 remains.rename(gone)
             remove(gone)
@@ -150,7 +149,7 @@ def new_beside(target: Path, kind: str, make: Callable[[Path], object]) -> Itera
         handle = lock(path, wait=True)
         if path.exists():
             break
-        unlock(handle)  # another process removed it as a remain, since it had no lock yet
+        unlock(handle)  # another process removed it, since it was not locked yet
     try:
         yield path
     finally:
@@ -159,7 +158,7 @@ def new_beside(target: Path, kind: str, make: Callable[[Path], object]) -> Itera
 
 
 def keep_mode(old: Path, new: Path) -> None:
-    """Give ``new`` the mode of what stands at ``old``, and its owner and group where that is permitted."""
+    """Give ``new`` the mode of ``old``, and its owner and group if that is permitted."""
     try:
         before, now = old.stat(), new.stat()
     except FileNotFoundError:
@@ -176,9 +175,9 @@ def keep_mode(old: Path, new: Path) -> None:
 
 
 def descriptor(path: Path) -> int | None:
-    """Return N where a path is, or links to, /dev/fd/N or /proc/self/fd/N of this process, as /dev/stdout does."""
+    """Return N if a path is, or links to, /dev/fd/N or /proc/self/fd/N of this process, as /dev/stdout does."""
     own = {os.path.realpath("/dev/fd"), os.path.realpath("/proc/self/fd")}
-    for _ in range(40):  # links that lead to links, as the system follows them
+    for _ in range(40):  # as many links to links as the system follows
         folder = os.path.realpath(path.parent)
         if folder in own and path.name.isdecimal():
             return int(path.name)
@@ -189,15 +188,15 @@ def descriptor(path: Path) -> int | None:
 
 
 def check_can_write(path: Path) -> None:
-    """Raise OSError for what `replace_file` cannot write, such as a folder, a socket or a read-only file."""
+    """Raise OSError for a path that `replace_file` cannot write: a folder, a socket, a read-only file."""
     number = descriptor(path)
     if number is not None:
-        os.write(number, b"")  # fails where it is closed, or for reading alone
+        os.write(number, b"")  # fails if the descriptor is closed or read-only
         return
     folder = Path(os.path.realpath(path)).parent
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:  # a link may lead to what is not there yet
+    except FileNotFoundError:  # the file may be new, also behind a link
         mode = stat.S_IFREG
         if not folder.is_dir():
             raise FileNotFoundError(errno.ENOENT, f"No such file or directory: {folder}", str(path)) from None
@@ -217,14 +216,14 @@ def open_as_it_is(path: Path) -> int:
     """Open a descriptor, a character device or a named pipe to write to; wait a while for a pipe's reader."""
     number = descriptor(path)
     if number is not None:
-        return os.dup(number)  # at the place it is at: what it leads to may be a file that others write to
+        return os.dup(number)  # with its position, since other processes may write into the same file
     until = time.monotonic() + READER_SECONDS
     while True:
         try:
             handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
             break
         except OSError as error:
-            if error.errno != errno.ENXIO or not path.is_fifo():  # a terminal may not be there either
+            if error.errno != errno.ENXIO or not path.is_fifo():  # a missing terminal gives the same error
                 raise
             if time.monotonic() > until:
                 cause = f"no process reads from this pipe (waited {READER_SECONDS:g} s)"
@@ -237,15 +236,14 @@ def open_as_it_is(path: Path) -> int:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[TextIO]:
-    """Open a UTF-8 file that takes the place of ``path`` when the block ends, whole or not at all.
+    """Open a UTF-8 file that replaces ``path`` when the block ends, whole or not at all.
 
     A byte of a file name that is not UTF-8 is written as its escape, \\udce9, which JSON reads back.
 
-    The file stands in the same folder until then, and is removed when the block fails. It takes over the mode of
-    the file that was there, and its owner where that is permitted. A new file has the mode of the user's umask,
-    and not the 0600 of `tempfile`. A link stays one, and the file that it leads to is replaced; another name of
-    that file (a hard link) keeps the old content. A pipe or character device, /dev/stdout included, cannot be
-    replaced and is written into as it is.
+    Until then the file has a hidden name in the same folder, and it is removed if the block fails. It gets the
+    mode of the old file, and its owner if that is permitted. A new file has the mode of the user's umask, and not
+    the 0600 of `tempfile`. A link is kept, and the file behind it is replaced; a hard link to that file keeps the
+    old content. A pipe or character device, such as /dev/stdout, cannot be replaced and is written directly.
 
     Raises:
         OSError: the path cannot be written.
@@ -268,7 +266,7 @@ def replace_file(path: Path) -> Iterator[TextIO]:
 
 
 def csv_line(cells: Iterable[object], delimiter: str = ",") -> str:
-    """Write a row of a CSV file with its end; `csv.reader` reads the cells back as they were, whatever they hold.
+    """Return a row of a CSV file with its line end; `csv.reader` reads any cells back unchanged.
 
     The row is first written with the end \\r\\n: Python 3.11 quotes a carriage return in a cell only then.
     """
@@ -287,15 +285,15 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON that people can read, whole or not at all."""
+    """Write indented JSON, whole or not at all."""
     with replace_file(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file with the mode of other new files. `write_folder_atomically` waits for the disk."""
+    """Write a safetensors file with the usual mode of new files, without fsync."""
     path.touch()
-    mode = path.stat().st_mode  # save_file makes it 0600
+    mode = path.stat().st_mode  # which save_file changes to 0600
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -306,11 +304,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def open_tensors(path: Path) -> Any:
-    """Open a file as `safetensors.safe_open` does, with its errors, but also where its path is not UTF-8."""
+    """Open a file like `safetensors.safe_open`, with its errors, but also if the path is not UTF-8."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        with path.open("rb") as file:  # it maps the file, which may be closed then
+        with path.open("rb") as file:  # safe_open maps the file, so the file may be closed afterwards
             return safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt")
     return safe_open(path, framework="pt")
 
@@ -324,7 +322,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's own entries, are on the disk.
 
-    Windows opens no folders, so there is no wait for their entries, and it waits only for files that are open for
+    On Windows, folders cannot be opened, so there is no wait for their entries, and a file has to be open for
     writing.
     """
     on_windows = hasattr(os, "O_BINARY")
@@ -341,16 +339,16 @@ def sync(path: Path) -> None:
 
 
 def files_below(folder: Path, *, hidden: bool, say: Callable[[str], object]) -> Iterator[str]:
-    """Give the paths of all files in a folder and in the folders below it.
+    """Yield the paths of all files in a folder and its subfolders.
 
-    Links to folders are followed, but no folder is entered twice, neither by a link to a folder that is entered
-    anyway nor by a circle of links. A link to a folder that holds the link, and is not below ``folder``, would
-    bring in everything there. Such a link is not followed, and ``say`` gets a line about it.
+    Links to folders are followed, but no folder is entered twice, even if links form a circle. A link to a folder
+    that contains the link itself, above ``folder``, would add everything there. Such a link is not followed, and
+    ``say`` is called with a line about it.
 
     Args:
         folder: where to begin.
         hidden: whether to include names that begin with a dot.
-        say: takes a line for the user.
+        say: is called with a line for the user.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -371,7 +369,7 @@ def files_below(folder: Path, *, hidden: bool, say: Callable[[str], object]) -> 
                     continue
                 entered.add(real)
                 folders[:] = [name for name in folders if hidden or not name.startswith(".")]
-                # Strings: a million Path objects are a gigabyte.
+                # These are strings, since a million Path objects take a gigabyte.
                 paths = [os.path.join(where, name) for name in folders]  # noqa: PTH118
                 links += [path for path in paths if os.path.islink(path)]  # noqa: PTH114
                 yield from (os.path.join(where, n) for n in files if hidden or not n.startswith("."))  # noqa: PTH118
@@ -385,7 +383,7 @@ def files_below(folder: Path, *, hidden: bool, say: Callable[[str], object]) -> 
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Let two names change places in one step, so that neither is ever missing; False where that fails."""
+    """Exchange two names in one step, so that neither is ever missing; False if that is not possible."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2  # of Linux
     except (OSError, AttributeError, TypeError):
@@ -396,21 +394,21 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
-    """Give the folder ``temporary`` the name ``target``, and the folder that stood there the name ``temporary``.
+    """Give the folder ``temporary`` the name ``target``, and an old folder of this name the name ``temporary``.
 
-    Other processes may do the same meanwhile.
+    Other processes may do the same at the same time.
     """
     old = temporary.with_suffix(".old")
     while True:
         try:
-            temporary.rename(target)  # onto nothing, or an empty folder
+            temporary.rename(target)  # works if there is nothing, or an empty folder
             break
         except OSError as error:
             if error.errno not in OCCUPIED:
                 raise
         if exchange(temporary, target):
             return
-        remove(old)  # of a round in which another was faster: its folder stands there
+        remove(old)  # left from an earlier round, in which another process was faster
         with suppress(FileNotFoundError):
             target.rename(old)
     with suppress(FileNotFoundError):
@@ -424,7 +422,7 @@ def recover_folder(target: Path) -> None:
     hidden = target.parent.glob(f".{glob.escape(target.name)}.*old")
     olds = [old for old in hidden if re.fullmatch(r"(\d+-[0-9a-f]{8}\.)?old", old.name[len(target.name) + 2 :])]
     for old in sorted(olds, key=lambda old: old.stat().st_mtime, reverse=True):
-        with suppress(OSError):  # another has put one there
+        with suppress(OSError):  # another process may have put a folder there
             old.rename(target)
             return
 
@@ -432,22 +430,22 @@ def recover_folder(target: Path) -> None:
 def write_folder_atomically(
     target: Path, write: Callable[[Path], None], *, seal: Callable[[Path], None] | None = None, size: int = 0
 ) -> None:
-    """Let ``write`` fill a new folder, then put it in the place of ``target`` at once.
+    """Let ``write`` fill a new folder, then replace ``target`` by it.
 
-    A crash leaves the old folder or the new one. Where the system cannot swap two names, replacing a folder takes
-    two renames. Between them the old folder has a hidden name, and `recover_folder` puts it back.
+    A crash leaves the old folder or the new one. If the system cannot exchange two names, this takes two renames.
+    Between them the old folder has a hidden name, and `recover_folder` puts it back.
 
     Args:
         target: the folder; its parents are made.
         write: puts files into the folder that it is given.
         seal: adds a last file, when all others are on the disk.
-        size: about how many bytes the folder takes, for the message where the disk is full.
+        size: about how many bytes the folder needs, for the message if the disk is full.
 
     Raises:
         FileError: the folder cannot be written.
     """
     given = target
-    target = target.resolve()  # a link to a folder stays one
+    target = target.resolve()  # so a link to a folder is kept
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(target)
@@ -470,7 +468,7 @@ def write_folder_atomically(
 
 
 def remove_folder(target: Path) -> None:
-    """Remove a folder so that it is never there in part."""
+    """Remove a folder so that no half-removed folder has its name."""
     gone = target.with_name(f".{target.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     target.rename(gone)
@@ -478,7 +476,7 @@ def remove_folder(target: Path) -> None:
 
 
 def clear_remains(folder: Path, name: str) -> None:
-    """Undo what interrupted writing of ``name``, a pattern, left in ``folder``. Nobody may be writing it."""
+    """Remove what interrupted writers of ``name``, a pattern, left in ``folder``; no process may be writing it."""
     for old in folder.glob(f".{name}.*old"):
         recover_folder(folder / re.sub(r"(\.\d+-[0-9a-f]{8})?\.old$", "", old.name[1:]))
     for remains in folder.glob(f".{name}.*"):

@@ -1,15 +1,15 @@
-"""Read and write what a model folder says besides its tensors: labels, what heads read, how sound is prepared.
+"""Read and write the settings in a model folder: labels, what heads read, and how sound is preprocessed.
 
-A folder is ours, or a release from 3 to 5 of `transformers` wrote it. Those releases put the same things into
-different files. Where several files say something, the first of these counts, as in release 5:
+A folder is ours, or a release from 3 to 5 of `transformers` wrote it. These releases put the same settings into
+different files. If several files have a setting, the first of these counts, as in release 5:
 
     sound   "feature_extractor" in processor_config.json, preprocessor_config.json, tokenizer_config.json
-    tokens  vocab.json (else tokenizer.json), then what completes it: "added_tokens_decoder" in
-            tokenizer_config.json, else added_tokens.json and tokenizer.json
+    tokens  vocab.json (else tokenizer.json), completed by "added_tokens_decoder" in tokenizer_config.json, else by
+            added_tokens.json and tokenizer.json
     names of special tokens
-            tokenizer_config.json where it has "added_tokens_decoder"; else special_tokens_map.json, then it
+            tokenizer_config.json if it has "added_tokens_decoder"; else first special_tokens_map.json
 
-Where no file says something, or files contradict each other, a note tells what was taken.
+If no file has a setting, or files contradict each other, a note says which value was used.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -29,17 +29,17 @@ from ser.models.config import ARCHITECTURES, Wav2Vec2Config
 from ser.models.heads import HEADS
 from ser.models.multitask import SIZES, HeadsConfig, MultiTaskModel
 
-FORMAT = 1  # of the "ser" part of config.json
+FORMAT = 1  # the format of the "ser" part of config.json
 
-# problem_type in config.json -> what the head of a ForSequenceClassification answers with
+# problem_type in config.json -> the kind of prediction of a ForSequenceClassification's head
 PROBLEMS = {
     "single_label_classification": "single-label",
     "multi_label_classification": "multi-label",
     "regression": "regression",
 }
-POOLING_MODES = ("mean", "sum", "max")  # of ForSpeechClassification
+POOLING_MODES = ("mean", "sum", "max")  # those of ForSpeechClassification
 
-# Settings of `HeadsConfig` that stand in the "ser" part of config.json; its sizes follow from the labels.
+# Settings of `HeadsConfig` that are in the "ser" part of config.json; its sizes follow from the labels.
 READS = ("layers", "weighted_final_norm", "pooling", "emotion_head", "dimension_head")
 # head -> where a folder has the names of its outputs
 WHERE_LABELS_STAND = {
@@ -52,15 +52,15 @@ WHERE_LABELS_STAND = {
 
 @dataclass
 class FolderSettings:
-    """Collect what is read of a folder, before it is known which of it the heads need.
+    """Collect the settings of a folder, before it is known which of them the heads need.
 
-    ``names`` are those of heads that a folder has or had; ``reads`` are settings of `HeadsConfig`: what the heads
+    ``names`` are for heads that the folder has or had; ``reads`` are settings of `HeadsConfig`: what the heads
     read, and their form. ``notes`` say what was assumed.
     """
 
     names: dict[str, list[str]] = field(default_factory=dict)
     multi_label: bool = False
-    vocabulary: Vocabulary | None = None  # read by itself, where there is a CTC head (`read_vocabulary`)
+    vocabulary: Vocabulary | None = None  # read separately, if there is a CTC head (`read_vocabulary`)
     reads: dict[str, Any] = field(default_factory=dict)
     orthography: str = "librispeech"
     tags: str = "remove"
@@ -78,13 +78,13 @@ class FolderSettings:
 
 
 def expect(right: bool, entry: str, value: Any, known: str, most: int = 200, *, word: str = "expected ") -> None:
-    """Raise ModelFolderError unless an entry, named with its file, is right; ``most`` is of `brief_repr`."""
+    """Raise ModelFolderError unless an entry, named with its file, is valid; ``most`` is for `brief_repr`."""
     if not right:
         raise ModelFolderError(f"{entry} is {brief_repr(value, most)}; {word}{known}")
 
 
 def optional_json(folder: Path, name: str) -> dict:
-    """Read a JSON file of a folder; empty where there is none."""
+    """Read a JSON file of a folder; empty if there is none."""
     return pretrained.read_json(folder, name) if pretrained.stands_in(folder, name) else {}
 
 
@@ -92,7 +92,7 @@ def optional_json(folder: Path, name: str) -> dict:
 
 
 def check_names(path: Path, what: str, names: Any) -> list[str]:
-    """Return ``names``, which must be a list of strings that can be written and printed (ModelFolderError)."""
+    """Return ``names``; raise ModelFolderError unless it is a list of strings that can be printed."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelFolderError(f"{path}: {what} needs a list of names; found {brief_repr(names)}")
     for name in names:
@@ -131,9 +131,9 @@ def classifier_form(files: pretrained.TensorFiles) -> str | None:
 
 
 def answer_kind(path: Path, values: Mapping, names: list[str], notes: list[str]) -> str:
-    """Tell what the classifier answers with: "single-label", "multi-label" or "regression"."""
+    """Return the classifier's kind of prediction: "single-label", "multi-label" or "regression"."""
     problem = values.get("problem_type")
-    known = (None, *PROBLEMS)  # no dict, for what stands there may be unhashable
+    known = (None, *PROBLEMS)  # not a dict, since the value may be unhashable
     expect(problem in known, f"{path}: problem_type", problem, f"one of {', '.join(PROBLEMS)}", 80)
     if "ser" in values:
         return PROBLEMS.get(problem or "", "single-label")
@@ -148,7 +148,7 @@ def answer_kind(path: Path, values: Mapping, names: list[str], notes: list[str])
 
 
 def label_classifier(path: Path, values: Mapping, files: pretrained.TensorFiles, settings: FolderSettings) -> None:
-    """Decide whose head `transformers`' classifier is, emotions' or dimensions', and move its tensors there."""
+    """Decide whether `transformers`' classifier is the emotion or dimension head, and rename its tensors."""
     form, names = classifier_form(files), class_names(path, values)
     if form is not None and not names and "ser" not in values:
         weight = "cls_head.weight" if form == "linear" else "dimension_head.out_proj.weight"
@@ -183,7 +183,7 @@ def own_entries(path: Path, values: Mapping) -> dict:
 
 
 def names_of_others(path: Path, own: Mapping) -> dict[str, list[str]]:
-    """Return the names of the outputs of heads that somebody added to `HEADS`."""
+    """Return the names of the outputs of heads that were added to `HEADS`."""
     names = own.get("names", {})
     expect(isinstance(names, dict), f"{path}: ser.names", names, "an object")
     if missing := [head for head in names if head not in HEADS or head not in LABELS]:
@@ -195,7 +195,7 @@ def names_of_others(path: Path, own: Mapping) -> dict[str, list[str]]:
 
 
 def what_heads_read(path: Path, values: Mapping, own: Mapping, form: str | None, notes: list[str]) -> dict:
-    """Return the settings of `HeadsConfig` but its sizes; ``form`` is `classifier_form`."""
+    """Return the settings of `HeadsConfig` except its sizes; ``form`` is `classifier_form`."""
     weighted = values.get("use_weighted_layer_sum") or False
     expect(isinstance(weighted, bool), f"{path}: use_weighted_layer_sum", weighted, "true or false")
     mode = values.get("pooling_mode", "mean")  # of ForSpeechClassification, whose head is dense
@@ -204,7 +204,7 @@ def what_heads_read(path: Path, values: Mapping, own: Mapping, form: str | None,
     if form != "dense" and mode != "mean":
         notes.append(f"pooling_mode is {mode}, which no class with this head follows: the mean is taken")
         mode = "mean"
-    # What the class of the release that saved the folder computes; see HeadsConfig.
+    # Use what the release that saved the folder computes; see HeadsConfig.
     release = str(values.get("transformers_version") or "4").partition(".")[0]
     reads = {"weighted_final_norm": release in ("2", "3", "4"), "pooling": mode}
     reads["layers"] = "weighted" if weighted and form != "dense" else "last"
@@ -220,17 +220,17 @@ def what_heads_read(path: Path, values: Mapping, own: Mapping, form: str | None,
 
 
 def extractors(folder: Path) -> dict[str, dict]:
-    """Return what a folder's files say of the preparation of sound, by where it stands; the first counts."""
+    """Return what a folder's files say about preprocessing: place -> settings; the first one counts."""
     said = {}
     processor, preprocessor = pretrained.PREPROCESSORS
     values = optional_json(folder, processor)
     name = "feature_extractor" if "feature_extractor" in values else "audio_processor"
-    if values.get(name) is not None:  # else of a release that kept it in the other file
+    if values.get(name) is not None:  # earlier releases kept it in the other file
         said[f"{name} in {processor}"] = values[name]
     if pretrained.stands_in(folder, preprocessor):
         said[preprocessor] = pretrained.read_json(folder, preprocessor)
     values = optional_json(folder, "tokenizer_config.json")
-    if "do_normalize" in values:  # the Wav2Vec2Tokenizer of release 4.3
+    if "do_normalize" in values:  # written by the Wav2Vec2Tokenizer of release 4.3
         said["tokenizer_config.json"] = {"do_normalize": values["do_normalize"]}
     for place, values in said.items():
         expect(isinstance(values, dict), f"{folder}: {place}", values, "an object", 80)
@@ -238,7 +238,7 @@ def extractors(folder: Path) -> dict[str, dict]:
 
 
 def read_do_normalize(folder: Path, notes: list[str]) -> bool:
-    """Tell whether waveforms are made zero mean and unit variance; ``notes`` take what was assumed."""
+    """Tell whether waveforms are scaled to zero mean and unit variance; assumptions are added to ``notes``."""
     places = extractors(folder)
     for place, values in places.items():
         rate, normalize = values.get("sampling_rate", SAMPLE_RATE), values.get("do_normalize", True)
@@ -263,9 +263,9 @@ def read_do_normalize(folder: Path, notes: list[str]) -> bool:
 
 
 def read_settings(folder: Path, values: dict, files: pretrained.TensorFiles) -> FolderSettings:
-    """Read labels, what the heads compute, and how sound is prepared; ``values`` is config.json.
+    """Read labels, what the heads read, and how sound is preprocessed; ``values`` is config.json.
 
-    The tensors of a classifier are moved in ``files`` to the head that its labels make it.
+    The tensors of a classifier are renamed in ``files`` to those of the emotion or the dimension head.
     """
     path = folder / "config.json"
     own, settings = own_entries(path, values), FolderSettings()
@@ -275,7 +275,7 @@ def read_settings(folder: Path, values: dict, files: pretrained.TensorFiles) -> 
     settings.reads = what_heads_read(path, values, own, classifier_form(files), settings.notes)
     settings.reads["projection"] = rows_of(files, "projector") or 0
     for name, known in (("orthography", [*ORTHOGRAPHIES]), ("tags", ["remove", "keep-letters"])):
-        choice = own.get(name, getattr(settings, name))  # it may be unhashable, so known ones are lists
+        choice = own.get(name, getattr(settings, name))  # the value may be unhashable, so `known` is a list
         expect(choice in known, f"{path}: ser.{name}", choice, f"one of {', '.join(known)}")
         setattr(settings, name, choice)
     label_classifier(path, values, files, settings)
@@ -287,14 +287,14 @@ def read_settings(folder: Path, values: dict, files: pretrained.TensorFiles) -> 
 
 
 def token_text(path: Path, name: str, token: Any) -> str | None:
-    """Return the text of a token of a tokenizer's files: a string, or the content of an object."""
+    """Return the text of a token in a tokenizer's files, which is a string or the content of an object."""
     text = token.get("content") if isinstance(token, dict) else token
     expect(text is None or isinstance(text, str), f"{path}: {name}", token, "a token", 80)
     return text
 
 
 def tokenizer_settings(folder: Path) -> dict:
-    """Read tokenizer_config.json with special_tokens_map.json; which counts stands at the top of this file."""
+    """Read tokenizer_config.json with special_tokens_map.json; the top of this file says which one counts."""
     settings = optional_json(folder, "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:
         settings |= optional_json(folder, "special_tokens_map.json")
@@ -302,7 +302,7 @@ def tokenizer_settings(folder: Path) -> dict:
 
 
 def added_token(path: Path, entry: str, token: Any, id_: Any) -> tuple[Any, Any, bool]:
-    """Return (token, id, whether it is special) of a token in an entry of a tokenizer's files."""
+    """Return (token, id, whether it is special) for a token in an entry of a tokenizer's files."""
     return token_text(path, entry, token), id_, isinstance(token, dict) and token.get("special") is True
 
 
@@ -314,7 +314,7 @@ def tokens_by_id(path: Path, decoder: Any) -> list[tuple[Any, Any, bool]]:
 
 
 def added_tokens(folder: Path, settings: Mapping) -> list[tuple[Any, Any, bool]]:
-    """Return (token, id, whether it is special) of the tokens that complete a vocabulary."""
+    """Return (token, id, whether it is special) for the tokens that complete a vocabulary."""
     decoder = settings.get("added_tokens_decoder")
     if decoder is not None:
         return tokens_by_id(folder / "tokenizer_config.json", decoder)
@@ -326,7 +326,7 @@ def added_tokens(folder: Path, settings: Mapping) -> list[tuple[Any, Any, bool]]
 
 
 def ids_of_language(folder: Path, languages: Mapping, settings: Mapping) -> dict[str, Any]:
-    """Return the tokens of one of the languages of vocab.json, the one that the tokenizer names."""
+    """Return the tokens of the language in vocab.json that the tokenizer names."""
     language = settings.get("target_lang")
     if not isinstance(language, str) or language not in languages:
         raise ModelFolderError(
@@ -349,7 +349,7 @@ def base_ids(folder: Path, settings: Mapping) -> dict[str, Any] | None:
 
 
 def add_tokens(ids: dict[str, Any], added: Iterable[tuple[Any, Any, bool]], rows: int | None) -> None:
-    """Give ``ids`` the added tokens that the CTC head has one of its ``rows`` for.
+    """Add those added tokens to ``ids`` for which the CTC head has one of its ``rows``.
 
     A token that vocab.json has keeps its id, as in `transformers`.
     """
@@ -361,10 +361,10 @@ def add_tokens(ids: dict[str, Any], added: Iterable[tuple[Any, Any, bool]], rows
 
 
 def name_free_rows(ids: dict[str, Any], special: Iterable[str | None], rows: int | None) -> list[str]:
-    """Give the rows of the CTC head that have no token names in ``ids``; return those that are no special token.
+    """Add names to ``ids`` for rows of the CTC head without a token; return the names of rows that stay without.
 
     As in `transformers`, special tokens that no file has get the next ids. A head may have more rows than there
-    are symbols, such as 32 for an alphabet of 20 letters (the default of ForCTC). `transformers` reads these rows
+    are symbols, such as 32 for an alphabet of 20 letters (the default of ForCTC). `transformers` reads such rows
     as the unknown token.
     """
     if rows is None or rows > MAX_SYMBOLS:
@@ -375,7 +375,7 @@ def name_free_rows(ids: dict[str, Any], special: Iterable[str | None], rows: int
         if token is not None and token not in ids and len(ids) in free:
             free.remove(len(ids))
             ids[token] = len(ids)
-    if len(ids) + len(free) != rows:  # ids that stand twice or beyond the rows: the vocabulary is wrong
+    if len(ids) + len(free) != rows:  # the vocabulary is wrong: an id occurs twice or is not a row
         return []
     nameless = {f"<row {i}>": i for i in sorted(free)}
     ids |= nameless
@@ -402,7 +402,7 @@ SPECIAL_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", 
 
 
 def extra_tokens(path: Path, settings: Mapping, added: Iterable[tuple[Any, Any, bool]]) -> list[str | None]:
-    """Return the further special tokens: those that settings list, and those among the added ones."""
+    """Return the other special tokens: those in the lists of the settings, and those among the added tokens."""
     lists = (settings.get(name) for name in ("additional_special_tokens", "extra_special_tokens"))
     tokens = [token for tokens in lists if isinstance(tokens, list) for token in tokens]
     return [token_text(path, "a special token", token) for token in tokens] + [t for t, _, s in added if s]
@@ -428,10 +428,10 @@ def read_vocabulary(
     values: Mapping | None = None,
     notes: list[str] | None = None,
 ) -> Vocabulary | None:
-    """Read the symbols of a folder's CTC head, of ``rows`` outputs; None where no file has any.
+    """Read the symbols of a folder's CTC head with ``rows`` outputs; None if no file has any.
 
-    Where the orthography has a word delimiter of its own, that counts. ``values`` is config.json; ``notes`` take
-    what was assumed.
+    A special word delimiter of the orthography replaces that of the folder. ``values`` is config.json; assumptions
+    are added to ``notes``.
     """
     notes = notes if notes is not None else []
     settings = tokenizer_settings(folder)
@@ -469,7 +469,7 @@ def read_vocabulary(
 
 
 def head_config(labels: Labels, reads: Mapping[str, Any]) -> HeadsConfig:
-    """Return the configuration of heads for these labels; ``reads`` are its settings of what heads read."""
+    """Return the configuration of heads for these labels; ``reads`` are its settings except sizes."""
     usual: dict[str, Any] = {field: labels.sizes.get(head, 0) for head, field in SIZES.items()}
     others = {head: size for head, size in labels.sizes.items() if head not in SIZES}
     return HeadsConfig(**usual, others=others, **reads)
@@ -490,7 +490,7 @@ def read_own_vocabulary(folder: Path, own: FolderSettings, files: pretrained.Ten
             f"(lm_head.weight) has {rows} rows: they do not belong together"
         )
     if "ser" not in values and vocabulary is not None and not vocabulary.case:
-        own.orthography = "none"  # of others, with letters of both cases or none: texts keep theirs
+        own.orthography = "none"  # in foreign folders without a common case of letters, texts keep their case
 
 
 def check_classifier(folder: Path, files: pretrained.TensorFiles) -> None:
@@ -503,13 +503,13 @@ def check_classifier(folder: Path, files: pretrained.TensorFiles) -> None:
 
 
 def heads_of(files: pretrained.TensorFiles) -> list[str]:
-    """Return the names of the heads that a folder has tensors of."""
+    """Return the names of the heads for which a folder has tensors."""
     there = {name.split(".")[0] for name in files.names}
     return [head for head, row in HEADS.items() if row.key in there]
 
 
 def check_heads(folder: Path, heads: Collection[str], labels: Labels) -> None:
-    """Raise ModelFolderError where there is no head, or a head whose outputs have no names."""
+    """Raise ModelFolderError if there is no head, or the outputs of a head have no names."""
     if not heads:
         raise ModelFolderError(
             f"{folder}: holds an encoder without heads, which recognises nothing; "
@@ -526,9 +526,9 @@ def check_heads(folder: Path, heads: Collection[str], labels: Labels) -> None:
 
 
 def is_preset(init: str | Path) -> bool:
-    """Tell whether ``init`` names random weights, such as "small". A folder of that name comes first.
+    """Tell whether ``init`` is a preset with random weights, such as "small", and not a folder of this name.
 
-    Raises ConfigError for what is neither that, nor a path, nor a name on the hub.
+    Raises ConfigError if it is neither a preset, nor a path, nor a name on the hub.
     """
     if pretrained.exists(Path(init)) or "/" in str(init):
         return False
@@ -540,7 +540,7 @@ def is_preset(init: str | Path) -> bool:
 
 
 def labels_of(init: str | Path, head: str) -> list[str]:
-    """Return the names of a head's outputs in the folder ``init``, in their order; none of a preset."""
+    """Return the names of a head's outputs in the folder ``init``, in their order; none for a preset."""
     if is_preset(init):
         return []
     folder = pretrained.find_folder(init)
@@ -549,10 +549,10 @@ def labels_of(init: str | Path, head: str) -> list[str]:
 
 
 def inherited_labels(init: str | Path, head: str, training: Iterable[str]) -> list[str]:
-    """Return the names to train a head with: the folder's if it has all of training's, else those sorted.
+    """Return the names to train a head with: the folder's if these include all of ``training``, else the latter.
 
-    With the folder's own names its head can be kept (`Recognizer.create`). Speakers must be the same, so that no
-    head has a class for a speaker whom this training lacks.
+    With the folder's names, its head can be kept (`Recognizer.create`). Speakers must be the same, so that there
+    is no class for a speaker who is not in training.
     """
     wanted, own = sorted(set(training)), labels_of(init, head)
     kept = set(wanted) == set(own) if head == "speaker" else set(wanted) <= set(own)
@@ -560,9 +560,9 @@ def inherited_labels(init: str | Path, head: str, training: Iterable[str]) -> li
 
 
 def inherited_vocabulary(init: str | Path, orthography: str) -> Vocabulary | None:
-    """Return the symbols of the folder ``init``, with the orthography's delimiter where it has one of its own.
+    """Return the symbols of the folder ``init``, with the orthography's delimiter if it has a special one.
 
-    None for a preset, and for a folder without any.
+    None for a preset, and for a folder without symbols.
     """
     if is_preset(init):
         return None

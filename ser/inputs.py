@@ -1,4 +1,4 @@
-"""Turn what is passed to a recognizer (paths, manifest rows, arrays) into batches of like length."""
+"""Turn the inputs of a recognizer (paths, manifest rows, arrays) into batches of similar length."""
 
 import os
 import time
@@ -18,9 +18,9 @@ from ser.data.sampler import evaluation_batches
 from ser.errors import AudioError, SerError, shorten
 from ser.files import StrPath
 
-WINDOW = 512  # at most so many recordings are sorted by length together before results come
-PATIENCE = 1.0  # seconds that recordings which fill a batch wait for more from a slow source
-MOST_FIRST = 64  # at most so many recordings are asked of a generator before the first result
+WINDOW = 512  # the most recordings that are sorted by length together before results come
+PATIENCE = 1.0  # seconds after which a full batch does not wait for more recordings from a slow source
+MOST_FIRST = 64  # the most recordings that are read from a generator before the first result
 # A path, a manifest row, samples, or a dict of `datasets` (array, sampling_rate, path).
 Input = StrPath | Utterance | np.ndarray | Tensor | Mapping[str, Any]
 
@@ -32,7 +32,7 @@ def is_pair(item: Sequence[Any]) -> bool:
 
 
 def no_recording(item: Any) -> str:
-    """Say what an input is that cannot be taken, what was expected, and what to do."""
+    """Describe an input that cannot be used, and say what was expected and what to do."""
     kind = f"of type {type(item).__name__}"
     expected = f"{kind}; expected a path, a manifest row, or samples as a numpy array or torch tensor"
     if isinstance(item, tuple | list) and is_pair(item):
@@ -51,8 +51,8 @@ def no_recording(item: Any) -> str:
 
 
 def each_of(inputs: Input | Iterable[Input]) -> Iterable[Input]:
-    """Return what was passed to `predict` as an iterable of recordings; one recording becomes a list of one."""
-    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OUST":  # of paths, or of samples
+    """Return the inputs of `predict` as an iterable of recordings; one recording becomes a list of one."""
+    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OUST":  # an array of paths, not of samples
         if inputs.ndim > 1 and inputs.shape[1:] != (1,):
             raise AudioError(f"inputs are an array of shape {inputs.shape}; expected samples, or (N,) of paths")
         return inputs.reshape(-1).tolist()
@@ -110,20 +110,20 @@ def checked_samples(samples: Any, rate: Any, name: str) -> tuple[Tensor, str | N
 
 @dataclass(frozen=True)
 class Recording:
-    """Describe one input: its place, where its sound is, its length by the header, or why it cannot be read."""
+    """Describe one input: its index, its file or samples, its length by the header, or why it cannot be read."""
 
     index: int
     file: str | None = None  # None for samples that were passed in memory
-    start: float | None = None  # of an excerpt, in seconds
+    start: float | None = None  # start and end of an excerpt, in seconds
     end: float | None = None
-    samples: np.ndarray | None = None  # (S,) float32 at 16 kHz; numpy, as each tensor costs a worker a descriptor
+    samples: np.ndarray | None = None  # (S,) float32 at 16 kHz; not a tensor, which takes a worker a descriptor
     num_samples: int = 0  # S
-    warning: str | None = None  # what is wrong with its sound, once it was read
+    warning: str | None = None  # what is wrong with the sound, once it was read
     error: SerError | None = None
 
 
 def find_recording(index: int, item: Input, sampling_rate: int | None, max_seconds: float) -> Recording:
-    """Look at an input without decoding it: its header, or the samples that were passed."""
+    """Describe an input without decoding it, from its header or from the samples that were passed."""
     recording = Recording(index)
     name = f"input {index}"
     try:
@@ -155,7 +155,7 @@ def find_recording(index: int, item: Input, sampling_rate: int | None, max_secon
 def open_windows(
     source: Input, sampling_rate: int | None, *, window: float, hop: float
 ) -> tuple[str | None, Iterator[tuple[float, float, Tensor, str | None]]]:
-    """Return the name of a recording's file, and its windows as `read_windows` gives them."""
+    """Return the name of a recording's file, and its windows as `read_windows` yields them."""
     name = "the recording"
     sound, rate, file = unpacked(source, sampling_rate, name)
     if isinstance(sound, Utterance):
@@ -171,10 +171,10 @@ def gather(recordings: Iterator[Recording], seconds: float | None) -> Iterator[l
     """Divide recordings into runs of at most `WINDOW`, each of which is sorted by length.
 
     Args:
-        recordings: in their order, from a source that may be slow.
-        seconds: the first run ends at so much sound, so that results come soon. Each further run has twice as much
-            as the one before, so that little is padded; where the source is slow, a run ends at ``seconds`` again.
-            None: every run but the last has `WINDOW` recordings.
+        recordings: recordings in their order, from a source that may be slow.
+        seconds: the first run has this many seconds of sound, so that results come soon. Each further run has
+            twice as many, so that there is little padding; with a slow source it ends after ``seconds`` again.
+            None: every run except the last has `WINDOW` recordings.
     """
     limit = seconds
     while True:
@@ -196,7 +196,7 @@ def gather(recordings: Iterator[Recording], seconds: float | None) -> Iterator[l
 
 
 def plan_batches(runs: Iterable[list[Recording]], seconds: float) -> Iterator[list[Recording]]:
-    """Form batches of like length, so that little is padded; recordings with errors get batches of their own."""
+    """Form batches of similar length, to reduce padding; recordings with errors get separate batches."""
     for run in runs:
         good = [r for r in run if r.error is None]
         if len(good) < len(run):
@@ -206,7 +206,7 @@ def plan_batches(runs: Iterable[list[Recording]], seconds: float) -> Iterator[li
 
 
 class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):
-    """A dataset that reads the sound of recordings, which the batch sampler brings; it may run in a worker."""
+    """Read the sound of recordings, which come from the batch sampler; this may run in a worker."""
 
     def __getitem__(self, recording: Recording) -> tuple[Recording, Tensor | SerError]:
         if recording.error is not None:
@@ -223,12 +223,12 @@ class Decoder(Dataset[tuple[Recording, Tensor | SerError]]):
 
 
 class Packed(NamedTuple):
-    """A decoded batch. Its samples are in one tensor, since each tensor costs a worker a file descriptor."""
+    """Hold a decoded batch, with samples in one tensor, since each tensor takes a worker a file descriptor."""
 
     recordings: list[tuple[int, str | None, str | None]]  # (index, file, warning) of those that could be read
     lengths: list[int]
     samples: Tensor  # (sum of lengths,)
-    errors: dict[int, SerError]  # by index
+    errors: dict[int, SerError]  # index -> error
 
 
 def pack_decoded(items: list[tuple[Recording, Tensor | SerError]]) -> Packed:

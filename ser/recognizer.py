@@ -4,8 +4,8 @@
     for prediction in recognizer.predict(["a.wav", "b.flac"]):
         print(prediction.emotion, prediction.transcript)
 
-A `Recognizer` is what a model folder holds. Training starts from a recognizer and saves through it. So a folder
-that training wrote is all that inference needs, and nothing else decides what goes into a folder.
+A model folder holds a `Recognizer`. Training starts from a recognizer and saves it, so a folder that training
+wrote is all that inference needs.
 """
 
 from __future__ import annotations
@@ -39,36 +39,43 @@ from ser.models.config import Wav2Vec2Config
 from ser.models.heads import HEADS
 from ser.models.multitask import MultiTaskModel, Outputs
 
-LOG = logging.getLogger("ser")  # where loading says what a folder lacks; on standard error unless it is set up
+LOG = logging.getLogger("ser")  # gets warnings about folders; they go to standard error by default
 MAX_SECONDS = 120.0  # attention's memory grows with the square of the length
-# Padded seconds per forward pass in inference. On a CPU more do not stay in its caches: 64 took a quarter longer.
+# Padded seconds per forward pass in inference. On a CPU more do not fit into its caches: 64 took a quarter longer.
 BATCH_SECONDS = {"cpu": 16.0, "cuda": 64.0}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Hold what was recognised in one recording; None where the model has no such head."""
+    """Hold what was recognised in one recording; None if the model has no such head."""
 
     file: str | None  # None for samples that were passed in memory
     seconds: float
-    start: float | None = None  # of a window, in seconds from the beginning of the file
+    start: float | None = None  # of a window: its start and end, in seconds from the beginning of the file
     end: float | None = None
     kind: str | None = None  # "single-label", "multi-label" or "regression"; see `Recognizer.kind`
-    emotion: str | None = None  # the likeliest
-    # By emotion name, in the model's order; single-label: they sum to 1.
+    emotion: str | None = None  # the likeliest emotion
+    # Emotion -> probability, in the model's order; in a single-label model they sum to 1.
     probabilities: dict[str, float] | None = None
-    dimensions: dict[str, float] | None = None  # such as arousal, on the training labels' scale
+    dimensions: dict[str, float] | None = None  # such as arousal, on the scale of the training labels
     transcript: str | None = None
     speaker: str | None = None  # the most likely of the speakers in training
     speaker_probability: float | None = None
-    warning: str | None = None  # why it may mean nothing, such as silence; sentences between "; "
-    # What heads that somebody added to `HEADS` say: numbers by their names, or the likeliest class.
+    warning: str | None = None  # why the result may mean nothing, such as silence; warnings are joined by "; "
+    # Results of heads that were added to `HEADS`: numbers by their names, or the likeliest class.
     others: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
-        """Return plain data for JSON; ``others`` only where there are any."""
+        """Return plain data for JSON; ``others`` only if it is not empty."""
         values = asdict(self)
         return values if self.others else {name: values[name] for name in values if name != "others"}
+
+
+def given_labels(labels: Labels | None, fields: Mapping[str, Any]) -> Labels:
+    """Return the labels, or make them from their fields; a TypeError says that both were given."""
+    if labels is not None and fields:
+        raise TypeError(f"labels are given, and so are {', '.join(fields)}: give one of the two")
+    return Labels.of(**fields) if labels is None else labels
 
 
 class Recognizer:
@@ -76,11 +83,11 @@ class Recognizer:
 
     Attributes:
         model: the `MultiTaskModel`.
-        labels: its `Labels`. Their fields are attributes too: emotions, speakers, dimensions, multi_label,
+        labels: its `Labels`. Their fields are also attributes: emotions, speakers, dimensions, multi_label,
             vocabulary, orthography, tags, do_normalize.
-        precision: in which the model predicts: torch.float32 or torch.bfloat16. The latter is faster where the
-            processor has the instructions, and leaves scores two to three digits. The encoder's weights are
-            rounded then: such a model can predict and be evaluated, but neither saved nor trained. Call the model
+        precision: the type in which the model predicts, torch.float32 or torch.bfloat16. The latter is faster on
+            processors with the instructions, and scores have two to three exact digits. The encoder's weights are
+            then rounded: such a model can predict and be evaluated, but not be saved or trained. Call the model
             itself inside of `autocast`.
     """
 
@@ -89,12 +96,12 @@ class Recognizer:
     def __init__(self, model: MultiTaskModel, labels: Labels | None = None, **fields: Any) -> None:
         """Put a model and its labels together.
 
-        ``fields`` in place of ``labels`` are those of `Labels.of`: emotions, speakers, dimensions, vocabulary ...
+        ``fields``, instead of ``labels``, are those of `Labels.of`: emotions, speakers, dimensions, vocabulary ...
 
         Raises:
-            ConfigError: the labels are not as many as the heads' outputs.
+            ConfigError: the number of labels is not that of the heads' outputs.
         """
-        self.model, self.labels = model, labels if labels is not None else Labels.of(**fields)
+        self.model, self.labels = model, given_labels(labels, fields)
         expected = model.heads_config.sizes
         found = {head: self.labels.sizes.get(head, 0) for head in expected}
         if found != expected:
@@ -116,18 +123,18 @@ class Recognizer:
 
     @property
     def kind(self) -> str | None:
-        """Tell what the model answers with on emotions.
+        """Tell how the model predicts emotions.
 
-        "single-label" gives one emotion, with probabilities that sum to 1. "multi-label" gives each emotion by
-        itself, with probabilities that do not. "regression" gives numbers by their names, in
-        `Prediction.dimensions`. None: the model says nothing of emotions.
+        "single-label" gives one emotion, and probabilities that sum to 1. "multi-label" gives an independent
+        probability for each emotion. "regression" gives numbers by their names, in `Prediction.dimensions`. None:
+        the model does not predict emotions.
         """
         if self.emotions:
             return "multi-label" if self.multi_label else "single-label"
         return "regression" if self.dimensions else None
 
     def require_single_label(self, purpose: str) -> None:
-        """Raise ConfigError where several emotions can be right at once."""
+        """Raise ConfigError if several emotions can be right at once."""
         if self.kind == "multi-label":
             raise ConfigError(
                 "the model judges each emotion by itself (problem_type multi_label_classification), and a "
@@ -150,13 +157,13 @@ class Recognizer:
     ) -> tuple[Recognizer, pretrained.LoadReport]:
         """Make a recognizer to train: the encoder of ``init`` and heads for these labels.
 
-        ``init`` is a preset (small, base, large, large-lv60: random weights) or a model folder. Of a folder, a
-        head is kept when its labels (or symbols) and what it reads are the same; others are new, and sound is
-        normalised as the folder says. Random weights depend on ``seed`` alone. ``pooling`` and ``layers`` are
-        those of `HeadsConfig`; None: as in the folder, else mean and last. ``fields`` in place of ``labels`` are
-        those of `Labels.of`.
+        ``init`` is a preset (small, base, large, large-lv60: random weights) or a model folder. A head of the
+        folder is kept if its labels (or symbols) and its input are the same; other heads are new. Sound is
+        normalised as the folder says. Random weights depend only on ``seed``. ``pooling`` and ``layers`` are those
+        of `HeadsConfig`; None: as in the folder, else mean and last. ``fields``, instead of ``labels``, are those
+        of `Labels.of`.
         """
-        labels = labels if labels is not None else Labels.of(**fields)
+        labels = given_labels(labels, fields)
         reads = {name: value for name, value in (("pooling", pooling), ("layers", layers)) if value is not None}
         if not folders.is_preset(init):
             return cls.from_encoder(pretrained.find_folder(init), labels, reads, seed=seed)
@@ -180,8 +187,8 @@ class Recognizer:
             )
         heads = folders.head_config(labels, own.reads | reads)
         same_input = folders.head_config(labels, own.reads) == heads
-        before = own.labels([*HEADS])
-        kept = {row.key: same_input and before.of_head(h) == labels.of_head(h) for h, row in HEADS.items()}
+        # The raw names: a head that is made anew may have had any, even one twice.
+        kept = {row.key: same_input and own.names.get(h) == labels.names.get(h) for h, row in HEADS.items()}
         kept["lm_head"] = own.vocabulary is not None and own.vocabulary == labels.vocabulary
         if own.multi_label and labels.emotions:
             kept["cls_head"] = False
@@ -216,14 +223,14 @@ class Recognizer:
             prediction, = recognizer.predict("speech.wav")
 
         Args:
-            folder: as training wrote it; as ForCTC (with its vocab.json) or ForSequenceClassification of
-                `transformers` saved it, for wav2vec 2.0, HuBERT, WavLM or data2vec-audio; audEERING's dimensional
-                model and the ForSpeechClassification of a widespread notebook; or the OWNER/NAME of such a one on
-                the Hugging Face hub (with the extra `hub`).
+            folder: a folder from training; or one saved by ForCTC (with its vocab.json) or
+                ForSequenceClassification of `transformers`, for wav2vec 2.0, HuBERT, WavLM or data2vec-audio;
+                audEERING's dimensional model or the ForSpeechClassification of a widespread notebook; or the
+                OWNER/NAME of such a model on the Hugging Face hub (with the extra `hub`).
             device: "cpu", "cuda", "cuda:1", as torch names it.
             revision: branch, tag or commit on the hub.
-            precision: "float32"; "bf16", faster on processors with the instructions; or "auto", which knows them.
-                In bf16 the recognizer predicts and is evaluated, but neither trained nor saved.
+            precision: "float32"; "bf16", faster on processors with the instructions; or "auto", which chooses.
+                In bf16 the recognizer can predict and be evaluated, but not be trained or saved.
 
         Raises:
             ModelFolderError: the folder is incomplete or not what it claims to be.
@@ -235,7 +242,7 @@ class Recognizer:
         folders.check_classifier(folder, files)
         own = folders.read_settings(folder, values, files)
         heads = folders.heads_of(files)
-        if "ctc" in heads:  # others may leave any vocab.json behind
+        if "ctc" in heads:  # without a CTC head, a vocab.json may be of any other program
             folders.read_own_vocabulary(folder, own, files, values)
         try:
             labels = own.labels(heads)
@@ -260,7 +267,7 @@ class Recognizer:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def require_float32(self, purpose: str) -> None:
-        """Raise ConfigError where weights were rounded when they were loaded."""
+        """Raise ConfigError if weights were rounded when they were loaded."""
         if any(p.dtype == torch.bfloat16 for p in self.model.parameters()):
             raise ConfigError(
                 "the model was loaded in bf16, for predictions: its weights are rounded. "
@@ -274,14 +281,14 @@ class Recognizer:
         *,
         also: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write a model folder completely or not at all, and replace what stood there.
+        """Write a model folder completely or not at all, and replace an older one.
 
-        ``tensors`` by the model's names replace its own: the tensors of an earlier moment (see `Saver`). ``also``
-        may write further files into the folder before it is put into its place. A disk that does not take the
-        folder raises FileError.
+        ``tensors``, by the model's names, are written instead of its own, for example those of an earlier step
+        (see `Saver`). ``also`` may write further files into the folder before it is put into place. FileError is
+        raised if the disk cannot hold the folder.
 
-        `transformers` loads the encoder from it with its Model class and the CTC head with ForCTC; where
-        config.json names ForSequenceClassification, also as that.
+        `transformers` loads the encoder from it with its Model class, the CTC head with ForCTC, and the classifier
+        with ForSequenceClassification if config.json names this class.
         """
         if tensors is None:
             self.require_float32("to save it")
@@ -303,13 +310,13 @@ class Recognizer:
         folders.write_model_files(folder, self.model, self.labels, tensors)
 
     def keys(self) -> dict[str, str]:
-        """Return the names of the model's tensors -> their keys in ``model.safetensors``."""
+        """Map the names of the model's tensors to their keys in ``model.safetensors``."""
         return folders.written_keys(self.model)
 
     # ------------------------------------------------------------------------------------ using one
 
     def dataset(self, utterances: Sequence[Utterance]) -> SpeechDataset:
-        """Give utterances this model's labels, vocabulary and preprocessing, for training or evaluation."""
+        """Make a dataset of utterances with this model's labels, vocabulary and preprocessing."""
         return SpeechDataset(utterances, self.labels)
 
     @property
@@ -335,19 +342,19 @@ class Recognizer:
 
         Args:
             inputs: a path, a manifest row (`ser.data.manifest.Utterance`), samples ((S,) or (S, channels), float
-                or integer PCM, numpy or torch), a dict of these as `datasets` decodes it (array, sampling_rate,
-                path), or an iterable of these, such as a list, a generator or an array or column of paths.
-            sampling_rate: of samples that are passed as arrays, in Hz; files and dicts carry their own.
-            workers: processes that decode audio; 0 decodes in this one.
+                or integer PCM, numpy or torch), a dict from `datasets` (array, sampling_rate, path), or an
+                iterable of these, such as a list, a generator or an array or column of paths.
+            sampling_rate: the rate of samples that are passed as arrays, in Hz; files and dicts have their own.
+            workers: processes that decode audio; 0: this process decodes.
             max_seconds: longer recordings are refused.
-            timeout: seconds to wait for one of the workers.
+            timeout: the limit of a wait for a worker, in seconds.
 
         Returns:
             one `Prediction` for each input, in their order.
 
         Raises:
-            AudioError: a recording cannot be read, or is too long. `stream` goes on instead.
-            ResourceError: one of the workers was killed, or gave nothing in time.
+            AudioError: a recording cannot be read, or is too long. (`stream` would continue.)
+            ResourceError: a worker was killed, or returned nothing in time.
         """
         results = []
         options: dict[str, Any] = {"workers": workers, "max_seconds": max_seconds, "timeout": timeout}
@@ -366,20 +373,20 @@ class Recognizer:
         max_seconds: float = MAX_SECONDS,
         timeout: float = WORKER_SECONDS,
     ) -> Iterator[Prediction | SerError]:
-        """Recognise lazily and in bounded memory; a bad recording gives its error, and the rest go on.
+        """Recognise lazily and in limited memory; for a bad recording yield its error, and continue.
 
-        A generator is asked for a batch's worth (`batch_seconds`, at most 64 recordings) before the first result.
-        Later it is asked for more at a time, since little is padded where many are sorted by length. From a slow
-        generator, such as a microphone, results still come with every batch's worth. Each of ``workers`` has two
-        batches more under way. Of a list, 512 recordings are sorted together.
+        From a generator, one batch (`batch_seconds`, at most 64 recordings) is read before the first result. Later
+        more recordings are read at a time and sorted by length, so that there is less padding. From a slow source,
+        such as a microphone, results still come batch by batch. Each of ``workers`` has two more batches in
+        progress. From a list, 512 recordings are sorted together.
         """
         if not max_seconds > 0:
             raise ConfigError(f"max_seconds is {max_seconds!r}; expected a number above 0")
         items = each_of(inputs)
         recordings = (find_recording(i, item, sampling_rate, max_seconds) for i, item in enumerate(items))
-        there = hasattr(items, "__len__") and hasattr(items, "__getitem__")  # and not only when they are asked for
+        there = hasattr(items, "__len__") and hasattr(items, "__getitem__")  # all inputs exist already
         runs = gather(recordings, None if there else self.batch_seconds)
-        batches = plan_batches(runs, self.batch_seconds)  # of recordings, not of numbers
+        batches = plan_batches(runs, self.batch_seconds)  # their items are recordings, not numbers
         loader = decoded(Decoder(), batches, pack_decoded, workers=workers, timeout=timeout, then=AGAIN)
         # Batches come by length, results go out in the order of the inputs.
         waiting: dict[int, Prediction | SerError] = {}
@@ -399,29 +406,29 @@ class Recognizer:
     def predict_windows(
         self, source: Input, sampling_rate: int | None = None, *, window: float = 20.0, hop: float | None = None
     ) -> Iterator[Prediction]:
-        """Recognise a recording of any length window by window, lazily and in memory that does not grow with it.
+        """Recognise a recording of any length lazily, window by window; memory does not grow with the length.
 
             for prediction in recognizer.predict_windows("lecture.flac", window=10, hop=5):
                 print(prediction.start, prediction.end, prediction.emotion)
 
-        Each window is recognised as if it were a recording of its own. It is normalised by itself, and nothing
-        outside of it has an effect, so its prediction is that of ``Utterance(file, start, end)``. Emotion models
-        were trained on utterances of some seconds; a word that a window cuts is lost to its transcript.
+        Each window is normalised and recognised like a separate recording, so its prediction is that of
+        ``Utterance(file, start, end)``. Emotion models were trained on utterances of some seconds; a word that is
+        cut at the edge of a window is missing in its transcript.
 
         Args:
             source: a path, samples, or a dict, as for `predict`; or a manifest row, whose excerpt is cut into
                 windows.
-            sampling_rate: of samples, in Hz.
-            window: seconds of each, at most 120. A remainder of under a second (or under a window, where that is
-                shorter) makes the last one longer.
+            sampling_rate: the rate of samples, in Hz.
+            window: the length of a window in seconds, at most 120. A remainder shorter than a second (or than a
+                shorter window) is joined to the last window.
             hop: seconds from the start of one window to the start of the next; None: ``window``, without overlap.
 
         Yields:
             a `Prediction` for each window, with its ``start`` and ``end``, in order.
 
         Raises:
-            AudioError: the recording cannot be read; predictions up to there have been given.
-            ConfigError: window or hop out of range.
+            AudioError: the recording cannot be read; windows before the damage have been yielded.
+            ConfigError: window or hop is out of range.
         """
         if not 0 < window <= MAX_SECONDS:
             raise ConfigError(f"window is {window!r} s; expected above 0 and at most {MAX_SECONDS:g}")
@@ -431,7 +438,7 @@ class Recognizer:
         while damage is None:
             group: list[tuple[float, float, Tensor, str | None]] = []
             try:
-                group.extend(islice(windows, at_once))  # those before the damage stay in it
+                group.extend(islice(windows, at_once))  # keeps the windows before an error
             except AudioError as error:
                 damage = error
             if not group:
@@ -473,7 +480,7 @@ class Recognizer:
         ]
 
     def decode(self, outputs: Outputs) -> list[Prediction]:
-        """Turn the scores of a batch into names and text; ``file`` and ``seconds`` are left empty."""
+        """Turn the scores of a batch into names and text; ``file`` and ``seconds`` are not set."""
         answers: list[dict[str, Any]] = [{"kind": self.kind} for _ in outputs.num_frames]
         for head, scores in outputs.scores.items():
             if LABELS[head].kind == "text":

@@ -37,8 +37,8 @@ def decimal(seconds: float) -> str:
 def as_record(source: str | Utterance, result: Prediction | SerError) -> Record:
     """Return a prediction or an error as plain data.
 
-    Every record has the same keys: those of `Prediction.to_dict`, and file, id, start, end, error. A value is None
-    where there is nothing to say.
+    Every record has the same keys: those of `Prediction.to_dict`, and file, id, start, end, error. Unknown values
+    are None.
     """
     record: Record = {"file": source, "id": None, "start": None, "end": None}
     if isinstance(source, Utterance):
@@ -72,7 +72,7 @@ def json_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[st
 
 
 def comma_separated(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
-    """Write a CSV with a column for each emotion's probability, each dimension, and each answer of added heads."""
+    """Write a CSV with a column for each emotion's probability, each dimension, and each output of added heads."""
     first = ["file", "id", "start", "end", "seconds", "kind", "emotion"]
     last = ["transcript", "speaker", "speaker_probability", "warning", "error"]
     probabilities = [f"p_{name}" for name in recognizer.emotions]
@@ -89,7 +89,7 @@ def comma_separated(records: Iterator[Record], recognizer: Recognizer) -> Iterat
 
 
 def paper_lines(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
-    """Write what run_emotion.py --do_predict of the paper does: ``NAME SECONDS CLASS  P0 P1 P2 P3``.
+    """Write the format of the paper's run_emotion.py --do_predict: ``NAME SECONDS CLASS  P0 P1 P2 P3``.
 
     The format has no place for errors.
     """
@@ -120,11 +120,11 @@ class Column:
     key: str
     title: str
     width: int
-    right: bool = False  # numbers stand at the right end
-    keep_end: bool = False  # of what is too long, the end is shown
+    right: bool = False  # align right, for numbers
+    keep_end: bool = False  # show the end of a text that is too long
 
     def fitted(self, text: str) -> str:
-        """Return ``text`` in exactly `width` characters, with an ellipsis where it is cut."""
+        """Return ``text`` in exactly `width` characters, with an ellipsis if it is cut."""
         text = printable(text)
         if len(text) > self.width:
             hidden = len(text) - self.width + 1
@@ -136,7 +136,7 @@ def table_columns(recognizer: Recognizer, total: int) -> list[Column]:
     """Return the columns of the heads that the model has, as wide as ``total`` characters allow."""
     seconds = Column("seconds", "seconds", 7, right=True)
     answers = []
-    if recognizer.kind not in (None, "single-label"):  # the usual kind of answer is not shown
+    if recognizer.kind not in (None, "single-label"):  # the usual kind is not shown
         answers.append(Column("kind", "kind", len(recognizer.kind)))
     if recognizer.emotions:
         longest = max(len("emotion"), *(len(name) + 5 for name in recognizer.emotions))
@@ -156,12 +156,12 @@ def table_columns(recognizer: Recognizer, total: int) -> list[Column]:
 
 
 def two_digits(score: float | None) -> str:
-    """Write a score with two digits; nan where it overflowed."""
+    """Write a score with two digits; nan if it overflowed."""
     return "nan" if score is None else f"{score:.2f}"
 
 
 def likeliest(record: Record) -> str:
-    """Write the likeliest emotion with its probability; where several can be right, all above one half."""
+    """Write the likeliest emotion with its probability; for a multi-label model, all from one half on."""
     probabilities = record["probabilities"] or {}
     names = [record["emotion"]]
     if record["kind"] == "multi-label":
@@ -184,7 +184,7 @@ def cells_of(record: Record) -> dict[str, str]:
 
 
 def terminal_table(records: Iterator[Record], recognizer: Recognizer) -> Iterator[str]:
-    """Write a table that fits the terminal; what is too long is cut."""
+    """Write a table that fits the terminal; texts that are too long are cut."""
     total = shutil.get_terminal_size((120, 24)).columns
     file, *_ = columns = table_columns(recognizer, total)
     message = Column("error", "error", total - file.width - 3)
@@ -198,7 +198,7 @@ def terminal_table(records: Iterator[Record], recognizer: Recognizer) -> Iterato
             cells = cells_of(record)
             yield line(*(column.fitted(cells[column.key]) for column in columns))
         else:
-            cause = record["error"].removeprefix(f"{record['file']}: ")  # its name stands before it
+            cause = record["error"].removeprefix(f"{record['file']}: ")  # the first column has the name
             yield line(file.fitted(record["id"] or record["file"]), message.fitted("error: " + cause))
 
 

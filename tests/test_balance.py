@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_train import QUICK
 from toy import toy_recognizer, toy_rows
 
+from ser.data.augment import augmented
 from ser.data.dataset import SpeechDataset, collate
 from ser.data.sampler import Item, LengthBucketBatchSampler, Places, balanced_shares, draw_balanced
 from ser.errors import ConfigError, SerError
@@ -190,3 +191,37 @@ def test_a_million_utterances_of_five_corpora_are_drawn_and_planned_in_seconds()
     sampler = LengthBucketBatchSampler(lengths, seed=0, effective_batch=32, places=places_of(groups, lengths))
     assert time.process_time() - began < 40
     assert sum(map(len, sampler.plan(epoch=0))) == count
+
+
+def test_a_run_with_balance_speed_and_crop_continues_bit_identically_with_other_workers(rows, tmp_path):
+    augment = ("speed:factors=0.8/1.0/1.25", "crop:seconds=0.2..0.3,p=0.5", "gain")
+    config = replace(QUICK, epochs=2, balance=0.5, augment=augment, save_every="1", keep=99)
+    run(toy_recognizer(), rows, config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    every = checkpoints(tmp_path / "again")
+    for path in every[len(every) // 2 :]:
+        shutil.rmtree(path)
+    for name in ("last", "best"):
+        shutil.rmtree(tmp_path / "again" / name)
+    assert run(toy_recognizer(seed=1), rows, replace(config, workers=1), tmp_path / "again").resumed
+    one, two = (load_file(tmp_path / name / "last/model.safetensors") for name in ("whole", "again"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_plan_knows_changed_lengths_and_a_cropped_utterance_has_no_text(rows):
+    recognizer = toy_recognizer()
+    dataset = recognizer.dataset(rows)
+    config = TrainConfig(augment=("speed:factors=0.8/1.25", "crop:seconds=0.25"), balance=1.0)
+    dataset.augment = augmented(config.augment, 0, rows)
+    places = setup.places_of(dataset, config)
+    sampler = LengthBucketBatchSampler(dataset.lengths, seed=0, effective_batch=4, places=places)
+    sampler.set_position(epoch=2)
+    cropped = 0
+    for item in (item for batch in sampler for item in batch):
+        example = dataset[item]
+        assert len(example.waveform) == places(2).lengths[item.place] == sampler.lengths[item.place]
+        whole = dataset.labels["ctc"][item.index]
+        assert example.labels["ctc"] == ([] if len(example.waveform) == 4000 else whole)
+        assert example.labels["emotion"] == dataset.labels["emotion"][item.index]
+        cropped += len(example.waveform) == 4000
+    assert 0 < cropped < len(rows)

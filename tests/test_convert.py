@@ -929,7 +929,7 @@ def test_a_target_is_never_destroyed(recognizer, tmp_path):
     assert not (tmp_path / "notes" / "more").exists()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").touch()
-    with pytest.raises(ModelFolderError, match=r"no config\.json"):
+    with pytest.raises(ModelFolderError, match="is not a model folder; it is not replaced"):
         convert(source, tmp_path / "home", overwrite=True)
     with pytest.raises(ModelFolderError, match="no such"):
         convert(tmp_path / "nowhere", tmp_path / "other")

@@ -17,9 +17,12 @@ from ser.data.corpora import (
     CorpusRow,
     Named,
     manifests_of,
+    parse_ased,
     parse_crema_d,
     parse_emodb,
     parse_ravdess,
+    parse_tess,
+    parse_turev,
     read_corpus,
     read_named,
 )
@@ -102,6 +105,15 @@ def test_emodb_leaves_each_of_its_ten_speakers_out_once():
         (parse_crema_d, "1001_DFA_ANG_XX", "angry", "1001", "Don't forget", None, {"intensity": "unspecified"}),
         (parse_crema_d, "1091_IEO_HAP_HI", "happy", "1091", "It's eleven", None, {"intensity": "high"}),
         (parse_crema_d, "1040_ITH_SAD_X", "sad", "1040", "I think I have", None, {"intensity": "unspecified"}),
+        (parse_ased, "a5-03-01-02-50", "angry", "50", "", "male", {"text_code": "a03", "repetition": "01"}),
+        (parse_ased, "n1-02-02-01-62", "neutral", "62", "", "female", {"text_code": "02", "repetition": "02"}),
+        (parse_ased, "S4-04-02-01-29", "sad", "29", "", "female", {"text_code": "s04"}),
+        (parse_ased, "f2-07-02-02-21", "fearful", "21", "", "female", {}),  # the digit of gender says male
+        (parse_tess, "OAF_back_ps", "surprised", "OAF", "Say the word back.", "female", {"text_code": "back"}),
+        (parse_tess, "OA_bite_neutral", "neutral", "OAF", "Say the word bite.", "female", {}),
+        (parse_tess, "YAF_neat_fear", "fearful", "YAF", "Say the word neat.", "female", {}),
+        (parse_turev, "7895_hl_ogul1", "sad", "7895", "", None, {"text_code": "ogul", "take": "1"}),
+        (parse_turev, "1157_sk_cekirge", "calm", "1157", "", None, {"text_code": "cekirge"}),
     ],
 )
 def test_a_name_says_emotion_speaker_text_and_gender(parse, stem, emotion, speaker, text, gender, extra):
@@ -128,6 +140,17 @@ def test_a_name_says_emotion_speaker_text_and_gender(parse, stem, emotion, speak
         (parse_crema_d, "1001_ABC_ANG_XX"),
         (parse_crema_d, "1001_DFA_SUR_XX"),
         (parse_crema_d, "1001_DFA_ANG_XY"),
+        (parse_ased, "a4-03-01-02-50"),  # the letter of one emotion, the number of another
+        (parse_ased, "a5-08-01-02-50"),
+        (parse_ased, "a5-03-01-03-50"),
+        (parse_ased, "a5-03-01-02-66"),
+        (parse_ased, "a5-03-01-02-00"),
+        (parse_tess, "MAF_back_sad"),
+        (parse_tess, "OAF_back_calm"),
+        (parse_tess, "0testOAF_back_sad"),
+        (parse_turev, "7895_xx_ogul"),
+        (parse_turev, "789_hl_ogul"),
+        (parse_turev, "7895_hl_ogul12"),
     ],
 )
 def test_other_names_are_none_of_the_corpus(parse, stem):
@@ -136,6 +159,31 @@ def test_other_names_are_none_of_the_corpus(parse, stem):
 
 def test_crema_d_has_twelve_sentences_of_their_own():
     assert len(CREMA_D_TEXTS) == len(set(CREMA_D_TEXTS.values())) == 12
+
+
+def test_tess_has_two_speakers_so_nothing_validates(tmp_path):
+    for name in ("OAF_back_sad", "YAF_back_sad"):
+        (tmp_path / f"{name}.wav").touch()
+    utterances = read_named(tmp_path, parse_tess).utterances
+    (protocol,) = CORPORA["tess"].protocols(utterances)
+    assert [sorted(fold.parts) for fold in protocol.folds(utterances)] == [["test", "train"]] * 2
+
+
+def test_ased_has_as_many_women_and_men_as_its_readme_says():
+    genders = [parse_ased(f"n1-01-01-01-{number:02d}").gender for number in range(1, 66)]
+    assert (genders.count("female"), genders.count("male")) == (25, 40)
+
+
+def test_a_name_that_stands_twice_with_other_content_is_told_as_such(tmp_path):
+    for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"23")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "OAF_back_sad.wav").write_bytes(content)
+    corpus = read_named(tmp_path, parse_tess)
+    assert [u.file.parent.name for u in corpus.utterances] == ["a"]
+    assert {d.what: d.why for d in corpus.dropped} == {
+        "b/OAF_back_sad.wav": "the same name stands in another folder already",
+        "c/OAF_back_sad.wav": "the same name stands in another folder already, and is another recording there",
+    }
 
 
 def test_a_folder_is_read_by_names_whatever_else_lies_in_it(tmp_path):
@@ -198,8 +246,11 @@ def test_the_rows_of_the_table_agree_with_the_readers():
     assert sum(CORPORA["emodb"].counts.values()) == 535
     assert sum(CORPORA["ravdess"].counts.values()) == 1440
     assert sum(CORPORA["crema-d"].counts.values()) == 7442
+    totals = {"nemo": 4481, "resd": 1396, "ased": 2474, "tess": 2800, "turev": 1735}
+    assert {name: sum(CORPORA[name].counts.values()) for name in totals} == totals
     for name, row in CORPORA.items():
-        assert row.licence.startswith(("IEMOCAP: ", "EmoDB: ", "RAVDESS: ", "CREMA-D: ")) and row.source, name
+        called, _, licence = row.licence.partition(": ")
+        assert called.lower().startswith(name.partition("-csv")[0]) and licence and row.source, name
 
 
 @needs_emodb

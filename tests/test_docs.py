@@ -1,4 +1,4 @@
-"""README and docs/: their links lead somewhere, their commands exist, and README's map has every file."""
+"""README and docs/: their links, commands, flags and scripts exist, and README's map has every file."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,9 @@ from ser.cli import COMMANDS, load_command, make_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+FLAGS_OF_OTHERS = {"--rdzv-id", "--nnodes", "--shutdown-timeout", "--signal"}  # of torchrun and Slurm
+FLAGS_OF_OTHERS |= {"--count"}  # of tests/soak/
+EARLIER = ("CHANGELOG.md", "results.md")  # which name scripts of earlier versions
 
 
 def without_code(text: str) -> str:
@@ -22,14 +25,31 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def lines_of_code(page: Path) -> list[str]:
+    """Return the lines of the shell blocks of a page, without comments, and all code inside of its sentences."""
+    blocks = re.findall(r"^ *```sh\n(.*?)^ *```$", page.read_text(), flags=re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    spans = re.findall(r"`([^`]+)`", without_code(page.read_text()))
+    return [line.partition(" #")[0].strip() for line in lines] + [" ".join(span.split()) for span in spans]
+
+
 def commands(page: Path) -> list[list[str]]:
-    """Return the words of each `ser` command in the shell blocks of a page, without comments."""
-    found = []
-    for block in re.findall(r"^ *```sh\n(.*?)^ *```$", page.read_text(), flags=re.M | re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            match = re.search(r"(?:^|-m |; )\s*(ser [a-z].*)$", line.partition(" #")[0].strip())
-            found += [match[1].split()] if match else []
-    return found
+    """Return the words of each `ser` command of a page."""
+    matches = (re.search(r"(?:^|-m |; )\s*(ser [a-z].*)$", line) for line in lines_of_code(page))
+    return [match[1].split() for match in matches if match]
+
+
+def flags(words: list[str]) -> set[str]:
+    """Return the flags among words, without their values."""
+    return {word.strip("[]").partition("=")[0] for word in words if word.strip("[").startswith("--")}
+
+
+def known_flags(name: str) -> set[str]:
+    """Return the flags of a command; crossval and crosscorpus pass on those of `ser train`."""
+    parser = make_parser("", None)
+    load_command(name).add_arguments(parser)
+    own = {flag for action in parser._actions for flag in action.option_strings}
+    return own | known_flags("train") if name in ("crossval", "crosscorpus") else own
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -46,14 +66,25 @@ def test_links_lead_to_files_and_headings(page):
 def test_commands_and_their_flags_exist(page):
     for _, name, *words in commands(page):
         assert name in COMMANDS
-        known = set()
-        passes_on = name in ("crossval", "crosscorpus")  # what they do not know, to train
-        for module in (name, "train") if passes_on else (name,):
-            parser = make_parser("", None)
-            load_command(module).add_arguments(parser)
-            known |= {flag for action in parser._actions for flag in action.option_strings}
-        flags = {word.strip("[]").partition("=")[0] for word in words if word.strip("[").startswith("--")}
-        assert flags <= known, (name, flags - known)
+        assert flags(words) <= known_flags(name), (name, flags(words) - known_flags(name))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_in_sentences_exist(page):
+    known = FLAGS_OF_OTHERS.union(*map(known_flags, COMMANDS))
+    named = {flag for line in lines_of_code(page) if line.startswith("--") for flag in flags(line.split())}
+    assert named <= known, named - known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_targets_of_make_and_scripts_exist(page):
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    for line in lines_of_code(page):
+        program, *words = line.split() or [""]
+        if program == "make":
+            assert {word for word in words if "=" not in word} <= {*targets}, line
+        elif program == "python" and words[0].endswith(".py") and page.name not in EARLIER:
+            assert "NAME" in words[0] or (ROOT / words[0]).is_file(), line
 
 
 def test_the_map_of_readme_has_every_file_of_the_package_and_no_other():

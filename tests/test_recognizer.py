@@ -22,6 +22,7 @@ from ser.data.text import Vocabulary
 from ser.device import freed_memory_kept, has_fast_bf16
 from ser.errors import AudioError, ConfigError, FileError, ModelFolderError, SerError
 from ser.inputs import MOST_FIRST, WINDOW, Recording, gather, plan_batches
+from ser.models.heads import HEADS
 from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.recognizer import BATCH_SECONDS, MAX_SECONDS, Prediction, Recognizer
 from ser.train.config import TrainConfig
@@ -997,3 +998,48 @@ def test_predicting_leaves_the_model_in_the_mode_it_was_in(recognizer, recording
 def test_a_prediction_is_plain_data(recognizer):
     (prediction,) = recognizer.predict(noise(2000), 16000)
     assert Prediction(**json.loads(json.dumps(prediction.to_dict()))) == prediction
+
+
+# ---------------------------------------------------------------------------------------- what callers may pass
+
+
+def test_a_name_that_stands_twice_in_a_head_that_is_made_anew_does_no_harm(make, tmp_path):
+    make().save(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config["ser"]["speakers"] = ["a", "a"]
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    recognizer, report = Recognizer.create(tmp_path / "m", emotions=EMOTIONS, speakers=["s1"])
+    assert recognizer.speakers == ["s1"] and any(n.startswith(HEADS["speaker"].key) for n in report.new)
+    assert not any(name.startswith(HEADS["emotion"].key) for name in report.new)
+
+
+def test_names_may_come_from_any_iterable():
+    recognizer, _ = Recognizer.create("small", emotions=(name for name in EMOTIONS), speakers=dict.fromkeys("ab"))
+    assert recognizer.emotions == EMOTIONS and recognizer.speakers == ["a", "b"]
+
+
+def test_labels_and_their_fields_together_are_refused(make):
+    recognizer = make()
+    for call in (
+        lambda: Recognizer(recognizer.model, recognizer.labels, do_normalize=False),
+        lambda: Recognizer.create("small", recognizer.labels, emotions=EMOTIONS),
+    ):
+        with pytest.raises(TypeError, match="labels are given, and so are"):
+            call()
+
+
+def test_a_misspelt_option_of_an_evaluation_is_refused(tmp_path, make):
+    rows = toy_rows(tmp_path, 2)
+    with pytest.raises(TypeError, match="batch_second"):
+        evaluate(make(), rows, batch_second=1)
+
+
+def test_a_dataset_takes_numbers_and_pairs_of_number_and_weight(tmp_path, make):
+    dataset = make().dataset(toy_rows(tmp_path, 2))
+    plain, pair = dataset[1], dataset[(1, 0.5)]
+    assert (pair.index, pair.weight) == (1, 0.5) and torch.equal(plain.waveform, pair.waveform)
+
+
+def test_names_that_are_no_identifiers_are_no_attributes_of_the_package():
+    assert not any(hasattr(ser, name) for name in ("errors.SerError", "a.b", "..", ""))
+    assert hasattr(ser, "errors")

@@ -558,7 +558,7 @@ def test_an_indivisible_effective_batch_is_an_error(changes, world):
         {"max_bad_audio": 1.01},
         {"keep": 0},
         {"schedule": "linaer"},
-        {"augment": ("noise",)},
+        {"augment": ("noize",)},
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(changes):

@@ -24,6 +24,7 @@ pytest.importorskip("setuptools")
 pytest.importorskip("pip")
 ROOT = Path(__file__).parents[1]
 NAME = "ser-speech"
+OTHERS = ("tests", "examples", "benchmarks", "docs")  # folders that stay in the checkout
 DOWNLOADS = os.environ.get("WHEEL_TEST_DOWNLOADS") == "1"
 
 
@@ -39,16 +40,16 @@ def run(*command: str | Path, cwd: Path, timeout: int = 300) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel of a copy of the source, in which the other folders look like packages."""
+    """The wheel of a copy of the source, beside which the other folders look like packages."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         copy(ROOT / name, source)
-    for name in ("ser", "tests"):
-        copytree(ROOT / name, source / name, ignore=ignore_patterns("__pycache__"))
-    (source / "examples").mkdir()
-    (source / "examples" / "__init__.py").touch()
+    copytree(ROOT / "ser", source / "ser", ignore=ignore_patterns("__pycache__"))
+    for name in OTHERS:
+        (source / name).mkdir()
+        (source / name / "__init__.py").touch()
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check"]
     run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, source, cwd=folder)
     (file,) = folder.glob("*.whl")
@@ -98,7 +99,7 @@ def test_an_installed_package_imports_from_another_folder_with_all_its_files_and
     expected = {name for name in source if not name.endswith(".pyc")}
     assert set(files.split()) == expected and "py.typed" in expected
     site = Path(origin).parents[1]
-    assert not [name for name in ("tests", "examples", "benchmarks", "docs") if (site / name).exists()]
+    assert not [name for name in OTHERS if (site / name).exists()]
 
 
 def test_the_installed_command_trains_and_recognises_three_files(programs, tmp_path):

@@ -22,12 +22,12 @@ from typing import Any
 import ser
 from ser.errors import SerError, printable
 
-LAUNCHER = os.getppid()  # now: the imports of a command take seconds, in which its launcher may end
+LAUNCHER = os.getppid()  # read at once, since the launcher may end during the imports, which take seconds
 
 # Name of the command -> its module and its line in `ser --help`. A module is imported when its command is called.
 #
 # A module has:
-#     its docstring              what `ser COMMAND --help` says: a sentence, an empty line, and the usage
+#     its docstring              the text of `ser COMMAND --help`: a sentence, an empty line, and the usage
 #     add_arguments(parser)      its flags
 #     run(arguments) -> int      the work, and the exit status
 # and, where it needs more than that:
@@ -40,6 +40,7 @@ COMMANDS = {
     "crossval": ("ser.cli.crossval", "train and evaluate every fold of a protocol, and pool the results"),
     "crosscorpus": ("ser.cli.crosscorpus", "train on each of several corpora, and test on each other one"),
     "prepare": ("ser.cli.prepare", "make manifests, folds and a data sheet of a corpus"),
+    "augment": ("ser.cli.augment", "write what training would hear of recordings under augmentations"),
     "convert": ("ser.cli.convert", "turn a checkpoint of another library into a model folder"),
     "demo": ("ser.cli.demo", "train, evaluate and use a small model on a synthetic corpus"),
 }
@@ -47,7 +48,7 @@ COMMANDS = {
 
 @contextmanager
 def errors_told() -> Iterator[None]:
-    """End the process with one line and status 1 where input is bad or the system refuses, 130 after Ctrl-C."""
+    """End the process with one line and status 1 for bad input or an error of the system, 130 after Ctrl-C."""
     try:
         yield
     except SerError as error:
@@ -62,8 +63,8 @@ def errors_told() -> Iterator[None]:
 def load_command(name: str) -> ModuleType:
     """Import the module of a command.
 
-    The imports make 280,000 objects that stay. The garbage collector does not look through them, neither during
-    the imports nor at the end of the process: that would take 0.4 s.
+    The imports make 280,000 permanent objects. The garbage collector does not check them, neither during the
+    imports nor at the end of the process, which saves 0.4 s.
     """
     module, _ = COMMANDS[name]
     if module in sys.modules:
@@ -105,7 +106,7 @@ def execute(
 
 
 def call(name: str, argv: Sequence[str], **options: Any) -> int:
-    """Run one command as a process does, which errors end with a message; the arguments are those of `execute`."""
+    """Run one command as a process, so that errors end it with a message; arguments are those of `execute`."""
     with getattr(load_command(name), "errors_told", errors_told)():
         return execute(name, argv, **options)
 

@@ -1,4 +1,4 @@
-"""Train and evaluate every fold of a protocol, and pool what comes out into one report.
+"""Train and evaluate every fold of a protocol, and pool the results in one report.
 
 The paper's ten folds with the paper's settings, from the folder that `ser prepare` wrote:
 
@@ -64,7 +64,7 @@ from ser.train.content import NAMES, contents, weights_sha256
 from ser.train.processes import PREEMPTED, following, stop_on_signals
 from ser.train.runs import MAY_CHANGE
 
-# What each fold is given; it must not come a second time.
+# Flags that are set for each fold, so they must not be given.
 SETTLED = {"--fold", "--train", "--valid", "--overwrite", "--resume-from", "--allow-overlap", "--model", "--card"}
 PAPER_TABLE_3 = 0.7815  # WA of Cai et al. (2021), ten folds by recording side
 PAPER_UTTERANCES = 5531
@@ -72,7 +72,7 @@ POLL = 0.25  # seconds after which a signal is passed on
 
 
 def print_now(text: str, to: TextIO | None = None) -> None:
-    """Show a text at once; names of folders and folds are foreign."""
+    """Print a text at once, without control characters, since names of folders and folds are foreign."""
     print(printable(text, lines=True), file=to, flush=True)
 
 
@@ -82,7 +82,7 @@ class Stopped(Exception):
 
 @contextmanager
 def errors_told() -> Iterator[None]:
-    """End as other commands do, and with status 75 where the process was asked to stop."""
+    """End like other commands, or with status 75 if the process was asked to stop."""
     with usual_errors_told():
         try:
             yield
@@ -150,7 +150,7 @@ def refuse_contradictions(arguments: Namespace) -> None:
 
 
 def evaluated_weights(protocol: Protocol, parts: dict[str, list[str]], asked: str) -> str:
-    """Return "best" or "last": the last where the best would be chosen on what is tested."""
+    """Return "best" or "last": "last" if the best weights would be chosen on the test part."""
     if asked != "auto":
         return asked
     chosen_on_test = "recordings" in protocol.declares.get(("valid", "test"), ())
@@ -158,7 +158,7 @@ def evaluated_weights(protocol: Protocol, parts: dict[str, list[str]], asked: st
 
 
 def lasting(options: list[str]) -> list[str]:
-    """Return training options in one order, without those that may change while a run goes on."""
+    """Return training options in a fixed order, without those that may change in a resumed run."""
     groups: list[list[str]] = []
     for word in options:
         if word.startswith("--") or not groups:
@@ -170,7 +170,7 @@ def lasting(options: list[str]) -> list[str]:
 
 
 def fold_settings(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that decide a fold's result; where content is recorded, its path is left out.
+    """Return the settings that a fold's result depends on; if the content is recorded, its path is left out.
 
     Earlier releases recorded the content of the manifest as a file, and none of --vocab.
     """
@@ -187,9 +187,9 @@ def fold_settings(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, 
 
 
 def check_same(folder: Path, settings: dict[str, Any], as_written: Callable[[], dict[str, Any]]) -> None:
-    """Refuse to go on with a fold that was trained or evaluated with other settings.
+    """Refuse to continue a fold that was trained or evaluated with other settings.
 
-    ``as_written`` gives the `contents` with all labels taken as they are written, as earlier releases read them.
+    ``as_written`` returns the `contents` with all labels as they are written, as earlier releases read them.
     """
     path = folder / "settings.json"
     begun = path.is_file() and ((folder / "run/config.json").exists() or (folder / "report.json").exists())
@@ -211,7 +211,7 @@ def check_same(folder: Path, settings: dict[str, Any], as_written: Callable[[], 
 
 
 def device_shares(gpus: list[str], *, folds: int, processes: int) -> list[list[str]]:
-    """Return the GPUs that each of several folds at once sees, one per process; none where it sees all."""
+    """Return the GPUs for each of the folds that run at once, one per process; an empty list means all GPUs."""
     if not gpus or folds == 1:
         return [[] for _ in range(folds)]
     if len(gpus) < folds * processes:
@@ -220,12 +220,12 @@ def device_shares(gpus: list[str], *, folds: int, processes: int) -> list[list[s
 
 
 def all_parts(named: list[str]) -> tuple[str, ...]:
-    """Return the columns by which figures are reported apart, those of --parts among them."""
+    """Return the columns by which figures are reported in parts, including those of --parts."""
     return tuple(dict.fromkeys((*PARTS, *named)))
 
 
 def is_evaluated(folder: Path, parts: list[str]) -> bool:
-    """Tell whether a fold's report and all its predictions are there."""
+    """Tell whether a fold's report and all its predictions exist."""
     try:
         result = Report.read(folder / "report.json")
         return len(Outcomes.read(folder / "predictions.csv", all_parts(parts))) == result.utterances
@@ -234,7 +234,7 @@ def is_evaluated(folder: Path, parts: list[str]) -> bool:
 
 
 class Commands:
-    """Run commands, which are asked to stop when this process is."""
+    """Run commands, and ask them to stop when this process is asked to stop."""
 
     def __init__(self) -> None:
         self.running: set[subprocess.Popen[bytes]] = set()
@@ -245,7 +245,7 @@ class Commands:
         """Run a command to its end, and return its exit status."""
         process = subprocess.Popen(following(command), env=environment, stdout=log, stderr=log)
         self.running.add(process)
-        if self.stopped:  # meanwhile
+        if self.stopped:  # since the check before
             process.terminate()
         try:
             return process.wait()
@@ -253,7 +253,7 @@ class Commands:
             self.running.discard(process)
 
     def stop(self, signal: str) -> None:
-        """Ask all to stop: training saves and ends, and an evaluation is done again."""
+        """Ask all commands to stop: training saves and ends, and an evaluation will be done again."""
         self.stopped = signal
         print_now(f"{signal}: what trains saves and ends", to=sys.stderr)
         for process in list(self.running):
@@ -265,7 +265,7 @@ class CrossValidation:
     """Describe what is done on each fold.
 
     Attributes:
-        arguments: of the command; of one value, where it compares several.
+        arguments: those of the command, or of one value of an ablation.
         selection: the data and how it is divided.
         weights: which weights of a run are evaluated.
     """
@@ -281,11 +281,11 @@ class CrossValidation:
         return [sys.executable, *(several if count > 1 else [])]
 
     def commands(self, fold: str) -> dict[str, list[str]]:
-        """Return step -> the command that does it on a fold; the steps' logs are called like them."""
+        """Return step -> the command that does it on a fold; logs have the names of the steps."""
         arguments, folder = self.arguments, self.arguments.out / fold
         same = [*self.selection.to_options(), "--fold", fold, "--on-bad-audio", arguments.on_bad_audio]
         same += ["--max-bad-audio", str(arguments.max_bad_audio), "--device", arguments.device]
-        if arguments.known_turns is not None:  # else as training finds best, and the model then says
+        if arguments.known_turns is not None:  # else training chooses the number, and the model records it
             same += ["--known-turns", str(arguments.known_turns)]
         train = [
             *self.launcher(),
@@ -307,7 +307,7 @@ class CrossValidation:
 
 
 def train_and_evaluate(job: CrossValidation, fold: str, environment: dict[str, str], commands: Commands) -> None:
-    """Do both on a fold, as commands of their own, with logs in the fold's folder."""
+    """Train and evaluate on a fold by separate commands, with logs in the fold's folder."""
     folder = job.arguments.out / fold
     if job.arguments.processes > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")
@@ -329,7 +329,7 @@ def train_and_evaluate(job: CrossValidation, fold: str, environment: dict[str, s
 
 
 def run_fold(job: CrossValidation, fold: str, devices: Queue[list[str]], commands: Commands) -> None:
-    """Train and evaluate one fold in its folder, unless that is done."""
+    """Train and evaluate one fold in its folder, unless this has been done."""
     if commands.closed:
         return
     if is_evaluated(job.arguments.out / fold, job.arguments.parts):
@@ -342,7 +342,7 @@ def run_fold(job: CrossValidation, fold: str, devices: Queue[list[str]], command
     try:
         train_and_evaluate(job, fold, environment, commands)
     except BaseException:
-        commands.closed = True  # at once: this thread takes the next fold before anybody hears of this one
+        commands.closed = True  # at once, since this thread takes the next fold before the error is handled
         raise
     finally:
         devices.put(own)
@@ -352,9 +352,9 @@ def run_fold(job: CrossValidation, fold: str, devices: Queue[list[str]], command
 
 
 def commit_of_checkout() -> str | None:
-    """Return the commit that is checked out, where the package is used from a checkout."""
+    """Return the commit that is checked out, if the package is used from a checkout."""
     root = Path(ser.__file__).parents[1]
-    if not (root / ".git").exists():  # an installed package may stand within a repository of somebody else
+    if not (root / ".git").exists():  # an installed package may be inside another repository
         return None
     with suppress(OSError):  # no git
         asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
@@ -379,7 +379,7 @@ def provenance(arguments: Namespace, selection: Selection) -> dict[str, Any]:
 
 
 def write_eval_files(out: Path, folds: list[str]) -> None:
-    """Write FOLD.eval as the paper's reproduce script leaves them, and show the pooled line."""
+    """Write FOLD.eval files in the format of the paper's reproduce script, and print the pooled line."""
     right = total = 0
     for fold in folds:
         outcomes = Outcomes.read(out / fold / "predictions.csv")
@@ -397,7 +397,7 @@ def read_and_review(arguments: Namespace, selection: Selection) -> list[Utteranc
     """Read the manifest and show its classes; refuse two spellings of one."""
     utterances = selection.read(check_files=arguments.on_bad_audio == "fail", tell=print_now)
     print_now("\n".join(label_lines({"all folds": utterances})))
-    # Else each training knows whether emotions are used.
+    # In other cases each training checks emotions itself, if it uses them.
     options = (*arguments.training_options, arguments.ablation or "")
     settled = not arguments.evaluate_only and not any("heads" in option for option in options)
     used = ["emotion", "speaker"] if settled else ["speaker"]
@@ -406,10 +406,10 @@ def read_and_review(arguments: Namespace, selection: Selection) -> list[Utteranc
 
 
 def check_settings(job: CrossValidation, names: list[str], utterances: list[Utterance]) -> None:
-    """Refuse to go on with folds that were begun with other settings; record those of new ones."""
+    """Refuse to continue folds that were begun with other settings; record the settings of new folds."""
     given = job.arguments.evaluate_only
     settings = provenance(job.arguments, job.selection)
-    for name in ("command", "commit", "versions", "processes"):  # may differ
+    for name in ("command", "commit", "versions", "processes"):  # these may differ
         del settings[name]
     settings["training_options"] = options = lasting(job.arguments.training_options)
     settings["content"] = contents(utterances)
@@ -425,7 +425,7 @@ def check_settings(job: CrossValidation, names: list[str], utterances: list[Utte
 
 
 def free_devices(arguments: Namespace) -> Queue[list[str]]:
-    """Return the GPUs of each of several folds at once, to be taken and given back."""
+    """Return a queue of sets of GPUs, which folds take and give back."""
     count = torch.cuda.device_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",") if count else []
     devices: Queue[list[str]] = Queue()
@@ -435,7 +435,7 @@ def free_devices(arguments: Namespace) -> Queue[list[str]]:
 
 
 def run_folds(job: CrossValidation, names: list[str]) -> None:
-    """Train and evaluate the folds, several at once if asked for; a failure ends it when what runs has ended."""
+    """Train and evaluate the folds, several at once if asked for; after a failure, no new fold begins."""
     devices, commands = free_devices(job.arguments), Commands()
     with stop_on_signals() as asked, ThreadPoolExecutor(job.arguments.parallel) as pool:
         waiting: set[Future[None]] = {pool.submit(run_fold, job, name, devices, commands) for name in names}
@@ -451,12 +451,12 @@ def run_folds(job: CrossValidation, names: list[str]) -> None:
                     print_now(f"{failure}\n(the folds that run are finished first)", to=sys.stderr)
     if failure is not None:
         raise failure
-    if commands.stopped:  # after the last command of the last fold
+    if commands.stopped:  # the signal came after the last command of the last fold
         raise Stopped
 
 
 def cross_validate(arguments: Namespace, selection: Selection) -> pooling.PooledReport:
-    """Train and evaluate every fold, and write the report of all."""
+    """Train and evaluate every fold, and write the pooled report."""
     protocol, out = selection.find_protocol(), arguments.out
     utterances = read_and_review(arguments, selection)
     folds = {fold.name: fold for fold in protocol.folds(utterances, seed=selection.seed)}
@@ -489,7 +489,7 @@ def cross_validate(arguments: Namespace, selection: Selection) -> pooling.Pooled
 
 
 def variants(arguments: Namespace) -> dict[str, list[str]]:
-    """Return value -> what it adds to the training options."""
+    """Return value of the ablation -> the training options for it."""
     rest = arguments.training_options
     name, _, values = arguments.ablation.partition("=")
     chosen = [value for value in values.split(",") if value]
@@ -522,7 +522,7 @@ def beside_table_3(summary: dict[str, Any]) -> list[str]:
 
 
 def turns_for_all_folds(selection: Selection) -> int:
-    """Return how many turns of each training speaker every fold can hold out; 0 where speakers are known."""
+    """Return how many turns of each training speaker every fold can hold out; 0 if test speakers are known."""
     utterances, protocol = selection.read(), selection.find_protocol()
     folds = list(protocol.folds(utterances, seed=selection.seed))
     audits = [check_fold(fold, utterances, protocol) for fold in folds]
@@ -535,7 +535,7 @@ def run_ablation(arguments: Namespace, selection: Selection) -> None:
     """Cross-validate with each value, and write a table of all."""
     name = arguments.ablation.partition("=")[0]
     if name == "heads" and "speaker" in arguments.ablation and arguments.known_turns is None:
-        # Where a speaker head needs turns held out, all variants train without them: only heads are to differ.
+        # If a speaker head needs held-out turns, all variants train without these, so that only the heads differ.
         turns = turns_for_all_folds(selection)
         arguments.known_turns, selection = turns, replace(selection, known_turns=turns)
     results, predictions = {}, {}

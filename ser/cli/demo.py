@@ -24,7 +24,7 @@ from ser.train.evaluation import evaluate
 from ser.train.processes import run_command
 
 NEEDED_UA, NEEDED_WER = 0.60, 0.35
-# From scratch the rate is far above fine-tuning's 5e-5, and an epoch is some hundred short updates.
+# Training from scratch needs a rate far above the 5e-5 of fine-tuning; an epoch has about a hundred short updates.
 SETTINGS = (
     "--init small --heads emotion,ctc,speaker --alpha 0.1 --beta 0.5 --rate 1e-3 "
     "--effective-batch 8 --epochs 9 --eval-every 3ep --save-every 3ep --log-every 24"
@@ -46,7 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run_shown(*words: str) -> None:
-    """Run a command as a user would, and show it first; end with its error."""
+    """Print a command and run it as a user would; if it fails, end with its exit status."""
     print("\n$ " + " ".join(words), flush=True)
     starts = {"torchrun": [sys.executable, "-m", "torch.distributed.run"], "ser": [sys.executable, "-m", "ser"]}
     command = [*starts.get(words[0], words[:1]), *words[1:]]

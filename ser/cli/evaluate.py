@@ -111,9 +111,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def refuse_renaming(arguments: Namespace) -> None:
-    """Refuse flags that say how labels are read: --compare finds them in two files, and --verify in the card.
+    """Refuse flags about labels with --compare, which reads two files, or --verify, which uses the card.
 
-    --compare takes a map, since the two files may have other names of the same classes.
+    --compare takes --map, since the two files may have different names for the same classes.
     """
     flags = ("literal_labels", "columns", "no_usual_names") + (() if arguments.compare else ("map",))
     given = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name)]
@@ -142,7 +142,7 @@ def check_flags(arguments: Namespace) -> None:
 
 
 def check_parts(named: list[str], utterances: list[Utterance]) -> None:
-    """Raise ConfigError where --parts names no column of texts."""
+    """Raise ConfigError if --parts names something that is not a column of texts."""
     known = {name for u in utterances for name in u.extra} | {*scores.text_columns(scores.PARTS)}
     known = {name for name in known - scores.number_columns().keys() if not name.startswith("p_")}
     if unknown := [name for name in named if name not in known]:
@@ -154,14 +154,14 @@ def check_parts(named: list[str], utterances: list[Utterance]) -> None:
 
 @dataclass(frozen=True)
 class EvaluatedData:
-    """What a model is evaluated on, and what is known of its training.
+    """Hold the data that a model is evaluated on, and what is known of its training.
 
     Attributes:
-        selection: the name of the utterances.
-        utterances: what is evaluated.
-        training: what the model was trained on; None where nobody knows.
+        selection: the selection that names the utterances.
+        utterances: the utterances to evaluate.
+        training: the utterances that the model was trained on; None: not known.
         about: how a report names the data.
-        training_is_assumed: True where the model does not name its training, and the fold's is taken for it.
+        training_is_assumed: True if the model does not name its training data, and the fold's is assumed.
     """
 
     selection: Selection
@@ -171,7 +171,7 @@ class EvaluatedData:
     training_is_assumed: bool | None = None
 
     def shared_with_training(self) -> dict[str, float | None] | None:
-        """Return by kind the share of the utterances that training has too; None where nobody knows."""
+        """Return kind -> the share of the utterances that is also in training; None: not known."""
         if self.training is None:
             return None
         shared = overlap(self.training, self.utterances)
@@ -181,16 +181,16 @@ class EvaluatedData:
 def training_utterances(
     named: Selection | None, evaluated: Selection, everything: list[Utterance], *, told: bool = False
 ) -> list[Utterance] | None:
-    """Return what a model was trained on; None where nobody knows.
+    """Return the utterances that a model was trained on; None if they are not known.
 
-    ``everything`` is the manifest of the ``evaluated`` utterances. ``told``: the user named the training data, and
-    wants to hear if they cannot be read.
+    ``everything`` is the manifest of the ``evaluated`` utterances. ``told`` says that the user named the training
+    data; then an error is raised if they cannot be read.
     """
     if named is None:
         return None
     if told:
         return named.read(check_files=False)
-    if named.sha256 == evaluated.sha256:  # the same manifest, wherever it lies now
+    if named.sha256 == evaluated.sha256:  # the same manifest, perhaps at another place
         return named.of(named.find_fold(everything)[0], everything) if named.protocol else everything
     try:
         return named.utterances(check_files=False)
@@ -205,9 +205,9 @@ def same_fold(first: Selection, second: Selection) -> bool:
 
 
 def read_manifest_data(arguments: Namespace, named: Selection | None, tell: Tell) -> EvaluatedData:
-    """Read --manifest; ``named`` is what the model was trained on.
+    """Read --manifest; ``named`` is the selection that the model was trained on.
 
-    Where several corpora meet, in training or here, speakers and ids are those of a corpus on both sides.
+    If training or evaluation has several corpora, ids and speakers are corpus/name in both.
     """
     if arguments.fold or arguments.known_turns:
         raise ConfigError("--fold and --known-turns need --protocol, which says how the manifest is divided")
@@ -220,7 +220,7 @@ def read_manifest_data(arguments: Namespace, named: Selection | None, tell: Tell
 
 
 def read_fold_data(arguments: Namespace, named: Selection | None, tell: Tell) -> EvaluatedData:
-    """Read --data and take the part of the fold; ``named`` is what the model was trained on."""
+    """Read --data and select the part of the fold; ``named`` is the selection that the model was trained on."""
     arguments.data = arguments.data or arguments.manifest
     several = bool(named and named.sources)
     chosen = replace(selected_data(arguments, corpora=several), part=arguments.part)
@@ -234,13 +234,13 @@ def read_fold_data(arguments: Namespace, named: Selection | None, tell: Tell) ->
     about |= {"fold": fold.name, "part": arguments.part}
     utterances = chosen.of(fold, everything)
     assumed = named is None
-    named = named or replace(chosen, part="train")  # as the protocol means it
+    named = named or replace(chosen, part="train")  # the assumption: it was trained on this fold
     training = training_utterances(named, chosen, everything, told=bool(arguments.train))
     return EvaluatedData(chosen, utterances, training, about, assumed or None)
 
 
 def read_data(arguments: Namespace, record: dict | None, emotions: list[str], tell: Tell) -> EvaluatedData:
-    """Read what the model of a record (see `ser.scores.card`) is evaluated on, and show its labels."""
+    """Read the data for evaluating the model of a record (see `ser.scores.card`), and show their labels."""
     named = None if record is None else card.trained_on(record)
     manifest = arguments.manifest and not arguments.protocol
     if arguments.train:
@@ -335,7 +335,7 @@ def known_turn_outcomes(
 
 
 def unscored_labels(utterances: list[Utterance], recognizer: Recognizer) -> list[str]:
-    """Say which labels are in no figure, a line a kind: the model has no head for them or does not know them."""
+    """Return a line for each kind of label that is in no figure: the model lacks its head, or the class."""
     lines = []
     if recognizer.vocabulary is None and (texts := sum(bool(u.text) for u in utterances)):
         lines.append(f"the model writes no transcripts: the texts of {texts} utterances are in no figure")
@@ -351,7 +351,7 @@ def unscored_labels(utterances: list[Utterance], recognizer: Recognizer) -> list
 
 
 def figure_notes(result: Report, recognizer: Recognizer) -> list[str]:
-    """Say what has to be known about the figures."""
+    """Return notes that are needed to understand the figures."""
     lines = []
     if not result.figures:
         lines.append("no figure: no utterance has a label or text for a head of this model")
@@ -369,7 +369,7 @@ def figure_notes(result: Report, recognizer: Recognizer) -> list[str]:
 
 
 def evaluate_model(arguments: Namespace, world: World) -> bool:
-    """Evaluate --model: show the table, and write what --out and --card ask for."""
+    """Evaluate --model: print the table, and write the files for --out and --card."""
     tell = partial(say, world)
     recognizer = ser.load(arguments.model, device=world.device)
     record = card.read_record(find_folder(arguments.model))
@@ -394,7 +394,7 @@ def evaluate_model(arguments: Namespace, world: World) -> bool:
     entries = [(data.selection, result)]
     if known is not None and not result.judged["speaker"]:
         turns = score(known[1])
-        if turns.judged["speaker"]:  # else the model knows other speakers
+        if turns.judged["speaker"]:  # 0 if the model knows other speakers
             figures = {"speaker_accuracy": turns.figures["speaker_accuracy"]}
             result.known_turns = scores.KnownTurns(turns.utterances, turns.speakers, turns.judged, figures)
             entries.append((known[0], turns))
@@ -418,7 +418,7 @@ def evaluate_model(arguments: Namespace, world: World) -> bool:
 
 
 def moved(selection: Selection, arguments: Namespace) -> Selection:
-    """Return the same utterances, where --data and --root say that they are now."""
+    """Return the same selection, at the place that --data and --root give."""
     roots = arguments.root or [None]
     if len(roots) > 1:
         raise ConfigError("--verify takes one --root; a JSON list as --data names the root of each manifest")
@@ -426,7 +426,7 @@ def moved(selection: Selection, arguments: Namespace) -> Selection:
 
 
 def same_figures(entry: Mapping[str, Any], result: Report, tolerance: float) -> bool:
-    """Show the figures of a card beside those computed now, and tell whether they are the same."""
+    """Print the figures of a card beside those computed now, and tell whether they are the same."""
     rows = card.differences(entry, result, tolerance=tolerance)
     for name, then, now, same in rows:
         if same and ", over " in name:  # the ends of intervals
@@ -457,7 +457,7 @@ def verify_entry(
 
 
 def show_claims(claimed: list[str]) -> None:
-    """Show what a card claims and nobody computes, its settings together."""
+    """Print the claims of a card that cannot be computed, with all settings in one line."""
     prefix = "settings."
     names = [name for name in claimed if not name.startswith(prefix)]
     settings = ", ".join(name.removeprefix(prefix) for name in claimed if name.startswith(prefix))
@@ -466,7 +466,7 @@ def show_claims(claimed: list[str]) -> None:
 
 
 def verify_card(arguments: Namespace, world: World) -> bool:
-    """Tell whether card and record of --verify agree, and all that can be computed comes out again."""
+    """Tell whether the card agrees with its record, and all that can be computed is the same again."""
     folder = arguments.verify
     record = card.read_record(folder)
     if record is None:
@@ -493,7 +493,7 @@ def verify_card(arguments: Namespace, world: World) -> bool:
 
 
 def run(arguments: Namespace) -> int:
-    """Evaluate, verify or compare; the exit status is 1 for a card that does not hold."""
+    """Evaluate, verify or compare; the exit status is 1 for a card that is wrong."""
     check_flags(arguments)
     if arguments.compare:
         names = {} if arguments.map is None else map_for(parse_map(arguments.map), "emotion")

@@ -9,7 +9,7 @@ A million files with eight decoding processes on a GPU, one JSON object per line
     ser predict recordings/ --model runs/demo/best --format jsonl --output predictions.jsonl \\
         --device cuda --workers 8
 
-A lecture of any length, every five seconds an emotion of the ten around it:
+A lecture of any length, in windows of ten seconds that begin every five seconds:
 
     ser predict lecture.flac --model runs/demo/best --window 10 --hop 5 --format csv
 
@@ -49,23 +49,23 @@ from ser.files import check_can_write, files_below, replace_file, written
 from ser.recognizer import MAX_SECONDS, Prediction, Recognizer
 from ser.writers import FORMATS, Record, as_record
 
-Source = str | Utterance  # what is recognised: a file, or a row of a manifest
+Source = str | Utterance  # an input: a file, or a row of a manifest
 Result = tuple[Source, Prediction | SerError]
 
 RECORDINGS = SUFFIXES + OTHER_SUFFIXES
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
-LISTS = (".txt", ".lst", ".list", ".scp", ".xls", ".xlsx", ".ods", ".parquet")  # that are taken for manifests
-# What loading a model reads, beside *.safetensors
+LISTS = (".txt", ".lst", ".list", ".scp", ".xls", ".xlsx", ".ods", ".parquet")  # lists that are not manifests
+# Files that loading a model reads, besides *.safetensors
 MODEL_FILES = ("config.json", "vocab.json", "tokens.json", "tokens_map.json", "tokenizer.json", "index.json")
 
 
 @contextmanager
 def errors_told() -> Iterator[None]:
-    """End the process with one line and status 2 where the command cannot go on."""
+    """End the process with one line and status 2 if the command cannot continue."""
     try:
         with worker_death_explained(AGAIN):
             yield
-    except BrokenPipeError:  # the reader has enough, as `head` does
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (SerError, OSError) as error:
@@ -76,7 +76,7 @@ def errors_told() -> Iterator[None]:
 
 
 def usable_device(name: str) -> torch.device:
-    """Return the device of that name, which a tensor was put on; "auto" is a GPU where there is one."""
+    """Return the device of that name, after a test with a tensor; "auto" is a GPU if there is one."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         return torch.empty(0, device=device).device
@@ -124,7 +124,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def is_recording(path: str) -> bool:
-    """Tell whether a file is a recording by its name or, where the name has no suffix, by its first bytes."""
+    """Tell whether a file is a recording, by its suffix, or by its first bytes if it has none."""
     suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122
     if any(letter.isalpha() for letter in suffix):
         return suffix in RECORDINGS
@@ -152,7 +152,7 @@ def find_inputs(arguments: Namespace) -> list[Source]:
         if path.is_dir():
             inputs += recordings_in(path)
         elif path.suffix.lower() in MANIFESTS:
-            # A missing recording is reported in its place, like one that is damaged.
+            # A missing recording is reported at its position, like a damaged one.
             inputs += read_manifest(path, root=arguments.root, columns=columns, check_files=False)
         elif path.suffix.lower() in LISTS and path.is_file() and not begins_as_sound(path):
             raise ConfigError(
@@ -171,7 +171,7 @@ def find_inputs(arguments: Namespace) -> list[Source]:
 
 
 def is_same_file(source: Source, there: os.stat_result) -> bool:
-    """Tell whether an input is the file of that status."""
+    """Tell whether an input is the file with this status (`os.stat`)."""
     try:
         file = source.file if isinstance(source, Utterance) else source
         return os.path.samestat(os.stat(file), there)  # noqa: PTH116
@@ -180,7 +180,7 @@ def is_same_file(source: Source, there: os.stat_result) -> bool:
 
 
 def check_output(output: Path, model: Path, inputs: list[Source]) -> None:
-    """Refuse, before any work, what cannot be written, or would replace a recording, a manifest or the model."""
+    """Refuse, before any work, an output that cannot be written or would replace an input or the model."""
     with written(output):
         check_can_write(output)
     if not output.is_file():
@@ -196,7 +196,7 @@ def check_output(output: Path, model: Path, inputs: list[Source]) -> None:
 
 @contextmanager
 def output_file(path: Path | None, *, as_table: bool) -> Iterator[TextIO]:
-    """Open the file to write, or standard output: in UTF-8, but a table as the terminal has it."""
+    """Open the output file or standard output, in UTF-8; a table on a terminal has the terminal's encoding."""
     if path is not None:
         with written(path), replace_file(path) as file:
             yield file
@@ -224,7 +224,7 @@ def check_together(arguments: Namespace) -> None:
 
 
 def recognise_windows(recognizer: Recognizer, inputs: list[Source], arguments: Namespace) -> Iterator[Result]:
-    """Recognise every window of every input; one that cannot be read gives its error, and the others go on."""
+    """Recognise every window of every input; an input that cannot be read yields its error."""
     for source in inputs:
         try:
             for prediction in recognizer.predict_windows(source, window=arguments.window, hop=arguments.hop):
@@ -234,7 +234,7 @@ def recognise_windows(recognizer: Recognizer, inputs: list[Source], arguments: N
 
 
 def recognise_inputs(recognizer: Recognizer, inputs: list[Source], arguments: Namespace) -> Iterable[Result]:
-    """Recognise the inputs as the flags say, in order."""
+    """Recognise the inputs in order, as the flags say."""
     if arguments.window is not None:
         return recognise_windows(recognizer, inputs, arguments)
     options = {name: getattr(arguments, name) for name in ("workers", "max_seconds", "timeout")}
@@ -242,7 +242,7 @@ def recognise_inputs(recognizer: Recognizer, inputs: list[Source], arguments: Na
 
 
 def header_seconds(source: Source) -> float:
-    """Read the length of an input from its header; 0 for what cannot be read."""
+    """Read the length of an input from its header; 0 if it cannot be read."""
     row = source if isinstance(source, Utterance) else Utterance(id=source, file=Path(source))
     try:
         return audio_info(row.file, start=row.start, end=row.end, max_seconds=float("inf")).seconds
@@ -251,17 +251,17 @@ def header_seconds(source: Source) -> float:
 
 
 class ProgressBar:
-    """Show on standard error how far the work is and what went wrong, and count the failures."""
+    """Show progress and errors on standard error, and count the failures."""
 
     def __init__(self, inputs: list[Source], *, in_windows: bool, silent: bool) -> None:
         total = sum(map(header_seconds, inputs)) if in_windows else len(inputs)
         self.in_windows = in_windows
         self.bar = tqdm(total=total, unit="s" if in_windows else "file", disable=silent)
         self.failed = 0
-        self.reached = 0.0  # of the recording at work, in seconds
+        self.reached = 0.0  # position in the present recording, in seconds
 
     def advance(self, source: Source, record: Record) -> None:
-        """Move the bar: by a file, or by the seconds that a window ends after the one before."""
+        """Move the bar by one file, or by the seconds between the ends of two windows."""
         if not self.in_windows:
             self.bar.update()
         elif record["error"] is None:
@@ -283,7 +283,7 @@ class ProgressBar:
 
 
 def run(arguments: Namespace) -> int:
-    """Recognise the inputs and write the answers; the exit status is 1 if some could not be read."""
+    """Recognise the inputs and write the predictions; the exit status is 1 if some could not be read."""
     inputs = find_inputs(arguments)
     check_together(arguments)
     if arguments.output is not None:

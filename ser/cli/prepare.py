@@ -1,8 +1,9 @@
-"""Make manifests, folds and a data sheet of a corpus's release, checked to the last turn.
+"""Make manifests, folds and a data sheet of a corpus's release, and check its counts.
 
     ser prepare IEMOCAP_full_release --out data/iemocap
     ser prepare PAPER_CSVS --corpus iemocap-csv --root IEMOCAP_full_release --out data/paper
     ser prepare EMODB/wav --corpus emodb --out data/emodb
+    ser prepare EmoBox/data/aesdd --corpus emobox --out data/aesdd
 
 In --out: iemocap4.csv (the four-class protocol) and iemocap_all.csv (every label), or one manifest with the name
 of the corpus; folds/PROTOCOL.json (lists of ids); report.json (all that was dropped and why) and data_sheet.md.
@@ -22,7 +23,7 @@ from ser.files import replace_file, write_json
 
 
 def write_protocols(out: Path, protocols: list[Protocol], utterances: list[Utterance], seed: int) -> list[str]:
-    """Print and write the folds of each protocol; return why some were not."""
+    """Print and write the folds of each protocol; return the reasons why some were not written."""
     refused = []
     for protocol in protocols:
         path = out / "folds" / f"{protocol.name.replace(':', '-')}.json"
@@ -40,10 +41,10 @@ def write_protocols(out: Path, protocols: list[Protocol], utterances: list[Utter
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of the command."""
     add = parser.add_argument
-    add("folder", type=Path, help="the release; for iemocap-csv that of the paper's CSV files")
+    add("folder", type=Path, help="the release; for iemocap-csv and emobox the folder of the lists")
     add("--out", type=Path, required=True, help="folder for all that is written")
     add("--corpus", choices=list(CORPORA), default="iemocap", help="(default: iemocap)")
-    add("--root", type=Path, help="the release that iemocap-csv's turns are in")
+    add("--root", type=Path, help="where the recordings are, for iemocap-csv and emobox")
     add("--partial", action="store_true", help="go on where turns are missing or unusable")
     add("--seed", type=int, default=0, help="of the protocols that draw (default: 0)")
 

@@ -76,7 +76,7 @@ from ser.train.resources import SMALLER_MODEL, memory_explained
 from ser.train.runs import CHANGEABLE, opened_before
 
 errors_told = one_voice
-Parts = tuple[list[Utterance], list[Utterance], dict[str, Any]]  # train, valid, what settings and card say of them
+Parts = tuple[list[Utterance], list[Utterance], dict[str, Any]]  # train, valid, and their entries in the record
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -96,8 +96,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "(default: base)")  # fmt: skip
     add("--out", type=Path, required=True, help="the run's folder; resumed if it has a checkpoint")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--paper", action="store_true", help="the settings of Cai et al. (2021) as their text has them")
-    add("--paper-script", action="store_true", help="as their training script acts")
+    add("--paper", action="store_true", help="use the settings in the text of Cai et al. (2021)")
+    add("--paper-script", action="store_true", help="use the settings of their training script")
     add_training_arguments(parser)
     add_data_arguments(parser)
     add = parser.add_argument_group("folds").add_argument
@@ -107,30 +107,30 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("text")
     add = group.add_mutually_exclusive_group().add_argument
     add("--vocab", type=Path, help="vocab.json (default: that of --init, else librispeech's)")
-    add("--build-vocab", action="store_true", help="make the vocabulary of the training text")
+    add("--build-vocab", action="store_true", help="make the vocabulary from the training text")
     add = group.add_argument
     add("--orthography", choices=sorted(ORTHOGRAPHIES), default="librispeech",
-        help="of the text (default: librispeech)")  # fmt: skip
+        help="spelling of the text (default: librispeech)")  # fmt: skip
     add("--tags", choices=["remove", "keep-letters"], default="remove",
         help="[..], {..}, <..> in text: letters stay in the paper (default: remove)")  # fmt: skip
     add = parser.add_argument_group("continuing a run").add_argument
-    add("--overwrite", action="store_true", help="start anew where --out holds a run")
-    add("--resume-from", metavar="CHECKPOINT", help="go back to this one of --out, such as "
-        "step-00000120; later ones are set aside (default: the newest that is sound)")  # fmt: skip
+    add("--overwrite", action="store_true", help="remove a run in --out and start again")
+    add("--resume-from", metavar="CHECKPOINT", help="go back to this checkpoint of --out, such as "
+        "step-00000120; later ones are set aside (default: the newest sound one)")  # fmt: skip
     add("--allow-changes", nargs="+", default=[], metavar="NAME", help="settings that may differ "
         f"from the resumed run's: {', '.join(sorted(CHANGEABLE))}")  # fmt: skip
     add = parser.add_argument_group("other").add_argument
     add("--revision", help="branch, tag or commit of --init on the hub")
-    add("--data-licence", help="of the corpus, for the model card (default: as preparing it wrote)")
-    add("--weights-licence", help="of --init, for the model card (default: as its own card has it)")
-    add("--threads", type=int, help="CPU threads per process (default: cores / processes; of one process "
+    add("--data-licence", help="licence of the corpus, for the model card (default: that from ser prepare)")
+    add("--weights-licence", help="licence of --init, for the model card (default: that in its own card)")
+    add("--threads", type=int, help="CPU threads per process (default: cores / processes; for one process "
         "OMP_NUM_THREADS)")  # fmt: skip
     add("--verbose", action="store_true", help="show changed transcripts, and reference beside hypothesis in "
         "evaluation")  # fmt: skip
 
 
 def found_init(arguments: Namespace) -> str | Path:
-    """Find --init, a preset or a folder. Where it is gone, the run's newest checkpoint stands in for it."""
+    """Find --init, a preset or a folder; if it does not exist any more, use the run's newest checkpoint."""
     try:
         if is_preset(arguments.init):
             return arguments.init
@@ -144,13 +144,13 @@ def found_init(arguments: Namespace) -> str | Path:
 
 
 def is_large_960h(init: str | Path) -> bool:
-    """Tell whether --init is the paper's second model, which is large and yet group-norm and post-norm."""
+    """Tell whether --init is the paper's second model, which is large with group norm and post-norm."""
     config = Wav2Vec2Config.named(init) if isinstance(init, str) else read_encoder_config(init)[0]
     return config.hidden_size == 1024 and config.feat_extract_norm == "group"
 
 
 def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
-    """Read the arguments. --paper and --paper-script are defaults: a flag that is given beside them counts."""
+    """Read the arguments. --paper and --paper-script change only defaults, so other flags override them."""
     arguments = parser.parse_args(argv)
     init = found_init(arguments)
     if arguments.paper or arguments.paper_script:
@@ -173,16 +173,16 @@ def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
 
 
 def is_checkpoint(init: str | Path, folder: Path) -> bool:
-    """Tell whether ``init`` is a checkpoint of the run, which stands in for an --init that is gone."""
+    """Tell whether ``init`` is a checkpoint of the run, which replaces a missing --init."""
     return not is_preset(init) and Path(init).parent == folder / "checkpoints"
 
 
 def origin(arguments: Namespace) -> dict[str, Any]:
-    """Describe --init: its path, a digest of its weights, and its licence, as far as anybody said."""
+    """Describe --init: its path, a digest of its weights, and its licence if that is known."""
     init, licence = arguments.init, arguments.weights_licence
     if is_preset(init):
         return {"init": init, "init_content": init, "licence": licence or "none, they were random"}
-    if is_checkpoint(init, arguments.out):  # --init is gone, and the run knows what it was
+    if is_checkpoint(init, arguments.out):  # --init does not exist any more, but the run has recorded it
         before = json.loads((init / SETTINGS).read_text(encoding="utf-8"))
         known = {name: before[name] for name in ("init", "init_content") if name in before}
         return known | {"licence": licence or before.get("licences", {}).get("weights")}
@@ -193,7 +193,7 @@ def origin(arguments: Namespace) -> dict[str, Any]:
 
 
 def read(selection: Selection, config: TrainConfig, world: World) -> list[Utterance]:
-    """Read a manifest. Where bad audio is skipped, a file that is not there is skipped like any other."""
+    """Read a manifest. If bad audio is skipped, a missing file is skipped too."""
     return selection.read(check_files=config.on_bad_audio == "fail", tell=partial(say, world))
 
 
@@ -203,13 +203,13 @@ def learns_emotions(config: TrainConfig) -> bool:
 
 
 def review(sets: Sets, selection: Selection, config: TrainConfig, world: World) -> None:
-    """Show the classes of each set before anything is trained; refuse two spellings of one."""
+    """Print the classes of each set before training; refuse two spellings of one class."""
     used = learns_emotions(config)
     selection.review({"train": sets["train"]} | sets, partial(say, world), emotions=None if used else [])
 
 
 def emotions_of_init(known: list[str], train: list[Utterance]) -> list[str]:
-    """Say what becomes of the emotions that --init recognises, where training has others."""
+    """Return notes on the emotion head of --init if training has other emotions."""
     heard = {u.emotion for u in train if u.emotion is not None}
     new, unheard = sorted(heard.difference(known)), [name for name in known if name not in heard]
     if new and known:
@@ -258,7 +258,7 @@ def read_manifests(arguments: Namespace, config: TrainConfig, world: World) -> P
 
 
 def turns_to_hold_out(fold: Fold, audit: Audit, utterances: list[Utterance], config: TrainConfig) -> int:
-    """Count the known turns: none unless a speaker head is trained and the protocol tests on strangers."""
+    """Return the number of known turns: 0 unless a speaker head is trained and test speakers are unknown."""
     strangers = all(audit.fractions(part).get("speakers", 0.0) == 0.0 for part in ("valid", "test"))
     trained = "speaker" in config.heads or (config.heads == "auto" and config.beta > 0)
     return usual_known_turns(fold, utterances) if strangers and trained else 0
@@ -301,7 +301,7 @@ def prepared_licence(prepared: Path) -> str | None:
 
 
 def data_licence(arguments: Namespace, trained: Selection) -> str | None:
-    """Return the licence of the corpus, or of each of several, as far as anybody said."""
+    """Return the licence of the corpus, or of each of several, if it is known."""
     if arguments.data_licence is not None:
         return arguments.data_licence
     if not trained.sources:
@@ -313,7 +313,7 @@ def data_licence(arguments: Namespace, trained: Selection) -> str | None:
 
 
 def chosen_heads(config: TrainConfig, train: list) -> list[str]:
-    """Return the heads to train; ConfigError where the data lacks the labels of one that was asked for."""
+    """Return the heads to train; ConfigError if the data lacks the labels of a head that was asked for."""
     has = labelled_heads(u.labels for u in train)
     if config.heads == "auto":
         wanted = ["emotion", "ctc", *(["speaker"] if config.beta > 0 else [])]
@@ -327,7 +327,7 @@ def chosen_heads(config: TrainConfig, train: list) -> list[str]:
 
 
 def closing_line(result: FitResult, out: Path, *, chosen_on_test: bool) -> str:
-    """Say which weights to use, and how good they were on validation data."""
+    """Return a line that says which weights to use, and their figure on validation data."""
     step, best = result.progress.step, result.progress.best
     if best is None:
         return f"done: {out / 'best'} (update {step})"
@@ -356,7 +356,7 @@ def vocabulary_to_learn(arguments: Namespace, texts: list[str]) -> Vocabulary:
 
 
 def texts_of(train: list[Utterance], arguments: Namespace, world: World) -> list[str]:
-    """Return the training texts as the CTC head learns them; --verbose shows what was changed."""
+    """Return the training texts as the CTC head learns them; --verbose prints the changes."""
     texts = [clean(u.text or "", orthography=arguments.orthography, tags=arguments.tags) for u in train]
     if arguments.verbose:
         for utterance, text in zip(train, texts, strict=True):
@@ -386,7 +386,7 @@ def make_recognizer(
 
 def settings_of_run(arguments: Namespace, recognizer: Recognizer, world: World, about: dict) -> dict[str, Any]:
     """Return what the run's folder and the model card record beside the `TrainConfig`."""
-    begun = origin(arguments) if world.is_main else {}  # which reads all weights; the main rank records it
+    begun = origin(arguments) if world.is_main else {}  # only the main rank reads all weights, and records them
     return {
         **about,
         "licences": {
@@ -407,7 +407,7 @@ def settings_of_run(arguments: Namespace, recognizer: Recognizer, world: World, 
 
 
 def say_how_it_starts(arguments: Namespace, world: World) -> None:
-    """Say that further GPUs are idle, and what stands in for a folder that is gone."""
+    """Print that further GPUs are idle, and that a checkpoint replaces a missing --init."""
     count = torch.cuda.device_count()
     if "WORLD_SIZE" not in os.environ and count > 1:
         is_script = sys.argv[0].endswith(".py") and Path(sys.argv[0]).name != "__main__.py"
@@ -439,7 +439,7 @@ def train_in(world: World, arguments: Namespace, config: TrainConfig) -> FitResu
         arguments.out,
         world=world,
         settings=settings_of_run(arguments, recognizer, world, about),
-        # Not again when torchrun restarts the processes after a fault: then the run continues.
+        # These act only once: when torchrun restarts the processes after a fault, the run continues.
         overwrite=arguments.overwrite and not again,
         resume_from=None if again else arguments.resume_from,
         allow_changes=arguments.allow_changes,

@@ -1,15 +1,15 @@
-"""Convert checkpoints of other libraries to model folders that `ser` and `transformers` load, and prove it.
+"""Convert checkpoints of other libraries to model folders that `ser` and `transformers` load, and verify them.
 
-There are four kinds, which are told apart by what they hold:
+There are four kinds, which are recognised by their content:
 
-    hugging-face  a folder with config.json and model.safetensors or pytorch_model.bin; or a state dict alone, with
-                  the configuration beside it
-    speechbrain   such a state dict under a prefix: its wrapper keeps the encoder as ``model``
+    hugging-face  a folder with config.json and model.safetensors or pytorch_model.bin; or only a state dict, with
+                  a separate configuration
+    speechbrain   such a state dict with a prefix: its wrapper keeps the encoder as ``model``
     fairseq       ``model`` and ``args`` or ``cfg`` in a file: wav2vec 2.0 and HuBERT, pre-trained or fine-tuned
     torchaudio    the state dict of `torchaudio.models.Wav2Vec2Model`, which is also its HuBERT and WavLM
 
-This file goes from reading a source, to writing, to verification, to the whole. The names that other libraries use
-stand in `ser.convert.foreign`, and `ser.convert.pickles` alone opens pickles.
+This file has, in this order, reading a source, writing, verification, and all together. The names that other
+libraries use are in `ser.convert.foreign`; only `ser.convert.pickles` opens pickles.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
@@ -33,13 +33,13 @@ from ser.models.multitask import HeadsConfig, MultiTaskModel
 from ser.models.wav2vec2 import Wav2Vec2
 from ser.recognizer import Recognizer
 
-# What another library computes with a source's tensors: (source, our configuration, waveform (1, S)) -> its name
-# and version, and the last of its layers' outputs, (1, T, D) each. ImportError where it is not installed.
+# The computation of another library with a source's tensors: (source, our configuration, waveform (1, S)) -> its
+# name and version, and the outputs of its last layers, (1, T, D) each. ImportError if it is not installed.
 Reference = Callable[["Source", Wav2Vec2Config, Tensor], tuple[str, list[Tensor]]]
 
-TOLERANCE = 1e-5  # of each layer: norm of the difference, relative to the reference's norm
-SAMPLES = 16_000  # of the waveform that both compute: one second
-MAX_SAMPLES = 160_000  # a model whose first frame needs more is none
+TOLERANCE = 1e-5  # for each layer: norm of the difference, relative to the reference's norm
+SAMPLES = 16_000  # length of the waveform for the comparison: one second
+MAX_SAMPLES = 160_000  # a model whose first frame needs more samples is refused
 
 
 # ---------------------------------------------------------------------------------------------- a source
@@ -52,16 +52,16 @@ class Source:
     path: Path
     kind: str
     files: list[Path]
-    count: int  # of all tensors in the files
-    original: dict[str, Tensor]  # by its own keys, without what stands before the encoder's
-    tensors: dict[str, Tensor]  # by our names
-    keys: dict[str, str] = field(default_factory=dict)  # our name -> Hugging Face's key, where it has one
+    count: int  # number of all tensors in the files
+    original: dict[str, Tensor]  # its own keys, without the prefix of the encoder -> tensors
+    tensors: dict[str, Tensor]  # our names -> tensors
+    keys: dict[str, str] = field(default_factory=dict)  # our name -> Hugging Face's key, if there is one
     unused: list[str] = field(default_factory=list)
-    values: dict = field(default_factory=dict)  # of config.json
-    symbols: list[str] | None = None  # of the CTC head, in the order of its rows
+    values: dict = field(default_factory=dict)  # the entries of config.json
+    symbols: list[str] | None = None  # the symbols of the CTC head, in the order of its rows
     do_normalize: bool = True
-    assumed: dict[str, Any] = field(default_factory=dict)  # what it does not say, and a comparison cannot prove
-    notes: list[str] = field(default_factory=list)  # the same of how sound and text are prepared, in words
+    assumed: dict[str, Any] = field(default_factory=dict)  # settings that it lacks and no comparison can prove
+    notes: list[str] = field(default_factory=list)  # assumptions on preprocessing and text, in words
 
     @property
     def paper(self) -> bool:
@@ -87,7 +87,7 @@ def by_our_names(path: Path, state: Mapping[str, Tensor], keys: Mapping[str, str
 
 
 def pickled_files(folder: Path) -> list[Path]:
-    """Return the pickles of a folder that has its tensors in nothing else; none where safetensors hold them."""
+    """Return the pickles of a folder that has no safetensors; an empty list if it has."""
     usual = ("pytorch_model.bin", "pytorch_model.bin.index.json")
     pickled = [name for name in usual if pretrained.stands_in(folder, name)]
     if not pickled or any(pretrained.stands_in(folder, f"model.safetensors{end}") for end in ("", ".index.json")):
@@ -102,7 +102,7 @@ def pickled_files(folder: Path) -> list[Path]:
 
 
 def read_folder_tensors(folder: Path) -> tuple[list[Path], dict[str, Tensor]]:
-    """Return the files of a folder that hold tensors, and the tensors by the keys that they have there."""
+    """Return the files of a folder that hold tensors, and the tensors by their keys."""
     state: dict[str, Tensor] = {}
     if files := pickled_files(folder):
         for file in files:
@@ -134,8 +134,8 @@ def read_hugging_face_folder(folder: Path) -> Source:
 def fairseq_symbols(path: Path, checkpoint: Mapping) -> list[str] | None:
     """Return the dictionary of a fine-tuned checkpoint, if it was saved with it.
 
-    The CTC blank is fairseq's ``<s>``, row 0. Here and in `transformers` the blank is called ``<pad>``. The rows
-    stay where they are, and the two symbols change names.
+    The CTC blank is fairseq's ``<s>``, row 0. Here and in `transformers` the blank is called ``<pad>``. So the two
+    symbols exchange their names, and rows do not move.
     """
     dictionary = foreign.settings_of(checkpoint.get("task_state")).get("target_dictionary")
     if type(dictionary) is not Dictionary:
@@ -149,7 +149,7 @@ def fairseq_symbols(path: Path, checkpoint: Mapping) -> list[str] | None:
 
 
 def state_dict_in(checkpoint: Any) -> Any:
-    """Return the state dict in a checkpoint: an entry of it, or the whole."""
+    """Return the state dict in a checkpoint, which is one of its entries or all of it."""
     for name in ("model", "state_dict"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
             return checkpoint[name]
@@ -157,7 +157,7 @@ def state_dict_in(checkpoint: Any) -> Any:
 
 
 def wrapped_source(path: Path, state: Mapping[str, Tensor], prefix: str) -> Source:
-    """Return the source that a state dict of `transformers`' names is, perhaps within speechbrain's wrapper."""
+    """Make a source from a state dict with `transformers`' names, perhaps in speechbrain's wrapper."""
     outer = prefix
     for row in ARCHITECTURES.values():
         outer = outer.removesuffix(row.prefix)
@@ -170,7 +170,7 @@ def wrapped_source(path: Path, state: Mapping[str, Tensor], prefix: str) -> Sour
 
 
 def renamed_source(path: Path, state: Mapping[str, Tensor], kind: str, prefix: str) -> Source:
-    """Return the source that a state dict of fairseq's or torchaudio's names is, under our names."""
+    """Make a source, with our names, from a state dict with fairseq's or torchaudio's names."""
     # A fine-tuned fairseq model has its CTC head beside the encoder, w2v_encoder.proj and w2v_encoder.w2v_model.
     outer = prefix.removesuffix("w2v_model.")
     original = {key.removeprefix(prefix).removeprefix(outer): t for key, t in state.items()}
@@ -195,7 +195,7 @@ def renamed_source(path: Path, state: Mapping[str, Tensor], kind: str, prefix: s
 
 
 def add_settings(source: Source, checkpoint: Any) -> None:
-    """Add the configuration to a source of fairseq's or torchaudio's names: what it says, shows or leaves open."""
+    """Add the configuration to a source of fairseq or torchaudio: stated, derived or assumed settings."""
     said: dict[str, Any] = {}
     normalize = None
     shown, assumed = foreign.derived_values(source.tensors)
@@ -206,7 +206,7 @@ def add_settings(source: Source, checkpoint: Any) -> None:
         source.symbols = fairseq_symbols(source.path, checkpoint)
     source.values = assumed | shown | said
     source.assumed = {name: value for name, value in assumed.items() if name not in said}
-    if normalize is None:  # as torchaudio's bundles: sound is normalised for feature encoders with layer norms
+    if normalize is None:  # as in torchaudio's bundles, sound is normalised for feature encoders with layer norms
         normalize = source.assumed["do_normalize"] = source.values.get("feat_extract_norm") == "layer"
     source.do_normalize = normalize
 
@@ -241,7 +241,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class TensorsInMemory(pretrained.TensorFiles):
-    """Give `fill` the tensors of a source as if they stood in files, with the types that they have."""
+    """Give the tensors of a source to `fill` as if they were in files, with their own types."""
 
     def __init__(self, source: Source) -> None:
         self.folder = source.path
@@ -250,7 +250,7 @@ class TensorsInMemory(pretrained.TensorFiles):
         self.shapes = {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the named tensors; all must be of floating point, but for a batch norm's counter."""
+        """Return the named tensors; all must be floating point, except the counter of a batch norm."""
         found = {name: self.tensors[name] for name in names}
         for name, tensor in found.items():
             if tensor.dtype not in FLOATS and not name.endswith(".num_batches_tracked"):
@@ -259,7 +259,7 @@ class TensorsInMemory(pretrained.TensorFiles):
 
 
 class GivenNames(TypedDict, total=False):
-    """Names that a caller gives to the outputs of heads; see `convert`."""
+    """Hold the names that a caller gives to the outputs of heads; see `convert`."""
 
     labels: Sequence[str] | None
     speakers: Sequence[str] | None
@@ -267,7 +267,7 @@ class GivenNames(TypedDict, total=False):
 
 
 def chosen_vocabulary(source: Source) -> Vocabulary:
-    """Return the symbols of the source's CTC head, or those of LibriSpeech where no file has any."""
+    """Return the symbols of the source's CTC head, or those of LibriSpeech if no file has any."""
     vocabulary = None
     if source.symbols is not None:
         vocabulary = Vocabulary({symbol: i for i, symbol in enumerate(source.symbols)})
@@ -281,7 +281,7 @@ def chosen_vocabulary(source: Source) -> Vocabulary:
 
 
 def check_count(source: Source, head: str, names: Sized, flag: str) -> None:
-    """Refuse names, which a user gives with ``flag``, that are not as many as a head's outputs."""
+    """Refuse names, given with ``flag``, if their number is not that of a head's outputs."""
     rows = source.rows(head)
     if not rows and len(names):
         raise ModelFolderError(f"{source.path}: has no {head}; {flag} names classes that do not exist")
@@ -308,7 +308,7 @@ def chosen_labels(source: Source, **given: Unpack[GivenNames]) -> dict[str, Any]
 
 
 def encoder_config(source: Source) -> Wav2Vec2Config:
-    """Return the encoder's configuration, or raise ModelFolderError that says what is missing or wrong."""
+    """Return the encoder's configuration; raise ModelFolderError with what is missing or wrong."""
     for name in ("num_attention_heads", "conv_stride"):
         if name not in source.values and not source.keys:
             raise ModelFolderError(
@@ -323,14 +323,14 @@ def encoder_config(source: Source) -> Wav2Vec2Config:
 
 
 def check_encoder(source: Source) -> None:
-    """Refuse tensors that are missing, misshapen, unexpected or not finite, all at once."""
+    """Refuse tensors that are missing, unexpected, not finite or of a wrong shape, with one list of all."""
     config = encoder_config(source)
     encoder = pretrained.materialise(lambda: Wav2Vec2(config))
     pretrained.fill_encoder(encoder, TensorsInMemory(source), pretrained.LoadReport(source.path))
 
 
 def built_recognizer(source: Source, labels: Mapping[str, Any]) -> tuple[Recognizer, pretrained.LoadReport]:
-    """Make the source a model with these labels; its tensors keep the types that they have."""
+    """Make a model of the source with these labels; the tensors keep their types."""
     config, report = encoder_config(source), pretrained.LoadReport(source.path)
     try:
         sizes = HeadsConfig(source.rows("cls_head"), source.rows("lm_head"), source.rows("speaker_head"))
@@ -338,14 +338,14 @@ def built_recognizer(source: Source, labels: Mapping[str, Any]) -> tuple[Recogni
         raise ModelFolderError(f"{source.path}: {shorten(str(error))}") from None
     model = pretrained.materialise(lambda: MultiTaskModel(config, sizes))
     files = TensorsInMemory(source)
-    with torch.random.fork_rng(devices=[]):  # a mask embedding, if the source has none
+    with torch.random.fork_rng(devices=[]):  # a mask embedding is drawn if the source has none
         torch.manual_seed(0)
         pretrained.fill_encoder(model.wav2vec2, files, report)
     pretrained.fill(model, files, report, model.names_on_encoder())
     return Recognizer(model.eval(), **labels, do_normalize=source.do_normalize), report
 
 
-# Files of a Hugging Face folder that go along, and what in them would name code or templates to run.
+# Files of a Hugging Face folder that are copied, and the entries that name code or templates, which are not.
 COMPANIONS = (
     *pretrained.PREPROCESSORS,
     "tokenizer.json",
@@ -358,7 +358,7 @@ CODE = ("auto_map", "custom_pipelines", "custom_object_save", "chat_template", "
 
 
 def without_code(values: Mapping) -> dict:
-    """Return the entries that no program takes for code, and the same of entries such as feature_extractor."""
+    """Return the entries without those that name code, also inside entries such as feature_extractor."""
     return {
         key: {k: v for k, v in value.items() if k not in CODE} if isinstance(value, dict) else value
         for key, value in values.items()
@@ -377,7 +377,7 @@ def write_hugging_face(source: Source, folder: Path) -> None:
 
 
 def name_classes(source: Source, labels: Sequence[str]) -> None:
-    """Give the classes of a `transformers` classifier their names, where it has none of its own."""
+    """Name the classes of a `transformers` classifier, if it has no names of its own."""
     form = folders.classifier_form(TensorsInMemory(source))
     rows = source.rows("cls_head") if form == "linear" else source.rows("dimension_head.out_proj")
     theirs = folders.class_names(source.path / "config.json", source.values)
@@ -404,7 +404,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def check_tensors(source: Source, folder: Path) -> int:
-    """Return how many tensors the folder holds, after checking that all the source's are there, bit for bit."""
+    """Check that the folder holds all tensors of the source, bit for bit; return how many it holds."""
     state = read_tensors(folder / "model.safetensors")
     written = {pretrained.canonical_name(key): tensor for key, tensor in state.items()}
     wrong = [n for n, tensor in source.tensors.items() if n not in written or not same_bits(tensor, written[n])]
@@ -427,7 +427,7 @@ def encoder_tensors(source: Source) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def compare_layers(source: Source, folder: Path, reference: Reference | None) -> dict:
-    """Compare each layer of the folder's encoder with the reference, which computes with the source's tensors.
+    """Compare each layer of the folder's encoder with the reference, which uses the source's tensors.
 
     Raises:
         ModelFolderError: a layer differs by more than `TOLERANCE`.
@@ -447,7 +447,7 @@ def compare_layers(source: Source, folder: Path, reference: Reference | None) ->
         return {"reference": "none installed", "samples": samples, "layers": [], "largest": None}
     except ModelFolderError:
         raise
-    except Exception as error:  # of a foreign library, which may refuse what it likes
+    except Exception as error:  # the other library may raise any error
         refusal = f"the reference does not take this model: {shorten(str(error))}"
         raise ModelFolderError(f"{source.path}: {refusal}") from None
     ours = ours[-len(theirs) :]
@@ -465,7 +465,7 @@ def compare_layers(source: Source, folder: Path, reference: Reference | None) ->
 
 
 def check_paths(source: Path, target: Path, *, overwrite: bool) -> None:
-    """Refuse a target that would destroy something."""
+    """Refuse a target that exists and must not be replaced."""
     if not pretrained.exists(source):
         raise ModelFolderError(f"{source}: there is no such file or folder")
     if not source.is_dir() and not source.is_file():
@@ -478,7 +478,7 @@ def check_paths(source: Path, target: Path, *, overwrite: bool) -> None:
 
 
 def certificate_of(source: Source, folder: Path, name: str, comparison: Mapping, **tensors: Any) -> dict[str, Any]:
-    """Return what is known of a conversion: the two sides by their digests, and how they were compared."""
+    """Return the record of a conversion: digests of source and result, and how they were compared."""
     import ser
 
     return {
@@ -492,9 +492,9 @@ def certificate_of(source: Source, folder: Path, name: str, comparison: Mapping,
 
 
 def built_source(source: Source, given: GivenNames) -> tuple[Recognizer | None, list[str]]:
-    """Give a source what it lacks, and check it; return the recognizer that it became, and names of new tensors.
+    """Complete a source and check it; return a recognizer made from it, and the names of new tensors.
 
-    A folder that says all that there is to say stays as it is, and there is no recognizer.
+    A complete folder stays as it is, and the recognizer is None.
     """
     if not source.keys or source.paper:
         recognizer, report = built_recognizer(source, chosen_labels(source, **given))
@@ -527,22 +527,22 @@ def convert(
             torchaudio or speechbrain saved.
         target: the folder to write; complete or not at all.
         config: values of config.json that the source lacks or has wrong.
-        overwrite: replace a model folder that stands there.
-        reference: what computes the layers to compare with, such as that of examples/convert.py; None: the
-            tensors are compared, and no layers.
-        say: called with a line on each step.
-        given: ``labels`` of the emotion head; default: those of the paper, e0..e3: neutral, happy, angry, sad. Of
-            a folder of `transformers` only where its classes have no names, or LABEL_0 and so on. ``speakers`` of
+        overwrite: replace an existing model folder.
+        reference: the function that computes the layers to compare with, such as that of
+            examples/convert.py; None: only the tensors are compared.
+        say: is called with a line on each step.
+        given: ``labels`` of the emotion head; default: those of the paper, e0..e3: neutral, happy, angry, sad. In
+            a folder of `transformers`, labels can only replace missing names or LABEL_0 and so on. ``speakers`` of
             the speaker head; default: s0, s1, ... ``vocabulary`` of the CTC head; default: the source's own, else
             the 32 symbols of LibriSpeech.
 
     Returns:
-        the certificate, which also stands in the folder as certificate.json. ``assumed`` in it is what the source
-        does not say and no comparison proves: names, and of state dicts alone heads, strides and the like.
+        the certificate, which is also in the folder as certificate.json. Its entry ``assumed`` has what the source
+        does not say and no comparison proves: names, and for a bare state dict attention heads, strides and so on.
 
     Raises:
-        ModelFolderError: the source cannot be read, names something else than tensors and settings, does not fit
-            its configuration, or the result differs from it by more than `TOLERANCE`.
+        ModelFolderError: the source cannot be read, names other things than tensors and settings, does not fit its
+            configuration, or the result differs from it by more than `TOLERANCE`.
     """
     path, target, name = Path(source), Path(target), Path(source).name
     if not pretrained.exists(path) and pretrained.is_hub_name(str(source)):

@@ -1,4 +1,4 @@
-"""Translate what other libraries call the encoder's tensors and settings; derive a configuration from shapes.
+"""Translate other libraries' names of the encoder's tensors and settings; derive a configuration from shapes.
 
 The key maps are tables; nothing here reads a file.
 """
@@ -38,7 +38,7 @@ FAIRSEQ = {
 }
 FAIRSEQ_PRETRAINING = ("quantizer.", "project_q.", "final_proj.", "target_glu.", "label_embs_concat")
 
-# Beginnings of torchaudio's keys -> ours; what follows is the same.
+# Beginnings of torchaudio's keys -> ours; the rest of a key is the same.
 TORCHAUDIO = {
     "feature_extractor.": "feature_extractor.",
     "encoder.feature_projection.": "feature_projection.",
@@ -46,7 +46,7 @@ TORCHAUDIO = {
     "aux.": "lm_head.",
 }
 
-# A key that one kind alone has, after whatever prefix. In this order, for the last is also part of torchaudio's.
+# kind -> a key that only this kind has, after any prefix. The order matters: torchaudio's key ends with the last.
 MARKS = {
     "fairseq": "feature_extractor.conv_layers.0.0.weight",
     "torchaudio": "encoder.feature_projection.projection.weight",
@@ -55,7 +55,7 @@ MARKS = {
 
 
 def recognised(path: Path, keys: Iterable[str]) -> tuple[str, str]:
-    """Return the kind of a state dict, and the prefix of its encoder's keys."""
+    """Return the kind of a state dict, and the prefix of the encoder's keys."""
     keys = list(keys)
     for kind, mark in MARKS.items():
         prefixes = sorted({key.removesuffix(mark) for key in keys if key.endswith(mark)}, key=len)
@@ -103,13 +103,13 @@ def with_split_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def settings_of(value: Any) -> dict:
-    """Return the entries of a Namespace or a mapping whose names are strings; of anything else none."""
+    """Return the entries of a Namespace or a mapping whose names are strings; for anything else, none."""
     entries = vars(value) if type(value) is Namespace else value
     return {k: v for k, v in entries.items() if isinstance(k, str)} if isinstance(entries, Mapping) else {}
 
 
 def whole_number(node: ast.AST) -> int:
-    """Return the number that an expression is; ValueError for any other expression."""
+    """Return the value of an expression that is a whole number; ValueError for any other expression."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     raise ValueError
@@ -124,7 +124,7 @@ def written_layer(node: ast.AST) -> tuple[int, int, int]:
 
 
 def written_layers(node: ast.AST) -> list[tuple[int, int, int]]:
-    """Return the layers of lists that are joined by + and repeated by *; ValueError for any other expression."""
+    """Return the layers in lists that are joined by + and repeated by *; ValueError for any other expression."""
     if isinstance(node, ast.List | ast.Tuple):
         return [written_layer(each) for each in node.elts]
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -151,7 +151,7 @@ def conv_layers(text: str) -> list[tuple[int, int, int]]:
         ) from None
 
 
-# Settings of fairseq -> ours. mask_prob is not taken: 0.65 of the frames is for pre-training.
+# Settings of fairseq -> ours. mask_prob is left out, since its 0.65 of the frames is for pre-training.
 FAIRSEQ_SETTINGS = {
     "extractor_mode": "feat_extract_norm",
     "conv_bias": "conv_bias",
@@ -162,7 +162,7 @@ FAIRSEQ_SETTINGS = {
     "layer_norm_first": "do_stable_layer_norm",
     "conv_pos": "num_conv_pos_embeddings",
     "conv_pos_groups": "num_conv_pos_embedding_groups",
-    # Fine-tuning has its own.
+    # Fine-tuning has its own values of these.
     "dropout_input": "feat_proj_dropout",
     "dropout": "hidden_dropout",
     "attention_dropout": "attention_dropout",
@@ -176,7 +176,7 @@ FAIRSEQ_SUPPORTED = {"activation_fn": "gelu", "layer_type": "transformer", "pos_
 
 
 def refuse_unsupported(path: Path, settings: Mapping) -> None:
-    """Raise ModelFolderError where a fairseq model's settings ask for what this package does not compute."""
+    """Raise ModelFolderError if a fairseq model's settings are not supported by this package."""
     for key, supported in FAIRSEQ_SUPPORTED.items():
         value = settings.get(key, supported)
         if type(value) is not type(supported) or value != supported:
@@ -186,7 +186,7 @@ def refuse_unsupported(path: Path, settings: Mapping) -> None:
 
 
 def renamed_settings(path: Path, settings: Mapping) -> dict:
-    """Return the settings of a fairseq model by our names, with three lists of sizes for its convolutions."""
+    """Return the settings of a fairseq model by our names, with three lists for its convolutions."""
     values = {ours: settings[key] for key, ours in FAIRSEQ_SETTINGS.items() if settings.get(key) is not None}
     norm = values.get("feat_extract_norm")
     if isinstance(norm, str):
@@ -206,11 +206,11 @@ def renamed_settings(path: Path, settings: Mapping) -> dict:
 
 
 def fairseq_values(path: Path, checkpoint: Mapping) -> tuple[dict, bool | None]:
-    """Return what a fairseq checkpoint's ``cfg`` or ``args`` says: settings by our names, and do_normalize."""
+    """Return the settings in a fairseq checkpoint's ``cfg`` or ``args``, by our names, and do_normalize."""
     top = settings_of(checkpoint.get("cfg"))
     outer = settings_of(top.get("model")) or settings_of(checkpoint.get("args"))
     task = settings_of(top.get("task")) or outer
-    # Of a fine-tuned model the architecture stands one level below, in a whole cfg or alone.
+    # In a fine-tuned model the architecture is one level below, in a complete cfg or alone.
     inner = settings_of(outer.get("w2v_args"))
     inner = settings_of(inner.get("model")) or inner or outer
     if not inner:
@@ -221,15 +221,16 @@ def fairseq_values(path: Path, checkpoint: Mapping) -> tuple[dict, bool | None]:
     return renamed_settings(path, inner | dropouts), normalize if isinstance(normalize, bool) else None
 
 
-# Hidden size -> heads, of every published model.
+# Hidden size -> number of attention heads, in every published model.
 PUBLISHED_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}
 
 
 def derived_values(tensors: Mapping[str, Tensor]) -> tuple[dict, dict]:
-    """Derive a configuration: what the shapes of an encoder's tensors tell, and what published models then have.
+    """Derive a configuration: settings that follow from the shapes of tensors, and settings of published models.
 
-    Strides, heads and the place of the norms have no shape. In all of torchaudio's bundles seven convolutions have
-    the strides 5,2,2,2,2,2,2, and layer norms in the feature encoder come with a pre-norm transformer.
+    Strides, attention heads and the place of the norms do not follow from shapes. In all of torchaudio's bundles,
+    seven convolutions have the strides 5,2,2,2,2,2,2, and layer norms in the feature encoder come with a pre-norm
+    transformer.
     """
 
     def count(pattern: str) -> int:
@@ -244,7 +245,7 @@ def derived_values(tensors: Mapping[str, Tensor]) -> tuple[dict, dict]:
     position = shapes.get("encoder.pos_conv_embed.conv.parametrizations.weight.original1", ())
     first = shapes.get("encoder.layers.0.feed_forward.intermediate_dense.weight", ())
     if not all(len(s) == 3 for s in (*convolutions, position)) or len(projection) != 2 or len(first) != 2:
-        return {}, {}  # what is missing is told when the model is filled
+        return {}, {}  # missing tensors are reported when the model is filled
     layer_norm = "feature_extractor.conv_layers.1.layer_norm.weight" in shapes
     told: dict[str, Any] = {
         "conv_dim": [shape[0] for shape in convolutions],

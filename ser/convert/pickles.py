@@ -1,12 +1,12 @@
-"""Read tensors and settings from a file of ``torch.save``: the one place that reads a pickle.
+"""Read tensors and settings from a file of ``torch.save``; no other file reads a pickle.
 
-A pickle is a program. Three locks stand before it, and no way around them:
+A pickle is a program. So every pickle has to pass three checks:
 
-1. It is read as a list of instructions first, without running one. What it names must be in `GLOBALS`; anything
-   else is refused by name.
-2. Then ``torch.load(weights_only=True)`` runs it, which has a list of its own, as long as the classes that fairseq
-   puts into its checkpoints are known to it: here they are empty ones, `Namespace` and `Dictionary`.
-3. Sizes are bounded: of the file, of the pickle in it, and of each tensor by the bytes that the file holds for it.
+1. It is first read as a list of instructions, without running them. All names in it must be in `GLOBALS`; any
+   other name is refused.
+2. Then ``torch.load(weights_only=True)`` runs it, with its own list of allowed names. The classes that fairseq
+   puts into its checkpoints are replaced by empty ones, `Namespace` and `Dictionary`.
+3. Sizes are limited: that of the file, of the pickle in it, and of each tensor by its bytes in the file.
 """
 
 import io
@@ -23,16 +23,16 @@ from ser.errors import ModelFolderError, shorten, summary
 from ser.models.pretrained import refuse_lfs_pointer
 
 MAX_FILE_BYTES = 20 * 2**30  # the largest public checkpoints of this family, of 2 billion parameters, have 8 GB
-MAX_PICKLE_BYTES = 64 * 2**20  # of the instructions alone; the tensors stand beside them
-MAX_TUPLE_ITEMS = 1_000  # of one with all in it: as the key of a dict it is hashed, perhaps a million times
+MAX_PICKLE_BYTES = 64 * 2**20  # for the instructions; the tensors are stored separately
+MAX_TUPLE_ITEMS = 1_000  # with nested items: a tuple as the key of a dict is hashed, perhaps a million times
 
-# Stand in for classes of fairseq's checkpoints. They hold what was saved, and have no methods that could run.
+# These replace classes of fairseq's checkpoints. They hold what was saved, and have no methods that could run.
 Namespace = type("Namespace", (), {"__module__": "argparse", "__doc__": "Settings, as attributes."})
 Dictionary = type(
     "Dictionary", (), {"__module__": "fairseq.data.dictionary", "__doc__": "Symbols, as a list of that name."}
 )
 
-# All that a file may name: "module name", as in the pickle.
+# All names that a file may use, as "module name".
 GLOBALS = {
     "argparse Namespace",
     "fairseq.data.dictionary Dictionary",
@@ -60,11 +60,11 @@ class TupleSizes:
     """
 
     def __init__(self) -> None:
-        self.stack: list[int | None] = []  # items of each value, 1 of what is no tuple; None: a mark
+        self.stack: list[int | None] = []  # number of items of each value, 1 unless it is a tuple; None: a mark
         self.memo: dict[int, int | None] = {}
 
     def run(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        """Follow one instruction. ValueError: too large a tuple; IndexError, KeyError: no sound pickle."""
+        """Follow one instruction. ValueError: a tuple is too large; IndexError, KeyError: an invalid pickle."""
         name = opcode.name
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
@@ -74,7 +74,7 @@ class TupleSizes:
             return
         taken: list[int | None] = []
         before = list(opcode.stack_before)
-        if pickletools.markobject in before:  # all that stands above the mark
+        if pickletools.markobject in before:  # take everything above the mark
             while (value := self.stack.pop()) is not None:
                 taken.append(value)
             before = before[: before.index(pickletools.markobject)]
@@ -86,7 +86,7 @@ class TupleSizes:
 
 
 def brief(error: Exception) -> str:
-    """Return an error's first lines: torch adds the advice to load without its locks, which helps nobody."""
+    """Return the first lines of an error, without torch's advice to load the file without its checks."""
     text = str(error).split("Weights only load failed.")[-1].strip() or error.__class__.__name__
     return " ".join(text.split())[:300]
 
@@ -109,7 +109,7 @@ def globals_of_pickle(file: IO[bytes]) -> set[str]:
             elif isinstance(argument, str):
                 strings = [strings[1], argument]
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        # A part of the names is enough to refuse by name.
+        # Some of the names are enough to refuse the file.
         if names - GLOBALS:
             return names
         raise ValueError(f"malformed pickle: {brief(error)}") from None
@@ -121,7 +121,7 @@ def globals_of_zip(path: Path) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could swell
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could expand without limit
                 raise ModelFolderError(f"{path}: has compressed entries, which torch.save never writes")
             found = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
             if len(found) != 1:
@@ -131,12 +131,12 @@ def globals_of_zip(path: Path) -> set[str]:
                     f"{path}: its pickle has {size:,} bytes; at most {MAX_PICKLE_BYTES:,} are read"
                 )
             content = archive.read(found[0])
-            # Of a file with two directories torch might read the other one.
+            # If a file has two directories, torch might read the other one.
             if torch._C.PyTorchFileReader(str(path)).get_record("data.pkl") != content:
                 raise ModelFolderError(f"{path}: is two archives in one, which torch.save never writes")
             return globals_of_pickle(io.BytesIO(content))
     except (zipfile.BadZipFile, ValueError, OSError, RuntimeError, NotImplementedError) as error:
-        # The last is what zipfile raises for a compression that it does not know.
+        # zipfile raises the last one for an unknown compression.
         raise ModelFolderError(f"{path}: is not a sound file of torch.save: {brief(error)}") from None
 
 
@@ -151,7 +151,7 @@ def globals_of_legacy(path: Path) -> set[str]:
             for _ in range(5):
                 names |= globals_of_pickle(file)
         except ValueError as error:
-            if names - GLOBALS:  # this tells more than that the file is damaged
+            if names - GLOBALS:  # a refused name is a better message than a damaged file
                 return names
             raise ModelFolderError(f"{path}: is not a file of torch.save: {brief(error)}") from None
     return names
@@ -172,7 +172,7 @@ def read_pickle(path: Path) -> Any:
     if size > MAX_FILE_BYTES:
         raise ModelFolderError(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
     with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"  # as torch.load decides
+        zipped = file.read(4) == b"PK\x03\x04"  # the test that torch.load uses
     names = globals_of_zip(path) if zipped else globals_of_legacy(path)
     refused = sorted(name.replace(" ", ".") for name in names - GLOBALS)
     if refused:
@@ -180,12 +180,12 @@ def read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([Namespace, Dictionary]):
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # torch raises what the damage happens to cause: KeyError, AssertionError, ...
+    except Exception as error:  # damage can cause any error in torch: KeyError, AssertionError, ...
         raise ModelFolderError(f"{path}: cannot be read: {brief(error)}") from None
 
 
 def copied_tensors(path: Path, state: Any) -> dict[str, Tensor]:
-    """Copy the tensors of a state dict that `read_pickle` returned, each into memory of its own.
+    """Copy the tensors of a state dict that `read_pickle` returned, each into separate memory.
 
     Raises ModelFolderError for anything that is not a plain tensor on the CPU, and for tensors with more elements
     than the file holds for them: a view may show one number a billion times.
@@ -201,7 +201,7 @@ def copied_tensors(path: Path, state: Any) -> dict[str, Tensor]:
             raise ModelFolderError(f"{named} is {tensor.layout} on {tensor.device}; expected a plain tensor")
         shown, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
         total += shown
-        if shown > held or held > most or total > 2 * most:  # twice: tied weights stand there under two names
+        if shown > held or held > most or total > 2 * most:  # twice, since tied weights have two names
             shape = tuple(tensor.shape)
             raise ModelFolderError(f"{named} has shape {shape}, more than the file's {most:,} bytes hold")
     return {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}

@@ -1,7 +1,7 @@
-"""Check training data before hours are spent: can it be trained on, and can updates learn anything from it?
+"""Check before training whether the data can be trained on, and whether updates have a gradient.
 
-A loss of 0 looks like success, so what teaches nothing is told. Most heads learn from any label. A loss of
-concordance (that of dimensions) has a gradient only where an update has two different labels of a number.
+A loss of 0 looks like success, so a head without a gradient is reported. Most heads learn from any label. The
+concordance loss (that of dimensions) has a gradient only if an update has two different labels of a number.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,11 +14,11 @@ from ser.data.labels import LABELS, known, labels_vary
 from ser.data.text import Vocabulary, minimum_frames
 from ser.errors import ConfigError, indented
 
-WORTH_TELLING = 0.1  # the share of updates that teach nothing; the last one of an epoch may be small
+WORTH_TELLING = 0.1  # a larger share of updates without a gradient is reported; a small last update is normal
 LARGER = "a larger --effective-batch (such as 32) helps where more utterances have labels"
 FLAGS = {"ctc": " (--alpha)", "speaker": " (--beta)", "dimensions": " (--gamma)"}
 
-# Number of samples of each utterance (N,) -> its frames (N,): `Wav2Vec2Config.num_frames`.
+# Number of samples (N,) -> number of frames (N,), as `Wav2Vec2Config.num_frames`.
 NumFrames = Callable[[Tensor], Tensor]
 
 # --------------------------------------------------------------------------------------- recordings and text
@@ -40,7 +40,7 @@ def check_vocabulary(vocabulary: Vocabulary, dataset: SpeechDataset) -> None:
 
 
 def misfits(dataset: SpeechDataset, num_frames: NumFrames, unread: Collection[str]) -> list[str]:
-    """Name the utterances whose transcript needs more frames than their audio has, in one note or none."""
+    """Return a note that names the utterances whose transcript needs more frames than their audio has, or none."""
     frames = num_frames(torch.tensor(dataset.lengths)).tolist()
     lines = []
     for utterance, target, there in zip(dataset.utterances, dataset.labels["ctc"], frames, strict=True):
@@ -54,12 +54,12 @@ def misfits(dataset: SpeechDataset, num_frames: NumFrames, unread: Collection[st
 def check_training_data(
     dataset: SpeechDataset, num_frames: NumFrames, *, min_samples: int, unread: Collection[str] = ()
 ) -> list[str]:
-    """Refuse utterances without a frame; return what else is odd, such as transcripts that cannot fit.
+    """Refuse utterances shorter than a frame; return notes, for example on transcripts that do not fit.
 
     Args:
-        dataset: what a model is to be trained on.
-        num_frames: of the model's configuration.
-        min_samples: of the model's configuration: the samples of one frame.
+        dataset: the training set.
+        num_frames: that of the model's configuration.
+        min_samples: that of the model's configuration, the samples of one frame.
         unread: ids of utterances whose recording cannot be read.
 
     Raises:
@@ -86,7 +86,7 @@ def check_training_data(
 
 
 def usable_of_head(dataset: SpeechDataset, head: str, num_frames: NumFrames) -> tuple[Tensor, str]:
-    """Tell which utterances (N,) a head can learn from, and why, where there are none."""
+    """Return the utterances (N,) from which a head can learn, and the reason if there are none."""
     none = "no training utterance has a label"
     if LABELS[head].kind == "text":
         frames = num_frames(torch.tensor(dataset.lengths))
@@ -100,7 +100,7 @@ def usable_of_head(dataset: SpeechDataset, head: str, num_frames: NumFrames) -> 
 
 
 def why_constant(values: Tensor) -> str:
-    """Say why concordance learns nothing from labels (N,), NaN where unknown; "" where it does."""
+    """Say why concordance learns nothing from labels (N,), NaN where unknown; "" if it does learn."""
     labels = values[values.isfinite()]
     if len(labels) > 1 and not bool((labels == labels[0]).all()):
         return ""
@@ -115,11 +115,11 @@ def usable_labels(
     read: Tensor,
     num_frames: NumFrames,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Find what can be learnt from, and what can learn nothing, with the reason.
+    """Return the usable labels of each head, and the heads that cannot learn, each with the reason.
 
-    ``concordant`` are the heads of numbers that learn by concordance: each number by itself. The first is (N,) for
-    each head, whether an utterance has a label; and (N,) for each number of a concordant head, the label, NaN for
-    none. ``read`` (N,) tells which recordings can be read.
+    ``concordant`` are the heads that learn by concordance, each of their numbers separately. The usable labels are
+    (N,) bool for any other head, and (N,) labels, NaN for none, for each number of a concordant head. ``read``
+    (N,) says which recordings can be read.
     """
     labels, never = {}, {}
     for head in [head for head in heads if head not in concordant]:
@@ -138,7 +138,7 @@ def usable_labels(
 
 
 def teaches(labels: Tensor, updates: Sequence[Sequence[int]]) -> Tensor:
-    """Tell which updates (updates,) have a gradient of a head or number with these `usable_labels` (N,)."""
+    """Tell which updates (updates,) have a gradient for a head or number with these `usable_labels` (N,)."""
     members = torch.tensor([i for update in updates for i in update])
     sizes = torch.tensor([len(update) for update in updates])
     places = torch.arange(len(updates)).repeat_interleave(sizes)
@@ -151,9 +151,9 @@ def teaches(labels: Tensor, updates: Sequence[Sequence[int]]) -> Tensor:
 
 
 def idle_updates(teaching: Mapping[str, Tensor], never: Collection[str], numbers: Collection[str]) -> list[str]:
-    """Say how many updates of an epoch teach nothing of a number, or nothing at all, where they are many.
+    """Report if many updates of an epoch have no gradient for a number, or none at all.
 
-    ``teaching`` has (updates,) for each head and number, ``numbers`` are those of concordance.
+    ``teaching`` has (updates,) for each head and number; ``numbers`` are those that learn by concordance.
     """
     updates = len(next(iter(teaching.values())))
     notes = []
@@ -178,15 +178,15 @@ def check_learnable(
     epochs: int,
     unread: Collection[str] = (),
 ) -> list[str]:
-    """Refuse a run of which no update teaches any head; return what a person should know of any other.
+    """Refuse a run in which no update has a gradient; return notes on heads and updates without one.
 
     Args:
-        dataset: what a model is to be trained on.
-        plan: the updates of each epoch, as `ser.data.sampler.plan_epoch` gives them.
-        weights: of each head's loss; 0: not trained.
-        num_frames: of the model's configuration.
-        concordant: the heads of numbers whose loss is one minus concordance.
-        epochs: that the run has.
+        dataset: the training set.
+        plan: returns the updates of an epoch, as `ser.data.sampler.plan_epoch`.
+        weights: the weight of each head's loss; 0: not trained.
+        num_frames: that of the model's configuration.
+        concordant: the heads whose loss is one minus concordance.
+        epochs: the number of epochs of the run.
         unread: ids of utterances whose recording cannot be read.
 
     Raises:
@@ -200,7 +200,7 @@ def check_learnable(
     first = plan(epoch=0)
     teaching = {name: teaches(values, first) for name, values in labels.items()}
     for name in [name for name, updates in teaching.items() if not updates.any()]:
-        # The first epoch may be unlucky, unless an update is a single utterance.
+        # Other epochs may be better than the first, unless each update is a single utterance.
         others = range(1, epochs) if max(map(len, first)) > 1 else ()
         if not any(teaches(labels[name], plan(epoch=epoch)).any() for epoch in others):
             never[name] = f"no update has two different labels of it, and so concordance no gradient; {LARGER}"

@@ -1,6 +1,6 @@
-"""Define what the cells of a manifest mean: which stand for nothing, what quotation marks do, and column names.
+"""Define what the cells of a manifest mean: missing values, quotation marks, and names of columns.
 
-Each rule of reading stands by itself here; `ser.data.manifest` applies them.
+`ser.data.manifest` applies these rules.
 """
 
 import codecs
@@ -19,11 +19,11 @@ from typing import BinaryIO
 
 from ser.data.text import nfc
 
-# Programs write these where there is nothing. "None", "NA" and "null" are words too, so a text may be one of them.
+# Programs write these for a missing value. "None", "NA" and "null" are also words, so they may be a text.
 MISSING_LABELS = frozenset({"nan", "NaN", "NA", "N/A", "null", "NULL", "None", "-"})
 MISSING_TEXTS = frozenset({"nan", "NaN"})
 
-# Others call our columns so, in lower-case letters and digits alone. The names serve for hints only.
+# Names that others give to our columns, reduced to lower-case letters and digits. They serve only for hints.
 OFTEN_CALLED = {
     "emotion": "emotion emotions emo emotionlabel emotionclass label labels class category emotionid",
     "text": "text transcript transcripts transcription sentence utterance words rawtext normalizedtext",
@@ -36,12 +36,11 @@ OFTEN_CALLED = {
     "valence": "valence val emoval",
 }
 
-# A whole number that became a float is written as 1.0 or 1e+16. In pandas it becomes one where a number is
-# missing.
+# A whole number that became a float is written as 1.0 or 1e+16. (pandas makes floats of a column with a gap.)
 WHOLE_FLOAT = re.compile(r"-?(0|[1-9][0-9]*)\.0+|-?[1-9](\.[0-9]+)?e\+[0-9]+")
 
 MAX_LINE_BYTES = 1024 * 1024
-MAX_PATH = 4096  # no longer one can exist
+MAX_PATH = 4096  # no longer path can exist
 MAX_SHOWN = 20  # names in one line
 
 
@@ -49,11 +48,11 @@ MAX_SHOWN = 20  # names in one line
 
 
 class Missing:
-    """Find and count the cells that stand for nothing.
+    """Find and count the cells that mean a missing value.
 
     Attributes:
-        literal: whether no cell does.
-        cells: column -> cell -> how often.
+        literal: whether all cells are taken as they are written.
+        cells: column -> cell -> how often it was found.
     """
 
     def __init__(self, *, literal: bool) -> None:
@@ -62,7 +61,7 @@ class Missing:
         self.cells: dict[str, Counter[str]] = {}
 
     def __call__(self, column: str, cell: str, *, count: int = 1) -> bool:
-        """Tell whether this cell (so many of them) stands for nothing."""
+        """Tell whether this cell, which occurs ``count`` times, means a missing value."""
         cell = cell.strip()
         if self.literal or cell not in (MISSING_TEXTS if column == "text" else MISSING_LABELS):
             return False
@@ -70,7 +69,7 @@ class Missing:
         return True
 
     def lines(self) -> list[str]:
-        """Say what was taken for nothing."""
+        """Return a line that lists the cells which were taken as missing."""
         shown = []
         for column, cells in self.cells.items():
             shown += [f"{column} {', '.join(f'{cell!r} ({count})' for cell, count in sorted(cells.items()))}"]
@@ -90,7 +89,7 @@ def whole(name: str) -> str:
 
 
 def often_called(name: str, ours: Sequence[str]) -> str:
-    """Find the one of ``ours`` that the column ``name`` seems to be meant for, or ""."""
+    """Find the column of ``ours`` that the column ``name`` is probably meant to be, or ""."""
     key = "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c.isalnum())
     exact = [column for column in ours if key in OFTEN_CALLED.get(column, "").split()]
     near = difflib.get_close_matches(key, [column for column in ours if len(column) > 3], n=1, cutoff=0.8)
@@ -113,7 +112,7 @@ class Quoting:
     broken: int = 0
 
     def lines(self) -> list[str]:
-        """Say which of the two meanings was taken."""
+        """Return a line that says which of the two meanings was chosen."""
         if self.broken:
             why = f"those in line {self.broken} do not enclose a cell (Common Voice does not quote)"
             return [f"  quotation marks are characters, as {why}"]
@@ -126,9 +125,10 @@ class Quoting:
 
 
 def find_quoting(file: BinaryIO) -> Quoting:
-    """Read a TSV once to know what its quotation marks mean; the file is at its beginning again afterwards.
+    """Read a TSV once to find out what its quotation marks mean, and go back to its beginning.
 
-    Every cell that begins with one must also end with one on its own line, with those inside doubled.
+    They enclose cells if every cell that begins with one ends with one on the same line, and marks inside are
+    doubled.
     """
     number = width = 0
     found = Quoting()
@@ -144,7 +144,7 @@ def find_quoting(file: BinaryIO) -> Quoting:
         try:
             cells = len(next(csv.reader([text], delimiter="\t", strict=True), []))
         except csv.Error:
-            cells = 0  # as of a blank line, but that does not open a quotation
+            cells = 0  # like a blank line; but a blank line does not open a quotation
         width = width or cells
         if opens and (not cells or cells != width == text.count("\t") + 1):
             found = Quoting(seen=True, broken=number)
@@ -155,10 +155,10 @@ def find_quoting(file: BinaryIO) -> Quoting:
 
 
 def swallowed(lines: Sequence[str], names: Sequence[str], delimiter: str) -> int:
-    """Find the line within a row that looks like a row of its own, so that a quote seems left open; 0: none does.
+    """Find a line inside a row that looks like a separate row, which hints at an open quote; 0: there is none.
 
-    Where the first line and another one have all fields, with files of the same kind, both are taken for rows. No
-    text is known that holds such a line.
+    If the first line and another one have all fields, with files of the same type, both are taken for rows. No
+    known text holds such a line.
     """
     place = names.index("file")
     cells = [line.rstrip("\r\n").split(delimiter) for line in lines]
@@ -170,10 +170,9 @@ def swallowed(lines: Sequence[str], names: Sequence[str], delimiter: str) -> int
 
 
 class Files:
-    """Find recordings whose names on the disk have another Unicode form than in the manifest, as Macs decompose
-    them.
+    """Find recordings whose names have another Unicode form on the disk than in the manifest.
 
-    Folders are listed once, and only where a name that is not ASCII is not there.
+    (Macs decompose names.) A folder is listed at most once, and only if a name that is not ASCII was not found.
     """
 
     def __init__(self) -> None:
@@ -181,7 +180,7 @@ class Files:
         self.listings: dict[str, dict[str, str]] = {}  # folder -> composed name -> name, "" where there are two
 
     def find(self, file: Path) -> Path:
-        """Return the file under its name on the disk, or unchanged where there is none."""
+        """Return the file under its name on the disk, or unchanged if it does not exist."""
         if len(str(file)) > MAX_PATH or os.path.lexists(file):
             return file
         found = file.anchor

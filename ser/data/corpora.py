@@ -1,8 +1,9 @@
-"""The corpora that `ser` reads, one row each in `CORPORA`; and readers of those that tell all in their file names.
+"""List the corpora that `ser` reads in the table `CORPORA`, and read those whose file names hold all labels.
 
-A further corpus is a row and a function. Where file names tell all, as in EmoDB, RAVDESS and CREMA-D, the function
-reads a name and `read_named` does the rest. The emotions have one name in all corpora (angry, not anger), so that
-a model of one corpus can be tried on another; the corpus's own code is kept in the column `code`.
+A further corpus needs a row and a function. If file names hold all labels, as in EmoDB and RAVDESS, the function
+parses a name and `read_named` does the rest. Readers of tables are in `ser.data.listed`. An emotion has the same
+name in all corpora (angry, not anger), so that a model of one corpus can be tried on another. The column `code`
+keeps the corpus's own code.
 """
 
 import re
@@ -13,14 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ser.containers import OTHER_SUFFIXES, SUFFIXES
 from ser.data import iemocap
+from ser.data.emobox import read_emobox
+from ser.data.listed import read_msp_podcast, read_nemo, read_resd, read_votes
 from ser.data.manifest import Utterance
-from ser.data.protocols import PROTOCOLS, Protocol, kfold
-from ser.data.release import Corpus, Dropped
+from ser.data.protocols import PROTOCOLS, Protocol, by_column, kfold
+from ser.data.release import TWICE, Corpus, Dropped, recordings
 from ser.data.text import did_you_mean
 from ser.errors import ConfigError, ManifestError, indented
-from ser.files import StrPath, files_below
+from ser.files import StrPath
 
 # ---------------------------------------------------------------------------------------------------- by name
 
@@ -31,10 +33,10 @@ class Named:
 
     Attributes:
         emotion: our name of the class.
-        code: the corpus's own.
-        speaker: as the corpus numbers them.
+        code: the corpus's own code of the class.
+        speaker: the corpus's number of the speaker.
         text: what is said.
-        gender: "female", "male" or None, where the name does not tell.
+        gender: "female", "male", or None if the name does not tell.
         extra: further columns.
     """
 
@@ -83,7 +85,7 @@ def parse_ravdess(stem: str) -> Named | None:
     """Read ``03-01-06-01-02-01-12``, if it names audio (03) of speech (01); return None for another name.
 
     The parts are modality, channel, emotion, intensity (1 normal, 2 strong), statement, repetition and actor. Of
-    the 24 actors those with even numbers are women. Songs have the same statements and are left out.
+    the 24 actors, those with even numbers are women. Songs have the same statements and are left out.
     """
     match = re.fullmatch(r"03-01-(0[1-8])-(0[12])-(0[12])-(0[12])-(0[1-9]|1\d|2[0-4])", stem)
     if not match:
@@ -114,9 +116,9 @@ CREMA_D_LEVELS = {"LO": "low", "MD": "medium", "HI": "high", "XX": "unspecified"
 
 
 def parse_crema_d(stem: str) -> Named | None:
-    """Read ``1001_DFA_ANG_XX``: actor (1001 to 1091), sentence, emotion meant, intensity.
+    """Read ``1001_DFA_ANG_XX``: actor (1001 to 1091), sentence, intended emotion, intensity.
 
-    One released name ends in a single X. Gender stands in the corpus's table of actors, not in the names.
+    One released name ends in a single X. The gender is in the corpus's table of actors, not in the names.
 
     Returns:
         What the name says; None for another name.
@@ -129,51 +131,89 @@ def parse_crema_d(stem: str) -> Named | None:
     return Named(CREMA_D_EMOTIONS[code], code, speaker, CREMA_D_TEXTS[text], None, extra)
 
 
-def _why_not(file: Path, named: Named | None, known: Mapping[str, Utterance]) -> str:
-    """Say why a sound file is no utterance of the corpus; "" where it is one."""
-    if file.name.startswith("."):
-        return "hidden file"
-    if file.suffix.lower() != ".wav":
-        return "not a WAV file"
-    if not file.is_file():
-        return "a broken link" if file.is_symlink() else "not a regular file"
-    if named is None:
-        return "not a name of this corpus's speech"
-    return "the same name stands in another folder already" if file.stem in known else ""
+# The numbers of the female speakers. In five names the digit of gender contradicts the speaker's other names.
+ASED_WOMEN = {*map("{:02d}".format, range(1, 39, 2)), "43", "47", "48", "49", "58", "62"}
+ASED_EMOTIONS = {"n": "neutral", "f": "fearful", "h": "happy", "s": "sad", "a": "angry"}
+
+
+def parse_ased(stem: str) -> Named | None:
+    """Read ``a5-03-01-02-50``: emotion (twice), sentence, repetition, gender, speaker (01 to 65).
+
+    Sentences 01 and 02 are said in all emotions. Each emotion has five more of its own, 03 to 07, whose codes get
+    its letter here (a03): such a sentence gives its emotion away. One released name has a capital S.
+
+    Returns:
+        What the name says, without the words, which are not released; None for another name.
+    """
+    match = re.fullmatch(r"(n1|f2|h3|[sS]4|a5)-(0[1-7])-(0[12])-(?:01|02)-(0[1-9]|[1-5]\d|6[0-5])", stem)
+    if not match:
+        return None
+    code, sentence, repetition, speaker = match[1][0].lower(), *match.groups()[1:]
+    extra = {"text_code": sentence if sentence in ("01", "02") else code + sentence, "repetition": repetition}
+    return Named(ASED_EMOTIONS[code], code, speaker, "", "female" if speaker in ASED_WOMEN else "male", extra)
+
+
+TESS_EMOTIONS = {"angry": "angry", "disgust": "disgusted", "fear": "fearful", "happy": "happy"}
+TESS_EMOTIONS |= {"neutral": "neutral", "ps": "surprised", "sad": "sad"}
+
+
+def parse_tess(stem: str) -> Named | None:
+    """Read ``OAF_back_angry``: the older (OAF) or younger (YAF) woman, a word, emotion. None for another name.
+
+    The letters ps stand for pleasant surprise. Some copies have one name that begins with OA.
+    """
+    match = re.fullmatch(r"(OAF?|YAF)_([a-z]+)_([a-z]+)", stem)
+    if not match or match[3] not in TESS_EMOTIONS:
+        return None
+    speaker, word, code = match.groups()
+    speaker = "OAF" if speaker == "OA" else speaker
+    return Named(TESS_EMOTIONS[code], code, speaker, f"Say the word {word}.", "female", {"text_code": word})
+
+
+# The letters stand for kizgin, sakin, mutlu and huzunlu (with Turkish letters).
+TUREV_EMOTIONS = {"kz": "angry", "sk": "calm", "mt": "happy", "hl": "sad"}
+
+
+def parse_turev(stem: str) -> Named | None:
+    """Read ``7895_kz_zeytin``: speaker, emotion, word, and sometimes a take. None for another name.
+
+    Words are written without Turkish letters, so they are a code and no text.
+    """
+    match = re.fullmatch(r"(\d{4})_(kz|sk|mt|hl)_([a-z]+)(\d?)", stem)
+    if not match:
+        return None
+    speaker, code, word, take = match.groups()
+    extra = {"text_code": word, **({"take": take} if take else {})}
+    return Named(TUREV_EMOTIONS[code], code, speaker, "", None, extra)
 
 
 def read_named(folder: StrPath, parse: Callable[[str], Named | None]) -> Corpus:
-    """Read the WAV files of a folder and its subfolders, by what `parse` reads in their names.
+    """Read the WAV files of a folder and its subfolders; `parse` reads the labels in their names.
 
     Args:
-        folder: of the corpus.
-        parse: `parse_emodb`, `parse_ravdess`, `parse_crema_d`: a name without ".wav" -> what it says.
+        folder: the folder of the corpus.
+        parse: `parse_emodb`, `parse_ravdess` or `parse_crema_d`: a name without ".wav" -> what it says.
 
     Returns:
-        Utterances whose id is the name. Files with other names are dropped, hidden ones (``._03a01Fa.wav`` on
-        copies made with a Mac) too, and sound that is no WAV. A name that stands in several folders is taken once,
-        from the first of them: archives of RAVDESS hold every file twice. Links to folders are followed.
+        Utterances whose id is the name. Dropped are files with other names, hidden files (``._03a01Fa.wav`` on
+        copies made with a Mac), and sound that is not WAV. A name in several folders is taken from the first one,
+        since archives of RAVDESS hold every file twice. Links to folders are followed.
 
     Raises:
         ManifestError: there is no such folder, or no file in it has a name of the corpus.
     """
     folder = Path(folder).absolute()
-    if not folder.is_dir():
-        raise ManifestError(f"{folder}: no such folder, expected a corpus")
     utterances: dict[str, Utterance] = {}
     dropped, warnings = list[Dropped](), list[str]()
-    try:
-        files = sorted(map(Path, files_below(folder, hidden=True, say=warnings.append)))
-    except OSError as error:
-        raise ManifestError(f"{error.filename}: cannot be listed: {error.strerror}") from None
-    for file in files:
-        if file.suffix.lower() not in SUFFIXES + OTHER_SUFFIXES:
-            continue
-        named = parse(file.stem)
-        if why := _why_not(file, named, utterances):
+    for file in recordings(folder, dropped, warnings):
+        named, known = parse(file.stem), file.stem in utterances
+        if named is None or known:
+            why = TWICE if known else "not a name of this corpus's speech"
+            if known and file.stat().st_size != utterances[file.stem].file.stat().st_size:
+                why = f"{TWICE}, and is another recording there"
             dropped.append(Dropped(file.relative_to(folder).as_posix(), why))
-        elif named is not None:
-            labels = {"emotion": named.emotion, "text": named.text, "speaker": named.speaker}
+        else:
+            labels = {"emotion": named.emotion, "text": named.text or None, "speaker": named.speaker}
             gender = {} if named.gender is None else {"gender": named.gender}
             extra = {"code": named.code, **gender, **named.extra}
             utterances[file.stem] = Utterance(file.stem, file, labels=labels, extra=extra)
@@ -185,6 +225,27 @@ def read_named(folder: StrPath, parse: Callable[[str], Named | None]) -> Corpus:
     return Corpus(folder, [utterances[name] for name in sorted(utterances)], dropped, warnings)
 
 
+def read_crema_d(folder: StrPath) -> Corpus:
+    """Read CREMA-D, and the votes of its raters where the release's tables are beside the recordings.
+
+    Args:
+        folder: of the release, or its AudioWAV.
+
+    Returns:
+        Utterances of `parse_crema_d`, with the emotion that the actor meant. With the tables they have the columns
+        of `ser.data.listed.read_votes`; those with ``voted`` can be read as ``--columns emotion=voted``.
+
+    Raises:
+        ManifestError: as of `read_named`, or a table cannot be read.
+    """
+    corpus = read_named(folder, parse_crema_d)
+    votes = read_votes(corpus.root)
+    without = [u.id for u in corpus.utterances if u.id not in votes] if votes else []
+    warnings = [f"{corpus.root}: {len(without)} recordings without votes, such as {without[0]}"] if without else []
+    utterances = [replace(u, extra={**u.extra, **votes.get(u.id, {})}) for u in corpus.utterances]
+    return replace(corpus, utterances=utterances, warnings=[*corpus.warnings, *warnings])
+
+
 # -------------------------------------------------------------------------------------------------- the table
 
 
@@ -194,8 +255,26 @@ def dialogue_protocols(utterances: Sequence[Utterance]) -> list[Protocol]:
 
 
 def speaker_protocols(utterances: Sequence[Utterance]) -> list[Protocol]:
-    """Leave speakers out, where all speakers say the same few sentences."""
+    """Return the protocol that leaves speakers out, for corpora where all say the same few sentences."""
     return [kfold("speaker", min(10, len({u.speaker for u in utterances})), shares=["transcripts"])]
+
+
+def column_protocols(utterances: Sequence[Utterance], *, shares: Sequence[str] = ()) -> list[Protocol]:
+    """Divide as the corpus itself says, where it has the column split or fold."""
+    divided = any("split" in u.extra or "fold" in u.extra for u in utterances)
+    return [by_column(shares=shares)] if divided else []
+
+
+def resd_protocols(utterances: Sequence[Utterance]) -> list[Protocol]:
+    """Leave dialogues out, since RESD names no speakers; and divide as RESD does, which cuts through dialogues."""
+    folds = kfold("dialogue", min(10, len({u.extra["dialogue"] for u in utterances})), shares=["transcripts"])
+    note = f"{folds.description} RESD names no speakers: actors of the test part may be in training too."
+    return [replace(folds, description=note), *column_protocols(utterances, shares=["dialogues", "transcripts"])]
+
+
+def divided_by_publisher(utterances: list[Utterance]) -> list[Utterance]:
+    """Select the utterances that the publisher's split has."""
+    return [u for u in utterances if "split" in u.extra]
 
 
 @dataclass(frozen=True)
@@ -203,13 +282,13 @@ class CorpusRow:
     """Describe a corpus that can be read, checked and divided.
 
     Attributes:
-        read: takes the folder of the corpus, and by name what stands in `options`.
+        read: takes the folder of the corpus, and the keyword arguments in `options`.
         licence: what its publishers say; for data sheets and model cards.
         source: where the corpus is described.
-        counts: emotion -> utterances, as they are published; "unlabelled" for those without one.
+        counts: emotion -> published number of utterances; "unlabelled" for those without one.
         options: which of partial, root and tell (see `read_corpus`) `read` takes.
-        manifests: name -> a function that selects its utterances; none: one manifest of all, named as the row. The
-            first one is what protocols divide.
+        manifests: name -> a function that selects its utterances. Protocols divide the first one. Empty: one
+            manifest of all utterances, named as the row.
         protocols: a function from these utterances to the protocols that divide them.
     """
 
@@ -253,22 +332,68 @@ CORPORA: dict[str, CorpusRow] = {
         {emotion: 96 if emotion == "neutral" else 192 for emotion in RAVDESS_EMOTIONS.values()},
     ),
     "crema-d": CorpusRow(
-        partial(read_named, parse=parse_crema_d),
+        read_crema_d,
         "CREMA-D: Open Database License 1.0; cite Cao et al., IEEE Trans. Affective Computing 2014",
         "Cao et al., CREMA-D: crowd-sourced emotional multimodal actors dataset, 2014",
         {emotion: 1087 if emotion == "neutral" else 1271 for emotion in CREMA_D_EMOTIONS.values()},
+    ),
+    "nemo": CorpusRow(
+        read_nemo,
+        "nEMO: CC BY-NC-SA 4.0; cite Christop, LREC-COLING 2024",
+        "Christop, nEMO: dataset of emotional speech in Polish, LREC-COLING 2024",
+        {"angry": 749, "fearful": 736, "happy": 749, "neutral": 809, "sad": 769, "surprised": 669},
+    ),
+    "resd": CorpusRow(
+        read_resd,
+        "RESD: MIT",
+        "Aniemore, Russian emotional speech dialogs, doi 10.57967/hf/1273",
+        {"angry": 219, "disgusted": 185, "enthusiastic": 198, "fearful": 223}
+        | {"happy": 218, "neutral": 191, "sad": 162},
+        protocols=resd_protocols,
+    ),
+    "ased": CorpusRow(
+        partial(read_named, parse=parse_ased),
+        "ASED: its authors state no licence; cite Retta et al., ACM TALLIP 2023",
+        "Retta et al., A new Amharic speech emotion dataset and classification benchmark, ACM TALLIP 22, 2023",
+        {"neutral": 522, "fearful": 510, "happy": 486, "sad": 470, "angry": 486},
+    ),
+    "tess": CorpusRow(
+        partial(read_named, parse=parse_tess),
+        "TESS: CC BY-NC-ND 4.0; cite Pichora-Fuller and Dupuis, 2020",
+        "Pichora-Fuller and Dupuis, Toronto emotional speech set, Borealis, 2020, doi 10.5683/SP2/E8H2MF",
+        dict.fromkeys(TESS_EMOTIONS.values(), 400),
+    ),
+    "turev": CorpusRow(
+        partial(read_named, parse=parse_turev),
+        "TurEV-DB: CC BY-NC-ND 4.0 by its README, GPL 3.0 by its LICENSE; cite Canpolat et al., SLTU 2020",
+        "Canpolat et al., Turkish emotion voice database (TurEV-DB), SLTU-CCURL 2020",
+        {"angry": 487, "calm": 408, "happy": 357, "sad": 483},
+    ),
+    "msp-podcast": CorpusRow(  # without counts: each release has others
+        read_msp_podcast,
+        "MSP-Podcast: on request from the MSP laboratory, for research; no redistribution",
+        "Lotfian and Busso, Building naturalistic emotionally balanced speech corpus, IEEE Trans. Aff. Comp. 2019",
+        manifests={"msp-podcast": divided_by_publisher, "msp-podcast_all": list},
+        protocols=partial(column_protocols, shares=["dialogues", "transcripts"]),
+    ),
+    "emobox": CorpusRow(  # its reader knows how many utterances each corpus has
+        read_emobox,
+        "EmoBox: its lists MIT; the recordings have the licences of their corpora",
+        "Ma et al., EmoBox: multilingual multi-corpus speech emotion recognition toolkit, Interspeech 2024",
+        options=("root",),
+        protocols=column_protocols,
     ),
 }
 
 
 def read_corpus(name: str, folder: StrPath, **options: Any) -> Corpus:
-    """Read a corpus of `CORPORA`, and warn of what differs from the published counts.
+    """Read a corpus of `CORPORA`, and warn if its counts differ from the published ones.
 
     Args:
         name: the row.
-        folder: of the corpus.
-        options: partial (go on where something is missing), root (the folder of the recordings, where `folder` has
-            tables alone) and tell (called with what a user should know); each goes to readers that take it.
+        folder: the folder of the corpus.
+        options: partial (go on if something is missing), root (the folder of the recordings, if `folder` has only
+            tables) and tell (called with lines for the user); each goes to readers that take it.
 
     Raises:
         ConfigError: there is no such row.
@@ -289,12 +414,12 @@ def read_corpus(name: str, folder: StrPath, **options: Any) -> Corpus:
 
 
 def manifests_of(name: str, utterances: list[Utterance]) -> dict[str, list[Utterance]]:
-    """Name the manifests of a corpus, each with its utterances; the first one is what protocols divide."""
+    """Return the manifests of a corpus, name -> utterances; protocols divide the first one."""
     selections = CORPORA[name].manifests or {name: list}
     return {manifest: select(utterances) for manifest, select in selections.items()}
 
 
 def divided_manifest(folder: Path) -> Path:
-    """Find the manifest to divide in a folder that preparing a corpus wrote; that of the first row if none is."""
+    """Find the manifest to divide in the folder of a prepared corpus; if none is there, name the first row's."""
     paths = [folder / f"{next(iter(row.manifests), name)}.csv" for name, row in CORPORA.items()]
     return next((path for path in paths if path.is_file()), paths[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ser.audio import audio_info, load_audio, normalise
+from ser.data.augment import Augmenter
 from ser.data.labels import LABELS, Labels, collate_labels, encoder, unknown
 from ser.data.manifest import Utterance
 from ser.data.sampler import Item
@@ -22,7 +23,7 @@ from ser.errors import AudioError, MissingLibraryError, indented
 
 @dataclass
 class Batch:
-    """A padded batch: B utterances, S samples of the longest, L symbols of the longest transcript."""
+    """Hold a padded batch: B utterances, S samples of the longest, L symbols of the longest transcript."""
 
     waveforms: Tensor  # (B, S) float32, zero past num_samples
     num_samples: Tensor  # (B,) int64
@@ -31,23 +32,23 @@ class Batch:
     indices: list[int] = field(default_factory=list)  # positions in the dataset
     places: list[int] = field(default_factory=list)  # in the epoch: see `ser.data.sampler.Item`
     errors: dict[int, str] = field(default_factory=dict)  # position -> why its recording could not be read
-    # In place of waveforms, (B, 0) then: (B, T, C) features or (B, N, D) pooled layers, and which of them.
+    # From a cache: (B, T, C) features or (B, N, D) pooled layers, and the kind; waveforms are then (B, 0).
     stored: Tensor | None = None
     kind: str = ""
 
     def pin_memory(self) -> Batch:
-        """Copy what goes to a GPU into page-locked memory; the DataLoader calls this."""
+        """Copy the tensors for a GPU into page-locked memory; the DataLoader calls this."""
         stored = None if self.stored is None else self.stored.pin_memory()
         return replace(self, waveforms=self.waveforms.pin_memory(), stored=stored)
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """Return the arguments of a model's forward pass: waveforms or what stands for them, and num_samples."""
+        """Return the arguments of a model's forward pass: waveforms or cached values, and num_samples."""
         first = {"waveforms": self.waveforms} if self.stored is None else {self.kind: self.stored}
         return first | {"num_samples": self.num_samples}
 
     def to(self, device: torch.device) -> Batch:
-        """Put waveforms and labels onto the device. Lengths and transcripts stay on the CPU, where they decide."""
+        """Put waveforms and labels onto the device. Lengths and transcripts stay on the CPU, which uses them."""
         return replace(
             self,
             waveforms=self.waveforms.to(device, non_blocking=True),
@@ -67,7 +68,7 @@ class Example:
     weight: float
     waveform: Tensor  # (S,)
     labels: dict[str, Any]  # head -> a class's number, a list of numbers, or a list of symbols
-    error: str = ""  # why the recording could not be read; then all the rest is a stand-in that counts for nothing
+    error: str = ""  # why the recording could not be read; then the other fields are placeholders of weight 0
     num_samples: int = 0  # S; 0: those of the waveform
     stored: Tensor | None = None  # in place of a waveform: see `Batch`
     kind: str = ""
@@ -75,38 +76,37 @@ class Example:
 
 
 class StoredInputs(Protocol):
-    """Read what a model made of recordings from where that is kept."""
+    """Read the cached output of a part of the model in place of recordings."""
 
-    kind: str  # the model's name for it: "features" or "pooled"
+    kind: str  # the argument of the model that takes it: "features" or "pooled"
 
     def __call__(self, index: int) -> tuple[Tensor, str]:
-        """Return what is kept for an utterance; or zeros of its shape, and why nothing is kept."""
+        """Return what is cached for an utterance; or zeros of its shape, and why nothing is cached."""
 
 
 class SpeechDataset(Dataset[Example]):
     """Hold utterances with their labels as numbers, and read their audio on demand.
 
     ``labels`` are those of the model. A class that is not among them counts as unknown, and without a vocabulary
-    there are no transcripts. An example is asked for by its number, or by an `Item` as the samplers yield it.
+    there are no transcripts. The index of an example is a number, or an `Item` as the samplers yield it.
 
-    A recording that cannot be read raises nothing here, as a loader worker would bury the error in its own
-    traceback. It gives an Example with `error`: silence of the planned length, at weight 0, without labels.
-    `ser.train.bad_audio` decides what to do about it where the batch arrives, on all ranks alike.
+    A recording that cannot be read raises no error here, because a loader worker would hide it in a traceback of
+    its own. It gives an Example with `error`: silence of the planned length, at weight 0, without labels.
+    `ser.train.bad_audio` decides what to do about it, in the same way on all ranks.
 
     Attributes:
         utterances: the rows.
         labels: head -> the label of each utterance, as `Example` has it.
         texts: the cleaned transcripts as the vocabulary writes them; empty without one.
-        references: what word error rates compare with: the transcripts as far as the vocabulary can write them.
+        references: the references of word error rates: the transcripts as far as the vocabulary can write them.
     """
 
     def __init__(self, utterances: Sequence[Utterance], labels: Labels | None = None) -> None:
         self.utterances, self.model_labels = list(utterances), labels or Labels()
-        # Where what a model makes of the recordings is kept, it is read in their place (`ser.train.cache`).
+        # If there is a cache, it is read in place of the recordings (`ser.train.cache`).
         self.stored: StoredInputs | None = None
-        # In training: what is done to a waveform before it is normalised (`ser.data.augment`). It keeps the
-        # length.
-        self.augment: Callable[[Tensor, Item], Tensor] | None = None
+        # In training, this changes a waveform before it is normalised.
+        self.augment: Augmenter | None = None
         self.labels: dict[str, list[Any]] = {}
         for head, names in self.model_labels.names.items():
             label_of = encoder(head, names)
@@ -116,8 +116,8 @@ class SpeechDataset(Dataset[Example]):
     def write_texts(self) -> None:
         """Clean the transcripts, and write them with the vocabulary as far as it can."""
         labels = self.model_labels
-        # What is learnt and compared: the cleaned text as the vocabulary writes it. Empty (tags alone, or none
-        # given) is no text. Beside it what was changed: whether the case, and which characters.
+        # The texts to be learnt and compared are cleaned, and written with the vocabulary. An empty one counts as
+        # no text. Besides, it is recorded whether the case was changed, and which characters were replaced.
         cleaned = partial(clean, orthography=labels.orthography, tags=labels.tags)
         self.texts = [cleaned(u.text or "") for u in self.utterances]
         self.recased, self.replaced = [False] * len(self.texts), [""] * len(self.texts)
@@ -129,7 +129,7 @@ class SpeechDataset(Dataset[Example]):
             self.spell_texts(labels.vocabulary)
         texts = ["".join(text.split()) if joined else text for text in self.texts]
         self.labels["ctc"] = [labels.vocabulary.encode(text) for text in texts]
-        # What WER compares with: the transcript as far as the vocabulary can write it, as the paper does.
+        # References of WER are transcripts as far as the vocabulary can write them, as in the paper.
         self.references = [orthography.present(labels.vocabulary.spelt(symbols)) for symbols in self.labels["ctc"]]
 
     def spell_texts(self, vocabulary: Vocabulary) -> None:
@@ -162,7 +162,8 @@ class SpeechDataset(Dataset[Example]):
         )
 
     def __getitem__(self, item: int | Item) -> Example:
-        item = item if isinstance(item, Item) else Item(item, place=item)
+        if not isinstance(item, Item):  # a number, or the (number, weight) of a sampler of one's own
+            item = Item(*item, place=item[0]) if isinstance(item, tuple) else Item(item, place=item)
         index, stored, kind = item.index, None, ""
         utterance = self.utterances[index]
         if self.stored is not None:
@@ -176,21 +177,30 @@ class SpeechDataset(Dataset[Example]):
             except MissingLibraryError:
                 raise  # nothing is wrong with the recording
             except AudioError as bad:
-                waveform, error = torch.zeros(self.lengths[index]), str(bad)
+                waveform, error = torch.zeros(self.length_at(item)), str(bad)
         length = self.lengths[index] if kind else 0
-        weight, labels = (0.0, self.no_labels()) if error else (item.weight, self.labels_of(index))
+        weight, labels = (0.0, self.no_labels()) if error else (item.weight, self.labels_at(item))
         return Example(index, weight, waveform, labels, error, length, stored, kind, item.place)
 
-    def labels_of(self, index: int) -> dict[str, Any]:
-        """Return an utterance's label for each head."""
-        return {head: labels[index] for head, labels in self.labels.items()}
+    def length_at(self, item: Item) -> int:
+        """Return the samples of an utterance at a place, where an augmentation may have changed them."""
+        length = self.lengths[item.index]
+        return length if self.augment is None else self.augment.length(length, item.epoch, item.place)
+
+    def labels_at(self, item: Item) -> dict[str, Any]:
+        """Return an utterance's label for each head; no text where an augmentation has cut it."""
+        labels = {head: labels[item.index] for head, labels in self.labels.items()}
+        if self.augment is not None and "ctc" in labels and self.augment.resizes:
+            kept = self.augment.keeps_text(self.lengths[item.index], item.epoch, item.place)
+            labels["ctc"] = labels["ctc"] if kept else []
+        return labels
 
     def no_labels(self) -> dict[str, Any]:
-        """Return what stands for the labels of a recording that cannot be read."""
+        """Return the labels of a recording that cannot be read: unknown, for each head."""
         return {head: unknown(head, len(self.model_labels.names.get(head, ()))) for head in self.labels}
 
     def read_headers(self, indices: Iterable[int]) -> tuple[dict[int, int], dict[int, str]]:
-        """Read the file headers alone; return samples at 16 kHz of utterances, and why others cannot be used."""
+        """Read only the file headers; return samples at 16 kHz of utterances, and why others cannot be used."""
         lengths, bad = {}, {}
         for i in indices:
             u = self.utterances[i]
@@ -204,10 +214,10 @@ class SpeechDataset(Dataset[Example]):
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Read the samples at 16 kHz of each utterance from the file headers alone; a caller may set them instead.
+        """Read the number of samples at 16 kHz of each utterance from file headers; a caller may set it instead.
 
         Raises:
-            AudioError: recordings cannot be used, as their headers show. The error lists all of them.
+            AudioError: headers show that recordings cannot be used. The error lists all of them.
         """
         lengths, bad = self.read_headers(range(len(self)))
         if bad:

@@ -1,4 +1,4 @@
-"""Hear and count what a corpus holds before anything is trained on it: the data sheet beside a manifest."""
+"""Make the data sheet of a corpus: decode and count its recordings before anything is trained on it."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -15,11 +15,11 @@ from ser.data.release import Corpus, Dropped
 from ser.data.text import clean
 from ser.errors import AudioError, indented
 
-SILENT = 0.001  # peak, full scale being 1: -60 dB. Any speech that was recorded is louder.
+SILENT = 0.001  # a lower peak counts as silence: -60 dB of full scale. Recorded speech is louder.
 FULL_SCALE = 0.999
-CLIPPED = 4  # neighbouring samples at full scale: a single one may be a peak that just fits
+CLIPPED = 4  # this many neighbouring samples at full scale mean clipping; a single one may be a peak
 
-MAX_SHOWN = 20  # ids or texts of a kind in the Markdown; report.json has all
+MAX_SHOWN = 20  # how many ids or texts of a kind the Markdown shows; report.json has all
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Sound:
     """Describe a recording.
 
     Attributes:
-        seconds: of the utterance.
-        sample_rate: Hz, of the file.
-        channels: of the file.
-        peak: largest absolute sample as `load_audio` gives it, full scale being 1.
+        seconds: the length of the utterance.
+        sample_rate: the sample rate of the file in Hz.
+        channels: the number of channels of the file.
+        peak: the largest absolute sample, as `load_audio` returns it; full scale is 1.
         clipped: whether at least four neighbouring samples are at full scale.
-        sha256: of the decoded samples (16 kHz mono float32). So copies with another header are found.
+        sha256: the digest of the decoded samples (16 kHz mono float32), which finds copies with another header.
     """
 
     seconds: float
@@ -54,26 +54,26 @@ def _sound(u: Utterance) -> Sound:
         sample_rate=info.sample_rate,
         channels=info.channels,
         peak=float(level.max()),
-        # Four indices of which the last is three after the first are neighbours.
+        # Four ascending indices are neighbours if the last one is the first plus three.
         clipped=bool((full[CLIPPED - 1 :] - full[: len(full) - CLIPPED + 1] == CLIPPED - 1).any()),
         sha256=hashlib.sha256(samples.astype("<f4").tobytes()).hexdigest(),
     )
 
 
 def listen(corpus: Corpus, *, partial: bool = False, progress: bool = True) -> tuple[Corpus, dict[str, Sound]]:
-    """Decode every recording of a corpus, once.
+    """Decode every recording of a corpus once.
 
     Args:
-        corpus: of any reader.
+        corpus: a corpus from any reader.
         partial: drop utterances whose recording is unusable.
-        progress: show a bar where there is a terminal.
+        progress: show a progress bar on a terminal.
 
     Returns:
-        The corpus, its utterances with the further column `sha256` (by which `protocols.audit` finds copies), and
-        id -> what was heard.
+        The corpus, whose utterances have a new column `sha256` (by which `protocols.audit` finds copies), and a
+        mapping id -> `Sound`.
 
     Raises:
-        AudioError: unless `partial`, one message with every unusable recording; or none is usable.
+        AudioError: recordings are unusable, and not `partial` (the message lists all); or none is usable.
     """
     utterances, sounds, bad = [], {}, {}
     for u in tqdm(corpus.utterances, desc="reading audio", unit="file", disable=None if progress else True):
@@ -110,11 +110,11 @@ def _transcripts(utterances: Iterable[Utterance]) -> dict[str, Any]:
 
 
 def data_sheet(utterances: Iterable[Utterance], sounds: Mapping[str, Sound]) -> dict[str, Any]:
-    """Collect what there is to know before training, for report.json: counts, seconds, and ids of what is odd.
+    """Collect facts about the data for report.json: counts, durations, and ids of suspicious recordings.
 
     Args:
         utterances: at least one.
-        sounds: of all of them, as `listen` gives them.
+        sounds: those of all utterances, as `listen` returns them.
     """
     utterances = sorted(utterances, key=lambda u: u.id)
     heard = [sounds[u.id] for u in utterances]
@@ -141,14 +141,14 @@ def data_sheet(utterances: Iterable[Utterance], sounds: Mapping[str, Sound]) -> 
 
 
 def _some(items: Iterable[str]) -> str:
-    """Write the first items behind a colon, and how many more there are."""
+    """Write the first items after a colon, and how many more there are."""
     items = list(items)
     more = f" and {len(items) - MAX_SHOWN} more" if len(items) > MAX_SHOWN else ""
     return f": {', '.join(items[:MAX_SHOWN])}{more}" if items else ""
 
 
 def sheet_to_markdown(sheet: Mapping[str, Any], title: str) -> str:
-    """Write the sheet of `data_sheet` for people."""
+    """Write the result of `data_sheet` as Markdown."""
     seconds, text = sheet["seconds"], sheet["transcripts"]
     emotions = list(sheet["emotions"])
     rows = {**sheet["labels_per_speaker"], "all": sheet["emotions"]}

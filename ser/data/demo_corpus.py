@@ -1,22 +1,23 @@
 """Make the demonstration corpus: synthetic speech with emotions by rule, in well under a minute on one core.
 
-`ser demo` makes it, and `ser demo --corpus-only --data FOLDER` nothing else. It needs the extra `demo`.
+`ser demo` makes it and trains on it; `ser demo --corpus-only --data FOLDER` only makes it. It needs the extra
+`demo`.
 
-espeak-ng speaks sentences of a small grammar ("bring two red boxes now") in English voices, at its own
-22.05 kHz. An emotion is a rule on rate, pitch, pitch range and loudness with a random spread, so classes
-overlap. IT IS NOT HUMAN SPEECH: the corpus shows that training, checkpoints and scores work, and a figure
-measured on it says nothing about people. Its README, its corpus.json and every speaker's name say so too.
+espeak-ng speaks sentences of a small grammar ("bring two red boxes now") with English voices, at 22.05 kHz. An
+emotion is a rule for rate, pitch, pitch range and loudness with a random spread, so classes overlap. IT IS NOT
+HUMAN SPEECH: the corpus shows that training, checkpoints and scores work, and a figure measured on it says nothing
+about people. Its README, its corpus.json and every speaker's name say so too.
 
-Four manifests, in the columns file, emotion, text, speaker, id, voice, rate, pitch, range, volume. No sentence
-is in two of them, and every word of the last three is in the first:
+There are four manifests, with the columns file, emotion, text, speaker, id, voice, rate, pitch, range, volume. No
+sentence is in two of them, and every word of the last three is in the first:
 
     train.csv   the training voices
     valid.csv   the training voices: choose the best model here
     known.csv   the training voices: score the speaker head here
-    test.csv    voices that are in no other part: emotion and transcript of unseen voices, unseen sentences
+    test.csv    voices that are in no other part: score emotions and transcripts of new voices and sentences here
 
-The same seed, size, espeak-ng and machine give the same bytes. A whole corpus of the same parameters is kept,
-an unfinished one is made anew, and a folder that holds anything else is refused and left alone.
+The same seed, size, espeak-ng and machine give the same bytes. A complete corpus of the same parameters is kept,
+an incomplete one is made again, and a folder that holds anything else is refused and not changed.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ from ser.data.manifest import Utterance, write_manifest
 from ser.errors import ConfigError, SerError, pip_line
 from ser.files import write_json
 
-RECIPE = 1  # counts changes of the code below that the parameters in corpus.json do not show
+RECIPE = 1  # to be raised after a change of the code below that the parameters in corpus.json do not show
 NOTICE = "SYNTHETIC: spoken by espeak-ng, emotions by rule. Not human speech; figures say nothing about people."
 
 # One word of each slot, "" for none: 22 words, 2,400 sentences of 3 to 5 words.
@@ -53,15 +54,15 @@ GRAMMAR = (
     ("", "now", "today", "please"),
 )
 
-# espeak-ng's "accent+variant"; half of each part is female. Accents of the test voices occur in training, their
-# variants do not, and none is a near copy of a training variant (as belinda is of linda, aunty of f4, m5 of m4).
+# Voices are espeak-ng's "accent+variant"; half of each part is female. The accents of the test voices occur in
+# training. Their variants do not, and none sounds almost like a training variant (as belinda and linda do).
 TRAIN_VOICES = (
     *("en-us+f2", "en+f4", "en-gb-scotland+f1", "en-029+steph", "en-us-nyc+Annie", "en-gb-x-rp+f3"),
     *("en-us+m3", "en+m7", "en-gb-scotland+m1", "en-029+victor", "en-us-nyc+klatt4", "en-gb-x-rp+m4"),
 )
 TEST_VOICES = ("en+linda", "en-gb-x-rp+f5", "en-gb-scotland+max", "en-us+robert")
 
-# Sentences of each part where training has 24, and who says them.
+# The number of sentences of each part if training has 24, and the voices that say them.
 PARTS = {
     "train": (24, TRAIN_VOICES),
     "valid": (3, TRAIN_VOICES),
@@ -69,8 +70,8 @@ PARTS = {
     "test": (5, TEST_VOICES),
 }
 
-# How an emotion sounds: (mean, standard deviation) of four settings of espeak-ng, and the limits of what is drawn.
-# Pitch and range are relative to the voice, 50 being as it is; rate is in words per minute, volume in per cent.
+# How an emotion sounds: (mean, standard deviation) of four settings of espeak-ng, and the limits of drawn values.
+# Pitch and range are relative to the voice (50: unchanged), rate is in words per minute, volume in per cent.
 LIMITS = {"rate": (80, 450), "pitch": (0, 100), "range": (0, 100), "volume": (20, 150)}
 STYLES = {
     "neutral": {"rate": (175, 10), "pitch": (45, 6), "range": (40, 8), "volume": (60, 6)},
@@ -82,7 +83,7 @@ STYLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Hold one row of a manifest: what is said, by whom and how. `file` is relative to the corpus folder."""
+    """Hold one row of a manifest: text, voice and settings. `file` is relative to the corpus folder."""
 
     file: str
     emotion: str
@@ -113,8 +114,8 @@ def deal_sentences(count: int, taken: set[str], rng: random.Random) -> list[str]
     def sentences() -> list[str]:
         return [" ".join(filter(None, row)) for row in zip(*columns, strict=True)]
 
-    # Sentences that occur already are mended by exchanging a word between two rows: that keeps the counts, and
-    # with them the promise that training hears every word.
+    # A sentence that exists already is changed by swapping a word between two rows. This keeps the counts of
+    # words, so training still has every word.
     new = len(set(sentences()) - taken)
     while new < count:
         column, i, j = rng.choice(columns), rng.randrange(count), rng.randrange(count)
@@ -137,7 +138,7 @@ def draw_settings(emotion: str, rng: random.Random) -> dict[str, int]:
 def plan(seed: int, size: int) -> dict[str, list[Turn]]:
     """Return the turns of each manifest.
 
-    Every sentence occurs in all four emotions, so words tell nothing of them.
+    Every sentence occurs in all four emotions, so words do not predict the emotion.
     """
     rng = random.Random(f"ser demo corpus {seed}")
     taken: set[str] = set()
@@ -160,7 +161,7 @@ def plan(seed: int, size: int) -> dict[str, list[Turn]]:
 
 
 class Espeak:
-    """espeak-ng through ctypes. Fresh after every `open_espeak`: the same calls give the same samples."""
+    """Call espeak-ng through ctypes. After each `open_espeak`, the same calls give the same samples."""
 
     SYNCHRONOUS, DO_NOT_EXIT, UTF8 = 2, 0x8000, 1
     PARAMETERS: ClassVar = {"rate": 1, "volume": 2, "pitch": 3, "range": 4}
@@ -181,20 +182,20 @@ class Espeak:
         self.library.espeak_Info.restype = ctypes.c_char_p
         self.version = self.library.espeak_Info(None).decode()
         self.chunks: list[bytes] = []
-        # Ctrl-C is raised in the main thread, mostly in the callback if that ran there, where ctypes drops it.
+        # Python raises Ctrl-C in the main thread. If the callback ran there, ctypes would drop the exception.
         self.worker = ThreadPoolExecutor(max_workers=1)
         prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-        self.callback = prototype(self.receive)  # kept: the library holds only its address
+        self.callback = prototype(self.receive)  # kept alive here, since the library holds only its address
         self.library.espeak_SetSynthCallback(self.callback)
 
     def receive(self, samples: int | None, count: int, events: int) -> int:
-        """Collect a piece of sound; not 0 stops the speech."""
+        """Collect a piece of sound, and return 0, which lets the speech go on."""
         if samples and count > 0:
             self.chunks.append(ctypes.string_at(samples, 2 * count))
         return 0
 
     def check(self, status: int, action: str) -> None:
-        """Raise what a status other than 0 means."""
+        """Raise SerError if a status is not 0."""
         if status != 0:
             raise SerError(f"espeak-ng {self.version} failed to {action}: status {status}, expected 0")
 
@@ -223,15 +224,15 @@ class Espeak:
 def open_espeak(seed: int) -> Iterator[Espeak]:
     """Load a fresh espeak-ng from the package espeakng-loader.
 
-    It is loaded through a short temporary folder, for two reasons. The library cuts the path of its data at 160
-    bytes. And its static variables (the phase of the flutter, for one) survive even espeak_Terminate, so what it
-    says depends on what it said before in this process: a private copy of the file starts afresh.
+    It is loaded from a copy in a short temporary folder, for two reasons. The library cuts the path of its data at
+    160 bytes. And its static variables (such as the phase of the flutter) survive espeak_Terminate, so its sound
+    would depend on earlier calls in this process; a new copy of the file starts with new variables.
     """
     try:
         import espeakng_loader
 
         source, data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
-    except Exception as error:  # missing, or a library for another system: OSError
+    except Exception as error:  # the package is missing, or its library is for another system (OSError)
         raise SerError(
             f"the demonstration corpus needs espeak-ng: {pip_line('demo')} ({type(error).__name__}: {error})"
         ) from error
@@ -242,7 +243,7 @@ def open_espeak(seed: int) -> Iterator[Espeak]:
         shutil.copyfile(source, library)
         Path(folder, "espeak-ng-data").symlink_to(data, target_is_directory=True)
         espeak = Espeak(library, Path(folder))
-        # Flutter, breath and roughness are random: by itself the library takes the time as the seed.
+        # Flutter, breath and roughness are random, and by default the library's seed is the time.
         espeak.library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
         try:
             yield espeak
@@ -255,13 +256,13 @@ def open_espeak(seed: int) -> Iterator[Espeak]:
 
 
 def parameters(seed: int, size: int) -> dict[str, Any]:
-    """Return all that decides what the corpus sounds like, as JSON gives it back."""
+    """Return all parameters of the corpus, as JSON reads them back."""
     values = {"recipe": RECIPE, "seed": seed, "size": size, "grammar": GRAMMAR, "parts": PARTS, "styles": STYLES}
     return json.loads(json.dumps(values))
 
 
 def claim(out: Path, wanted: dict[str, Any]) -> None:
-    """Make the folder, or make sure that the one that is there is empty or a corpus of these parameters."""
+    """Make the folder, or check that it is empty or holds a corpus of these parameters."""
     if out.exists() and not out.is_dir():
         raise SerError(f"{out} is a file, not the folder of a corpus: give another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -317,7 +318,7 @@ every sentence is said in every emotion. The parameters are in `corpus.json`.
 
 
 def build_corpus(out: Path, seed: int = 0, size: int = 192, *, progress: bool = True) -> dict[str, list[Turn]]:
-    """Make the corpus in `out`, or keep the one that is there. `size` is the number of training sentences.
+    """Make the corpus in `out`, or keep the corpus that is there. `size` is the number of training sentences.
 
     Returns:
         The turns of each manifest: train, valid, known, test.
@@ -339,7 +340,7 @@ def build_corpus(out: Path, seed: int = 0, size: int = 192, *, progress: bool = 
     if whole.exists() and all(file.is_file() for file in files):
         return corpus
 
-    # From here to the last line the folder says that it is ours and not whole.
+    # From here to the last line, the folder says that it holds an incomplete demonstration corpus.
     write_json(unfinished, state)
     whole.unlink(missing_ok=True)
     (out / "wav").mkdir(exist_ok=True)

@@ -1,14 +1,14 @@
-"""Read the IEMOCAP release (Busso et al., 2008), and check it against the known counts to the last turn.
+"""Read the IEMOCAP release (Busso et al., 2008), and compare its counts of turns with the known ones.
 
     IEMOCAP_full_release/Session1/
-        dialog/EmoEvaluation/Ses01F_impro01.txt     labels; its subfolders are single annotators' and not read
+        dialog/EmoEvaluation/Ses01F_impro01.txt     labels; subfolders with single annotators' labels are not read
         dialog/transcriptions/Ses01F_impro01.txt
         sentences/wav/Ses01F_impro01/Ses01F_impro01_M003.wav
-                            |                        '-- who speaks: the man of session 1, speaker 01M
+                            |                        '-- the speaker: the man of session 1, speaker 01M
                             '-- the side: whose markers were filmed, here those of the woman, 01F
 
-IEMOCAP consists of dialogues, and its utterances are called turns here. The paper's ten "folds" 01F..05M go by the
-side, so both speakers of a test fold are in training too.
+IEMOCAP consists of dialogues, and its utterances are called turns here. The paper's ten "folds" 01F..05M are
+sides, so both speakers of a test fold are also in training.
 """
 
 import json
@@ -28,22 +28,21 @@ from ser.files import StrPath
 LICENCE = "IEMOCAP: on request from SAIL, University of Southern California, for research; no redistribution"
 SOURCE = "Busso et al., IEMOCAP: interactive emotional dyadic motion capture database, LREC 42, 2008"
 
-# The release's codes. Of xxx the annotators had no majority, so the turn has a transcript but no label.
+# The codes of the release. A turn with xxx had no majority of annotators, so it has a transcript but no label.
 EMOTIONS: dict[str, str | None] = {"neu": "neutral", "hap": "happy", "exc": "excited", "ang": "angry"}
 EMOTIONS |= {"sad": "sad", "fru": "frustrated", "fea": "fearful", "sur": "surprised", "dis": "disgusted"}
 EMOTIONS |= {"oth": "other", "xxx": None}
 FOUR_CLASSES = {"neu": "neutral", "hap": "happy", "exc": "happy", "ang": "angry", "sad": "sad"}
 
-# This is how single annotators' labels are spelt.
+# How the labels of single annotators are spelt -> their code.
 VOTES = {"neutral": "neu", "neutral state": "neu", "happiness": "hap", "excited": "exc", "anger": "ang"}
 VOTES |= {"sadness": "sad", "frustration": "fru", "fear": "fea", "surprise": "sur", "disgust": "dis"}
 VOTES |= {"other": "oth"}
 
-# These are names of speakers, and of the sides, which are the paper's folds.
+# Names of the speakers, and also of the sides, which are the paper's folds.
 SIDES = tuple(f"0{session}{letter}" for session in range(1, 6) for letter in "FM")
 
-# The counts of the whole release: its labelled turns, and how many turns of the four-class protocol have each
-# value.
+# The counts of the complete release: labelled turns, and four-class turns with each value of a column.
 LABELLED, FOUR = "labelled turns", "four-class turns"
 COUNTS: dict[str, dict[str, int]] = {
     "all": {LABELLED: 10_039, FOUR: 5_531},
@@ -54,7 +53,7 @@ COUNTS: dict[str, dict[str, int]] = {
     "side": dict(zip(SIDES, (507, 578, 505, 518, 536, 615, 553, 478, 644, 597), strict=True)),
 }
 
-# Emotion -> labelled turns of the whole release.
+# Emotion -> labelled turns of the complete release.
 _TURNS = (1708, 595, 1041, 1103, 1084, 1849, 40, 107, 2, 3, 2507)
 ALL_EMOTIONS = {emotion or "unlabelled": n for emotion, n in zip(EMOTIONS.values(), _TURNS, strict=True)}
 
@@ -67,7 +66,7 @@ class Name:
 
     Attributes:
         id: the name.
-        dialogue: the recording that the turn is cut from.
+        dialogue: the recording from which the turn is cut.
         session: "1" to "5".
         side: the paper's fold, 01F to 05M: whose markers were filmed.
         speaker: who speaks, 01F to 05M.
@@ -82,16 +81,16 @@ class Name:
     kind: str
 
     def file(self, root: Path) -> Path:
-        """Find the recording in the release."""
+        """Return the path of the recording in the release."""
         return root / f"Session{self.session}" / "sentences" / "wav" / self.dialogue / f"{self.id}.wav"
 
     def columns(self) -> dict[str, str]:
-        """Name the columns of `Utterance.extra`."""
+        """Return the columns for `Utterance.extra`."""
         return {"dialogue": self.dialogue, "session": self.session, "side": self.side, "kind": self.kind}
 
 
 def parse_name(turn: str) -> Name | None:
-    """Read ``Ses01F_impro01_M003``: side 01F, speaker 01M. Return None for others (``Ses01F_impro01_MXX1``)."""
+    """Read ``Ses01F_impro01_M003``: side 01F, speaker 01M. Return None for ``Ses01F_impro01_MXX1`` and others."""
     match = re.fullmatch(rf"({_DIALOGUE})_([FM])\d\d\d", turn)
     if not match:
         return None
@@ -109,10 +108,10 @@ class Label:
     """Hold one turn of an EmoEvaluation file.
 
     Attributes:
-        name: of the turn.
+        name: the name of the turn.
         start, end: seconds in the dialogue.
         code: the label, a key of `EMOTIONS`.
-        valence, arousal, dominance: means over annotators, 1 to 5; None where the file has another number.
+        valence, arousal, dominance: means over annotators, 1 to 5; None if the file has another number.
         votes: code -> share of the external annotators' votes; the shares sum to 1. Empty without votes.
     """
 
@@ -130,7 +129,7 @@ _TURN = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\s+(\S+)\s+(\S+)\s+\[([^\]
 
 
 def _finite_number(text: str) -> float | None:
-    """Read a number; None where there is none."""
+    """Read a finite number; None if the text is not one."""
     try:
         number = float(text)
     except ValueError:
@@ -139,7 +138,7 @@ def _finite_number(text: str) -> float | None:
 
 
 def _parse_label(line: str, dialogue: str, where: str, warnings: list[str]) -> Label:
-    """Read the first line of a turn. Raises ValueError where it cannot be read."""
+    """Read the first line of a turn. Raises ValueError if it cannot be read."""
     match = _TURN.fullmatch(line)
     if not match:
         raise ValueError(f"found {line[:100]!r}, expected [start - end] turn label [V, A, D]")
@@ -171,16 +170,16 @@ def _vote_shares(ballots: Iterable[list[str]]) -> dict[str, float]:
 def parse_labels(text: str, dialogue: str, problems: list[str], warnings: list[str]) -> list[Label]:
     """Read the turns of an EmoEvaluation file.
 
-    Only the annotators' mean valence, arousal and dominance are read, because single annotators' A- lines have
-    blanks and values out of range. The external annotators (C-E1, ...) have votes, as for the release's own
-    labels. An actor's view of the own performance (C-F1, C-M1) is no vote. An annotator who gives several labels
-    has one vote, in equal parts.
+    Only the mean valence, arousal and dominance of the annotators are read, because the lines of single annotators
+    (A-) have blanks and values out of range. The external annotators (C-E1, ...) vote, as for the labels of the
+    release. An actor's own label (C-F1, C-M1) is not a vote. If an annotator gives several labels, the vote is
+    divided equally.
 
     Args:
-        text: of the file.
-        dialogue: its name without ".txt".
-        problems: receives what cannot be read.
-        warnings: receives what was read in part.
+        text: the content of the file.
+        dialogue: the file's name without ".txt".
+        problems: a line is added for what cannot be read.
+        warnings: a line is added for what was only partly read.
     """
     labels: list[Label] = []
     ballots: list[list[str]] = []
@@ -207,13 +206,13 @@ _LINE = re.compile(r"(Ses\S+)\s*\[[\d.\s-]*\]\s*:(.*)")
 
 
 def parse_transcripts(text: str, dialogue: str, dropped: list[Dropped], warnings: list[str]) -> dict[str, str]:
-    """Read a transcriptions file: turn -> what is said. The text may hold colons and brackets of its own.
+    """Read a file of transcripts: turn -> text. The text itself may hold colons and brackets.
 
     Args:
-        text: of the file.
-        dialogue: its name without ".txt".
-        dropped: receives the lines without a turn's id: ``M: sorry``, ``..._FXX0``, ``..._MXX1``.
-        warnings: receives turns that stand twice with different texts; the first holds.
+        text: the content of the file.
+        dialogue: the file's name without ".txt".
+        dropped: lines without the id of a turn are added: ``M: sorry``, ``..._FXX0``, ``..._MXX1``.
+        warnings: turns with two different texts are added; the first text is kept.
     """
     transcripts: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -232,7 +231,7 @@ def parse_transcripts(text: str, dialogue: str, dropped: list[Dropped], warnings
 
 
 def _text(path: Path, warnings: list[str]) -> str:
-    """Read a file of the release. A few have bytes of Windows' code page in transcripts."""
+    """Read a file of the release. A few transcripts have bytes of the Windows code page."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -246,13 +245,13 @@ def _text(path: Path, warnings: list[str]) -> str:
 
 
 def _files(root: Path, kind: str, dropped: list[Dropped]) -> Iterator[Path]:
-    """Find the dialogues' files directly in Session*/dialog/<kind>; below it are single annotators' files."""
+    """Yield the dialogues' files directly in Session*/dialog/<kind>; subfolders are for single annotators."""
     for session in range(1, 6):
         folder = root / f"Session{session}" / "dialog" / kind
         for path in sorted(folder.glob("*.txt")):
             if re.fullmatch(_DIALOGUE, path.stem) and path.stem[4] == str(session) and path.is_file():
                 yield path
-            else:  # "._Ses01F_impro01.txt" on copies made with a Mac
+            else:  # such as "._Ses01F_impro01.txt" on copies made with a Mac
                 name = path.relative_to(root).as_posix()
                 dropped.append(Dropped(name, "file with another name than a dialogue"))
 
@@ -268,13 +267,13 @@ def _utterance_of(label: Label, text: str, root: Path) -> Utterance:
 
 
 def four_classes(utterances: Iterable[Utterance]) -> list[Utterance]:
-    """Select the turns of the four-class protocol, in which excited is happy: neutral, happy, angry, sad."""
+    """Select the turns of the four-class protocol: neutral, happy, angry, sad; excited counts as happy."""
     chosen = (u for u in utterances if u.extra["code"] in FOUR_CLASSES)
     return [u.relabelled(emotion=FOUR_CLASSES[u.extra["code"]]) for u in chosen]
 
 
 def count_differences(utterances: Iterable[Utterance]) -> list[str]:
-    """Say where the counts are not those of the whole release (`COUNTS`), one line each."""
+    """Return a line for each count that differs from the complete release (`COUNTS`)."""
     utterances = list(utterances)
     four = four_classes(utterances)
     found: dict[str, Counter[str]] = defaultdict(Counter)
@@ -297,22 +296,23 @@ def count_differences(utterances: Iterable[Utterance]) -> list[str]:
 
 
 def read_iemocap(root: StrPath, *, partial: bool = False, check_files: bool = True) -> Corpus:
-    """Read the labelled turns of the release: those with a label, a transcript and a recording, joined by id.
+    """Read the turns of the release that have a label, a transcript and a recording, joined by id.
 
     Args:
         root: the folder with Session1 to Session5.
-        partial: go on although turns are missing or lines cannot be read; these become warnings.
+        partial: go on if turns are missing or lines cannot be read; these become warnings.
         check_files: drop a turn whose recording is missing. (The recording is not opened.)
 
     Returns:
-        Utterances with all the release's labels by the names in `EMOTIONS`; `four_classes` selects the paper's.
-        The times in the dialogue are in the columns time_start and time_end: there is one file per turn, so
-        `start` and `end` are None. Valence, arousal and dominance are 1 to 5. More columns: code, dialogue,
-        session, side, kind ("script" or "impro") and votes, the shares of the external annotators' votes as JSON.
+        Utterances with all labels of the release by the names in `EMOTIONS`; `four_classes` selects those of the
+        paper. The times in the dialogue are in the columns time_start and time_end; `start` and `end` are None,
+        since there is one file per turn. Valence, arousal and dominance are 1 to 5. More columns are code,
+        dialogue, session, side, kind ("script" or "impro"), and votes, the shares of the external annotators'
+        votes as JSON.
 
     Raises:
-        ManifestError: there are no sessions in `root`; or, unless `partial`, the counts are not those of the whole
-            release, or a line cannot be read: one message with every difference.
+        ManifestError: there are no sessions in `root`; or, unless `partial`, the counts differ from the complete
+            release, or a line cannot be read. The message lists every difference.
     """
     root = Path(root).absolute()
     problems, warnings, dropped = list[str](), list[str](), list[Dropped]()
@@ -355,29 +355,29 @@ def read_iemocap(root: StrPath, *, partial: bool = False, check_files: bool = Tr
 def read_paper_csv(
     path: StrPath, *, root: StrPath | None = None, check_files: bool = True, tell: Tell | None = None
 ) -> list[Utterance]:
-    """Read one of the paper's files, ``iemocap_01F.train.csv`` or the like: file, emotion (e0 to e3), text.
+    """Read one of the paper's files, such as ``iemocap_01F.train.csv``: file, emotion (e0 to e3), text.
 
     Args:
         path: the CSV.
-        root: the release. Its recordings are found by their names, whatever folder the CSV names. Without a root
-            the CSV's own paths hold.
+        root: the folder of the release. Recordings are found there by name, and the folders in the CSV are
+            ignored. None: the paths of the CSV are used.
         check_files: every recording must exist.
-        tell: as of `read_manifest`.
+        tell: as in `read_manifest`.
 
     Returns:
-        Utterances as of `read_iemocap`, as far as a file's name tells: id, speaker and the columns dialogue,
-        session, side and kind. The text is the CSV's.
+        Utterances as those of `read_iemocap`, with what a file's name tells: id, speaker and the columns dialogue,
+        session, side and kind. The text is that of the CSV.
 
     Raises:
-        ManifestError: the CSV cannot be read. Or there are names of no turn, other labels or missing recordings;
-            one message has them all.
+        ManifestError: the CSV cannot be read; or it has names that are not turns, other labels or missing
+            recordings, all listed in the message.
     """
     path = Path(path)
     problems: list[str] = []
     utterances = []
     for u in read_manifest(path, check_files=False, tell=tell):
         name = parse_name(u.file.stem)
-        emotion = PAPER_EMOTIONS.get(u.emotion or "", u.emotion)  # where another label stands, none was renamed
+        emotion = PAPER_EMOTIONS.get(u.emotion or "", u.emotion)  # e0..e3 were not renamed if another label occurs
         file = u.file if root is None or name is None else name.file(Path(root).absolute())
         if name is None:
             problems.append(f"{u.file.name!r} is no turn of IEMOCAP")
@@ -397,7 +397,7 @@ def read_paper_csv(
 def _fold_differences(
     tests: Mapping[str, list[Utterance]], trains: Mapping[str, list[Utterance]], turns: Iterable[Utterance]
 ) -> Iterator[str]:
-    """Say where files of the paper are not its folds: a test file holds one side, its training file the others."""
+    """Say where files differ from the paper's folds: a test file has one side, the training file all others."""
     for side, rows in tests.items():
         if strange := sorted({u.extra["side"] for u in rows} - {side}):
             yield f"iemocap_{side}.test.csv holds turns of {', '.join(strange)}"
@@ -411,18 +411,18 @@ def _fold_differences(
 def read_paper_folds(
     folder: StrPath, *, root: StrPath | None = None, check_files: bool = True, tell: Tell | None = None
 ) -> Corpus:
-    """Read the paper's twenty files, and take the turns in them, once each.
+    """Read the paper's twenty files, and return each of their turns once.
 
-    The files say nothing more than the names of the turns: a fold's test file holds one side, its training file
-    the others. That is checked, so `protocols.paper10` on the result gives the same ten folds.
+    The folds follow from the names of the turns: a fold's test file has one side, its training file all others.
+    This is checked, so the protocol paper10 divides the result into the same ten folds.
 
     Args:
-        folder: with iemocap_01F.train.csv to iemocap_05M.test.csv.
-        root, check_files: as for `read_paper_csv`.
-        tell: is called with what a user should know of the files that are read, once where it is the same of all.
+        folder: the folder with iemocap_01F.train.csv to iemocap_05M.test.csv.
+        root, check_files: as in `read_paper_csv`.
+        tell: is called with lines for the user; a line that is the same for all files comes once.
 
     Raises:
-        ManifestError: as `read_paper_csv`; or one message with every difference from the paper's folds.
+        ManifestError: as `read_paper_csv`; or files differ from the paper's folds, all listed in the message.
     """
     folder = Path(folder).absolute()
     notes: dict[str, None] = {}

@@ -1,8 +1,7 @@
-"""Follow labels from a row of a manifest to a batch: the names of a head's outputs, and the form of its labels.
+"""Convert labels from a row of a manifest to a batch: the names of a head's outputs, and the type of its labels.
 
 A row's labels are one mapping from column to value (`Utterance.labels`). A batch's labels are one mapping from
-head to tensor (`Batch.labels`). The table `LABELS` says how one becomes the other, so a further
-head is a further row:
+head to tensor (`Batch.labels`). The table `LABELS` says how to convert them, so a new head needs a new row:
 
     LABELS["age"] = LabelSpec("numbers", ("age",))
 """
@@ -20,7 +19,7 @@ from torch import Tensor
 from ser.data.text import Vocabulary
 from ser.errors import ConfigError, brief_repr
 
-NO_LABEL = -100  # what torch's cross entropy ignores
+NO_LABEL = -100  # torch's cross entropy ignores this value
 DIMENSIONS = ("arousal", "dominance", "valence")
 
 
@@ -32,18 +31,18 @@ class LabelSpec:
         kind: "class" (one of the head's names: int64, `NO_LABEL` where unknown), "numbers" (one number for each of
             the head's names: float64, NaN where unknown) or "text" (the vocabulary's symbols: int64, `NO_LABEL`
             past the end).
-        columns: of a manifest. A class and a text have one. A head of numbers may have several, and an output
-            takes its labels from the column of the same name, where case does not matter.
+        columns: the columns of a manifest: one for a class or a text, one or more for numbers. Each number takes
+            its labels from the column of the same name, ignoring case.
 
     Raises:
-        ConfigError: the kind is another one, or the columns are no tuple.
+        ConfigError: the kind is another one, or the columns are not a tuple.
     """
 
     kind: str
     columns: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Refuse what no label is."""
+        """Refuse an invalid kind or columns."""
         if self.kind not in ("class", "numbers", "text") or not isinstance(self.columns, tuple):
             raise ConfigError(f'{self}: expected the kind "class", "numbers" or "text", and a tuple of columns')
 
@@ -59,7 +58,7 @@ LABELS = {
 
 def label_columns(*kinds: str) -> tuple[str, ...]:
     """Return the columns of a manifest that hold labels of these kinds, or of every kind."""
-    columns: list[str] = []  # a loop, as this is asked for every row of a manifest
+    columns: list[str] = []  # a plain loop for speed, since this is called for every row of a manifest
     for label in LABELS.values():
         if not kinds or label.kind in kinds:
             columns += label.columns
@@ -72,12 +71,12 @@ def label_kinds() -> dict[str, str]:
 
 
 def labelled_heads(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the heads that at least one row (`Utterance.labels`) has a label for."""
+    """Return the heads for which at least one row (`Utterance.labels`) has a label."""
     present = set().union(*rows)
     return [head for head, label in LABELS.items() if not present.isdisjoint(label.columns)]
 
 
-# The usual heads -> what a person calls their names.
+# The usual heads -> the plural word for their names.
 PLURALS = {"emotion": "emotions", "speaker": "speakers", "dimensions": "dimensions"}
 
 
@@ -98,8 +97,8 @@ class Labels:
             names; the CTC head exists where there is a vocabulary.
         vocabulary: the CTC symbols, or None without a CTC head.
         multi_label: whether several emotions can be right at once.
-        orthography, tags: how training cleaned its text (see `ser.data.text`).
-        do_normalize: whether waveforms are made zero mean and unit variance.
+        orthography, tags: how texts were cleaned in training (see `ser.data.text`).
+        do_normalize: whether waveforms are scaled to zero mean and unit variance.
 
     Raises:
         ConfigError: two outputs of a head have the same name.
@@ -113,11 +112,11 @@ class Labels:
     do_normalize: bool = True
 
     def __post_init__(self) -> None:
-        """Keep each head's names as a list, and refuse a name that stands twice."""
+        """Store each head's names as a list, and refuse a name that occurs twice."""
         for head, names in self.names.items():
             if head not in LABELS or isinstance(names, str):
                 raise ConfigError(f"{head}: {brief_repr(names)}; expected a list of names of {', '.join(LABELS)}")
-        kept = {head: list(names) for head, names in self.names.items() if len(names)}
+        kept = {head: listed for head, names in self.names.items() if (listed := list(names))}
         object.__setattr__(self, "names", kept)
         for head, names in kept.items():
             if len(set(names)) < len(names):
@@ -158,11 +157,11 @@ class Labels:
         return sizes if self.vocabulary is None else sizes | {"ctc": len(self.vocabulary)}
 
     def of_head(self, head: str) -> Any:
-        """Return what the outputs of a head mean: its names, or the vocabulary of a head of text."""
+        """Return the meaning of a head's outputs: its names, or the vocabulary for a head of text."""
         return self.vocabulary if LABELS[head].kind == "text" else list(self.names.get(head, ()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON: the record of what weights need to mean the same."""
+        """Return a dictionary for JSON, which is recorded with a run."""
         others = {head: names for head, names in self.names.items() if head not in PLURALS}
         return {
             "emotions": self.emotions,
@@ -177,7 +176,7 @@ class Labels:
 
 
 def encoder(head: str, names: Sequence[str]) -> Callable[[Mapping[str, Any]], Any]:
-    """Return what turns a row's labels (`Utterance.labels`) into the label of a head of classes or numbers.
+    """Return a function that makes the label of a head of classes or numbers from `Utterance.labels`.
 
     The label is a class's number (`NO_LABEL` where the row has none of ``names``), or one number for each name
     (NaN where the row has none).
@@ -186,12 +185,13 @@ def encoder(head: str, names: Sequence[str]) -> Callable[[Mapping[str, Any]], An
     if label.kind == "class":
         numbers = {name: i for i, name in enumerate(names)}
         return lambda row: numbers.get(row.get(label.columns[0], ""), NO_LABEL)
-    columns = [name.lower() if name.lower() in label.columns else "" for name in names]
+    column_of = {column.lower(): column for column in label.columns}
+    columns = [column_of.get(name.lower(), "") for name in names]
     return lambda row: [row.get(column, math.nan) for column in columns]
 
 
 def unknown(head: str, size: int) -> Any:
-    """Return the label of a head with ``size`` names where nothing is known."""
+    """Return the label "unknown" of a head with ``size`` names."""
     return {"class": NO_LABEL, "text": [], "numbers": [math.nan] * size}[LABELS[head].kind]
 
 
@@ -209,7 +209,7 @@ def collate_labels(head: str, values: Sequence[Any]) -> Tensor:
 
 
 def known(head: str, labels: Tensor) -> Tensor:
-    """Tell which utterances have a label of a head, (B,) bool; of numbers, at least one."""
+    """Tell which utterances have a label of a head, (B,) bool; for numbers, one is enough."""
     kind = LABELS[head].kind
     if kind == "numbers":
         return labels.isfinite().any(1)
@@ -217,6 +217,6 @@ def known(head: str, labels: Tensor) -> Tensor:
 
 
 def labels_vary(n: Tensor, y: Tensor, yy: Tensor) -> Tensor:
-    """Tell whether there are two labels or more and they differ, by their number and the sums of y and of y^2."""
-    # Of equal labels this difference is 0 but for rounding, so it is compared with a share of the mean square.
+    """Tell whether at least two labels differ, from their number n and the sums of y and of y^2."""
+    # For equal labels the variance is 0 except for rounding, so it is compared with a share of the mean square.
     return (n >= 2) & (yy / n - (y / n).square() > 1e-12 * yy / n)

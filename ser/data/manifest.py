@@ -1,8 +1,8 @@
-"""Read and check the list of utterances before any training, so that every bad row is known at once.
+"""Read and check the list of utterances, the manifest, before training, and report all bad rows at once.
 
-A manifest is CSV with a header (tab-separated where it ends in .tsv) or JSON (.jsonl, .json: an object per line,
-or one array of objects). Only `file` is required. `emotion`, `text`, `speaker`, `id`, `start` and `end` (seconds),
-`arousal`, `dominance` and `valence` (numbers on any scale) are our columns, and other columns are kept:
+A manifest is CSV with a header (tab-separated if its name ends in .tsv) or JSON (.jsonl, .json: an object per
+line, or one array of objects). Only `file` is required. `emotion`, `text`, `speaker`, `id`, `start` and `end`
+(seconds), `arousal`, `dominance` and `valence` (numbers on any scale) are our columns, and other columns are kept:
 
     file,emotion,text,speaker
     wav/03a01Fa.wav,happiness,Der Lappen liegt auf dem Eisschrank.,03
@@ -10,17 +10,17 @@ or one array of objects). Only `file` is required. `emotion`, `text`, `speaker`,
 The rules of reading:
 
 - The file is UTF-8, with or without a byte order mark. Any line ends and blank lines are allowed.
-- A CSV quotes fields as usual. A TSV does so where all its fields that begin with a quotation mark end with one on
-  the same line; else the mark is a character.
-- An empty cell (or JSON null, or NaN) means None. Cells that stand for nothing (`ser.data.cells.MISSING_LABELS`,
-  `MISSING_TEXTS`) are no label and no text.
-- Spaces around labels and numbers do not count, and labels are NFC. A speaker that is a whole number written as a
-  float (1.0) is the whole number.
+- A CSV quotes fields as usual. A TSV does so if every field that begins with a quotation mark ends with one on the
+  same line; else the mark is a character.
+- An empty cell (or JSON null, or NaN) means None. So do the labels and texts that programs write for a missing
+  value (`ser.data.cells.MISSING_LABELS`, `MISSING_TEXTS`).
+- Spaces around labels and numbers are ignored, and labels are converted to NFC. A speaker that is a whole number
+  written as a float (1.0) becomes the whole number.
 - The default id is the file as it is written, with ``#start-end`` for an excerpt.
 - Columns without a name are ignored.
-- A file that is not there is found under the same name in another Unicode form (NFC, NFD).
-- The paper's three-column CSV (``file,emotion,text`` with labels e0..e3) reads as it is: where all labels of a
-  manifest are among e0, e1, e2, e3 they become neutral, happy, angry, sad.
+- If a file does not exist, its name is tried in the other Unicode form (NFC, NFD).
+- The paper's three-column CSV (``file,emotion,text`` with labels e0..e3) is read without changes: if all labels of
+  a manifest are among e0, e1, e2, e3, they become neutral, happy, angry, sad.
 """
 
 from __future__ import annotations
@@ -63,24 +63,24 @@ from ser.files import StrPath, csv_line, replace_file
 
 COLUMNS = ("file", "emotion", "text", "speaker", "id", "start", "end", *DIMENSIONS)
 
-# Cai et al.'s manifests have these labels. Names are stored, never bare numbers.
+# The labels in the manifests of Cai et al. -> names, which are stored instead.
 PAPER_EMOTIONS = {"e0": "neutral", "e1": "happy", "e2": "angry", "e3": "sad"}
 
 # A Mac takes both Unicode forms of a name for the same file.
 ONE_FILE_IN_ANY_FORM = sys.platform == "darwin"
 
-# A manifest may have millions of rows, so only its lines are bounded. The csv module bounds fields itself.
+# A manifest may have millions of rows, so only the length of a line is limited. The csv module limits fields.
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # a NUL, or half a surrogate pair
 MAX_CELL = 128 * 1024
-MAX_ARRAY_BYTES = 256 * 1024 * 1024  # a JSON array is in memory as a whole
+MAX_ARRAY_BYTES = 256 * 1024 * 1024  # a JSON array is read into memory as a whole
 MAX_COLUMNS = 1000
 
 MAX_LISTED = 50
 
-# Each word permits what the words before it permit too.
+# Each word also permits what the words before it permit.
 OVERLAPS = ("none", "speakers", "utterances")
 
-# NaN, which is not JSON, is how pandas frames that became dicts write what is missing.
+# NaN is not JSON, but Python writes it for a missing value in a pandas frame that became dicts.
 DECODER = json.JSONDecoder(
     object_pairs_hook=unique_names, parse_constant=lambda name: None if name == "NaN" else float(name)
 )
@@ -89,22 +89,22 @@ _Row = tuple[int, dict[str, str | None]]  # number of a line or item, name of a 
 
 
 def known_columns() -> tuple[str, ...]:
-    """Return the columns that are ours: `COLUMNS`, and those of rows that were added to `LABELS`."""
+    """Return our columns: `COLUMNS`, and those of rows that were added to `LABELS`."""
     return tuple(dict.fromkeys((*COLUMNS, *label_columns())))
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class Utterance:
-    """One row: a recording or an excerpt of it, and what is known about it.
+    """Hold one row: a recording or an excerpt of it, and its labels.
 
         Utterance("turn-1", Path("a.wav"), emotion="happy", text="SO IT IS", end=2.5)
 
     Attributes:
         id: unique in its manifest.
         file: the recording.
-        start: of the excerpt in seconds, None: from the beginning.
-        end: of the excerpt in seconds, None: to the end.
-        labels: column -> label, of the columns in `ser.data.labels.LABELS` that are known; never None.
+        start: where the excerpt begins, in seconds; None: at the beginning.
+        end: where the excerpt ends, in seconds; None: at the end.
+        labels: column -> label, for known labels of the columns in `ser.data.labels.LABELS`; never None.
         extra: the other columns that are not empty.
     """
 
@@ -126,7 +126,7 @@ class Utterance:
         extra: dict[str, str] | None = None,
         **columns: str | float | None,
     ) -> None:
-        """Make a row; ``columns`` are labels by name, which count before ``labels``, and None is no label."""
+        """Make a row; ``columns`` are labels by name and replace those in ``labels``; None means no label."""
         if columns:
             for name in columns.keys() - label_columns():
                 raise TypeError(f"Utterance has no {name!r}{did_you_mean(name, label_columns())}")
@@ -136,34 +136,34 @@ class Utterance:
             object.__setattr__(self, name, value)
 
     def relabelled(self, **columns: str | float | None) -> Utterance:
-        """Return the same row with these labels in place of its own; None takes a label away."""
+        """Return a copy of the row with these labels changed; None removes a label."""
         return Utterance(
             self.id, self.file, start=self.start, end=self.end, labels=self.labels, extra=self.extra, **columns
         )
 
     @property
     def emotion(self) -> str | None:
-        """The name of the class, None if unlabelled."""
+        """Return the name of the class, None if unlabelled."""
         return self.labels.get("emotion")
 
     @property
     def text(self) -> str | None:
-        """The transcript as the corpus has it, None if there is none."""
+        """Return the transcript as the corpus has it, None if there is none."""
         return self.labels.get("text")
 
     @property
     def speaker(self) -> str | None:
-        """The speaker's name, None if unknown."""
+        """Return the speaker's name, None if unknown."""
         return self.labels.get("speaker")
 
     @property
     def corpus(self) -> str:
-        """The name of the corpus, empty if unknown."""
+        """Return the name of the corpus, empty if unknown."""
         return self.extra.get("corpus", "")
 
 
 def value_of(utterance: Utterance, column: str) -> Any:
-    """Return what stands in a column of ours, None for nothing."""
+    """Return the value of one of our columns, None if there is none."""
     return getattr(utterance, column) if column in utterance.__slots__ else utterance.labels.get(column)
 
 
@@ -172,8 +172,8 @@ class Overlap:
     """Hold what two sets of utterances share.
 
     Attributes:
-        speakers: names in both, sorted. Utterances without a speaker tell nothing.
-        utterances: ids, in the second set, of recordings (file, start, end) that are in the first set too.
+        speakers: the names in both sets, sorted. Utterances without a speaker are ignored.
+        utterances: ids, in the second set, of recordings (file, start, end) that are also in the first set.
     """
 
     speakers: list[str]
@@ -181,7 +181,7 @@ class Overlap:
 
 
 class _Problems:
-    """Collect what is wrong with rows: all faults are counted, and the first `MAX_LISTED` are kept."""
+    """Collect faults of rows: all are counted, and the first `MAX_LISTED` are kept."""
 
     def __init__(self) -> None:
         """Begin without a fault."""
@@ -218,11 +218,11 @@ def collector_paused() -> Iterator[None]:
 
 
 def check_regular(path: Path, expected: str) -> None:
-    """Refuse what is no regular file before anything is read: a pipe waits for ever, a device has no end.
+    """Refuse a path that is not a regular file: reading a pipe may wait for ever, and a device has no end.
 
     Raises:
         ManifestError: ``path`` is a folder, a pipe, a device or a socket; the message says what was ``expected``.
-        OSError: there is nothing called ``path``.
+        OSError: ``path`` does not exist.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
@@ -233,12 +233,12 @@ def check_regular(path: Path, expected: str) -> None:
 
 
 def _separator(path: Path) -> str:
-    """Return what separates the fields of a manifest, by its name; "" for JSON."""
+    """Return the separator of fields for a manifest of this name; "" for JSON."""
     return {".tsv": "\t", ".jsonl": "", ".json": ""}.get(path.suffix.lower(), ",")
 
 
 def _unknown_column(name: str) -> str:
-    """Say that a name is none of our columns, and which is the nearest."""
+    """Say that a name is not one of our columns, and which one is similar."""
     ours = known_columns()
     return f"no column of ours is called {name!r}{did_you_mean(name, ours)}; ours are {', '.join(ours)}"
 
@@ -249,8 +249,8 @@ class _Renaming:
     def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
         """Check `columns`. Raises ManifestError for a name that is not ours, or one column with two names."""
         self.path, self.columns = path, columns
-        self.found: list[str] = []  # the manifest's names, as soon as they are known
-        self.remark = ""  # is added to errors about these names
+        self.found: list[str] = []  # the manifest's names, once they are known
+        self.remark = ""  # a text that is added to errors about these names
         self.ours = {theirs: ours for ours, theirs in columns.items()}
         for unknown in [ours for ours in columns if ours not in known_columns()]:
             raise ManifestError(f"{path}: {_unknown_column(unknown)}")
@@ -277,7 +277,7 @@ class _Renaming:
             )
 
     def lines(self, also: Sequence[str] = ()) -> list[str]:
-        """Say which columns were read as what, and which were not, with what those may be meant for.
+        """Return lines that say which columns were read as what, which were not read, and what they may mean.
 
         ``also`` are further columns that are read.
         """
@@ -299,21 +299,21 @@ class _Renaming:
 
 
 class _Unreadable(Exception):
-    """Stop reading behind a line."""
+    """Stop reading after a line."""
 
 
 class _Lines:
-    """Decode the lines of a file, ends included. Damaged lines are reported, and their numbers are kept."""
+    """Decode the lines of a file with their ends. Damaged lines are reported, and their numbers are kept."""
 
     def __init__(self, file: BinaryIO, problems: _Problems) -> None:
-        """Begin before the first line."""
+        """Start before the first line."""
         self.file, self.problems = file, problems
         self.number = 0
         self.damaged: set[int] = set()
-        self.recent: list[str] = []  # as many as the reader wants to keep
+        self.recent: list[str] = []  # the latest lines, which the reader clears
 
     def __iter__(self) -> Iterator[str]:
-        """Yield line by line. Raises _Unreadable behind a line that is too long."""
+        """Yield line by line. Raises _Unreadable after a line that is too long."""
         while line := self.file.readline(MAX_LINE_BYTES + 1):
             self.number += 1
             if len(line) > MAX_LINE_BYTES:
@@ -334,7 +334,7 @@ class _Lines:
 
 
 def _header(path: Path, line: int, found: list[str], renaming: _Renaming) -> list[str]:
-    """Name the columns: ours, and the others as the manifest does; "" for a column without a name."""
+    """Return the names of the columns: ours, or else the manifest's; "" for a column without a name."""
     if len(found) > MAX_COLUMNS:
         raise ManifestError(f"{path}: line {line}: {len(found)} columns, at most {MAX_COLUMNS} are possible")
     renaming.check(found)
@@ -346,14 +346,14 @@ def _header(path: Path, line: int, found: list[str], renaming: _Renaming) -> lis
 
 
 def _csv_fault(error: csv.Error) -> str:
-    """Word what the csv module found, with advice for those who write manifests."""
-    if "new-line" in str(error):  # the module's advice is for those who open files
+    """Return the error of the csv module with advice for the author of a manifest."""
+    if "new-line" in str(error):  # the module's own advice is for programmers
         return "a carriage return outside quotes ends no line; save the manifest with line feeds"
     return f"{error}; is a quote left open, or one inside a field not doubled?"
 
 
 def _row_fault(cells: list[str], lines: list[str], names: list[str], delimiter: str, first: int) -> str:
-    """Say why the cells of some lines, from number `first` on, are no row; "" where they are."""
+    """Say why the cells of some lines, from number `first` on, are not a row; "" if they are one."""
     if len(cells) != len(names):
         return f"{len(cells)} fields, but the header has {len(names)}"
     if len(lines) > 1 and (held := swallowed(lines, names, delimiter)):
@@ -364,7 +364,7 @@ def _row_fault(cells: list[str], lines: list[str], names: list[str], delimiter: 
 def _csv_rows(
     path: Path, file: BinaryIO, renaming: _Renaming, problems: _Problems, quoting: Quoting
 ) -> Iterator[_Row]:
-    """Yield the number of the line and the cells of each row whose number of fields is right."""
+    """Yield the line number and the cells of each row with the right number of fields."""
     lines, delimiter = _Lines(file, problems), _separator(path)
     reader = csv.reader(
         lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if quoting.broken else csv.QUOTE_MINIMAL, strict=True
@@ -399,7 +399,7 @@ def _csv_rows(
 
 
 def _json_lines(file: BinaryIO, problems: _Problems) -> Iterator[tuple[int, Any]]:
-    """Yield (line, value) of each line that is JSON."""
+    """Yield (line number, value) of each line that is JSON."""
     lines = _Lines(file, problems)
     for text in lines:
         lines.recent.clear()
@@ -411,7 +411,7 @@ def _json_lines(file: BinaryIO, problems: _Problems) -> Iterator[tuple[int, Any]
 
 
 def _is_array(file: BinaryIO) -> bool:
-    """Tell whether a JSON file is one array; the file is at its beginning again afterwards."""
+    """Tell whether a JSON file is one array, and go back to its beginning."""
     head = file.read(64)
     file.seek(0)
     return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
@@ -431,7 +431,7 @@ def _array_items(file: BinaryIO, problems: _Problems) -> Iterator[tuple[int, Any
 
 
 def _cell(name: str, value: Any, renaming: _Renaming) -> str | None:
-    """Write a JSON value as the string that a CSV would hold: 1 is "1", 1.0 "1.0", true "true"."""
+    """Return a JSON value as the string that a CSV would hold: 1 is "1", 1.0 "1.0", true "true"."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, dict | list) or (isinstance(value, float) and not math.isfinite(value)):
@@ -442,12 +442,12 @@ def _cell(name: str, value: Any, renaming: _Renaming) -> str | None:
 
 
 def _is_text(value: str | None) -> bool:
-    """Tell whether a value can stand in a manifest: no NUL, no half of a surrogate pair."""
+    """Tell whether a manifest can hold a value: one without NUL and half surrogate pairs."""
     return value is None or NO_TEXT.search(value) is None
 
 
 def _json_rows(file: BinaryIO, unit: str, renaming: _Renaming, problems: _Problems) -> Iterator[_Row]:
-    """Yield the number and the cells of each JSON object: of a line, or of an item of the array."""
+    """Yield the number and the cells of each JSON object, which is a line or an item of the array."""
     every_name: dict[str, None] = {}
     try:
         for number, values in (_array_items if unit == "item" else _json_lines)(file, problems):
@@ -474,14 +474,14 @@ def _json_rows(file: BinaryIO, unit: str, renaming: _Renaming, problems: _Proble
 
 @functools.lru_cache
 def _label(cell: str | None) -> str | None:
-    """Write a name as it is compared. With the cache one string serves all rows that share the name."""
+    """Normalise a name for comparison. With the cache, all rows with the same name share one string."""
     return None if cell is None else nfc(cell.strip())
 
 
 def _cell_number(
     name: str, cell: str | None, found: list[str], missing: Missing | None = None, *, least: float = -math.inf
 ) -> float | None:
-    """Read a cell as a number; what is wrong with it goes to `found`."""
+    """Read a cell as a number; a fault is added to `found`."""
     if cell is None:
         return None
     try:
@@ -497,7 +497,7 @@ def _cell_number(
 
 
 def _default_id(file: str, start: float | None, end: float | None) -> str:
-    """Return the id of a row that has none: its file, with the times of an excerpt."""
+    """Return the default id of a row: its file, with the times of an excerpt."""
     if start is None and end is None:
         return file
     return f"{file}#{'' if start is None else start}-{'' if end is None else end}"
@@ -519,9 +519,9 @@ def _utterance(
     kinds: Mapping[str, str],
     corpus: str = "",
 ) -> Utterance:
-    """Make an utterance of a row; what is wrong with the row goes to `found`. ``kinds`` are `label_kinds`.
+    """Make an utterance from a row; faults are added to `found`. ``kinds`` are `label_kinds`.
 
-    Where several corpora meet, ``corpus`` is that of rows which do not name theirs, and it begins each id.
+    If several corpora are read, ``corpus`` is that of rows without a cell in this column, and ids begin with it.
     """
     full: dict[str, Any] = {name: cell for name, cell in cells.items() if cell and not cell.isspace()}
     name = full.pop("file", "")
@@ -533,15 +533,15 @@ def _utterance(
         cell = full.pop(column)
         if kinds[column] == "numbers":
             labels[column] = _cell_number(column, cell, found, missing)
-        elif kinds[column] == "class":  # of emotions and speakers `with_names` knows more
+        elif kinds[column] == "class":  # for emotions and speakers, `with_names` decides later
             none = column not in ("emotion", "speaker") and missing(column, cell)
             labels[column] = None if none else _label(cell)
-        elif not (len(cell) < 8 and missing(column, cell)):  # the texts that can be none
+        elif not (len(cell) < 8 and missing(column, cell)):  # only short texts can mean a missing one
             labels[column] = cell
     if end is not None and end <= (start or 0.0):
         found.append(f"end {end} is not after start {start or 0.0}")
     id = full.pop("id", None) or _default_id(name, start, end)
-    extra = dict(full)  # a copy is as small as what is left
+    extra = dict(full)  # a copy, which takes less memory than the dict that items were removed from
     if corpus:
         extra["corpus"] = named = _label(extra.get("corpus")) or corpus
         id = f"{named}/{id}"
@@ -559,21 +559,21 @@ def map_for(label_map: Mapping[str, Any], column: str) -> dict[str, str | None]:
 
 
 def _change(name: str, to: str | None) -> str:
-    """Say what a name becomes."""
+    """Say which name, or no label, replaces a name."""
     return f"{brief_repr(name)} is {'no label' if to is None else brief_repr(to)}"
 
 
 def _new_names(
     column: str, counts: Counter[str], names: Mapping[str, str | None], missing: Missing, lines: list[str]
 ) -> dict[str, str | None]:
-    """Decide what the labels of a column become that do not stay: first as the map says, then by the rules.
+    """Return old -> new for the labels of a column that change, by the map or else by the rules of reading.
 
     Args:
         column: emotion or speaker.
         counts: label -> how many rows have it.
         names: the map, see `map_for`.
-        missing: knows which labels are none.
-        lines: takes what a user should know.
+        missing: tells which labels mean a missing one.
+        lines: lines for the user are added to it.
     """
     new = {name: names[name] for name in counts if name in names}
     if new:
@@ -608,9 +608,9 @@ def unknown_in_map(
 def with_names(
     utterances: list[Utterance], label_map: Mapping[str, Any], missing: Missing, lines: list[str]
 ) -> list[Utterance]:
-    """Name the labels of the utterances as `label_map` and the rules of reading say.
+    """Rename the labels of the utterances by `label_map` and the rules of reading.
 
-    Each name is looked at once, however many rows have it. What a user should know goes to `lines`.
+    Each name is handled once, however many rows have it. Lines for the user are added to `lines`.
     """
     for column in ("emotion", "speaker"):
         counts: Counter[str] = Counter(name for u in utterances if (name := u.labels.get(column)) is not None)
@@ -626,7 +626,7 @@ def with_names(
 
 
 def _audio(utterance: Utterance) -> tuple[str, float, float | None]:
-    """Return what tells one recording from another."""
+    """Return a key that identifies a recording: path, start and end."""
     name = os.path.normpath(utterance.file.absolute())
     if ONE_FILE_IN_ANY_FORM and not name.isascii():
         name = nfc(name)
@@ -634,7 +634,7 @@ def _audio(utterance: Utterance) -> tuple[str, float, float | None]:
 
 
 def _why_unusable(file: Path) -> str:
-    """Say why a path is no regular file; "" where it is one."""
+    """Say why a path is not a regular file; "" if it is one."""
     try:
         return "" if stat.S_ISREG(file.stat().st_mode) else "is not a regular file"
     except FileNotFoundError:
@@ -644,17 +644,17 @@ def _why_unusable(file: Path) -> str:
 
 
 class _Checks:
-    """Check what can only be known from other rows or from the disk."""
+    """Check a row against other rows and against the disk."""
 
     def __init__(self, *, check_files: bool, unit: str) -> None:
-        """Begin without a row; ``unit`` is what the rows are called, such as "line"."""
+        """Begin without a row; ``unit`` is the word for a row in messages, such as "line"."""
         self.check_files, self.unit = check_files, unit
         self.ids: dict[str, int] = {}
         self.audio: dict[tuple[str, float, float | None], int] = {}
-        self.unusable: dict[str, str] = {}  # file -> why, or "": a file with many excerpts is looked up once
+        self.unusable: dict[str, str] = {}  # file -> why or "", so a file with many excerpts is looked up once
 
     def of(self, utterance: Utterance, number: int) -> Iterator[str]:
-        """Yield what is wrong with the utterance in line (or of position) `number`."""
+        """Yield the faults of the utterance in line (or at position) `number`."""
         first_id = self.ids.setdefault(utterance.id, number)
         first_audio = self.audio.setdefault(_audio(utterance), number)
         if first_audio != number:
@@ -672,7 +672,7 @@ class _Checks:
 def _checked_utterances(
     rows: Iterable[_Row], folder: Path, missing: Missing, checks: _Checks, problems: _Problems, corpus: str
 ) -> list[Utterance]:
-    """Make an utterance of each row, whose file is under its name on the disk; report what is wrong with it."""
+    """Make an utterance from each row, with the file's name as on the disk; report the faults of the row."""
     files, kinds = Files(), label_kinds()
     utterances: list[Utterance] = []
     for line, cells in rows:
@@ -747,26 +747,26 @@ def read_manifest(
     """Read the utterances of a manifest, in its order. The module's docstring has the rules.
 
     Args:
-        path: .tsv is tab-separated; .jsonl and .json hold one object per line, or one array of objects; all else
-            is CSV.
+        path: .tsv is tab-separated; .jsonl and .json hold one object per line, or one array of objects; any other
+            name is CSV.
         root: the folder that relative files start from; by default the manifest's own.
-        columns: our name -> the manifest's, e.g. ``{"text": "transcript"}``. A column of ours that this sets aside
-            is kept among the others as ``<name>_original``.
-        check_files: whether every file must exist. (No file is opened; that is the work of `ser.audio`.)
-        literal_labels: take labels and texts as they are written. Those of `ser.data.cells.MISSING_LABELS` and
-            `MISSING_TEXTS` and speakers such as 1.0 are taken so too.
-        label_map: emotion as written -> its name, None for no label; below "speaker", the same of speakers. See
+        columns: our name -> the manifest's, e.g. ``{"text": "transcript"}``. If the manifest also has a column
+            `text`, it is kept among the other columns as ``text_original``.
+        check_files: whether every file must exist. (No file is opened; `ser.audio` does that.)
+        literal_labels: take labels and texts as they are written, even those of `ser.data.cells.MISSING_LABELS`
+            and `MISSING_TEXTS`, and speakers such as 1.0.
+        label_map: emotion as written -> its name, None for no label; under "speaker", the same for speakers. See
             `ser.data.spellings.parse_map`.
-        tell: is called with each line that a user should know, such as which columns were read.
+        tell: is called with lines for the user, such as which columns were read.
 
     Returns:
         At least one utterance; the paths are absolute.
 
     Raises:
-        ManifestError: the manifest is no regular file, has no rows or lacks a column. Or rows are bad: one message
-            lists the first 50 with their lines. A row is bad with a duplicate id or (file, start, end), a missing
-            file, a start or end that is no number, negative or reversed, a wrong number of fields, bytes that are
-            not UTF-8, or JSON that does not parse.
+        ManifestError: the manifest is not a regular file, has no rows or lacks a column; or rows are bad, of which
+            the message lists the first 50 with their lines. A row is bad if its id or (file, start, end) occurred
+            before, its file is missing, start or end is not a number, negative or reversed, the number of fields
+            is wrong, bytes are not UTF-8, or JSON does not parse.
     """
     missing = Missing(literal=literal_labels)
     utterances, notes = read_unnamed(
@@ -804,7 +804,7 @@ def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
 
 
 def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
-    """Say which labels a reader would take for something else."""
+    """Say which labels `read_manifest` would change."""
     advice = "write and read it with literal_labels"
     for column in sorted(utterance.labels.keys() & label_columns("class", "text")):
         value = utterance.labels[column]
@@ -815,7 +815,7 @@ def _read_otherwise(utterance: Utterance, missing: Missing) -> Iterator[str]:
 
 
 def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
-    """Return column -> value of what is known."""
+    """Return column -> value, for known values."""
     file = utterance.file.absolute()
     cells: dict[str, str | float | None] = {name: value_of(utterance, name) for name in known_columns()}
     cells["file"] = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
@@ -823,13 +823,13 @@ def _cells(utterance: Utterance, folder: Path) -> dict[str, str | float]:
 
 
 def _can_name_a_column(name: str, separator: str) -> bool:
-    """Tell whether a column beside ours can have this name."""
+    """Tell whether an extra column can have this name."""
     torn = separator == "\t" and "\n" in name
     return name not in ("", *known_columns()) and name == name.strip() and _is_text(name) and not torn
 
 
 def _misfits(texts: Mapping[str, str], line: str, names: Sequence[str], separator: str) -> Iterator[str]:
-    """Say why a row, as a mapping and as it would be written, cannot stand in a manifest with these columns."""
+    """Say why a manifest with these columns cannot hold a row, given as a mapping and as a line."""
     if separator == "\t" and any("\n" in text for text in texts.values()):
         yield "holds a line end, which cannot stand in a .tsv; write a .csv or .jsonl"
     elif separator and "\n" in line[:-1] and swallowed(line.split("\n"), names, separator):
@@ -843,7 +843,7 @@ def _misfits(texts: Mapping[str, str], line: str, names: Sequence[str], separato
 def _written_lines(
     utterances: list[Utterance], folder: Path, names: list[str], separator: str, literal: bool, problems: _Problems
 ) -> Iterator[str]:
-    """Yield the line of each utterance that would be read as it is; report what is wrong with the others."""
+    """Yield the line of each utterance that would be read back unchanged; report the faults of the others."""
     checks, kinds = _Checks(check_files=False, unit="utterance"), label_kinds()
     missing = Missing(literal=literal)
     for number, utterance in enumerate(utterances, 1):
@@ -853,7 +853,7 @@ def _written_lines(
         if separator:
             line = csv_line(map(cells.get, names), separator)
         found: list[str] = []
-        # As the reader will see it.
+        # Check the utterance as the reader will see it.
         found += _read_otherwise(_utterance({**texts}, folder, found, Missing(literal=True), kinds), missing)
         found += [*checks.of(utterance, number), *_misfits(texts, line, names, separator)]
         for what in found:
@@ -867,20 +867,20 @@ def write_manifest(
 ) -> None:
     """Write a manifest that `read_manifest` reads as the same utterances; whole or not at all.
 
-    The utterances are exactly the same if they are as `read_manifest` gives them: absolute paths, no empty
-    strings. Columns that are empty in every row are left out of a CSV.
+    They are exactly the same if they have absolute paths and no empty strings, like those of `read_manifest`.
+    Columns that are empty in every row are left out of a CSV.
 
     Args:
         path: .tsv, .jsonl, .json or CSV, as for `read_manifest`.
         utterances: at least one.
         root: files inside this folder are written relative to it, by default to the manifest's folder. Pass the
             same folder to read the manifest.
-        literal_labels: whether the manifest will be read with this too, so that labels such as "None" are labels.
+        literal_labels: whether the manifest will also be read with this, so that "None" can be a label.
 
     Raises:
-        ManifestError: there are no utterances; `read_manifest` would refuse a row or read it otherwise; a value
-            cannot stand in a manifest (a NUL, half a surrogate pair, longer than 128 KiB; in a TSV a line end); an
-            extra column has one of our names; or the file cannot be written.
+        ManifestError: there are no utterances; `read_manifest` would refuse or change a row; a manifest cannot
+            hold a value (a NUL, half a surrogate pair, longer than 128 KiB; in a TSV a line end); an extra column
+            has one of our names; or the file cannot be written.
     """
     path = Path(path)
     folder = Path(path.parent if root is None else root).absolute()
@@ -915,13 +915,13 @@ def check_labels(
     """Check that every emotion and speaker is a known one. An unlabelled utterance (None) is fine.
 
     Args:
-        utterances: of any manifest.
+        utterances: those of any manifest.
         emotions: the classes of the model; None: any.
         speakers: the speakers of the model; None: any.
 
     Raises:
-        ManifestError: a label is not known; one message has the first 50 utterances, and for each label the
-            nearest known one.
+        ManifestError: a label is not known; the message has the first 50 utterances, and for each label the most
+            similar known one.
     """
     problems = _Problems()
     given = {"emotion": emotions, "speaker": speakers}
@@ -962,9 +962,9 @@ def check_distinct(utterances: Sequence[Utterance]) -> None:
 
 
 def find_overlap(train: Iterable[Utterance], other: Iterable[Utterance]) -> Overlap:
-    """Find the speakers and the recordings of `other` that are in `train` too.
+    """Find the speakers and the recordings of `other` that are also in `train`.
 
-    Recordings are compared by path and exact times. Copies under another name, and excerpts that share a part, are
+    Recordings are compared by path and exact times. Copies with another name, and excerpts that only overlap, are
     not found.
     """
     train, other = list(train), list(other)
@@ -976,13 +976,13 @@ def find_overlap(train: Iterable[Utterance], other: Iterable[Utterance]) -> Over
 def check_overlap(
     train: Iterable[Utterance], other: Iterable[Utterance], *, allow: str = "none", name: str = "valid"
 ) -> Overlap:
-    """Check that training shares no speaker and no recording with `other`, unless that is wanted.
+    """Check that training shares no speaker and no recording with `other`, unless this is allowed.
 
     Args:
         train: utterances to learn from.
         other: utterances to evaluate on.
         allow: "none", "speakers" (shared speakers, but no shared recording) or "utterances" (both).
-        name: of `other`, for the message.
+        name: the name of `other` in the message.
 
     Returns:
         What is shared, so that a result can report it.

@@ -1,9 +1,8 @@
-"""Divide a corpus: each protocol is a function of the manifest and a seed alone, and says what it leaks.
+"""Divide a corpus by a protocol, a function of the manifest and a seed that declares what its parts share.
 
-A protocol makes folds. A fold has named parts (train, valid, test), which are lists of ids. What two parts share
-(speakers, dialogues, sessions, transcripts, recordings) makes figures better than they would be on strangers. So a
-protocol declares what its parts share, `audit` finds what they share, and `check_fold` refuses what was not
-declared.
+A protocol makes folds. A fold has named parts (train, valid, test), which are lists of ids. If two parts share
+speakers, dialogues, sessions, transcripts or recordings, figures are better than they would be on new speakers and
+data. So a protocol declares what its parts share, `audit` finds it, and `check_fold` refuses what is not declared.
 """
 
 import hashlib
@@ -27,14 +26,14 @@ from ser.files import write_json
 
 PARTS = ("train", "valid", "test")
 PAIRS = tuple(combinations(PARTS, 2))
-KNOWN = "known"  # a further part: utterances by speakers of training, see `with_known_turns`
+KNOWN = "known"  # a further part: utterances of training speakers, see `with_known_turns`
 KINDS = ("speakers", "dialogues", "sessions", "transcripts", "recordings", "copies")
 
-KNOWN_SPEAKER_TURNS = 50  # held out of each speaker
-KNOWN_TURNS = 10  # held out of each training speaker where a speaker head could not be scored otherwise
+KNOWN_SPEAKER_TURNS = 50  # utterances of each speaker that speaker-known holds out
+KNOWN_TURNS = 10  # utterances of each training speaker that are held out to score a speaker head
 
 Leaks = dict[tuple[str, str], frozenset[str]]
-Having = dict[str, dict[str, str]]  # kind -> id of an utterance -> what stands for it
+Having = dict[str, dict[str, str]]  # kind -> id of an utterance -> its value of this kind
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Fold:
     """Hold one division of a manifest.
 
     Attributes:
-        name: what is tested, such as "01F". The name that a `Protocol` gives can name a folder (`folder_names`).
+        name: what is tested, such as "01F". A `Protocol` gives names that a folder can have (`folder_names`).
         parts: "train", "valid", "test" -> sorted ids. A protocol without validation has no "valid". After
             `with_known_turns` there is a part "known".
     """
@@ -67,17 +66,17 @@ class Fold:
 
 
 def can_name_a_folder(name: str) -> bool:
-    """Tell whether a folder of this name, below any other, is harmless and the same on every system."""
-    # Not printable: controls, characters that are invisible or undefined, lone surrogates.
+    """Tell whether a folder can safely have this name on every system."""
+    # Characters that are not printable are controls, invisible or undefined ones, and lone surrogates.
     plain = bool(name) and name.isprintable() and name[0] not in " .-~" and name[-1] not in " ."
     short = plain and FORBIDDEN.isdisjoint(name) and len(name.encode()) <= LONGEST
     return short and not RESERVED.fullmatch(name) and not TAKEN.fullmatch(name)
 
 
 def folder_names(names: Iterable[str]) -> dict[str, str]:
-    """Name a folder for each name: the name itself where that is harmless, else its letters and a digest.
+    """Map each name to that of its folder: the name itself if it is safe, else its letters and a digest.
 
-    No two are the same, not even on a disk that takes capitals for small letters, or two spellings of é for one.
+    All differ, even on a disk that ignores case, or that takes two Unicode forms of é for one.
     """
     folders: dict[str, str] = {}
     taken: set[str] = set()
@@ -97,10 +96,10 @@ class Protocol:
     """Describe how a corpus is divided, and what the figures then mean.
 
     Attributes:
-        name: as in results.
+        name: its name in results.
         description: what the protocol measures, and what its figures may be compared with.
-        divide: (utterances, seed) -> folds, whatever the order of the utterances.
-        declares: (part, part), in the order train, valid, test -> the kinds that the two share knowingly.
+        divide: (utterances, seed) -> folds; the order of the utterances does not matter.
+        declares: (part, part), in the order train, valid, test -> the kinds that the two are known to share.
     """
 
     name: str
@@ -121,11 +120,11 @@ class Protocol:
 
 # ----------------------------------------------------------------------------------------------------- names
 
-# A fold is called as what it tests, a value of the manifest, and its name becomes a folder and an argument.
+# The name of a fold is a value in the manifest, and becomes the name of a folder and an argument of commands.
 RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|clock\$|(com|lpt)[0-9¹²³])\s*(\..*)?", re.IGNORECASE)
-# Files that commands write beside the folders of folds have such names; and `folder_names` makes the last kind.
+# Names like those of files that commands write beside the folders, and (the last kind) names of `folder_names`.
 TAKEN = re.compile(r".*(\.(json|jsonl|md|csv|png|eval|log|tmp|lock)|~[0-9a-f]{12})", re.IGNORECASE | re.DOTALL)
-FORBIDDEN = set('/\\:*?"<>|')  # in names of files on Windows, the first of them everywhere
+FORBIDDEN = set('/\\:*?"<>|')  # not allowed in names of files on Windows; the first one nowhere
 LONGEST = 150  # bytes of UTF-8; a path of Windows has 260 characters
 
 
@@ -133,7 +132,7 @@ LONGEST = 150  # bytes of UTF-8; a path of Windows has 260 characters
 
 
 def _column(utterances: Sequence[Utterance], name: str, protocol: str) -> list[str]:
-    """Return the value of each utterance. Raises ManifestError where one has none."""
+    """Return the value of each utterance. Raises ManifestError if one has none."""
     values = [u.speaker if name == "speaker" else u.extra.get(name) for u in utterances]
     missing = [u.id for u, value in zip(utterances, values, strict=True) if value is None]
     if missing:
@@ -145,7 +144,7 @@ def _column(utterances: Sequence[Utterance], name: str, protocol: str) -> list[s
 
 
 def _by_value(utterances: Sequence[Utterance], name: str, protocol: str, least: int = 2) -> dict[str, list[str]]:
-    """Group the ids by value, both sorted. Raises ManifestError for fewer values than ``least``."""
+    """Group the ids by value, both sorted. Raises ManifestError if there are fewer values than ``least``."""
     groups = defaultdict(list)
     for u, value in zip(utterances, _column(utterances, name, protocol), strict=True):
         groups[value].append(u.id)
@@ -162,9 +161,9 @@ def _except(groups: Mapping[str, list[str]], *names: str) -> list[str]:
 
 
 def _leave_one_out(groups: Mapping[str, list[str]], validates: Mapping[str, str] | None = None) -> list[Fold]:
-    """Test on each value once, and validate on the one that ``validates`` gives it.
+    """Make a fold for each value, which tests on it and validates on the value that ``validates`` gives.
 
-    By default that is the next value; of two values, none validates.
+    By default the next value validates; with only two values there is no validation.
     """
     names = list(groups)
     if validates is None:
@@ -242,7 +241,7 @@ _ACQUAINTED = frozenset({"speakers", "dialogues", "sessions"})
 
 
 def _declared(*kinds: str) -> Leaks:
-    """Declare the same kinds for all pairs of parts. Raises ConfigError for an unknown kind."""
+    """Declare that all pairs of parts share these kinds. Raises ConfigError for an unknown kind."""
     for kind in sorted(set(kinds) - set(KINDS)):
         raise ConfigError(f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; parts can share {', '.join(KINDS)}")
     return dict.fromkeys(PAIRS, frozenset(kinds))
@@ -268,7 +267,7 @@ def _known_speakers(count: int, *, disjoint_text: bool = False) -> Protocol:
     )
 
 
-# These divide dialogues: the first three need the column side or session, as IEMOCAP has them.
+# Protocols for dialogues. The first three need the columns side or session, which IEMOCAP has.
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
@@ -280,8 +279,8 @@ PROTOCOLS: dict[str, Protocol] = {
             _paper10,
             _declared("speakers", "sessions", "transcripts") | {("valid", "test"): frozenset(KINDS)},
         ),
-        # A whole session validates. One speaker of a training session would share its dialogues with training (the
-        # two talk to each other in all of them), and so the scenes, the room and the annotators.
+        # A whole session validates. A single speaker would share all dialogues with the partner, who would be in
+        # training, and so the scenes, the room and the annotators.
         Protocol(
             "session5",
             "Leave one session out, the next one validates: no speaker, dialogue or session is in two parts. The "
@@ -303,13 +302,13 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def by_column(*, shares: Iterable[str] = ()) -> Protocol:
-    """Make the protocol that divides as the manifest itself says, in a column `split` or `fold`.
+    """Make the protocol that divides by a column `split` or `fold` of the manifest.
 
-    In `split`, train, valid (validation, dev) and test make one fold. In `fold`, each value is the test part once
-    and validates once.
+    With `split`, train, valid (validation, dev) and test make one fold. With `fold`, each value is the test part
+    once and validates once.
 
     Args:
-        shares: the kinds that all parts share knowingly, as the author of the division says.
+        shares: the kinds that all parts are known to share.
     """
 
     def divide(utterances: Sequence[Utterance], seed: int) -> list[Fold]:
@@ -331,12 +330,13 @@ def by_column(*, shares: Iterable[str] = ()) -> Protocol:
 def kfold(column: str, count: int, *, shares: Iterable[str] = ()) -> Protocol:
     """Make the protocol of `count` folds in which no value of `column` is in two parts; the next fold validates.
 
-    With as many folds as values, each value is left out once. Else the seed draws which values share a fold.
+    With as many folds as values, each value is left out once. Else values are assigned to folds at random, by the
+    seed.
 
     Args:
         column: "speaker" or an extra column.
         count: the number of folds, from 2 to the number of values.
-        shares: the kinds that all parts share knowingly, such as the "transcripts" of ten fixed sentences.
+        shares: the kinds that all parts are known to share, such as the "transcripts" of ten fixed sentences.
     """
     name = f"kfold:{column}:{count}"
 
@@ -361,10 +361,10 @@ def kfold(column: str, count: int, *, shares: Iterable[str] = ()) -> Protocol:
 def find_protocol(name: str, *, shares: Iterable[str] = ()) -> Protocol:
     """Find a protocol: one of `PROTOCOLS`, "speaker-known:COUNT" (utterances), "column", "kfold:COLUMN:COUNT".
 
-    ``shares`` is for the last two: the kinds that all parts share knowingly.
+    ``shares`` is for the last two: the kinds that all parts are known to share.
 
     Raises:
-        ConfigError: there is no such protocol, or it declares itself what its parts share.
+        ConfigError: there is no such protocol, or ``shares`` is given for one of the others.
     """
     own = PROTOCOLS.get(name)
     kind, _, rest = name.partition(":")
@@ -384,11 +384,11 @@ def find_protocol(name: str, *, shares: Iterable[str] = ()) -> Protocol:
 
 
 def find_fold(protocol: Protocol, utterances: Sequence[Utterance], name: str | None, *, seed: int = 0) -> Fold:
-    """Find the fold called ``name``; None: the only one. Raises ConfigError where there is none."""
+    """Find the fold called ``name``; None: the only one. Raises ConfigError if there is none."""
     folds = {fold.name: fold for fold in protocol.folds(utterances, seed=seed)}
     if name is None and len(folds) == 1:
         return next(iter(folds.values()))
-    called = name if name is None or name in folds else folder_names([name])[name]  # as the manifest spells it
+    called = name if name is None or name in folds else folder_names([name])[name]  # a name as in the manifest
     if called not in folds:
         asked = "no fold is named" if name is None else f"no fold is called {name!r}"
         raise ConfigError(f"{asked}; the protocol {protocol.name} has {', '.join(folds)}")
@@ -396,7 +396,7 @@ def find_fold(protocol: Protocol, utterances: Sequence[Utterance], name: str | N
 
 
 def usual_known_turns(fold: Fold, utterances: Iterable[Utterance]) -> int:
-    """Say how many utterances of each training speaker to hold out: 10, but at most a tenth of a speaker's."""
+    """Return how many utterances of each training speaker to hold out: 10, but at most a tenth of a speaker's."""
     turns = Counter(u.speaker for u in fold.select(utterances)["train"])
     return min(KNOWN_TURNS, min(turns.values()) // 10) if None not in turns else 0
 
@@ -404,11 +404,11 @@ def usual_known_turns(fold: Fold, utterances: Iterable[Utterance]) -> int:
 def with_known_turns(fold: Fold, utterances: Iterable[Utterance], count: int, *, seed: int = 0) -> Fold:
     """Move `count` utterances of each training speaker from "train" to a part "known".
 
-    A speaker head cannot be scored on speakers that it has not seen. Where a protocol tests on strangers, it is
-    scored on these utterances.
+    A speaker head cannot be scored on speakers that are not in training. If a protocol tests on such speakers, the
+    head is scored on these utterances.
 
     Raises:
-        ManifestError: a training speaker has no more utterances than that, or an utterance has no speaker.
+        ManifestError: a training speaker has only `count` utterances or fewer, or an utterance has no speaker.
     """
     train = fold.select(utterances)["train"]
     groups = _by_value(train, "speaker", "of known turns", least=0)
@@ -422,12 +422,12 @@ def with_known_turns(fold: Fold, utterances: Iterable[Utterance], count: int, *,
 
 @dataclass(frozen=True)
 class Shared:
-    """Hold what the second of two parts has that the first one has too.
+    """Hold the values of one kind that two parts share.
 
     Attributes:
         values: names, transcripts or ids, sorted.
-        utterances: how many of the second part have one of these values.
-        known: how many of the second part have any value.
+        utterances: how many utterances of the second part have one of these values.
+        known: how many utterances of the second part have any value.
     """
 
     values: list[str]
@@ -436,18 +436,18 @@ class Shared:
 
     @property
     def fraction(self) -> float:
-        """Return the share of the second part's utterances with any value that have a shared one."""
+        """Return the share of utterances with a shared value, among those of the second part with any value."""
         return self.utterances / self.known if self.known else 0.0
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Hold what the parts of a fold are, and what they share.
+    """Hold the sizes of a fold's parts, and what the parts share.
 
     Attributes:
         fold: the name of the fold.
-        classes: part -> emotion -> utterances.
-        shared: (part, part) -> kind -> what is shared, or None where the manifest cannot tell.
+        classes: part -> emotion -> number of utterances.
+        shared: (part, part) -> kind -> what is shared, or None if the manifest does not tell.
     """
 
     fold: str
@@ -455,16 +455,16 @@ class Audit:
     shared: dict[tuple[str, str], dict[str, Shared | None]]
 
     def fractions(self, part: str, *, of: str = "train") -> dict[str, float | None]:
-        """Return kind -> the share of ``part`` whose speaker, text, ... ``of`` has too; None: not known."""
+        """Return kind -> the share of ``part`` whose speaker, text, ... is also in ``of``; None: not known."""
         kinds = self.shared.get((of, part), {})
         return {kind: None if shared is None else shared.fraction for kind, shared in kinds.items()}
 
 
-_cleaned = lru_cache(maxsize=100_000)(clean)  # each text is asked for in every fold
+_cleaned = lru_cache(maxsize=100_000)(clean)  # each text is cleaned again for every fold
 
 
 def _value(u: Utterance, kind: str) -> str:
-    """Return what stands for the utterance when it is looked for in another part; empty if unknown."""
+    """Return the utterance's value of a kind, which is compared between parts; empty if unknown."""
     if kind == "speakers":
         return u.speaker or ""
     if kind == "transcripts":
@@ -475,13 +475,13 @@ def _value(u: Utterance, kind: str) -> str:
 
 
 def _having(rows: Iterable[Utterance]) -> Having:
-    """Collect kind -> id -> what stands for the utterance."""
+    """Collect kind -> id -> value of the utterance."""
     rows = list(rows)
     return {kind: {u.id: value for u in rows if (value := _value(u, kind))} for kind in KINDS}
 
 
 def _shared(first: Mapping[str, str], second: Mapping[str, str], *, ids: bool) -> Shared | None:
-    """Find what two parts share, each as id -> value; None where one of them has no values."""
+    """Find what two parts share, each given as id -> value; None if one of them has no values."""
     if not first or not second:
         return None
     there = set(first.values())
@@ -497,9 +497,9 @@ def _overlap(first: Having, second: Having) -> dict[str, Shared | None]:
 def audit(fold: Fold, utterances: Iterable[Utterance]) -> Audit:
     """Find what any two parts share.
 
-    Transcripts are compared after `clean`, and utterances without one tell nothing. Recordings are the same if
-    their file, start and end are the same. Copies are found by the column `sha256` of the decoded samples, which
-    `datasheet.listen` writes; without that column they are unknown. Excerpts that only overlap are not found.
+    Transcripts are compared after `clean`; utterances without one are ignored. Recordings are the same if their
+    file, start and end are the same. Copies are found by the column `sha256` of the decoded samples, which
+    `datasheet.listen` adds; without this column they are unknown. Excerpts that only overlap are not found.
 
     Raises:
         ManifestError: the fold has an id that is not among `utterances`.
@@ -519,22 +519,22 @@ def audit(fold: Fold, utterances: Iterable[Utterance]) -> Audit:
 
 
 def overlap(first: Iterable[Utterance], second: Iterable[Utterance]) -> dict[str, Shared | None]:
-    """Return kind -> what the second has that the first has too; None where the manifest cannot tell."""
+    """Return kind -> what both sets have; None if the manifests do not tell."""
     return _overlap(_having(first), _having(second))
 
 
 def check_fold(fold: Fold, utterances: Iterable[Utterance], protocol: Protocol) -> Audit:
-    """Check that a fold is whole, and that its parts share nothing but what the protocol declares.
+    """Check that a fold is complete, and that its parts share only what the protocol declares.
 
-    What the manifest cannot tell (a column is missing) is not refused; it is None in the audit and "unknown" in
-    the table.
+    If the manifest does not tell (a column is missing), nothing is refused; the audit then has None, and the table
+    "unknown".
 
     Returns:
         The audit.
 
     Raises:
-        ManifestError: train or test is missing, a part is empty or has an id twice, an id is unknown; or one
-            message with every leak that is not declared, by name.
+        ManifestError: train or test is missing, a part is empty or has an id twice, an id is unknown, or parts
+            share what is not declared; the message lists all of it.
     """
     problems = [f"the part {part} is missing" for part in ("train", "test") if part not in fold.parts]
     for part, ids in fold.parts.items():
@@ -546,7 +546,7 @@ def check_fold(fold: Fold, utterances: Iterable[Utterance], protocol: Protocol) 
     for (first, second), kinds in audited.shared.items():
         for kind, shared in kinds.items():
             declared = protocol.declares.get((first, second), ())
-            if second == KNOWN:  # by definition of training speakers
+            if second == KNOWN:  # these utterances are by training speakers, by definition
                 declared = _ACQUAINTED | {"transcripts"}
             if shared is not None and shared.values and kind not in declared:
                 some = ", ".join(map(repr, shared.values[:5])) + (", ..." if len(shared.values) > 5 else "")
@@ -562,14 +562,14 @@ def check_fold(fold: Fold, utterances: Iterable[Utterance], protocol: Protocol) 
 
 
 def _percent(shared: Shared | None) -> str:
-    """Write a share for people."""
+    """Write a share in per cent."""
     return "unknown" if shared is None else f"{100 * shared.fraction:.1f} %"
 
 
 def to_table(audits: Iterable[Audit]) -> str:
-    """Show the sizes of the parts, and what share of the test part's utterances training knows, for people.
+    """Return a table of the sizes of parts, and of the shares of the test part that are also in training.
 
-    The share is "unknown" for a kind that the manifest cannot tell.
+    The share is "unknown" for a kind that the manifest does not tell.
     """
     head = ["fold", *PARTS, *(f"{kind} in train" for kind in KINDS), "valid is test"]
     rows = [head]
@@ -585,7 +585,7 @@ def to_table(audits: Iterable[Audit]) -> str:
 
 
 def _to_json(audited: Audit) -> dict[str, Any]:
-    """Count what the parts share, as a file of folds has it."""
+    """Return the counts of what parts share, for a file of folds."""
     return {
         "/".join(pair): {
             kind: None if s is None else {"values": len(s.values), "utterances": s.utterances, "known": s.known}
@@ -601,7 +601,7 @@ def _to_json(audited: Audit) -> dict[str, Any]:
 def write_folds(
     path: Path, protocol: Protocol, folds: Sequence[Fold], utterances: Sequence[Utterance], *, seed: int
 ) -> list[Audit]:
-    """Check the folds and write them as JSON: lists of ids, with what the protocol declares and what was found.
+    """Check the folds and write them as JSON: lists of ids, what the protocol declares, and what parts share.
 
     Returns:
         The audits.

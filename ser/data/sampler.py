@@ -1,24 +1,24 @@
 """Draw the places of an epoch, plan its updates, and cut each update for the ranks.
 
-An epoch is a list of places. Each place holds an utterance. Usually every utterance has one place, which has its
-number. With balance (`draw_balanced`) an utterance may have several places or none.
+An epoch is a list of places, and each place holds an utterance. Usually every utterance has one place. With
+balance (`draw_balanced`) an utterance may have several places or none.
 
 The plan is a list of updates (optimizer steps), each a list of places. It is a function of (lengths, seed, epoch,
-effective batch, balance) and of nothing else. World size and micro-batch only cut each update into equally many
-micro-batches per rank:
+effective batch, balance) and of nothing else. The world size and the size of a micro-batch only say how each
+update is cut. Every rank gets the same number of micro-batches:
 
     plan       [ update 0: a b c d e f g h ] [ update 1: i j k l m n o p ] ... [ last, small: y z ]
     2 ranks,   rank 0: (a b) (g h)           (i j) (o p)                       (y)
     2 a batch  rank 1: (c d) (e f)           (k l) (m n)                       (z)
 
 So another number of ranks computes the same updates in the same order. Every place counts once per epoch, and a
-run can continue at any update without saved state. A rank that the last update leaves without work runs one of its
-utterances at weight 0, so that all ranks take equally many steps. Ranks wait for each other once per update; so
-its micro-batches are dealt such that all ranks compute nearly as many padded samples.
+run can continue at any update without saved state. A rank for which an update has no utterance left computes one
+of the others at weight 0, so that all ranks take the same number of steps. Ranks wait for each other once per
+update, so the utterances are dealt such that the ranks compute nearly the same number of samples.
 
-Updates hold utterances of like length, which keeps padding near nothing: the utterances of IEMOCAP, whose lengths
-vary sixtyfold, cost 2.2 times their real work in random batches of 8. The order is random all the same: lengths
-are jittered before they are sorted, so neighbours change every epoch, and the updates are shuffled.
+Updates hold utterances of similar length, which keeps padding near zero. (In IEMOCAP, where lengths differ by a
+factor of up to 60, random batches of 8 cost 2.2 times the work without padding.) The order is still random:
+lengths are jittered before they are sorted, so neighbours change every epoch, and the updates are shuffled.
 """
 
 from bisect import bisect_left, insort
@@ -32,36 +32,36 @@ from torch.utils.data import Sampler
 
 from ser.errors import ConfigError
 
-# Lengths are jittered by this relative spread before they are sorted. At 5 % the neighbours of an utterance in
-# IEMOCAP are drawn from some hundred others, for about two points of padding.
+# Lengths are multiplied by a random factor of 1 +- this before they are sorted. At 5 %, the neighbours of an
+# utterance of IEMOCAP are drawn from some hundred others, and padding grows by about two percentage points.
 JITTER = 0.05
 
 
 class Item(NamedTuple):
     """Hold one utterance of a micro-batch, and where it stands in the run.
 
-    (seed, epoch, place) is the same for any number of ranks and workers, and when a run is continued. What is
-    drawn for an utterance, such as a mask or an augmentation, is drawn from these three.
+    (seed, epoch, place) is the same for any number of ranks and workers, and in a run that is continued. These
+    three numbers seed whatever is drawn for an utterance, such as a mask or an augmentation.
 
     Attributes:
         index: the number of the utterance in the data set.
         weight: its weight in the losses; 1, or 0 for an utterance that only keeps a rank busy.
         epoch: the epoch, from 0; 0 in evaluation.
-        place: the number of the place in the epoch, from 0. Without balance, and in evaluation, it is the index.
+        place: the number of its place in the epoch, from 0. It equals ``index`` without balance and in evaluation.
     """
 
-    index: int  # type: ignore[assignment]  # in place of the method of tuples, which nobody needs here
+    index: int  # type: ignore[assignment]  # it hides the method `tuple.index`, which nobody needs here
     weight: float = 1.0
     epoch: int = 0
     place: int = 0
 
 
 class MicroLimits(TypedDict, total=False):
-    """Describe what bounds a micro-batch.
+    """Describe the limits of a micro-batch.
 
     Attributes:
-        micro_batch: most utterances in one; None: any number.
-        micro_samples: most padded samples in one; a single utterance may exceed it. None: any number.
+        micro_batch: the largest number of utterances; None: no limit.
+        micro_samples: the largest number of padded samples; a single utterance may exceed it. None: no limit.
     """
 
     micro_batch: int | None
@@ -81,7 +81,7 @@ class Places(NamedTuple):
 
 
 def padded_samples(group: Sequence[int], lengths: Sequence[int]) -> int:
-    """Count what utterances cost to compute in one batch: their number times the longest."""
+    """Count the samples of a padded batch, which are its cost: the number of utterances times the longest."""
     return len(group) * max(lengths[i] for i in group)
 
 
@@ -159,7 +159,7 @@ def draw_balanced(groups: Sequence[Group], *, temperature: float, seed: int, epo
 
 
 def check_geometry(effective_batch: int | None, batch_samples: int | None, batching: str) -> None:
-    """Refuse sizes and orders of updates that contradict each other, or that cannot be.
+    """Refuse an invalid size or order of updates.
 
     Raises:
         ConfigError: both sizes are given, or neither; the size is below 1; or the order is unknown.
@@ -181,8 +181,8 @@ def cut_order(
     Args:
         order: utterance numbers.
         lengths: samples of each utterance.
-        count: utterances in a group; or
-        samples: padded samples in a group, at least one utterance.
+        count: the most utterances in a group; or
+        samples: the most padded samples in a group, which holds at least one utterance.
     """
     groups: list[list[int]] = []
     longest = 0
@@ -209,11 +209,11 @@ def plan_epoch(
 
     Args:
         lengths: samples at each place.
-        seed: of the run.
-        epoch: from 0.
+        seed: the seed of the run.
+        epoch: its number, from 0.
         effective_batch: utterances per update; or
-        batch_samples: padded samples per update (utterances times the longest), at least one utterance.
-        batching: "bucket" (utterances of like length) or "random" (as drawn; then also not sorted).
+        batch_samples: the most padded samples per update, which holds at least one utterance.
+        batching: "bucket" (utterances of similar length) or "random" (utterances as drawn, not sorted by length).
     """
     check_geometry(effective_batch, batch_samples, batching)
     generator = np.random.default_rng([seed, epoch])
@@ -226,7 +226,7 @@ def plan_epoch(
 
     rest: list[int] = []
     if effective_batch is not None and (left := len(order) % effective_batch):
-        # The small last update takes utterances of any length, not always the shortest or longest.
+        # The utterances of the small last update are drawn, so they are not always the shortest or the longest.
         rest, order = longest_first(order[:left].tolist()), order[left:]
     samples = np.asarray(lengths, dtype=np.int64)
     jittered = samples[order] * (1 + JITTER * generator.uniform(-1, 1, len(order)))
@@ -240,23 +240,23 @@ def plan_epoch(
 
 
 def split_evenly(values: Sequence[int], parts: int) -> Iterator[Sequence[int]]:
-    """Cut into ``parts`` consecutive groups whose sizes differ by at most one.
+    """Cut a sequence into ``parts`` consecutive groups whose sizes differ by at most one.
 
-    The larger groups stand last, where utterances are shorter.
+    The larger groups are the later ones, since utterances are shorter there.
     """
     return (values[len(values) * k // parts : len(values) * (k + 1) // parts] for k in range(parts))
 
 
 def first_of_each_cost(hand: Sequence[int], costs: Sequence[int]) -> dict[int, int]:
-    """Map each cost to the first number of the hand that has it."""
+    """Map each cost to the first number in ``hand`` that has this cost."""
     return {costs[k]: k for k in reversed(hand)}
 
 
 def best_swap(high: Sequence[int], low: Sequence[int], costs: Sequence[int], gap: int) -> tuple[int, int, int]:
-    """Find which a of ``high`` and b of ``low`` to swap: (gap that is left, a, b), the first of equally good ones.
+    """Find which a of ``high`` and b of ``low`` to swap: return (gap that is left, a, b), the first of equal ones.
 
-    Both hands ascend, and ``gap`` is how much dearer the high hand is. For each a the best b is the one whose cost
-    is nearest to cost(a) - gap / 2, so no pairs are tried.
+    Both sequences ascend, and ``gap`` is the cost of ``high`` minus the cost of ``low``. For each a, the best b is
+    the one whose cost is nearest to cost(a) - gap / 2, so it is not necessary to try all pairs.
     """
     first = first_of_each_cost(low, costs)
     levels = sorted(first)
@@ -268,19 +268,19 @@ def best_swap(high: Sequence[int], low: Sequence[int], costs: Sequence[int], gap
 
 
 def deal_evenly(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Deal numbers 0, 1, ... in order to ``ranks`` of equally many, whose sums of ``costs`` are near each other.
+    """Deal the numbers 0, 1, ... to ranks: equally many to each, with sums of ``costs`` that are nearly equal.
 
-    If numbers were dealt in turn alone, the first rank would have the longer one at every step. So the dearest
-    rank and the cheapest swap what brings them nearest, for as long as that helps. With updates of 8 utterances of
-    IEMOCAP on two ranks the dearer rank then has 0.1 % more than half in place of 0.6 %; with 48, 0.3 % in place
-    of 5 %.
+    If numbers were only dealt in turn, the first rank would get the longest one at every step. So the ranks with
+    the highest and the lowest cost swap the two numbers that bring them nearest, for as long as this helps. For
+    IEMOCAP on two ranks, it lowers the excess of the slower rank over one half from 0.6 % to 0.1 % (updates of 8
+    utterances), and from 5 % to 0.3 % (of 48).
     """
     hands = [list(range(rank, len(costs), ranks)) for rank in range(ranks)]
     totals = [sum(costs[k] for k in hand) for hand in hands]
     while True:
         low, high = totals.index(min(totals)), totals.index(max(totals))
         gap = totals[high] - totals[low]
-        if not gap:  # one rank, for one
+        if not gap:  # for example, there is one rank
             break
         left, a, b = best_swap(hands[high], hands[low], costs, gap)
         if left >= gap:
@@ -301,7 +301,7 @@ def is_within(
     micro_batch: int | None = None,
     micro_samples: int | None = None,
 ) -> bool:
-    """Tell whether a micro-batch keeps its limits; one of a single utterance, or of none, always does."""
+    """Tell whether a micro-batch keeps its limits; at most one utterance always does."""
     if len(group) <= 1:
         return True
     small = micro_batch is None or len(group) <= micro_batch
@@ -317,7 +317,7 @@ def cut_update(
     indices: Sequence[int] | None = None,
     **limits: Unpack[MicroLimits],
 ) -> list[list[list[Item]]]:
-    """Cut an update into micro-batches: ``[step][rank]`` -> items, as few steps as the limits allow.
+    """Cut an update into micro-batches: return ``[step][rank]`` -> items, with as few steps as the limits allow.
 
     Args:
         update: places, in the order of `plan_epoch`.
@@ -327,15 +327,16 @@ def cut_update(
         indices: the utterance at each place; None: places are utterances.
         limits: see `MicroLimits`.
     """
-    # Utterances are dealt, and then each rank's are cut: the finest way to share. A CPU's layers see no padding.
-    missing = -len(update) % world_size  # what is dealt where there is no utterance
+    # Single utterances are dealt to ranks, the finest way to share; then each rank's are cut into micro-batches.
+    # Costs are lengths without padding, which layers on a CPU do not compute.
+    missing = -len(update) % world_size  # places without an utterance, of cost 0
     hands = deal_evenly([lengths[i] for i in update] + [0] * missing, world_size)
     hands = [[k for k in hand if k < len(update)] for hand in hands]
     ranks = [[update[k] for k in hand] for hand in hands]
     steps = 1
     while not all(is_within(group, lengths, **limits) for rank in ranks for group in split_evenly(rank, steps)):
         steps += 1
-    # The shortest utterance stands last: the cheapest one to keep a rank busy with.
+    # A rank without an utterance computes the last one, which is the shortest and so the cheapest.
     indices = range(len(lengths)) if indices is None else indices
     idle = Item(indices[update[-1]], 0.0, epoch, update[-1])
     items = [
@@ -376,7 +377,7 @@ class LengthBucketBatchSampler(Sampler[list[Item]]):
             places: a function from the epoch to its places; None: each utterance has one, with these lengths.
 
         Raises:
-            ConfigError: there are no utterances, or one of the numbers cannot be.
+            ConfigError: there are no utterances, or an argument is invalid.
         """
         if not len(lengths):
             raise ConfigError("there are no utterances to sample from")
@@ -397,17 +398,17 @@ class LengthBucketBatchSampler(Sampler[list[Item]]):
         return [[indices[place] for place in update] for update in self.plan_places(lengths, epoch=epoch)]
 
     def set_position(self, *, epoch: int, update: int = 0) -> None:
-        """Go to an epoch, and past its first ``update`` updates. Nothing is drawn for what is passed, or read."""
+        """Go to an epoch, and skip its first ``update`` updates. Nothing is read or drawn for skipped updates."""
         indices, self.lengths = self.places(epoch)
         plan = self.plan_places(self.lengths, epoch=epoch)
         if not 0 <= update <= len(plan):
             raise ConfigError(f"epoch {epoch} has {len(plan)} updates; cannot start at {update}")
         self.steps = [self.cut(rest, self.lengths, epoch=epoch, indices=indices) for rest in plan[update:]]
-        self.__dict__.pop("padding", None)  # of another epoch
+        self.__dict__.pop("padding", None)  # the cached share belongs to the earlier position
 
     @property
     def updates(self) -> list[list[list[Item]]]:
-        """Return the items of this rank, from the position on: ``[update][micro-batch]`` -> items."""
+        """Return the items of this rank from the current position on: ``[update][micro-batch]`` -> items."""
         return [[ranks[self.rank] for ranks in steps] for steps in self.steps]
 
     def __len__(self) -> int:
@@ -432,10 +433,10 @@ class LengthBucketBatchSampler(Sampler[list[Item]]):
 def evaluation_batches(
     lengths: Sequence[int], *, batch_samples: int, rank: int = 0, world_size: int = 1
 ) -> list[list[Item]]:
-    """Plan this rank's batches for evaluation: every utterance exactly once over all ranks, none repeated.
+    """Plan this rank's batches for evaluation; over all ranks every utterance comes exactly once.
 
     The longest utterances come first, so that memory runs out at once or never. Ranks may get different numbers of
-    batches: evaluation adds up counts at its end and needs no step in common.
+    batches, because they only meet at the end, where counts are added up.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches = cut_order(order, lengths, samples=batch_samples)

@@ -1,7 +1,6 @@
-"""Name utterances, so that a command line, the settings of a run and a model card can mean the same ones.
+"""Describe a set of utterances, so that a command line, a run's settings and a model card can name the same one.
 
-A `Selection` is a manifest, or one part of one fold of it, with all that is needed to find the same utterances
-again.
+A `Selection` is a manifest, or one part of one fold of it, with all that is needed to find the utterances again.
 """
 
 from __future__ import annotations
@@ -48,20 +47,20 @@ class Selection:
     """Describe a manifest or several (without a protocol), or a part of a fold of them.
 
     Attributes:
-        data: the manifest, or the folder that preparing a corpus wrote; of several, the list or their paths.
-        sha256: of the manifest; of several, of their names and contents; empty: any content will do.
-        root: the folder that the manifest's files are relative to; None: the manifest's own.
+        data: the manifest, or the folder that preparing a corpus wrote; for several, their list or their paths.
+        sha256: the digest of the manifest, or of all names and contents; empty: any content is accepted.
+        root: the folder that the manifest's files are relative to; None: the manifest's own folder.
         columns: our column names -> those of the manifest.
-        protocol: a name, as `find_protocol` takes it.
-        shares: what the parts of the protocols column and kfold share knowingly.
-        seed: of protocols that draw.
+        protocol: its name, as `find_protocol` takes it.
+        shares: what the parts of the protocols column and kfold are known to share.
+        seed: the seed of protocols that draw.
         fold: the name of a fold; None: the only one.
-        known_turns: of each training speaker, held out as the part "known" (see `with_known_turns`).
+        known_turns: how many utterances of each training speaker are held out as "known" (`with_known_turns`).
         part: train, valid, test or known.
-        label_map, literal_labels: as of `read_manifest`.
-        sources: the manifests where several corpora meet (see `ser.data.several`); empty: ``data`` is read alone.
-        usual_names: emotions that were given their usual names, behind all maps: name -> new name, None for none.
-        no_usual_names: whether none may be.
+        label_map, literal_labels: as in `read_manifest`.
+        sources: the manifests of several corpora (see `ser.data.several`); empty: ``data`` is read alone.
+        usual_names: emotions that were renamed to their usual names, after all maps; None for no emotion.
+        no_usual_names: whether no emotion may be renamed so.
     """
 
     data: str
@@ -82,8 +81,8 @@ class Selection:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Selection:
-        """Read what `to_dict` gives. Raises ConfigError for anything else."""
-        # The types that JSON has for the fields: that of the default, but a string where the default is null.
+        """Read the output of `to_dict`. Raises ConfigError for anything else."""
+        # The type of each field in JSON: that of its default, or a string or null if the default is null.
         kinds = {name: str | None if value is None else type(value) for name, value in asdict(cls("")).items()}
         sound = isinstance(values, Mapping) and "data" in values and values.keys() <= kinds.keys()
         if not sound or not all(isinstance(value, kinds[name]) for name, value in values.items()):
@@ -97,9 +96,9 @@ class Selection:
         return replace(selection, sources=[NamedManifest.from_dict(one, "sources") for one in selection.sources])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the selection as JSON holds it.
+        """Return the selection as a dictionary for JSON.
 
-        How labels are read is left out where it is the default, so that selections of earlier releases are equal.
+        How labels are read is left out if it is the default, so that selections of earlier releases are equal.
         """
         usual = {
             "label_map": {},
@@ -112,7 +111,7 @@ class Selection:
 
     @property
     def manifest(self) -> Path:
-        """Return the file: ``data``, or the manifest that preparing a corpus wrote into that folder."""
+        """Return the manifest's file: ``data``, or the manifest in that folder of a prepared corpus."""
         path = Path(self.data)
         return divided_manifest(path) if path.is_dir() else path
 
@@ -132,10 +131,10 @@ class Selection:
             raise ManifestError(f"{path}: cannot be read: {cause}") from None
 
     def read(self, *, check_files: bool = True, tell: Tell | None = None) -> list[Utterance]:
-        """Read all utterances of the manifest; ``tell`` is called with what a user should know of it.
+        """Read all utterances of the manifest; ``tell`` is called with lines for the user.
 
         Raises:
-            ManifestError: the manifest cannot be used, or is another one than was meant.
+            ManifestError: the manifest cannot be used, or its sha256 is another one.
         """
         if self.sources:
             read = several.read_sources(
@@ -158,13 +157,13 @@ class Selection:
         return read_manifest(self.manifest, check_files=check_files, tell=tell, **how)
 
     def find_protocol(self) -> protocols.Protocol:
-        """Return the protocol. Raises ConfigError where none is named."""
+        """Return the protocol. Raises ConfigError if none is named."""
         if not self.protocol:
             raise ConfigError("--data needs --protocol, which says how it is divided")
         return protocols.find_protocol(self.protocol, shares=self.shares)
 
     def find_fold(self, utterances: list[Utterance]) -> tuple[protocols.Fold, protocols.Audit]:
-        """Return the fold of these utterances of the manifest, and what its parts share; the fold is checked."""
+        """Return the fold of these utterances, which is checked, and what its parts share."""
         protocol = self.find_protocol()
         fold = protocols.find_fold(protocol, utterances, self.fold, seed=self.seed)
         if self.known_turns:
@@ -185,12 +184,12 @@ class Selection:
     def review(
         self, sets: Sets, tell: Tell, *, emotions: list[str] | None, speakers: Collection[str] = ()
     ) -> None:
-        """Tell the classes of sets that were read, before anything is computed; refuse two spellings of one.
+        """Print the classes of sets that were read, and refuse two spellings of one class.
 
         Args:
-            sets: name -> utterances; the first one is what others are compared with.
+            sets: name -> utterances; the others are compared with the first one.
             tell: is called with each line.
-            emotions: those of the model, none where it has or learns none; None: there is no model yet.
+            emotions: those of the model, empty if it has or learns none; None: there is no model yet.
             speakers: those that the model was trained on.
         """
         for line in label_lines(sets, emotions=emotions, by_corpus=bool(self.sources)):
@@ -245,7 +244,7 @@ class Selection:
         return {name for pair in pairs for name in pair if name is not None}
 
     def __str__(self) -> str:
-        """Name the selection for people."""
+        """Return a readable name of the selection."""
         if self.sources and not self.protocol:
             return ", ".join(f"{source.name} ({source.path})" for source in self.sources)
         if not self.protocol:
@@ -254,7 +253,7 @@ class Selection:
         return f"{self.part or 'all parts'} of {self.protocol}{fold} ({self.data})"
 
     def to_options(self) -> list[str]:
-        """Write the flags of `add_data_arguments` that name this selection, but for --known-turns."""
+        """Return the flags of `add_data_arguments` that name this selection, except --known-turns."""
         options = ["--data", self.data, "--protocol-seed", str(self.seed)]
         options += ["--protocol", self.protocol] if self.protocol else []
         options += ["--root", self.root] if self.root else []

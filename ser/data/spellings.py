@@ -1,7 +1,7 @@
-"""Check the names of emotions and speakers: what people wrote, what they meant, and how many of each there are.
+"""Check the names of emotions and speakers: their spelling, possible errors, and how often each occurs.
 
-A class in two spellings (angry, Angry) would be two classes, so it is refused, with the map that makes it one.
-What may be a slip (hapy beside happy) is shown with the counts of all classes, before anything is trained.
+A class in two spellings (angry, Angry) would be two classes, so it is refused, and the message has a map that
+unifies them. A possible misspelling (hapy beside happy) is shown with the counts of all classes, before training.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from ser.errors import ConfigError, ManifestError, brief_repr, indented, shorten
 
 MAX_MAP_BYTES = 16 * 1024 * 1024
 MAX_EXAMPLE = 1000  # characters of a map in a message
-EXAMPLE = '{"hapy": "happy", "xxx": null}'  # a map in messages
+EXAMPLE = '{"hapy": "happy", "xxx": null}'  # the example of a map in messages
 MAX_CLASSES = 12  # classes that have a column in a table of corpora
-MAX_COMPARED = 200  # classes that are compared with each other for slips
+MAX_COMPARED = 200  # with more classes, they are not compared with each other for misspellings
 
-# These characters have no picture of their own, as those of the categories Cc and Cf: joiners, fillers, selectors
-# of variants.
+# These characters are invisible, like those of the categories Cc and Cf: joiners, fillers, variation selectors.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
@@ -46,17 +45,17 @@ USUAL_NAMES = {
     "": ("calm",),
 }
 
-# These are not among the cells that stand for nothing, and yet hardly meant as a class.
+# These cells are not taken as missing, but they are hardly meant as a class.
 SEEMS_MISSING = frozenset({"nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nil", "nat", "?", "--", "missing"})
 
 
 def is_name(value: object) -> bool:
-    """Tell whether a value can be a label: a text that is neither empty nor half a surrogate pair."""
+    """Tell whether a value can be a label: a text that is not empty and has no lone surrogate."""
     return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _checked(where: str, values: Mapping[str, Any]) -> dict[str, str | None]:
-    """Check one level of a map, and write its names as labels are read."""
+    """Check one level of a map, and normalise its names as labels are normalised."""
     names: dict[str, str | None] = {}
     for old, new in values.items():
         if not is_name(old) or (new is not None and not is_name(new)):
@@ -77,10 +76,10 @@ def _checked(where: str, values: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def check_map(values: object, where: str) -> dict[str, Any]:
-    """Check a label map from JSON and write its names as labels are read; ``where`` is for the message.
+    """Check a label map from JSON, and normalise its names as labels are normalised; ``where`` is for messages.
 
     Raises:
-        ConfigError: it is no label map.
+        ConfigError: it is not a label map.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: found {brief_repr(values)}, expected an object such as {EXAMPLE}")
@@ -95,11 +94,11 @@ def check_map(values: object, where: str) -> dict[str, Any]:
 
 
 def parse_map(source: str) -> dict[str, Any]:
-    """Read a label map: emotion as written -> its name, None for no label; below "speaker", the same of speakers.
+    """Read a label map: emotion as written -> its name, None for no label; under "speaker", the same for speakers.
 
         {"hapy": "happy", "xxx": null, "speaker": {"s1": "S1"}}
 
-    A name that maps to itself (``"A": "A"``) is meant as it is, however near another one looks.
+    A name that maps to itself (``"A": "A"``) is kept, even if another one looks similar.
 
     Args:
         source: the JSON object, or the path of a file that holds it.
@@ -125,7 +124,7 @@ def parse_map(source: str) -> dict[str, Any]:
 
 
 def is_invisible(character: str) -> bool:
-    """Tell whether a character has no picture and takes no room."""
+    """Tell whether a character is invisible and has no width."""
     return unicodedata.category(character) in ("Cc", "Cf") or INVISIBLE.match(character) is not None
 
 
@@ -133,12 +132,12 @@ def is_invisible(character: str) -> bool:
 
 
 def spelling(name: str) -> str:
-    """Reduce a name to what is left without case, spaces, invisible characters and variants of a character.
+    """Reduce a name to a form without case, spaces, invisible characters and variants of a character.
 
-    Spaces between digits stay, since they hold numbers apart, and 1.0 is 1.
+    Spaces between digits stay, since they separate numbers, and 1.0 becomes 1.
     """
     name = whole(name)
-    if name.isascii() and name.isalnum():  # as most are: a million speakers take a second
+    if name.isascii() and name.isalnum():  # a shortcut for most names: a million speakers take a second
         return name.lower()
     name = unicodedata.normalize("NFKC", name)
     name = "".join(" " if c.isspace() else c for c in name if c.isspace() or not is_invisible(c))
@@ -147,7 +146,7 @@ def spelling(name: str) -> str:
 
 
 def _example(maps: Sequence[Mapping[str, Any]]) -> str:
-    """Write one map of all as JSON that can be copied; where that would be long, the first one alone."""
+    """Merge maps into one, as JSON that can be copied; if that is too long, write only the first map."""
     speakers = {old: new for one in maps for old, new in map_for(one, "speaker").items()}
     together = {old: new for one in maps for old, new in map_for(one, "emotion").items()}
     text = json.dumps(together | ({"speaker": speakers} if speakers else {}))
@@ -155,7 +154,7 @@ def _example(maps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def shown_name(name: str) -> str:
-    """Quote a name; escape it where something in it cannot be seen, or looks like another character."""
+    """Quote a name; escape it if a character is invisible, or looks like another one."""
     plain = unicodedata.normalize("NFKC", name) == name and not any(map(is_invisible, name))
     return brief_repr(name) if plain else shorten(ascii(name), 200)
 
@@ -163,7 +162,7 @@ def shown_name(name: str) -> str:
 def _twins(
     column: str, names: Sequence[str], where: Mapping[str, Sequence[str]], right: Collection[str]
 ) -> tuple[str, dict[str, Any]]:
-    """Write a line that shows the spellings of one name, and a map that makes them one."""
+    """Return a line that shows the spellings of one name, and a map that unifies them."""
     shown = [f"{shown_name(n)} ({', '.join(where[n]) or 'of the model'})" for n in names[:MAX_SHOWN]]
     kept = next((n for n in names if n in right), names[0])
     renamed = {n: kept for n in names if n != kept}
@@ -171,7 +170,7 @@ def _twins(
 
 
 def _places(sets: Mapping[str, Iterable[Utterance]], column: str, right: Collection[str]) -> dict[str, list[str]]:
-    """Collect the names of a column, and in which sets each stands how often; names of the model come first."""
+    """Collect the names of a column, and how often each occurs in each set; names of the model come first."""
     where: dict[str, list[str]] = {name: [] for name in right}
     for title, utterances in sets.items():
         counts = Counter(u.labels[column] for u in utterances if column in u.labels)
@@ -181,7 +180,7 @@ def _places(sets: Mapping[str, Iterable[Utterance]], column: str, right: Collect
 
 
 def _spelt_alike(names: Iterable[str], right: Collection[str], meant: Collection[str]) -> list[list[str]]:
-    """Group the names that differ in spelling alone, without those ``meant`` so; groups all ``right`` may stay."""
+    """Group names that differ only in spelling, except ``meant`` names and groups that are all ``right``."""
     groups: dict[str, list[str]] = {}
     for name in names:
         if name not in meant:
@@ -201,13 +200,13 @@ def check_spellings(
 
     Args:
         sets: name -> utterances.
-        emotions, speakers: names that are right as they are, such as the classes of a model.
-        label_map: what the sets were read with. A name that it leaves as it is (``"A": "A"``) is right too.
+        emotions, speakers: names that are correct, such as the classes of a model.
+        label_map: the map with which the sets were read. A name that it maps to itself (``"A": "A"``) is correct.
         columns: the columns that are used.
 
     Raises:
-        ManifestError: names differ in case, spaces, invisible characters or Unicode form alone. The message shows
-            each with where it stands, and a map that makes them one.
+        ManifestError: names differ only in case, spaces, invisible characters or Unicode form. The message shows
+            where each occurs, and a map that unifies them.
     """
     twins = []
     for column, right in (("emotion", emotions), ("speaker", speakers)):
@@ -225,12 +224,12 @@ def check_spellings(
 
 
 def _plain(name: str) -> str:
-    """Show a name, in quotes where it is more than letters and digits."""
+    """Show a name, in quotes if it has more than letters and digits."""
     return name if name.replace("_", "").replace("-", "").isalnum() and len(name) < 50 else shown_name(name)
 
 
 def _set_line(title: str, utterances: Sequence[Utterance], counts: Counter[str]) -> str:
-    """Describe a set: its size, its classes from the most frequent on, and how many utterances lack a label."""
+    """Describe a set: its size, its classes, most frequent first, and how many utterances lack a label."""
     classes = [f"{_plain(name)} {count}" for name, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))]
     parts = [f"emotions {summary(classes, MAX_SHOWN)}"] if classes else []
     speakers = {u.speaker for u in utterances if u.speaker is not None}
@@ -241,7 +240,7 @@ def _set_line(title: str, utterances: Sequence[Utterance], counts: Counter[str])
 
 
 def _near(name: str, counts: Counter[str]) -> str:
-    """Find the class, at least twice as frequent, of which ``name`` may be a slip of one letter."""
+    """Find a class, at least twice as frequent, of which ``name`` may be a misspelling by one letter."""
     digits = re.sub(r"[^0-9]", "", name)
     for other in counts:
         if counts[other] < 2 * counts[name] or abs(len(other) - len(name)) > 1:
@@ -253,7 +252,7 @@ def _near(name: str, counts: Counter[str]) -> str:
 
 
 def _odd_names(counts: Counter[str]) -> list[str]:
-    """Point at classes that are perhaps none: slips of another class, cells for nothing, invisible characters."""
+    """Point out doubtful classes: misspellings, cells for a missing value, names with invisible characters."""
     lines = []
     for name in sorted(counts):
         if name.casefold() in SEEMS_MISSING:
@@ -267,7 +266,7 @@ def _odd_names(counts: Counter[str]) -> list[str]:
 
 
 def _lacking(title: str, here: Collection[str], other: str, there: Collection[str], consequence: str) -> list[str]:
-    """Say which classes a set has and another one, the first set or the model, lacks; and the reverse."""
+    """Say which classes only this set has, and which only the other one (the first set or the model) has."""
     near = list(there)[:MAX_COMPARED]
     more = [f"{_plain(name)}{did_you_mean(name, near)}" for name in sorted(set(here) - set(there))]
     fewer = [_plain(name) for name in sorted(set(there) - set(here))]
@@ -281,7 +280,7 @@ def _lacking(title: str, here: Collection[str], other: str, there: Collection[st
 
 
 def _zeros(sets: Mapping[str, Sequence[Utterance]]) -> list[str]:
-    """Point at speakers who are one number with and without leading zeros, which a spreadsheet takes away."""
+    """Point out speakers whose numbers differ only in leading zeros, which a spreadsheet removes."""
     numbers: dict[str, list[str]] = {}
     for name in {u.speaker or "" for utterances in sets.values() for u in utterances}:
         if name.isdecimal():
@@ -362,7 +361,7 @@ def corpus_lines(title: str, utterances: Iterable[Utterance]) -> list[str]:
 
 
 def _differing_classes(counts: Mapping[str, Counter[str]], emotions: Collection[str] | None) -> list[str]:
-    """Compare the classes of each set with those of the model; without a model, with those of the first set."""
+    """Compare the classes of each set with those of the model, or without a model with those of the first set."""
     (first, learnt), *others = counts.items()
     other, there, consequence = first, list(learnt), "which nothing learns"
     if emotions is not None:
@@ -379,13 +378,13 @@ def label_lines(
     emotions: Collection[str] | None = None,
     by_corpus: bool = False,
 ) -> list[str]:
-    """Say what a user should know of the labels before they are used: classes, counts, and what is odd.
+    """Describe the labels before they are used: classes, counts, and what looks wrong.
 
     Args:
-        sets: name -> utterances; the first one is what others are compared with.
-        emotions: the classes of the model that is evaluated on them, none where it has no emotions; None: there is
-            no model yet.
-        by_corpus: whether each set is counted by corpus too.
+        sets: name -> utterances; the others are compared with the first one.
+        emotions: the classes of the model that is evaluated on them, empty if it has none; None: there is no model
+            yet.
+        by_corpus: whether each set is also counted by corpus.
     """
     counts = {title: Counter(u.emotion for u in us if u.emotion is not None) for title, us in sets.items()}
     lines = [_set_line(title, utterances, counts[title]) for title, utterances in sets.items()]

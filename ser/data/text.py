@@ -21,12 +21,12 @@ from typing import Any
 from ser.errors import ConfigError, TextError, brief_repr
 from ser.files import StrPath, is_lfs_pointer, replace_file
 
-# A foreign vocabulary is read from a file that somebody else wrote. The largest useful ones (characters of
-# Chinese) have some 20,000 symbols; at 20 bytes each 65,536 symbols still fit.
+# Limits for vocabulary files of other people. The largest useful ones (Chinese characters) have some 20,000
+# symbols; at 20 bytes each, 65,536 symbols still fit.
 MAX_SYMBOLS = 65_536
 MAX_VOCABULARY_BYTES = 2 * 1024 * 1024
 
-# The many checkpoints that were made after Hugging Face's XLSR tutorial have the second names.
+# The many checkpoints that followed Hugging Face's XLSR tutorial use the second names.
 BLANKS = ("<pad>", "[PAD]")
 UNKNOWNS = ("<unk>", "[UNK]")
 SPECIALS = frozenset({*BLANKS, *UNKNOWNS, "<s>", "</s>"})
@@ -35,19 +35,19 @@ LIBRISPEECH = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJ
 
 
 def nfc(text: str) -> str:
-    """Compose a text: Unicode normal form C."""
+    """Return the Unicode normal form C (composed) of a text."""
     return unicodedata.normalize("NFC", text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Write ``" (did you mean 'happy'?)"`` or, where nothing is near, an empty string. Case is ignored."""
+    """Return ``" (did you mean 'happy'?)"``, or an empty string if no name is similar. Case is ignored."""
     by_case = {k.casefold(): k for k in known}
     near = difflib.get_close_matches(name.casefold(), by_case, n=1)
     return f" (did you mean {by_case[near[0]]!r}?)" if near else ""
 
 
 def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse a JSON object in which a name stands twice, with ValueError: an `object_pairs_hook`."""
+    """Raise ValueError if a JSON object has a name twice; this is an `object_pairs_hook`."""
     unique = dict(pairs)
     if len(unique) != len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
@@ -67,12 +67,12 @@ BUCKWALTER = {
 
 
 def _cause(error: Exception) -> str:
-    """Word the cause of an error, without the path of an OSError."""
+    """Return the cause of an error as text, without the path of an OSError."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _tokens_by_id(ids: Mapping[str, int]) -> dict[int, str]:
-    """Check a mapping token -> id of another program, and turn it round. Raises TextError."""
+    """Check a mapping token -> id, and return its inverse. Raises TextError."""
     if len(ids) > MAX_SYMBOLS:
         raise TextError(f"{len(ids)} tokens, at most {MAX_SYMBOLS} are possible")
     tokens: dict[int, str] = {}
@@ -95,9 +95,9 @@ def _tokens_by_id(ids: Mapping[str, int]) -> dict[int, str]:
 
 
 def _common_case(characters: Iterable[str]) -> str:
-    """Return "upper" or "lower" where all letters are; "" where there are both, or letters have no case."""
+    """Return "upper" or "lower" if all letters have this case; "" if both occur, or letters have no case."""
     letters = [c for c in characters if len(c) == 1]
-    # A sharp s, which is a letter of capitals too in many a list, tells nothing.
+    # A sharp s does not count, since many upper-case vocabularies have it too.
     lower = any(c == c.lower() != c.upper() and len(c.upper()) == 1 for c in letters)
     upper = any(c == c.upper() != c.lower() for c in letters)
     return "" if lower == upper else "lower" if lower else "upper"
@@ -110,10 +110,10 @@ class Vocabulary:
     Attributes:
         tokens: the symbols, in the order of their ids.
         word_delimiter: the symbol that stands for a space.
-        case: "upper" or "lower" where all letters are; empty where there are both, or the script has no case.
+        case: "upper" or "lower" if all letters have this case; empty if both occur, or the script has no case.
         blank: id of the CTC blank, ``<pad>``.
         unknown: id of ``<unk>``, or None. Nothing is ever encoded as this symbol.
-        specials: symbols that are no text: `SPECIALS`, and those of a foreign tokenizer.
+        specials: symbols that are not text: `SPECIALS`, and those of a foreign tokenizer.
         lower_case: whether decoded text is shown in lower case, while the symbols are upper case.
         separator: what a decoded delimiter is shown as.
     """
@@ -140,13 +140,13 @@ class Vocabulary:
         lower_case: bool = False,
         separator: str = " ",
     ) -> None:
-        """Make a vocabulary of a mapping token -> id.
+        """Make a vocabulary from a mapping token -> id.
 
-        ``blank`` and ``unknown`` are tokens; None stands for those of the usual names.
+        ``blank`` and ``unknown`` are tokens; None: those of the usual names.
 
         Raises:
-            TextError: the ids are not 0..n-1 without gaps or duplicates, there is no ``<pad>``, more than
-                65,536 tokens, or a token or id of another type.
+            TextError: the ids are not 0..n-1 without gaps or duplicates, there is no ``<pad>``, there are more
+                than 65,536 tokens, or a token or id has another type.
         """
         by_id = _tokens_by_id(ids)
         blanks = [b for b in (blank, *BLANKS) if b is not None and b in ids]
@@ -165,30 +165,29 @@ class Vocabulary:
         keep("lower_case", lower_case)
         keep("separator", separator)
         keep("_delimiter", ids.get(word_delimiter))
-        # `encode` looks up single characters of words, so it never meets a longer token or the delimiter here. A
-        # token that another program wrote decomposed counts as its composed character, unless that character has a
-        # token of its own.
+        # `encode` looks up single characters of words, so it never finds a longer token or the delimiter here. A
+        # decomposed token counts as its composed character, unless this character has a token of its own.
         text = {token: id_ for token, id_ in ids.items() if token not in self.specials}
         keep("_ids", {**{nfc(token): id_ for token, id_ in text.items()}, **text})
         keep("case", _common_case(self._ids))
 
     def __len__(self) -> int:
-        """Count the symbols V, blank included."""
+        """Return the number of symbols V, including the blank."""
         return len(self.tokens)
 
     @classmethod
     def librispeech(cls) -> Vocabulary:
-        """Make the 32 symbols of facebook/wav2vec2-base-960h: four specials, ``|``, A to Z and the apostrophe."""
+        """Return the 32 symbols of facebook/wav2vec2-base-960h: four specials, ``|``, A to Z, the apostrophe."""
         return cls({token: i for i, token in enumerate(LIBRISPEECH)})
 
     @classmethod
     def build(cls, texts: Iterable[str], *, word_delimiter: str = "|") -> Vocabulary:
         """Build a vocabulary of the characters of cleaned training `texts`.
 
-        The characters are sorted, and stand after the four specials and the delimiter.
+        The characters are sorted, and follow the four specials and the delimiter.
 
         Raises:
-            TextError: more than 65,536 symbols, or a delimiter that is not one visible character.
+            TextError: there are more than 65,536 symbols, or the delimiter is not one visible character.
         """
         if len(word_delimiter) != 1 or word_delimiter.isspace():
             raise TextError(f"the word delimiter {word_delimiter!r} is not one visible character")
@@ -199,7 +198,7 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: StrPath, *, word_delimiter: str = "|") -> Vocabulary:
-        """Read a vocab.json, an object of token -> id. The delimiter stands in another file: pass it.
+        """Read a vocab.json, an object of token -> id. The delimiter is in another file, so it is an argument.
 
         Raises:
             TextError: ``path`` is not a regular file of at most 2 MiB that holds such an object.
@@ -212,7 +211,7 @@ class Vocabulary:
 
     @staticmethod
     def read_ids(path: StrPath) -> dict[str, Any]:
-        """Read the object in a vocab.json, whatever it holds.
+        """Read the object in a vocab.json, without a check of its content.
 
         Raises:
             TextError: ``path`` is not a regular file of at most 2 MiB that holds an object.
@@ -252,7 +251,7 @@ class Vocabulary:
 
     @property
     def has_delimiter(self) -> bool:
-        """Tell whether several words can be written. Vocabularies of Chinese or phonemes often cannot do so."""
+        """Tell whether there is a symbol between words; vocabularies of Chinese or phonemes often lack one."""
         return self._delimiter is not None
 
     def in_its_case(self, text: str) -> str:
@@ -260,21 +259,21 @@ class Vocabulary:
         if self.case == "upper":
             return "".join(c if c in self._ids else c.upper() for c in text)  # the vocabulary may have a sharp s
         if self.case == "lower":
-            if DOT_ABOVE not in self._ids:  # Python makes one of a capital I with a dot
+            if DOT_ABOVE not in self._ids:  # Python's lower() makes "i" and this dot of a capital I with a dot
                 text = text.replace("\u0130", "i")
-                text = text.replace("I", "\u0131") if "\u0131" in self._ids else text  # Turkish has both
+                text = text.replace("I", "\u0131") if "\u0131" in self._ids else text  # the dotless i of Turkish
             return text.lower()
         return text
 
     def spell(self, text: str) -> tuple[str, str]:
-        """Replace missing characters by others of the same meaning; return the text, and what was replaced."""
+        """Replace missing characters by equivalent ones; return the text, and the replaced characters."""
         others = {c: new for c in set(text).difference(self._ids) if (new := self._instead_of(c)) != c}
         if not others:
             return text, ""
         return "".join(others.get(c, c) for c in text), "".join(c for c in text if c in others)
 
     def _instead_of(self, character: str) -> str:
-        """Find what can be written for a character that is missing here; the character itself if nothing can."""
+        """Return an equivalent of a character that this vocabulary lacks, or itself if there is none."""
         if character == self.word_delimiter or character.isspace():
             return character
         same = next((alike for alike in SAME if character in alike), "")
@@ -287,11 +286,11 @@ class Vocabulary:
         """Encode a cleaned `text`: one symbol per character, and one delimiter between words.
 
         Characters outside the vocabulary are left out (`unknown_characters` counts them). A delimiter in the text
-        counts as a space. Neither the blank nor another special is ever produced; so ``<s>`` in a text is its
-        character s between two characters that most vocabularies lack.
+        counts as a space. Neither the blank nor another special is ever produced: ``<s>`` in a text is three
+        characters, of which most vocabularies have only the s.
 
         Returns:
-            L ids in 0..V-1, without the blank; empty for a text of which nothing is left.
+            L ids in 0..V-1, without the blank; empty if nothing of the text is left.
 
         Raises:
             TextError: the text has several words, and the vocabulary has no word delimiter.
@@ -315,10 +314,10 @@ class Vocabulary:
         return Counter(c for text in texts for word in self._words(text) for c in word if c not in self._ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode greedily: the best symbol of each frame -> text.
+        """Decode the best symbol of each frame to text (greedy decoding).
 
-        Repeats are merged, and then the blank and the other specials are dropped. Delimiters become spaces; spaces
-        at the ends or next to each other are dropped, since an empty word is no word.
+        Repeats are merged, and then the blank and the other specials are dropped. Delimiters become spaces;
+        leading, trailing and repeated spaces are dropped.
 
         Args:
             ids: (T,) symbols, one per frame; a list, array or tensor on the CPU.
@@ -333,7 +332,7 @@ class Vocabulary:
         return self.spelt(symbols)
 
     def spelt(self, ids: Iterable[int]) -> str:
-        """Write symbols, one after the other, as text is shown: without specials, with delimiters as spaces."""
+        """Write a sequence of symbols as text, without specials and with delimiters as spaces."""
         shown = (self.separator if i == self._delimiter else self.tokens[i] for i in ids)
         text = "".join(token for token in shown if token not in self.specials)
         return nfc(" ".join((text.lower() if self.lower_case else text).split()))
@@ -348,13 +347,13 @@ class Vocabulary:
 class Orthography:
     """Describe how transcripts are spelt for the model, and how its output is shown.
 
-    The class of the same name in Hugging Face's wav2vec 2.0 research project has the same settings (transformers,
-    examples/research_projects/wav2vec2/run_asr.py, 2021).
+    The settings are those of the class of the same name in transformers,
+    examples/research_projects/wav2vec2/run_asr.py (2021).
 
     Attributes:
         case: "upper", "lower" or "keep".
-        replacements: character -> what stands for it.
-        dropped_words: words that are no speech.
+        replacements: character -> what replaces it.
+        dropped_words: words that are not speech.
         word_delimiter: the symbol between words; the vocabulary must have it.
         tag_brackets: pairs that may enclose a tag. Letters of the orthography cannot be among them.
         script: character -> character of the script that people read.
@@ -368,9 +367,9 @@ class Orthography:
     script: Mapping[str, str] = field(default_factory=dict)
 
     def clean(self, text: str, vocabulary: Vocabulary | None = None) -> str:
-        """Write `text` in this spelling, NFC, with single spaces. Tags are left as they are: see `clean`.
+        """Return `text` in this spelling, NFC, with single spaces. Tags are not removed; see the function `clean`.
 
-        Where all letters of the `vocabulary` have one case, that case is taken in place of the orthography's.
+        If all letters of the `vocabulary` have one case, it replaces the case of the orthography.
         """
         text = nfc(text).translate({ord(c): instead for c, instead in self.replacements.items()})
         if vocabulary is not None and self.follows(vocabulary):
@@ -380,22 +379,22 @@ class Orthography:
         return nfc(" ".join(word for word in text.split() if word not in self.dropped_words))
 
     def follows(self, vocabulary: Vocabulary) -> bool:
-        """Tell whether text takes the vocabulary's case, not this one's. Buckwalter's letters differ by case."""
+        """Tell whether text takes the vocabulary's case; in Buckwalter's, case distinguishes letters, so never."""
         return vocabulary.case not in ("", self.case) and not self.script
 
     def present(self, text: str) -> str:
-        """Show decoded `text` as a person reads it: in Arabic script for "buckwalter", else as it is."""
+        """Return decoded `text` as people read it: in Arabic script for "buckwalter", else unchanged."""
         return nfc(text.translate({ord(c): letter for c, letter in self.script.items()}))
 
 
 ORTHOGRAPHIES = {
-    # The transcripts of LibriSpeech are spelt so, on which facebook/wav2vec2-base-960h was trained.
+    # This is the spelling of LibriSpeech, on which facebook/wav2vec2-base-960h was trained.
     "librispeech": Orthography(case="upper", replacements=dict.fromkeys("\u2019\u2018\u201b\u02bc\uff07", "'")),
-    # Compounds such as "quarter-century-old" are broken, and the pause "--" is no word. The vocabulary must
-    # have lower-case letters: build one, since `Vocabulary.librispeech` would drop every character.
+    # Compounds such as "quarter-century-old" are split, and the pause "--" is dropped. Build a vocabulary for it,
+    # since `Vocabulary.librispeech` has no lower-case letters and would drop every character.
     "timit": Orthography(case="lower", replacements={"-": " "}),
     # The Arabic Speech Corpus writes pauses as "-" and "sil" and the letter theh as "^". The delimiter is "/",
-    # since "|" is the letter alef with madda. And < > { } are letters, so they are never brackets.
+    # since "|" is the letter alef with madda. The characters < > { } are letters too, so they are no brackets.
     "buckwalter": Orthography(
         replacements={"-": " ", "^": "v"},
         dropped_words=frozenset({"sil"}),
@@ -408,11 +407,11 @@ ORTHOGRAPHIES = {
 
 
 def remove_tags(text: str, brackets: Iterable[str]) -> str:
-    """Put a space in place of each balanced pair of `brackets` ("[]", "{}", ...) and what it holds.
+    """Replace each balanced pair of `brackets` ("[]", "{}", ...) and its content by spaces.
 
-    A bracket without its partner is left, and so is all that follows it. The time is linear in the text's length.
+    A bracket without a partner stays, and so does the text after it. The time is linear in the text's length.
     """
-    # A tag begins with +1 and has -1 behind its end, so the running sum is 0 outside tags.
+    # Steps have +1 at the beginning of a tag and -1 after its end, so their running sum is 0 outside tags.
     steps = [0] * (len(text) + 1)
     for pair in brackets:
         opening, closing = pair[0], pair[1]
@@ -433,18 +432,18 @@ def remove_tags(text: str, brackets: Iterable[str]) -> str:
 def clean(
     text: str, *, orthography: str = "librispeech", tags: str = "remove", vocabulary: Vocabulary | None = None
 ) -> str:
-    """Write a transcript as it is to be learnt: without tags, in the given spelling, NFC, with single spaces.
+    """Return a transcript as the model learns it: without tags, in the given spelling, NFC, with single spaces.
 
     Args:
-        text: as the corpus has it.
+        text: the transcript of the corpus.
         orthography: a name in `ORTHOGRAPHIES`.
-        tags: what becomes of ``[LAUGHTER]``, ``{LG}`` and ``<LG>``. "remove" deletes them with their letters.
-            "keep-letters" deletes the brackets alone. The cleaner of Cai et al. (2021) has this effect: it deletes
-            the characters outside the vocabulary, and the letters LG are inside.
-        vocabulary: where all its letters have one case, the text is written in that case.
+        tags: what to do with ``[LAUGHTER]``, ``{LG}`` and ``<LG>``. "remove" deletes them with their letters.
+            "keep-letters" deletes only the brackets. This is what the cleaner of Cai et al. (2021) does, since it
+            only deletes characters that are not in the vocabulary.
+        vocabulary: if all its letters have one case, the text is written in this case.
 
     Returns:
-        The text. It is empty if nothing is left, which is no error (an utterance without a transcript).
+        The text. It may be empty; the utterance then has no transcript.
 
     Raises:
         ConfigError: `orthography` or `tags` is unknown.
@@ -466,7 +465,7 @@ def clean(
 
 # ------------------------------------------------------------------------------------------------- vocabulary
 
-# These characters mean the same in a transcript: where a vocabulary lacks one, the first that it has is written.
+# These characters mean the same in a transcript. If a vocabulary lacks one, the first one that it has replaces it.
 SAME = ("'\u2019\u02bc\u2018\u201b`\u00b4\uff07", "-\u2010\u2011")
 SHARP_S = {"\u00df": ("\u1e9e", "ss", "SS"), "\u1e9e": ("\u00df", "SS", "ss")}
 DOT_ABOVE = "\u0307"
@@ -480,13 +479,13 @@ def counted(characters: Counter[str], most: int = 20) -> str:
 
 @dataclass
 class Rewriting:
-    """Count what was changed in references so that a vocabulary can write them. Counts are added with ``+=``.
+    """Count the changes to references that a vocabulary needs to write them. Counts are added with ``+=``.
 
     Attributes:
-        case: "upper" or "lower", where the vocabulary has letters of one case that is not the orthography's.
+        case: "upper" or "lower", if the vocabulary has letters of one case, which is not the orthography's.
         recased: how many references were written in that case.
-        replaced: character -> how often another of the same meaning stands in its place, such as an apostrophe.
-        removed: character -> how often it was left out. A space is left out where there is no word delimiter.
+        replaced: character -> how often an equivalent one replaces it, such as another apostrophe.
+        removed: character -> how often it was left out. A space is left out if there is no word delimiter.
         emptied: how many references have nothing left, so that no error rate counts them.
     """
 
@@ -497,7 +496,7 @@ class Rewriting:
     emptied: int = 0
 
     def __iadd__(self, other: Rewriting) -> Rewriting:
-        """Add the changes of another part, of references for the same vocabulary."""
+        """Add the changes of other references for the same vocabulary."""
         self.case = self.case or other.case
         self.recased += other.recased
         self.replaced += other.replaced
@@ -506,7 +505,7 @@ class Rewriting:
         return self
 
     def to_dict(self) -> dict[str, object]:
-        """Return what a report has: only what was changed."""
+        """Return the changes for a report, without counts of 0."""
         changes = {
             "references_recased": {self.case: self.recased} if self.recased else {},
             "characters_replaced": dict(self.replaced.most_common()),
@@ -517,7 +516,7 @@ class Rewriting:
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> Rewriting:
-        """Read what `to_dict` gives."""
+        """Read the output of `to_dict`."""
         case, recased = next(iter(report.get("references_recased", {}).items()), ("", 0))
         replaced = Counter(report.get("characters_replaced", {}))
         removed = Counter(report.get("characters_outside_vocabulary", {}))
@@ -539,9 +538,9 @@ class Rewriting:
 
 
 def minimum_frames(targets: Iterable[int]) -> int:
-    """Count the fewest frames that can carry `targets`: CTC needs a blank between equal neighbours.
+    """Return the smallest number of frames on which CTC can align `targets`.
 
-    L symbols with r equal neighbours need L + r frames (Graves et al., 2006).
+    L symbols with r equal neighbours need L + r frames, since a blank must separate these (Graves et al., 2006).
     """
     symbols = [int(t) for t in targets]
     return len(symbols) + sum(a == b for a, b in pairwise(symbols))

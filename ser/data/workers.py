@@ -1,8 +1,8 @@
-"""Let other processes decode batches ahead: every wait for them has a limit, and none of them is left behind.
+"""Let worker processes decode batches ahead: every wait for them has a limit, and none of them is left running.
 
-torch's own limit (DataLoader's ``timeout``) covers its queue alone. A batch that was announced is fetched from its
-worker through a socket, without a limit. At its end a process waits for its workers without a limit, for ever if
-one is stopped or stuck. So here a thread counts the seconds of every wait, and kills the workers.
+torch's own limit (DataLoader's ``timeout``) covers only its queue. After a batch is announced, it is fetched from
+its worker through a socket, without a limit. And when a process ends, it waits for its workers, for ever if one is
+stopped or stuck. So here a thread counts the seconds of every wait, and kills workers that take too long.
 """
 
 import atexit
@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from ser.errors import ConfigError, ResourceError
 
-WORKER_SECONDS = 600.0  # the longest that a process waits for a worker, where nothing else is said
+WORKER_SECONDS = 600.0  # the default limit of a wait for a worker
 CONTINUE = "give the same command again to continue"
-AGAIN = "give the same command again"  # where nothing is kept of what was done
+AGAIN = "give the same command again"  # for commands that cannot continue
 
 
 def worker_died(error: BaseException, then: str) -> ResourceError:
-    """Word the error for a worker that has ended, as torch or a lost connection tells; ``then``: what to do."""
+    """Return the error for a worker that has ended; ``then`` says what to do afterwards."""
     reason = (str(error).splitlines() or ["its connection ended"])[0].strip().rstrip(".")
     return ResourceError(
         f"a process that decodes audio died: {reason}. If the system killed it for lack of memory, lower "
@@ -34,9 +34,9 @@ def worker_died(error: BaseException, then: str) -> ResourceError:
 
 @contextmanager
 def worker_death_explained(then: str = CONTINUE) -> Iterator[None]:
-    """Raise ResourceError for a worker's death around all that uses `decoded`.
+    """Raise ResourceError if a worker dies in this context, which holds all that uses `decoded`.
 
-    torch raises its own error wherever this process happens to be, which need not be in `decoded`.
+    torch raises its error wherever this process is at that moment, perhaps outside of `decoded`.
     """
     try:
         yield
@@ -47,26 +47,27 @@ def worker_death_explained(then: str = CONTINUE) -> Iterator[None]:
 
 
 def kill(workers: Iterable[BaseProcess]) -> None:
-    """Send SIGKILL, which ends a stopped process too. Workers that have ended are left alone."""
+    """Send SIGKILL, which also ends a stopped process. Workers that have ended are left alone."""
     for worker in workers:
         worker.kill()
 
 
 class Patience(threading.Thread):
-    """A thread that kills workers which give nothing for some seconds while this process waits for them.
+    """Kill workers that return nothing for some seconds while this process waits for them.
 
-    It counts its own ticks and reads no clock: while this process itself is stopped (Ctrl-Z) nobody waits.
+    This thread counts ticks and reads no clock, so the time in which this process is stopped (Ctrl-Z) does not
+    count.
     """
 
     def __init__(self, seconds: float) -> None:
         super().__init__(name="patience", daemon=True)
         self.seconds = seconds
         self.workers: Sequence[BaseProcess] = ()
-        self.waits = 0  # how many have begun
+        self.waits = 0  # how many waits have begun
         self.waiting = False
         self.over = threading.Event()
         self.given_up = False
-        self.fault: Exception | None = None  # of planning: no worker's
+        self.fault: Exception | None = None  # an error of planning, so not of a worker
 
     def begin(self) -> None:
         """Note that a wait for the workers begins."""
@@ -78,7 +79,7 @@ class Patience(threading.Thread):
         self.waiting = False
 
     def wait_for(self, loader: Iterator[Any]) -> Any:
-        """Return the loader's next batch, or None behind the last; raise EOFError where the wait was too long."""
+        """Return the loader's next batch, or None after the last; raise EOFError if the wait was too long."""
         self.begin()
         batch = next(loader, None)
         self.end()
@@ -87,9 +88,9 @@ class Patience(threading.Thread):
         return batch
 
     def planned(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Give the batches that a loader asks for in the middle of a wait, and do not count that time as waiting.
+        """Yield the batches that a loader asks for during a wait, without counting that time as waiting.
 
-        Planning may take long, with a live source for example.
+        Planning may take long, for example with a live source.
         """
         self.end()
         try:
@@ -103,7 +104,7 @@ class Patience(threading.Thread):
         self.begin()
 
     def run(self) -> None:
-        """Look ten times within the limit, and once a second at least."""
+        """Check ten times within the limit, and at least once a second."""
         tick, waited, number = min(1.0, self.seconds / 10), 0.0, 0
         while not self.over.wait(tick):
             waited = waited + tick if self.waiting and number == self.waits else 0.0
@@ -116,7 +117,7 @@ class Patience(threading.Thread):
 
 @contextmanager
 def all_or_none(patience: Patience, then: str) -> Iterator[None]:
-    """Kill all workers that start in this block if one of them cannot start: Python's end would wait for them."""
+    """Kill all workers that start in this block if one of them cannot start; else Python's exit would hang."""
     there = set(multiprocessing.active_children())
     try:
         yield
@@ -132,20 +133,20 @@ def all_or_none(patience: Patience, then: str) -> Iterator[None]:
 
 @contextmanager
 def all_ended(loader: Any, patience: Patience) -> Iterator[None]:
-    """End all workers of a DataLoader's iterator with this block, or with Python if that ends first."""
+    """End all workers of a DataLoader's iterator when this block ends, or when Python exits before."""
     owner = os.getpid()
 
     def end_all() -> None:
-        if os.getpid() == owner:  # not in a copy that somebody forked
+        if os.getpid() == owner:  # and not in a forked copy of this process
             kill(patience.workers)
 
-    # An error may keep a generator until Python ends, and there multiprocessing waits for its processes.
+    # An error may keep the generator alive until Python exits, where multiprocessing waits for its processes.
     atexit.register(end_all)
     try:
         yield
     finally:
         patience.over.set()
-        with suppress(RuntimeError):  # torch tells of the death that a lost connection has told of already
+        with suppress(RuntimeError):  # torch's error for a death that is already known from the lost connection
             loader._shutdown_workers()
         end_all()
         atexit.unregister(end_all)
@@ -153,10 +154,9 @@ def all_ended(loader: Any, patience: Patience) -> Iterator[None]:
 
 @contextmanager
 def lost_worker_explained(patience: Patience, then: str) -> Iterator[None]:
-    """Raise ResourceError where a worker was killed by ``patience``, or died while this process waited for it.
+    """Raise ResourceError if ``patience`` killed a worker, or a worker died while this process waited for it.
 
-    What a dead worker had sent is fetched from it through a socket, and that may fail before torch tells of its
-    death.
+    The batch of a dead worker is fetched through a socket, which may fail before torch notices the death.
     """
     try:
         yield
@@ -182,20 +182,20 @@ def decoded(
     then: str = CONTINUE,
     **options: Any,
 ) -> Generator[Any, None, None]:
-    """Give the batches of a dataset in their order, decoded ahead by worker processes.
+    """Yield the batches of a dataset in their order, decoded ahead by worker processes.
 
     Args:
-        dataset: gives an item of a batch.
-        batches: what each batch holds, asked for ahead.
+        dataset: returns the items of a batch.
+        batches: the indices of each batch; they are read ahead.
         collate: makes a batch of its items.
         workers: the number of processes; with 0 this process decodes.
-        timeout: seconds to wait for one of them.
+        timeout: the limit of a wait for a worker, in seconds.
         then: what the errors advise to do.
-        options: further ones of DataLoader.
+        options: further options of DataLoader.
 
     Raises:
-        ResourceError: a worker cannot be started, gave nothing within ``timeout``, or died while it was waited
-            for. For its death at another time see `worker_death_explained`.
+        ResourceError: a worker cannot be started, returned nothing within ``timeout``, or died while this process
+            waited for it. For a death at another time see `worker_death_explained`.
         ConfigError: ``timeout`` is not above 0.
     """
     if not timeout > 0:

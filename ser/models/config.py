@@ -1,6 +1,6 @@
-"""What decides the computation of the encoder, and the presets: names and defaults are those of config.json.
+"""Configure the encoder, and define the presets; names and defaults are those of config.json.
 
-One dataclass describes published architectures that share almost everything; `ARCHITECTURES` says what differs:
+One dataclass describes several published architectures; `ARCHITECTURES` says in what they differ:
 
     wav2vec2        Baevski et al., wav2vec 2.0, NeurIPS 2020
     hubert          Hsu et al., HuBERT, TASLP 2021
@@ -24,19 +24,19 @@ from ser.errors import ConfigError, brief_repr
 
 @dataclass(frozen=True)
 class Architecture:
-    """Describe what one model_type has of its own: a row of `ARCHITECTURES`."""
+    """Describe what is special in one model_type: a row of `ARCHITECTURES`."""
 
-    classes: str  # how the names of its classes in `transformers` begin
-    prefix: str  # what stands before the encoder's keys where a class with heads saved them
+    classes: str  # the beginning of the names of its classes in `transformers`
+    prefix: str  # the prefix of the encoder's keys in checkpoints of classes with heads
     attention: str = "plain"  # its layer in `ATTENTIONS` of ser.models.wav2vec2
     positions: str = "convolution"  # its layer in `POSITIONS` of ser.models.wav2vec2
-    # Fields of the configuration that are its own. Of others, a config.json may set such a key to its default.
+    # Fields of the configuration that only it uses. In other architectures such a field must have its default.
     fields: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # of its config.json, where they are not ours
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # what holds whatever a config.json says
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # defaults of its config.json that differ from ours
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # values that a config.json cannot change
 
 
-# model_type -> all that differs. Who adds a row does so before the configuration is made (docs/extending.md).
+# model_type -> what is special in it. Rows are added before a configuration is made (docs/extending.md).
 ARCHITECTURES: dict[str, Architecture] = {
     "wav2vec2": Architecture("Wav2Vec2", "wav2vec2."),
     "hubert": Architecture("Hubert", "hubert.", fields=("feat_proj_layer_norm", "conv_pos_batch_norm")),
@@ -51,8 +51,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
-# Keys that would change the computation in a way this package does not implement, and the values at which
-# they change nothing. Anything else is refused by name.
+# Keys that can change the computation in a way that is not implemented here -> the values that change nothing.
+# Other values are refused, with the name of the key.
 NEUTRAL_VALUES: dict[str, tuple] = {
     "add_adapter": (False, None),
     "adapter_attn_dim": (None,),
@@ -72,7 +72,7 @@ SHARES = (
     "feat_proj_dropout hidden_dropout attention_dropout activation_dropout final_dropout layerdrop "
     "mask_time_prob mask_feature_prob"
 )
-# (fields, the least and the most that each of their numbers may be, the message where one is not), as checked
+# (fields, minimum and maximum of each of their numbers, message of the error), in the order of checks
 FIELD_RANGES: tuple[tuple[str, float, float, str], ...] = (
     (SIZES, 1, 65_536, "{name} is {value}; sizes from 1 to 65,536 can be built"),
     ("num_hidden_layers", 1, 512, "{name} is {value}; at most 512 can be built"),
@@ -89,13 +89,13 @@ def conv_length(length: Tensor, kernel: int, stride: int) -> Tensor:
 
 
 def owners_of(name: str) -> list[str]:
-    """Return the architectures that have a field of the configuration as their own; none if all share it."""
+    """Return the architectures that alone use a field of the configuration; none if all use it."""
     return [model_type for model_type, row in ARCHITECTURES.items() if name in row.fields]
 
 
 @dataclass(frozen=True)
 class Wav2Vec2Config:
-    """Hold what decides the computation of the encoder; names and defaults are those of config.json."""
+    """Hold the configuration of the encoder; names and defaults are those of config.json."""
 
     model_type: str = "wav2vec2"
     # feature encoder (paper section 2, "Feature encoder")
@@ -113,12 +113,12 @@ class Wav2Vec2Config:
     layer_norm_eps: float = 1e-5
     num_conv_pos_embeddings: int = 128  # kernel of the positional convolution, in frames
     num_conv_pos_embedding_groups: int = 16
-    # what one architecture alone has, see ARCHITECTURES
+    # fields of one architecture, see ARCHITECTURES
     feat_proj_layer_norm: bool = True  # HuBERT: a norm before the feature projection
     conv_pos_batch_norm: bool = False  # HuBERT: a batch norm in the place of the weight norm
     num_buckets: int = 320  # WavLM: classes of relative positions, half of them for each direction
-    max_bucket_distance: int = 800  # WavLM: frames from which on all distances are one class
-    conv_pos_kernel_size: int = 19  # data2vec: of each positional layer; num_conv_pos_embeddings counts them
+    max_bucket_distance: int = 800  # WavLM: from this distance on, in frames, all positions are one class
+    conv_pos_kernel_size: int = 19  # data2vec: kernel of positional layers; num_conv_pos_embeddings counts them
     # dropout, 0..1
     feat_proj_dropout: float = 0.0
     hidden_dropout: float = 0.1
@@ -138,7 +138,7 @@ class Wav2Vec2Config:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be built, with the numbers; nothing is allocated before this."""
+        """Refuse values that cannot be built, before anything is allocated."""
         self._check_types()
         self._check_architecture()
         for names, least, most, message in FIELD_RANGES:
@@ -150,7 +150,7 @@ class Wav2Vec2Config:
         self._check_together()
 
     def _check_types(self) -> None:
-        """Refuse values of another type than the default's; make tuples of lists."""
+        """Refuse values of another type than the default's; convert lists to tuples."""
         for declared in fields(self):
             name, default, value = declared.name, declared.default, getattr(self, declared.name)
             kind = type(default).__name__
@@ -167,7 +167,7 @@ class Wav2Vec2Config:
                 object.__setattr__(self, name, tuple(value))
 
     def _check_architecture(self) -> None:
-        """Refuse a model_type without a row, and fields that this architecture has not or that are fixed in it."""
+        """Refuse an unknown model_type, and values of fields that this architecture lacks or fixes."""
         if self.model_type not in ARCHITECTURES:
             raise ConfigError(
                 f"model_type is {brief_repr(self.model_type)}; expected one of {', '.join(ARCHITECTURES)}"
@@ -185,7 +185,7 @@ class Wav2Vec2Config:
             raise ConfigError(f"{self.model_type} has {' and '.join(told)}")
 
     def _check_together(self) -> None:
-        """Refuse values that do not fit each other, each of which is a value by itself."""
+        """Refuse values that are valid alone but do not fit together."""
         norm = self.feat_extract_norm
         if norm not in ("group", "layer"):
             raise ConfigError(f"feat_extract_norm is {brief_repr(norm)}; expected 'group' or 'layer'")
@@ -210,7 +210,7 @@ class Wav2Vec2Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> Wav2Vec2Config:
-        """Take the encoder's part of a config.json; other keys (tokenizer, pre-training heads) are left.
+        """Read the encoder's part of a config.json; other keys (tokenizer, pre-training heads) are ignored.
 
         Raises ConfigError for a key that changes the computation in a way that is not implemented, and for
         values of a wrong type or size.
@@ -226,7 +226,7 @@ class Wav2Vec2Config:
                 )
         row, names = ARCHITECTURES[model_type], {declared.name for declared in fields(cls)}
         values = {key: value for key, value in values.items() if key in names}
-        return cls(**{**row.defaults, **values, **row.fixed})  # the reference too ignores a value of what is fixed
+        return cls(**{**row.defaults, **values, **row.fixed})  # the reference also ignores values of fixed fields
 
     @classmethod
     def named(cls, name: str) -> Wav2Vec2Config:
@@ -238,7 +238,7 @@ class Wav2Vec2Config:
         return PRESETS[name]
 
     def to_dict(self) -> dict:
-        """Return the fields as config.json holds them: those that this architecture has."""
+        """Return the fields that this architecture uses, as config.json holds them."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -247,7 +247,7 @@ class Wav2Vec2Config:
 
     @property
     def architecture(self) -> Architecture:
-        """The row of `ARCHITECTURES` for this model_type."""
+        """Return the row of `ARCHITECTURES` for this model_type."""
         return ARCHITECTURES[self.model_type]
 
     def num_frames(self, num_samples: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ class Wav2Vec2Config:
 
     @property
     def min_samples(self) -> int:
-        """Samples that make the first frame: 400 (25 ms) for every public checkpoint."""
+        """Return the samples that one frame needs: 400 (25 ms) for every public checkpoint."""
         samples = 1
         for kernel, stride in zip(reversed(self.conv_kernel), reversed(self.conv_stride), strict=True):
             samples = (samples - 1) * stride + kernel
@@ -266,7 +266,7 @@ class Wav2Vec2Config:
 
     @property
     def has_mask_embedding(self) -> bool:
-        """Whether checkpoints of this configuration hold ``masked_spec_embed``."""
+        """Tell whether checkpoints of this configuration hold ``masked_spec_embed``."""
         return self.mask_time_prob > 0 or self.mask_feature_prob > 0
 
 
@@ -300,13 +300,13 @@ _BASE = Wav2Vec2Config(
     mask_feature_min_masks=0,
     initializer_range=0.02,
 )
-# wav2vec2-large-960h, the paper's second model: large, and yet group norm and post-norm.
+# wav2vec2-large-960h, the paper's second model: large, but with group norm and post-norm like base.
 _LARGE = replace(_BASE, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 # wav2vec2-large-lv60, large-robust and XLS-R 300M: layer norm and pre-norm.
 _LARGE_LV60 = replace(_LARGE, conv_bias=True, feat_extract_norm="layer", do_stable_layer_norm=True)
-# For CPUs, tests and corpora of minutes: trained from scratch, under two million parameters. The convolutions
-# widen as their frame rate falls, so that each costs about the same; pre-norm, because it trains from scratch at
-# a high rate without care.
+# A model for CPUs, tests and small corpora, to be trained from scratch: under two million parameters. Convolutions
+# get wider as their frame rate falls, so that all cost about the same. It has pre-norm, which trains from scratch
+# even at a high rate.
 _SMALL = replace(
     _BASE,
     conv_dim=(32, 48, 64, 96, 128, 160, 192),

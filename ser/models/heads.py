@@ -1,4 +1,4 @@
-"""Define what stands on the encoder: the mean of layers, pooling over valid frames, and the heads.
+"""Define the parts on top of the encoder: the mean of layers, pooling over valid frames, and the heads.
 
 Shapes: B batch, T frames, D hidden size, K classes or dimensions, V vocabulary.
 """
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ser.errors import ConfigError
 from ser.models.kernels import Dropout
 
-# name -> how many times the hidden size it gives
+# name -> size of the result, in multiples of the hidden size
 POOLINGS = {"mean": 1, "mean+std": 2, "attentive": 2, "sum": 1, "max": 1}
-ATTENTION_SIZE = 128  # of attentive pooling's hidden layer, as in the paper
+ATTENTION_SIZE = 128  # size of the hidden layer in attentive pooling, as in the paper
 
 
 def initialise(module: nn.Module, initializer_range: float) -> None:
@@ -27,12 +27,12 @@ def initialise(module: nn.Module, initializer_range: float) -> None:
 
 
 class Pooling(nn.Module):
-    """Pool the valid frames of an utterance to one vector: a mean, weighted or not, perhaps a standard deviation.
+    """Pool the valid frames of an utterance to one vector.
 
     "mean" is what the code of Cai et al. does. (Their text says sum, but a sum grows with the length.) "sum" and
     "max" are the other two modes of a widespread notebook (``pooling_mode``), here over valid frames. "mean+std"
-    appends the standard deviation over time, as in x-vectors (Snyder et al., 2018). "attentive" weights the frames
-    of both by a learnt score (attentive statistics pooling, Okabe et al., Interspeech 2018, eq. 2 to 6).
+    appends the standard deviation over time, as in x-vectors (Snyder et al., 2018). "attentive" is the same, with
+    frames weighted by a learnt score (attentive statistics pooling, Okabe et al., Interspeech 2018, eq. 2 to 6).
     """
 
     def __init__(self, method: str, size: int, initializer_range: float = 0.02) -> None:
@@ -49,7 +49,7 @@ class Pooling(nn.Module):
     def forward(self, hidden: Tensor, num_frames: Tensor) -> Tensor:
         """Pool hidden (B, T, D) over num_frames (B,) to (B, D) or (B, 2D), in float32 or wider.
 
-        In half precision, a mean over a thousand frames would lose digits.
+        In half precision, a mean over a thousand frames would lose accuracy.
         """
         count = num_frames.to(hidden.device, non_blocking=True)[:, None]  # (B, 1)
         padding = torch.arange(hidden.shape[1], device=hidden.device) >= count  # (B, T)
@@ -69,7 +69,7 @@ class Pooling(nn.Module):
             return mean
         squares = (hidden - mean[:, None]).masked_fill(padding[..., None], 0.0).square()
         variance = squares.sum(1) / count if scores is None else (weights * squares).sum(1)
-        # The floor keeps the gradient finite where a channel is constant, as in an utterance of one frame.
+        # The minimum keeps the gradient finite if a channel is constant, as in an utterance of one frame.
         return torch.cat([mean, variance.clamp(min=1e-7).sqrt()], dim=-1)
 
 
@@ -81,11 +81,11 @@ def new_linear(inputs: int, outputs: int, initializer_range: float) -> nn.Linear
 
 
 class DenseHead(nn.Module):
-    """Compute scores of a pooled vector: dropout, linear, tanh, dropout, linear, and no squashing after it.
+    """Compute scores from a pooled vector: linear, tanh, dropout, linear, without a final activation.
 
-    This head gives arousal, dominance and valence in the model of Wagner et al. (*Dawn of the Transformer Era in
-    Speech Emotion Recognition*, TPAMI 2023), and emotions in ``Wav2Vec2ForSpeechClassification`` of a widespread
-    notebook.
+    This head predicts arousal, dominance and valence in the model of Wagner et al. (*Dawn of the Transformer Era
+    in Speech Emotion Recognition*, TPAMI 2023), and emotions in ``Wav2Vec2ForSpeechClassification`` of a
+    widespread notebook.
     """
 
     def __init__(self, inputs: int, outputs: int, *, dropout: float, initializer_range: float) -> None:
@@ -116,7 +116,7 @@ def linear_head(inputs: int, outputs: int, *, dropout: float, initializer_range:
     return new_linear(inputs, outputs, initializer_range)
 
 
-# form -> what makes a head of this form, called with (inputs, outputs, dropout=, initializer_range=)
+# form -> function that makes a head of this form, called with (inputs, outputs, dropout=, initializer_range=)
 HEAD_FORMS: dict[str, Callable[..., nn.Module]] = {"linear": linear_head, "dense": DenseHead}
 
 
@@ -125,7 +125,7 @@ class Head:
     """Describe a head.
 
     Attributes:
-        key: the model's attribute, and so the first part of the head's keys in a checkpoint.
+        key: the attribute of the model, and so the first part of the head's keys in a checkpoint.
         reads: "pooled", one vector per utterance, or "frames", every frame of the last layer.
         form: one of `HEAD_FORMS`.
     """
@@ -135,12 +135,12 @@ class Head:
     form: str = "linear"
 
     def __post_init__(self) -> None:
-        """Refuse what no head reads, and a form that there is not (ConfigError)."""
+        """Refuse an unknown value of ``reads`` or ``form`` (ConfigError)."""
         if self.reads not in ("pooled", "frames") or self.form not in HEAD_FORMS:
             raise ConfigError(f"{self}: expected reads pooled or frames, and the form {' or '.join(HEAD_FORMS)}")
 
 
-# head -> what it is. lm_head is called as in Wav2Vec2ForCTC, cls_head as in the paper's code. The labels of a head
+# The heads by name. lm_head is the name in Wav2Vec2ForCTC, cls_head that in the paper's code. The labels of a head
 # are a row of `ser.data.labels.LABELS`, its loss is a row of `ser.train.losses.LOSSES`.
 HEADS = {
     "emotion": Head("cls_head"),

@@ -1,11 +1,11 @@
-"""Torch's operations as the model calls them, and what computes them faster, in less memory, on a CPU.
+"""Compute operations of torch faster and in less memory on a CPU.
 
-The model (`ser.models.wav2vec2`) calls `dropout`, `attention`, `conv1d`, `group_norm` and so on, which mean what
-torch means by these names. `in_use` alone decides whether a function of this file computes them in its own way.
-On a GPU, and where a graph is recorded (``torch.export``, ``torch.compile``), each of them is torch's operation.
+The model (`ser.models.wav2vec2`) calls `dropout`, `attention`, `conv1d`, `group_norm` and so on, which mean the
+same as torch's functions of these names. Only `in_use` decides whether this file computes them in its own way. On
+a GPU, and when a graph is recorded (``torch.export``, ``torch.compile``), each of them is torch's operation.
 
-Activations stand as (B, T, C), channels last: a window of neighbouring frames is then a row of memory, norms over
-channels and the transformer need no transposition, and each product runs at the machine's full rate.
+Activations are (B, T, C), channels last. A window of neighbouring frames is then one row of memory, norms over
+channels and the transformer need no transposition, and matrix products run at full speed.
 
 Shapes: B batch, S samples or T frames in, N frames out, C channels in, O channels out, K kernel size, s stride,
 H attention heads, D hidden size.
@@ -26,34 +26,34 @@ from torch.utils.checkpoint import checkpoint
 
 from ser.models.config import Wav2Vec2Config, conv_length
 
-# Neighbours in a dropout mask are compared with thresholds of their own, of which there are so many. The number is
-# no multiple of a model's width: elements of a row or column, which are added up, do not share a threshold either.
+# A dropout mask has this many thresholds, which repeat. The number is not a multiple of a model's width, so the
+# elements of one row or column, which are added up, do not share a threshold.
 PERIOD = 8 * 127
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # size in bytes -> type
 
-# Frames (5 s) from which on attention's weights are computed twice in a training step. The weights of shorter
-# utterances are little beside what else a layer keeps.
+# From this number of frames on (5 s), attention weights are computed again in the backward pass. Those of shorter
+# utterances are small, compared with the other activations that a layer keeps.
 LONG = 250
 
-# Numbers of the first convolution's output that are computed at a time where no gradient is needed: 4 MiB, of the
-# size of a core's cache. Twice or half of it cost 1 to 3 % more at base size, and all at once 7 %.
+# How many outputs of the first convolution are computed at a time without gradient: 4 MiB, about a core's cache.
+# At base size, twice or half of it takes 1 to 3 % more time, and all at once 7 %.
 PIECE = 1 << 20
 
 
 def in_use(x: Tensor) -> bool:
-    """Tell whether the kernels of this file compute what is asked of ``x``: on a CPU, if no graph is recorded."""
+    """Tell whether the kernels of this file are used for ``x``: on a CPU, if no graph is recorded."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def recomputed(function: Callable, *inputs: Any, enabled: bool) -> Tensor:
-    """Call ``function``; where ``enabled`` and a gradient is needed, call it again in the backward pass."""
+    """Call ``function``; if ``enabled`` and a gradient is needed, call it again in the backward pass."""
     if enabled and torch.is_grad_enabled():
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)
 
 
 def as_autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors, in autocast's type where it is enabled for the device of ``x``."""
+    """Return the tensors, converted to autocast's type if it is enabled for the device of ``x``."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return tuple(each if dtype is None else each.to(dtype) for each in (x, *others))
@@ -63,29 +63,29 @@ def as_autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 
 def draw_mask(shape: torch.Size, p: float) -> Tensor:
-    """Draw a mask of ``shape``, int8: 0 with probability ``p``, else -1, which is all bits.
+    """Draw a mask of ``shape``, int8: 0 with probability ``p``, else -1, in which all bits are set.
 
-    Eight elements are cut from a 64-bit word, where torch's CPU kernel draws a word for each and takes a tenth of
-    a training step for it. An element is dropped if its 7 bits are below a threshold of 128 p. That is no whole
-    number, so thresholds are drawn too, one of its two neighbours: each element has the probability ``p``.
+    One random 64-bit word gives eight elements. (torch's CPU kernel draws a word for each element, which takes a
+    tenth of a training step.) An element is dropped if its 7 bits are below the threshold 128 p. Since 128 p is
+    not a whole number, thresholds are rounded up or down at random, so that the probability is exactly ``p``.
     """
     count = shape.numel()
     words = torch.empty(-(-count // PERIOD), PERIOD // 8, dtype=torch.int64)
     words.random_(torch.iinfo(torch.int64).min, None)  # all 64 bits
     thresholds = torch.rand(PERIOD).add_(128 * p).to(torch.int8)
-    # In place and in bytes: -128 to -1, plus the threshold, of which the sign is spread to all bits.
+    # In place, per byte: take a number from -128 to -1, add the threshold, and copy the sign to all bits.
     mask = words.view(torch.int8).bitwise_or_(-128).add_(thresholds).bitwise_right_shift_(7)
     return mask.flatten()[:count].view(shape)
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """Return x where the mask is -1, and 0 where it is 0: bits are several times faster than products on a CPU."""
+    """Return x where the mask is -1, else 0; on a CPU, bits are several times faster than a product."""
     integer = INTEGERS[x.element_size()]
     return mask.to(integer).bitwise_and_(x.view(integer)).view(x.dtype)
 
 
 class ByteDropout(torch.autograd.Function):
-    """Compute `dropout`, and keep a byte per element for the backward pass."""
+    """Compute `dropout`, keeping one byte per element for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:  # noqa: D102
@@ -101,12 +101,12 @@ class ByteDropout(torch.autograd.Function):
 
 
 def fits_a_byte(x: Tensor, p: float) -> bool:
-    """Tell whether `draw_mask` serves for dropping from ``x`` with probability ``p``."""
+    """Tell whether `draw_mask` can be used for dropout on ``x`` with probability ``p``."""
     return in_use(x) and 0 < p < 0.99
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """Return x with elements zeroed with probability ``p``, the others divided by 1 - p; x itself in evaluation.
+    """Zero elements of x with probability ``p`` and divide the others by 1 - p; in evaluation, return x.
 
     See Srivastava et al., JMLR 2014.
     """
@@ -118,7 +118,7 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """`dropout` with probability ``p``, in training only."""
+    """Apply `dropout` with probability ``p``, in training only."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements of ``input``, of any shape."""
@@ -129,13 +129,13 @@ class Dropout(nn.Dropout):
 
 
 def gelu_dropped(x: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Compute ``dropout(gelu(x))`` under a mask that has been drawn."""
+    """Compute ``dropout(gelu(x))`` with a given mask."""
     y = F.gelu(x)
     return y if mask is None else masked(y, mask).mul_(scale)
 
 
 class GeluDropoutLinear(torch.autograd.Function):
-    """Compute `gelu_dropout_linear` without saving the product's input, which follows from x and the mask."""
+    """Compute `gelu_dropout_linear` without saving the input of the linear layer, only x and the mask."""
 
     @staticmethod
     def forward(  # noqa: D102
@@ -163,9 +163,9 @@ class GeluDropoutLinear(torch.autograd.Function):
 
 
 def gelu_dropout_linear(x: Tensor, p: float, linear: nn.Linear) -> Tensor:
-    """Compute ``linear(dropout(gelu(x), p))``; on a CPU, keep x and the mask, and not the product's input.
+    """Compute ``linear(dropout(gelu(x), p))``; on a CPU, keep x and the mask, not the linear layer's input.
 
-    The backward pass computes that input again: in a feed-forward layer it is four times as wide as the rest.
+    The backward pass computes this input again, since it is four times as wide as other activations.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else linear.weight.dtype
@@ -181,7 +181,7 @@ def gelu_dropout_linear(x: Tensor, p: float, linear: nn.Linear) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Return what each query takes of each key, (B, H, T, T); q, already scaled, and k are (B, H, T, D/H)."""
+    """Return the attention weights (B, H, T, T) of q, already scaled, and k, both (B, H, T, D/H)."""
     scores = q @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
@@ -189,9 +189,9 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class AttentionWithDropout(torch.autograd.Function):
-    """Compute `attention`; for long utterances keep nothing (T, T), which the backward pass computes again.
+    """Compute `attention`; for long utterances the (T, T) weights are not kept but computed again.
 
-    Memory would grow with the square of the length: 2 MB in a layer of base for 5 s and 80 for 30 s, in bf16.
+    Their memory grows with the square of the length: in a layer of base, 2 MB for 5 s and 80 MB for 30 s, in bf16.
     """
 
     @staticmethod
@@ -225,8 +225,8 @@ class AttentionWithDropout(torch.autograd.Function):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """Compute `F.scaled_dot_product_attention` with dropout ``p`` on the weights; q, k and v are (B, H, T, D/H).
 
-    On a CPU it is written out where torch is slow: with dropout, for which there is no fused kernel, and in bf16,
-    which the fused one multiplies at the rate of float32.
+    On a CPU it is written out in the two cases in which torch is slow: with dropout, which has no fused kernel,
+    and in bf16, in which the fused kernel is no faster than in float32.
     """
     if not in_use(q) or (p <= 0 and q.dtype != torch.bfloat16):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
@@ -240,9 +240,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) ->
 
 
 def packed_lengths(hidden: Tensor, padding: Tensor | None) -> list[int] | None:
-    """Return the lengths for `pack_frames` where padded utterances, hidden (B, T, D), should be packed, else None.
+    """Return the lengths for `pack_frames` if padded utterances, hidden (B, T, D), should be packed, else None.
 
-    On a GPU, packing would mean a launch for each utterance, and shapes that are ever new.
+    On a GPU, packing would launch kernels for each utterance, with new shapes each time.
     """
     return (~padding).sum(1).tolist() if padding is not None and in_use(hidden) else None
 
@@ -253,7 +253,7 @@ def pack_frames(padded: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def unpack_frames(packed: Tensor, lengths: Sequence[int], size: int) -> Tensor:
-    """Undo `pack_frames`, (1, sum of lengths, D) -> (B, size, D), with zeros where an utterance has ended."""
+    """Undo `pack_frames`: (1, sum of lengths, D) -> (B, size, D), with zeros after the end of an utterance."""
     rows = packed[0].split(lengths)
     return torch.stack([F.pad(row, (0, 0, 0, size - length)) for row, length in zip(rows, lengths, strict=True)])
 
@@ -276,7 +276,7 @@ def centred(x: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def group_norm(x: Tensor, num_frames: Tensor, norm: nn.GroupNorm) -> Tensor:
     """Normalise each channel of x (B, T, O) by its statistics over the valid frames, num_frames (B,).
 
-    `F.group_norm` with a channel a group computes this of an utterance alone; in a batch it would count padding.
+    `F.group_norm` with one channel per group does the same for a single utterance; in a batch it counts padding.
     """
     wide, _, count = centred(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, num_frames)
     variance = wide.square().sum(1, keepdim=True) / count  # (B, 1, O)
@@ -289,13 +289,13 @@ def windows_of(x: Tensor, size: int, stride: int) -> Tensor:
 
 
 class Kernel(NamedTuple):
-    """A convolution's weights, laid out for its products."""
+    """Hold the weights of a convolution, arranged for matrix products."""
 
-    matrix: Tensor  # (K * C, O); after a group norm is folded in (B, K, O), one for each utterance
+    matrix: Tensor  # (K * C, O); with a folded group norm (B, K, O), one for each utterance
     bias: Tensor | None  # (O,)
     size: int  # K
     stride: int
-    mean: Tensor | None = None  # (B, 1, K), what the folded norm subtracts from windows
+    mean: Tensor | None = None  # (B, 1, K), which a folded norm subtracts from windows
 
     @staticmethod
     def of(conv: nn.Conv1d) -> Kernel:
@@ -304,12 +304,12 @@ class Kernel(NamedTuple):
 
     @staticmethod
     def normalised(conv: nn.Conv1d, norm: nn.GroupNorm, x: Tensor, num_frames: Tensor) -> Kernel:
-        """Build the kernel of a convolution of one channel with the `group_norm` after it folded in.
+        """Build the kernel of a convolution of one channel, with the `group_norm` after it folded in.
 
-        A channel's mean over time is its kernel times the mean window, and its variance is the kernel on both
-        sides of the windows' covariance. So the statistics come from the windows (K numbers a frame in place of O)
-        and what is large is written once and not read again. The statistics are those of valid frames, whatever
-        else is in the batch, and are computed in float64. A bias of the convolution falls out with the mean.
+        With w the kernel of a channel, m the mean window and C the covariance of windows, the channel has the mean
+        w m and the variance w C w^T over time. So statistics are computed from the windows (K numbers per frame
+        instead of O), and the large output is written once and not read again. Statistics are those of the valid
+        frames, in float64. The convolution's bias cancels, since the norm subtracts the mean.
 
         x is (B, S, 1); of its windows, the first num_frames (B,) are valid.
         """
@@ -324,24 +324,24 @@ class Kernel(NamedTuple):
         return Kernel(matrix, bias, size, stride, mean.to(x.dtype))
 
     def row(self, index: int) -> Kernel:
-        """Return the kernel for the utterance ``index`` of the batch alone."""
+        """Return the kernel for a batch of only the utterance ``index``."""
         if self.mean is None:
             return self
         return self._replace(matrix=self.matrix[index, None], mean=self.mean[index, None])
 
 
 class StridedConv(torch.autograd.Function):
-    """Compute a convolution as ceil(K / s) products, one for each s taps of the kernel.
+    """Compute a convolution as ceil(K / s) matrix products, one for each group of s taps of the kernel.
 
-    The frames that s taps see are s * C neighbouring numbers, and those of the next output frame the s * C after
-    them: x itself, read as a matrix. No window is copied, neither here nor in the backward pass.
+    The inputs of s taps are s * C neighbouring numbers, and the next output frame has the s * C numbers after
+    these. So x itself is read as a matrix, and no window is copied, neither here nor in the backward pass.
     """
 
     @staticmethod
     def parts(x: Tensor, count: int, size: int, stride: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows of the matrix, x as (B, N, taps * C)) of each product.
+        """Yield (rows of the kernel's matrix, a view (B, N, taps * C) of x) for each product.
 
-        Row n of x so read begins with the frame n * s + first.
+        Row n of the view begins with the frame n * s + first.
         """
         batch, frames, channels = x.shape
         for first in range(0, size, stride):
@@ -376,11 +376,11 @@ class StridedConv(torch.autograd.Function):
 
 
 def strided_conv(x: Tensor, kernel: Kernel) -> Tensor:
-    """Compute `F.conv1d` without padding as products, x (B, T, C) -> (B, N, O) with N = (T - K) // s + 1."""
+    """Compute `F.conv1d` without padding by products: x (B, T, C) -> (B, N, O) with N = (T - K) // s + 1."""
     matrix, bias, size, stride, mean = kernel
     if mean is not None and bias is not None:
         return torch.baddbmm(bias, windows_of(x, size, stride) - mean, matrix)
-    if x.shape[-1] == 1:  # samples: their windows are so small that they may as well be copied
+    if x.shape[-1] == 1:  # windows of samples are so small that copying them is cheap
         return F.linear(windows_of(x, size, stride), matrix.T, bias)
     x, matrix = as_autocast(x, matrix)
     x = StridedConv.apply(x.contiguous(), matrix, size, stride)
@@ -388,20 +388,20 @@ def strided_conv(x: Tensor, kernel: Kernel) -> Tensor:
 
 
 def row_image(x: Tensor) -> Tensor:
-    """View (B, T, C) as (B, C, 1, T), with strides that oneDNN takes for channels last."""
+    """View (B, T, C) as (B, C, 1, T), with strides that oneDNN recognises as channels last."""
     return x.contiguous()[:, None].permute(0, 3, 1, 2)
 
 
 def row_kernel(weight: Tensor) -> Tensor:
-    """Lay (O, C / groups, K) out as (O, C / groups, 1, K), channels last."""
+    """Rearrange (O, C / groups, K) as (O, C / groups, 1, K), channels last."""
     return weight[:, :, None].contiguous(memory_format=torch.channels_last)
 
 
 class GroupedConv(torch.autograd.Function):
-    """Compute `grouped_conv` by oneDNN's kernels for images of one row, channels last, which take half the time.
+    """Compute a grouped convolution by oneDNN's kernels for images of one row, which take half the time.
 
-    Not so for the gradient of the weights, which takes more than twice the time there: that one is `F.conv1d`'s.
-    The image is a row and not a column: of columns, oneDNN 3.12 leaves in bf16 what stood in memory
+    The gradient of the weights is that of `F.conv1d`, since for images it takes more than twice the time. The
+    image is a row and not a column, because for columns in bf16 oneDNN 3.12 returns uninitialised memory
     (test_convolution.py).
     """
 
@@ -428,9 +428,9 @@ class GroupedConv(torch.autograd.Function):
 
 
 def conv1d(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """Apply a convolution to (B, T, C) in place of (B, C, T): x (B, T, C) -> (B, N, O).
+    """Apply a convolution to (B, T, C) instead of (B, C, T): x (B, T, C) -> (B, N, O).
 
-    The kernels know the two kinds that the model has: strided without padding, and of stride 1 in groups.
+    There are kernels for the two kinds in the model: strided without padding, and grouped with stride 1.
     """
     if not in_use(x):
         return conv(x.transpose(1, 2)).transpose(1, 2)
@@ -445,7 +445,7 @@ def conv1d(x: Tensor, conv: nn.Conv1d) -> Tensor:
 
 
 def conv_layer(x: Tensor, kernel: Kernel, norm: nn.Module) -> Tensor:
-    """Compute a layer of the feature encoder, x (B, T, C) -> (B, N, O), by a kernel that holds its group norm."""
+    """Compute a layer of the feature encoder, x (B, T, C) -> (B, N, O); the kernel includes a group norm."""
     x = strided_conv(x, kernel)
     return F.gelu(norm(x) if isinstance(norm, nn.LayerNorm) else x)
 
@@ -453,10 +453,11 @@ def conv_layer(x: Tensor, kernel: Kernel, norm: nn.Module) -> Tensor:
 def in_pieces(
     config: Wav2Vec2Config, kernels: list[Kernel], norms: list[nn.Module], x: Tensor, num_frames: Tensor
 ) -> Tensor:
-    """Compute the feature encoder's layers for a piece of time of one utterance after the other.
+    """Compute the feature encoder piece by piece in time, one utterance after the other.
 
-    A piece stays in the processor's cache from the first layer to the last, whose frames see nothing of each
-    other, and padding costs nothing. Memory does not grow with the length but for the result.
+    A piece stays in the processor's cache from the first layer to the last, and padding is not computed. Pieces
+    are independent, since frames of the last layer do not depend on each other. Only the result's memory grows
+    with the length.
     """
     hop, field = math.prod(config.conv_stride), config.min_samples
     frames = max(1, PIECE // (config.conv_dim[0] * hop // config.conv_stride[0]))
@@ -478,7 +479,7 @@ def in_pieces(
 def feature_encoder(
     config: Wav2Vec2Config, layers: Sequence[Any], x: Tensor, num_samples: Tensor, *, recompute: bool
 ) -> Tensor:
-    """Compute the feature encoder, x (B, S, 1) -> (B, T, C), its group norm folded in; `in_pieces` if frozen.
+    """Compute the feature encoder, x (B, S, 1) -> (B, T, C), with folded group norm; `in_pieces` if frozen.
 
     Each layer has a convolution, ``conv``, and a norm, ``layer_norm``.
     """

@@ -1,8 +1,8 @@
-"""Draw the spans of SpecAugment in time and feature (Park et al., 2019; wav2vec 2.0, appendix A).
+"""Draw the masks of SpecAugment in time and feature (Park et al., 2019; wav2vec 2.0, appendix A).
 
-The draw of an utterance is a function of (seed, epoch, place) alone: neither its batch, nor the rank, nor what was
-drawn before changes it. So masked training is independent of how work is split, and a resumed run needs no saved
-random state. Without balance, the place in the epoch is the number of the utterance.
+The masks of an utterance are a function of (seed, epoch, place in the epoch), and not of its batch, the rank or
+earlier draws. So training does not depend on how the work is split, and a resumed run needs no saved random state.
+Without balance, the place is the number of the utterance.
 """
 
 from collections.abc import Sequence
@@ -19,19 +19,19 @@ def draw_spans(
 ) -> np.ndarray:
     """Draw a mask, (length,) bool with spans of True.
 
-    ``prob`` is the share of the axis that the spans would cover if none overlapped; ``prob * length / span``
-    spans are drawn, rounded up or down at random so that the mean is right, at least ``min_masks``, with
-    distinct starts (the reference's `_compute_mask_indices`, for one row).
+    ``prob`` is the share of the axis that the spans would cover without overlap. So ``prob * length / span`` spans
+    are drawn, rounded up or down at random so that the mean is exact, and at least ``min_masks``. Their starts are
+    distinct (as in the reference's `_compute_mask_indices`, for one row).
 
-    A short utterance is never masked whole, and never an error: spans shrink to half the axis, and no more
-    of them are drawn than cover that half without overlap.
+    A short utterance is never masked completely: spans shrink to half the axis, and their number is limited to
+    what covers this half without overlap.
     """
     mask = np.zeros(length, dtype=bool)
     if prob <= 0 or length < 2:
         return mask
     span = min(span, length // 2)
     count = max(int(prob * length / span + generator.random()), min_masks)
-    most = max(1, min(round(max(prob, 0.5) * length), length - 1) // span)  # a prob above a half is kept
+    most = max(1, min(round(max(prob, 0.5) * length), length - 1) // span)  # a prob above 0.5 may cover more
     count = min(count, most, length - span + 1)
     for start in generator.choice(length - span + 1, size=count, replace=False):
         mask[start : start + span] = True
@@ -41,10 +41,10 @@ def draw_spans(
 def spec_augment(
     config: Wav2Vec2Config, num_frames: Tensor, places: Sequence[int], *, seed: int, epoch: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Draw the masks of a batch, mask_time (B, T) and mask_feature (B, D), on the CPU; None where not configured.
+    """Draw the masks of a batch, mask_time (B, T) and mask_feature (B, D), on the CPU; None if not configured.
 
-    ``num_frames`` (B,) are the valid frames, T the largest of them; ``places`` (B,) are their numbers in
-    the epoch (see `ser.data.sampler.Item`).
+    ``num_frames`` (B,) are the valid frames, with T the largest; ``places`` (B,) are the places of the utterances
+    in the epoch (see `ser.data.sampler.Item`).
     """
     if not config.apply_spec_augment:
         return None, None

@@ -1,4 +1,4 @@
-"""Put several heads on one encoder, to be trained together.
+"""Define a model of one encoder and several heads, which are trained together.
 
 In Cai et al., *Speech Emotion Recognition with Multi-task Learning*, INTERSPEECH 2021, two heads share a wav2vec
 2.0 encoder: an emotion classifier reads the mean of the hidden frames, and a CTC head reads every frame. Others
@@ -27,7 +27,7 @@ from ser.models.heads import HEAD_FORMS, HEADS, POOLINGS, Pooling, initialise, m
 from ser.models.kernels import Dropout
 from ser.models.wav2vec2 import Wav2Vec2
 
-# head -> the field of `HeadsConfig` that holds the number of its outputs; those of other heads are in ``others``
+# head -> the field of `HeadsConfig` with the number of its outputs; for other heads it is in ``others``
 SIZES = {"emotion": "num_emotions", "ctc": "vocab_size", "speaker": "num_speakers", "dimensions": "num_dimensions"}
 
 
@@ -36,18 +36,18 @@ class HeadsConfig:
     """Describe the heads on the encoder and what they read; a size of 0 means that there is no such part."""
 
     num_emotions: int = 0
-    vocab_size: int = 0  # CTC symbols, the blank included
+    vocab_size: int = 0  # CTC symbols, including the blank
     num_speakers: int = 0
-    num_dimensions: int = 0  # of arousal, dominance, valence
+    num_dimensions: int = 0  # how many of arousal, dominance, valence
     # What pooled heads read: "last", "weighted" (a learnt mean of all layers), or a layer's number as text. "0" is
     # the transformer's input, "1" the output of the first layer.
     layers: str = "last"
-    # Whether the last of the weighted layers has a pre-norm encoder's final norm. In transformers 5 it has not; in
-    # earlier releases, in s3prl, where such models were trained, and here it has.
+    # Whether the final norm of a pre-norm encoder is applied to the last of the weighted layers. It is here, in
+    # s3prl, where such models were trained, and in earlier releases of transformers; it is not in transformers 5.
     weighted_final_norm: bool = True
     projection: int = 0  # size of a linear layer on every frame before pooling, as in ForSequenceClassification
     pooling: str = "mean"
-    # One of `HEAD_FORMS` each. Published models have all four: see docs/inference.md.
+    # Forms of `HEAD_FORMS`. Published models have all four combinations: see docs/inference.md.
     emotion_head: str = "linear"
     dimension_head: str = "dense"
     others: Mapping[str, int] = field(default_factory=dict, hash=False)  # sizes of heads that were added to HEADS
@@ -68,7 +68,7 @@ class HeadsConfig:
                 raise ConfigError(f"{name} is {brief_repr(getattr(self, name))}; expected {expected}")
 
     def check_sizes(self) -> None:
-        """Refuse sizes that are no numbers of outputs, and heads that nobody has added."""
+        """Refuse sizes that are not a number of outputs, and heads that are not in `HEADS`."""
         if missing := [name for name in self.others if name not in HEADS]:
             raise ConfigError(
                 f"there is no head called {missing[0]!r}; add its row to ser.models.heads.HEADS first"
@@ -79,14 +79,14 @@ class HeadsConfig:
                 raise ConfigError(f"{name} is {brief_repr(value)}; expected a whole number from 0 to 1,000,000")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields; leave out those that earlier versions lacked where they hold the default."""
+        """Return the fields, except default values of fields that earlier versions lacked."""
         default = HeadsConfig()
         later = ("emotion_head", "dimension_head", "others")
         return {k: v for k, v in asdict(self).items() if k not in later or v != getattr(default, k)}
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Map each head of `HEADS` in order to the number of its outputs; 0 where the model has no such head."""
+        """Map each head of `HEADS`, in order, to the number of its outputs; 0 if the model lacks it."""
         usual = {head: getattr(self, field) for head, field in SIZES.items()}
         return {name: usual.get(name, self.others.get(name, 0)) for name in HEADS}
 
@@ -98,12 +98,12 @@ class HeadsConfig:
 class Outputs(NamedTuple):
     """Hold the unnormalised scores of the heads that the model has."""
 
-    # head -> (B, K), or (B, T, V) of a head that reads frames; dimensions are on the scale of the labels
+    # head -> (B, K), or (B, T, V) for a head that reads frames; dimensions have the scale of the labels
     scores: dict[str, Tensor]
     num_frames: Tensor  # (B,) int64 on the CPU: valid frames
 
     def __getattr__(self, head: str) -> Tensor | None:
-        """Return the scores of a head in `HEADS`, such as ``outputs.emotion``; None where the model lacks it."""
+        """Return the scores of a head in `HEADS`, such as ``outputs.emotion``; None if the model lacks it."""
         if head not in HEADS:
             raise AttributeError(f"there is no head called {head!r}")
         return self.scores.get(head)
@@ -145,7 +145,7 @@ class MultiTaskModel(nn.Module):
         return getattr(self, HEADS[name].key, None)
 
     def names_on_encoder(self) -> list[str]:
-        """Return the names of the tensors that are not the encoder's: of heads, and of what they read."""
+        """Return the names of the tensors outside the encoder: of heads, pooling and so on."""
         return [name for name in self.state_dict() if not name.startswith("wav2vec2.")]
 
     @property
@@ -154,7 +154,7 @@ class MultiTaskModel(nn.Module):
         return [name for name in HEADS if self.head(name) is not None]
 
     def reads(self, what: str) -> bool:
-        """Tell whether a head reads "pooled", a vector of the layers, or "frames", those of the last layer."""
+        """Tell whether some head reads "pooled" (a vector per utterance) or "frames" (those of the last layer)."""
         return any(HEADS[name].reads == what for name in self.heads)
 
     def initialise(self, part: str) -> None:
@@ -173,7 +173,7 @@ class MultiTaskModel(nn.Module):
                 yield self.layer_weights
         if not tasks:
             parts.append(self.wav2vec2)
-        elif all(HEADS[task].reads == "pooled" for task in tasks):  # what stands after the last layer that is read
+        elif all(HEADS[task].reads == "pooled" for task in tasks):  # the layers after the last one that is read
             transformer, deepest = self.wav2vec2.encoder, self.config.num_hidden_layers
             used = deepest if self.layer is None else self.layer
             parts.append(transformer.layers[used:])
@@ -218,8 +218,8 @@ class MultiTaskModel(nn.Module):
     ) -> Outputs:
         """Compute the scores of every head from waveforms (B, S) and num_samples (B,), as in `Wav2Vec2.forward`.
 
-        What was computed of the waveforms before may stand in their place: ``features`` (B, T, C) as in
-        `Wav2Vec2.layers`, or ``pooled`` (B, N, D) of `layer_means`.
+        Cached values may be given instead of waveforms: ``features`` (B, T, C) as in `Wav2Vec2.layers`, or
+        ``pooled`` (B, N, D) from `layer_means`.
         """
         if pooled is not None:
             assert num_samples is not None
@@ -243,7 +243,7 @@ class MultiTaskModel(nn.Module):
     def encode(
         self, waveforms: Tensor | None, num_samples: Tensor | None, **rest: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return the layers that heads read, the last before a pre-norm encoder's final norm, and num_frames."""
+        """Return the layers that heads read, the last one again without the final norm, and num_frames."""
         deepest = None if self.reads("frames") else self.layer
         outputs, num_frames = self.wav2vec2.layers(  # (B, T, D) each
             waveforms, num_samples, **rest, num_layers=deepest, final_norm=False
@@ -254,7 +254,7 @@ class MultiTaskModel(nn.Module):
         return outputs, raw, num_frames
 
     def read_layers(self, outputs: list[Tensor], raw: Tensor) -> list[Tensor]:
-        """Return the layers that pooled heads read: one, or all of a weighted mean."""
+        """Return the layers that pooled heads read: one, or all for a weighted mean."""
         if self.layer is not None:
             return [outputs[self.layer]]
         return outputs if self.heads_config.weighted_final_norm else [*outputs[:-1], raw]
@@ -262,8 +262,8 @@ class MultiTaskModel(nn.Module):
     def layer_means(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
         """Return the mean over time of each layer that pooled heads read, (B, N, D).
 
-        With mean pooling and without dropout before it, these means may stand in place of the frames: the sum over
-        layers, the projector and the mean over time commute.
+        With mean pooling and without dropout before it, these means can replace the frames, because the mean over
+        time commutes with the sum over layers and with the projector.
         """
         outputs, raw, num_frames = self.encode(waveforms, num_samples)
         mean = Pooling("mean", self.config.hidden_size)
@@ -272,13 +272,13 @@ class MultiTaskModel(nn.Module):
     def pool(self, outputs: list[Tensor], raw: Tensor, last: Tensor, num_frames: Tensor) -> Tensor:
         """Pool the layers to one vector per utterance, (B, D) or (B, 2D).
 
-        ``outputs`` are the layers. ``raw`` is the last of them before the final norm, and ``last`` is the last of
-        them after the final norm and dropout.
+        ``outputs`` are the layers. ``raw`` is the last layer before the final norm, and ``last`` is the last layer
+        after the final norm and dropout.
         """
         if self.layer is None:
             hidden = self.dropout(mix_layers(self.read_layers(outputs, raw), self.layer_weights))
         else:
-            # The dropout of CTC's input, where it is the same layer.
+            # If this is the last layer, the CTC head reads it with the same dropout.
             hidden = last if self.layer == len(outputs) - 1 else self.dropout(outputs[self.layer])
         if self.projector is not None:
             hidden = self.projector(hidden)

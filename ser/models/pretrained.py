@@ -1,11 +1,11 @@
-"""Read the tensors of a model folder into a model: the one place that knows foreign keys.
+"""Read the tensors of a model folder into a model, and translate the keys of other libraries.
 
 The layout is Hugging Face's: ``config.json`` and ``model.safetensors`` (or shards named by
-``model.safetensors.index.json``). What the classes of wav2vec 2.0, HuBERT, WavLM and data2vec-audio save loads
-(the models themselves, ForPreTraining, ForCTC, ForSequenceClassification), with and without the prefix of the base
-model, in both spellings of weight norm; folders written here load there.
+``model.safetensors.index.json``). Folders of its classes of wav2vec 2.0, HuBERT, WavLM and data2vec-audio can be
+loaded (the models themselves, ForPreTraining, ForCTC, ForSequenceClassification), with and without the prefix of
+the base model, and with both names of weight norm. Its classes can load the folders written here.
 
-A folder is foreign input. Only safetensors are read, never a pickle; sizes are checked before anything is
+A folder is untrusted input. Only safetensors are read, never a pickle; sizes are checked before anything is
 allocated; names in the folder cannot lead out of it.
 """
 
@@ -31,24 +31,24 @@ from ser.models.heads import HEADS
 from ser.models.wav2vec2 import Wav2Vec2
 
 MAX_JSON_BYTES = 4 * 2**20
-MAX_HEADER_BYTES = 4 * 2**20  # of a safetensors file; a model of 1,000 tensors has 0.1 MB
+MAX_HEADER_BYTES = 4 * 2**20  # in a safetensors file; 1,000 tensors need 0.1 MB
 MAX_PARAMETERS = 2_500_000_000  # 10 GB in float32; the largest public encoder, XLS-R 2B, has 2.2 * 10^9
 
-# Weight norm before it was a parametrization -> as it is now, which we write.
+# Old keys of weight norm -> new keys, of the parametrization, which we write.
 WEIGHT_NORM = {
     "encoder.pos_conv_embed.conv.weight_g": "encoder.pos_conv_embed.conv.parametrizations.weight.original0",
     "encoder.pos_conv_embed.conv.weight_v": "encoder.pos_conv_embed.conv.parametrizations.weight.original1",
 }
 
-# What wrappers put into keys: anywhere (DataParallel, torch.compile, FSDP, activation checkpointing), and before
-# all others (Lightning, speechbrain; PEFT, whose adapters have names of their own).
+# Parts that wrappers add to keys, anywhere (DataParallel, torch.compile, FSDP, activation checkpointing) or at the
+# beginning (Lightning, speechbrain, PEFT); and the names of PEFT's adapters.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 OUTER_WRAPPERS = ("base_model.model.", "model.")
 ADAPTERS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "base_layer"} | {
     "modules_to_save", "original_module", "ia3_l", "hada_w1_a", "lokr_w1", "oft_r", "boft_R", "vera_lambda_b",
 }  # fmt: skip
 
-# All other spellings of keys -> ours.
+# All other names of keys -> ours.
 SPELLINGS = WEIGHT_NORM | {
     # ForSequenceClassification's head, of emotions or dimensions: see `ser.folder`
     "classifier.weight": "cls_head.weight",
@@ -63,24 +63,24 @@ SPELLINGS = WEIGHT_NORM | {
     "spk_head.bias": "speaker_head.bias",
 }
 
-# Where folders say how sound is prepared; the first that says it counts (`ser.folder`).
+# Files that say how sound is preprocessed; the first one that does so counts (`ser.folder`).
 PREPROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
-# Tensors that folders hold for pre-training. Left unread; anything else that the configuration does not ask for is
+# Tensors for pre-training, which are not read. Any other tensor that the configuration does not ask for is
 # refused, since then configuration and weights disagree.
 PRETRAINING_PARTS = ("quantizer.", "project_hid.", "project_q.", "dropout_features.")
 
 
 @dataclass
 class LoadReport:
-    """Tell what became of each tensor when a folder was loaded. ``print(report)`` is readable."""
+    """Report which tensors were loaded from a folder. ``print(report)`` is readable."""
 
     folder: Path
     matched: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)  # in the model, not in the folder: initialised at random
-    unused: list[str] = field(default_factory=list)  # in the folder, of no use to this model
+    unused: list[str] = field(default_factory=list)  # in the folder, not used by this model
     ignored_settings: list[str] = field(default_factory=list)  # keys of config.json that are not the encoder's
-    notes: list[str] = field(default_factory=list)  # what its files lack or contradict, and what was taken
+    notes: list[str] = field(default_factory=list)  # what its files lack or contradict, and what was used instead
 
     def __str__(self) -> str:
         loaded = f"{len(self.matched)} tensors loaded" if self.matched else "random weights"
@@ -97,12 +97,12 @@ class LoadReport:
 
 
 def exists(path: Path) -> bool:
-    """Tell whether something is there. A name that no file can have, for which Path.exists raises, is not."""
+    """Tell whether a path exists; False also for an impossible name, for which Path.exists raises an error."""
     return os.path.exists(path)  # noqa: PTH110
 
 
 def refuse_lfs_pointer(path: Path, target: Path) -> None:
-    """Raise ModelFolderError where ``target``, which stands at ``path``, is a pointer of git-lfs."""
+    """Raise ModelFolderError if ``target``, the file behind ``path``, is a pointer of git-lfs."""
     if is_lfs_pointer(target):
         raise ModelFolderError(
             f"{path}: is a pointer of git-lfs, which stands in place of the file itself; fetch it: run "
@@ -111,9 +111,9 @@ def refuse_lfs_pointer(path: Path, target: Path) -> None:
 
 
 def resolve_inside(folder: Path, name: str) -> Path:
-    """Return the regular file ``name`` of ``folder``, links followed; it must stay in the folder.
+    """Follow links to the regular file ``name`` of ``folder``, and refuse a file outside the folder.
 
-    The one exception is the hub's cache, where ``snapshots/<commit>/config.json`` is a link into ``blobs/`` of
+    The only exception is the hub's cache, where ``snapshots/<commit>/config.json`` is a link into ``blobs/`` of
     the same repository.
     """
     if Path(name).name != name:
@@ -139,7 +139,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str) -> dict:
-    """Read a JSON object from a file of the folder, of bounded size."""
+    """Read a JSON object from a file of the folder, if the file is not too large."""
     path = resolve_inside(folder, name)
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
@@ -157,7 +157,7 @@ def read_json(folder: Path, name: str) -> dict:
 
 
 def stands_in(folder: Path, name: str) -> bool:
-    """Tell whether the folder has such an entry; a broken link counts, for it is an error to report."""
+    """Tell whether the folder has such an entry; a broken link counts, since it is reported as an error."""
     return os.path.lexists(folder / name)
 
 
@@ -165,12 +165,12 @@ SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def is_hub_name(name: str) -> bool:
-    """Tell whether it looks like the OWNER/NAME of a repository on the Hugging Face hub."""
+    """Tell whether a name looks like the OWNER/NAME of a repository on the Hugging Face hub."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and len(name) < 200
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raise ModelFolderError where PEFT saved adapters alone, without the model that they belong to."""
+    """Raise ModelFolderError if PEFT saved only adapters, without the model that they belong to."""
     if stands_in(folder, "adapter_config.json"):
         raise ModelFolderError(
             f"{folder}: holds an adapter of PEFT (adapter_config.json) and not the model that it changes; {MERGE}"
@@ -178,7 +178,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Return ``folder`` as a Path, or raise an error that says what is there instead of a model folder."""
+    """Return ``folder`` as a Path, or raise an error that says why it is not a model folder."""
     folder = Path(folder)
     if not exists(folder):
         raise ModelFolderError(f"{shorten(str(folder))}: there is no such folder")
@@ -192,10 +192,10 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def hub_folder(name: str, revision: str | None, *, cached: bool, pickled: bool = False) -> Path:
-    """Return the folder of a repository in the hub's cache; fetch what it lacks first, unless ``cached``.
+    """Return the folder of a repository in the hub's cache; unless ``cached``, first download what it lacks.
 
-    These are the config files and safetensors alone; with ``pickled`` pytorch_model.bin too. The hub's client has
-    errors of its own; a repository that is not in the cache is an OSError or ValueError.
+    Only config files and safetensors are downloaded; with ``pickled`` also pytorch_model.bin. The hub's client
+    raises its own errors; if a repository is not in the cache, an OSError or ValueError.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -214,22 +214,22 @@ def holds_any(folder: Path, names: Iterable[str]) -> bool:
 
 
 def has_weights(folder: Path, *, pickles: bool) -> bool:
-    """Tell whether the folder has safetensors; with ``pickles``, pytorch_model.bin counts too, its index does not.
+    """Tell whether the folder has safetensors, or with ``pickles`` a pytorch_model.bin.
 
-    The index comes with the config files, before the pickles do.
+    The index of pickles does not count, since it is downloaded with the config files, before the pickles.
     """
     return holds_any(folder, SAFETENSORS) or (pickles and any(folder.glob("pytorch_model*.bin")))
 
 
 def fetch_folder(name: str, revision: str | None, *, pickles: bool) -> Path:
-    """Fetch a repository from the Hugging Face hub, with pytorch_model.bin if it is asked for and all there is."""
+    """Download a repository from the Hugging Face hub; with ``pickles``, take those if it has no safetensors."""
     try:
         folder = hub_folder(name, revision, cached=False)
         if pickles and not holds_any(folder, SAFETENSORS):
             folder = hub_folder(name, revision, cached=False, pickled=True)
     except ModelFolderError:
         raise
-    except Exception as error:  # the hub's client has kinds of its own, and those of its http library
+    except Exception as error:  # the hub's client raises its own errors and those of its HTTP library
         reason = str(error).strip().partition("\n")[0]
         at = f" at revision {revision}" if revision else ""
         raise ModelFolderError(
@@ -249,11 +249,11 @@ def fetch_folder(name: str, revision: str | None, *, pickles: bool) -> Path:
 def find_folder(name: str | Path, *, revision: str | None = None, pickles: bool = False) -> Path:
     """Find the model folder called ``name``: a path, or else OWNER/NAME on the Hugging Face hub.
 
-    From the hub come config files and safetensors alone, into its own cache; what is in the cache already is used
-    without asking the hub. ``revision`` is a branch, tag or commit there; a commit never changes. With
-    ``pickles``, to be converted, pytorch_model.bin comes too where a repository has no safetensors.
+    Only config files and safetensors are downloaded, into the hub's cache. If they are in the cache, the hub is
+    not asked. ``revision`` is a branch, tag or commit; a commit never changes. With ``pickles``, for conversion,
+    pytorch_model.bin is downloaded if a repository has no safetensors.
 
-    Raises ModelFolderError, which says what is there instead of a model folder.
+    Raises ModelFolderError, which says why there is no model folder.
     """
     path = Path(name)
     if exists(path) or not (isinstance(name, str) and is_hub_name(name)):
@@ -266,7 +266,7 @@ def find_folder(name: str | Path, *, revision: str | None = None, pickles: bool 
         cached = hub_folder(name, revision, cached=True)
     except (OSError, ValueError):
         cached = None
-    # Other programs leave a part of a folder in the cache, without what says how sound is prepared.
+    # Other programs may leave an incomplete folder in the cache, without the preprocessor's file.
     if cached is not None and holds_any(cached, PREPROCESSORS) and has_weights(cached, pickles=pickles):
         return check_folder(cached)
     return check_folder(fetch_folder(name, revision, pickles=pickles))
@@ -278,7 +278,7 @@ def read_encoder_config(folder: Path) -> tuple[Wav2Vec2Config, dict]:
     try:
         config = Wav2Vec2Config.from_dict(values)
         hop, first = math.prod(config.conv_stride), config.min_samples
-        if not 8 <= hop <= 16_000 or first > 160_000:  # no tensor's shape says it, and memory follows from it
+        if not 8 <= hop <= 16_000 or first > 160_000:  # memory depends on it, and no tensor's shape limits it
             raise ConfigError(
                 f"conv_stride is {config.conv_stride}: a frame per {hop:,} samples, the first after {first:,}; "
                 "8 to 16,000 and up to 160,000 are computed (published models: 320 and 400)"
@@ -289,7 +289,7 @@ def read_encoder_config(folder: Path) -> tuple[Wav2Vec2Config, dict]:
 
 
 def opened(path: Path):
-    """Call `open_tensors`, whose own errors do not name the file, and which would parse a header of 100 MB."""
+    """Call `open_tensors`, with errors that name the file, and a limit for the size of the header."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -308,7 +308,7 @@ def opened(path: Path):
 
 
 def refuse_adapters(path: Path, keys: Iterable[str]) -> None:
-    """Raise ModelFolderError where adapters stand beside the weights that they change, as in PEFT."""
+    """Raise ModelFolderError if a file has PEFT's adapters beside the weights that they change."""
     adapters = [key for key in keys if not ADAPTERS.isdisjoint(key.split("."))]
     if adapters:
         raise ModelFolderError(
@@ -317,12 +317,12 @@ def refuse_adapters(path: Path, keys: Iterable[str]) -> None:
 
 
 def without_wrappers(key: str) -> str:
-    """Take the parts in `WRAPPERS` out of a checkpoint's key."""
+    """Remove the parts in `WRAPPERS` from a checkpoint's key."""
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 def unwrapped(key: str) -> str:
-    """Take all that wrappers put into it out of a checkpoint's key."""
+    """Remove everything that wrappers add from a checkpoint's key."""
     key = without_wrappers(key)
     while key.startswith(OUTER_WRAPPERS):
         for prefix in OUTER_WRAPPERS:
@@ -331,7 +331,7 @@ def unwrapped(key: str) -> str:
 
 
 def canonical_name(key: str) -> str:
-    """Return our name for a checkpoint's key: without the base model's prefix, in the spelling that we write."""
+    """Return our name for a checkpoint's key, without the base model's prefix."""
     key = unwrapped(key)
     for architecture in ARCHITECTURES.values():
         key = key.removeprefix(architecture.prefix)
@@ -341,8 +341,8 @@ def canonical_name(key: str) -> str:
 class TensorFiles:
     """Hold the names of the tensors in a folder's safetensors files, and read tensors on demand.
 
-    ``names`` maps each tensor's canonical name (encoder names without prefix, new spelling of weight norm) to
-    the file and key that hold it.
+    ``names`` maps each tensor's canonical name (encoder names without prefix, new names of weight norm) to its
+    file and key.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -384,7 +384,7 @@ class TensorFiles:
         raise ModelFolderError(f"{folder}: has no model.safetensors{advice if pickles else ''}")
 
     def move(self, old: str, new: str) -> None:
-        """Rename the tensors of the part ``old`` (such as cls_head): whose they are, config.json says."""
+        """Rename the tensors of the part ``old`` (such as cls_head), if config.json gives them to another part."""
         for name in [name for name in self.names if name.startswith(f"{old}.")]:
             renamed = name.replace(old, new, 1)
             self.names[renamed], self.shapes[renamed] = self.names.pop(name), self.shapes.pop(name)
@@ -392,16 +392,16 @@ class TensorFiles:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the named tensors as float32.
 
-        Each is copied, for safetensors only maps the file: were it cut or written over later, the process would
-        die of SIGBUS. The file is opened for each tensor, which unmaps the last one, so that file and copy are not
-        both in memory. Two are read at a time, for most of the time is waiting for pages.
+        Each tensor is copied, because safetensors only maps the file: if the file were truncated later, SIGBUS
+        would kill the process. The file is opened for each tensor, which unmaps the last one, so that file and
+        copies are not both in memory. Two tensors are read at a time, since most of the time is waiting for pages.
         """
 
         def read(name: str) -> Tensor:
             path, key = self.names[name]
             with opened(path) as file:
                 tensor = file.get_tensor(key)
-                if name.endswith(".num_batches_tracked"):  # a batch norm's counter, which decides nothing
+                if name.endswith(".num_batches_tracked"):  # a counter of batch norm, which has no effect
                     return tensor.to(torch.int64, copy=True)
                 if not tensor.is_floating_point():
                     raise ModelFolderError(f"{path}: {name} holds {tensor.dtype}; expected floating point")
@@ -416,9 +416,9 @@ MERGE = "merge it into the model with PEFT first (merge_and_unload(), then save_
 
 
 def written_names(names: Iterable[str], config: Wav2Vec2Config, *, classifier: str | None) -> dict[str, str]:
-    """Map the names of a `MultiTaskModel`'s tensors to the keys by which `transformers` knows them.
+    """Map the names of a `MultiTaskModel`'s tensors to the keys that `transformers` uses.
 
-    ``classifier`` is the part that is the head of its ForSequenceClassification, such as cls_head.
+    ``classifier`` is the part that ForSequenceClassification has as its head, such as cls_head.
     """
     keys = {name: name.replace("wav2vec2.", config.architecture.prefix, 1) for name in names}
     if classifier:
@@ -428,7 +428,7 @@ def written_names(names: Iterable[str], config: Wav2Vec2Config, *, classifier: s
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether no element is NaN or infinite. The sum tells it in one pass, unless it overflows by itself."""
+    """Tell whether all elements are finite. A finite sum proves it in one pass; else each element is checked."""
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
@@ -439,7 +439,7 @@ def fill(module: nn.Module, files: TensorFiles, report: LoadReport, names: Itera
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     expected = shapes if names is None else {name: shapes[name] for name in names}
-    # Old checkpoints lack the mask embedding; it matters to training alone.
+    # Old checkpoints lack the mask embedding, which matters only in training.
     new = {"masked_spec_embed"} & (expected.keys() - files.shapes.keys())
     told = {name: f"found {shape}" for name, shape in files.shapes.items()}
     problems = [
@@ -453,7 +453,7 @@ def fill(module: nn.Module, files: TensorFiles, report: LoadReport, names: Itera
             f"{files.folder}: {len(problems)} of {len(expected)} tensors do not fit config.json:\n  {listed}"
         )
     count = sum(math.prod(shape) for shape in expected.values())
-    if count > MAX_PARAMETERS:  # the file may be sparse, and take no room on the disk
+    if count > MAX_PARAMETERS:  # a sparse file may be large without taking space on the disk
         raise ModelFolderError(f"{files.folder}: {count:,} parameters; at most {MAX_PARAMETERS:,} are loaded")
     tensors = files.read(name for name in expected if name not in new)
     infinite = [name for name, tensor in tensors.items() if not is_finite(tensor)]
@@ -466,7 +466,7 @@ def fill(module: nn.Module, files: TensorFiles, report: LoadReport, names: Itera
 
 
 def head_parts() -> tuple[str, ...]:
-    """Return how the names of tensors begin that stand on the encoder."""
+    """Return the prefixes of tensors that are on top of the encoder."""
     return ("layer_weights", "projector.", "pooling.", *(f"{row.key}." for row in HEADS.values()))
 
 
@@ -488,16 +488,16 @@ Built = TypeVar("Built", bound=nn.Module)
 
 
 class Unfilled(TorchFunctionMode):
-    """Leave out, on the meta device, what computes the initial values of a module.
+    """Skip the operations that compute the initial values of a module, on the meta device.
 
-    torch knows these operations there through its tracer alone, whose 900 modules take 2 s to import.
+    torch can run them there only with its tracer, whose 900 modules take 2 s to import.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == "torch.nn.init":
-            return None  # initialises in place, and nobody looks at what it returns
+            return None  # these functions work in place, and nobody uses what they return
         if func in (torch.Tensor.normal_, torch.randn_like, torch.Tensor.mul, torch._weight_norm):
-            return args[0].detach()  # of the same shape
+            return args[0].detach()  # which has the same shape
         if func is torch.norm_except_dim:
             values, _, dim = args
             return values.new_empty([size if i == dim else 1 for i, size in enumerate(values.shape)])
@@ -520,16 +520,16 @@ def load_encoder(
 
     Args:
         folder: as `ser` or a class of `transformers` saved it, or its OWNER/NAME on the Hugging Face hub.
-        device: where to put it.
+        device: where to put the encoder.
         report: also return the `LoadReport`.
         revision: branch, tag or commit on the hub.
 
     Returns:
-        a `Wav2Vec2` in eval mode, float32; with ``report`` a pair of it and the report.
+        a `Wav2Vec2` in eval mode, float32; with ``report`` a pair of encoder and report.
 
     Raises:
-        ModelFolderError: the folder, its configuration or its tensors are not what they claim to be; lists
-            every missing, misshapen or unexpected tensor.
+        ModelFolderError: the folder, its configuration or its tensors are invalid; the message lists every
+            missing or unexpected tensor, and every wrong shape.
     """
     folder = find_folder(folder, revision=revision)
     config, values = read_encoder_config(folder)

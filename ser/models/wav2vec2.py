@@ -1,10 +1,10 @@
-"""wav2vec 2.0 and its relatives: waveform in, one hidden vector per 20 ms out.
+"""Define the encoder, wav2vec 2.0 and its relatives: waveform in, one hidden vector per 20 ms out.
 
-Baevski et al., *wav2vec 2.0: A Framework for Self-Supervised Learning of Speech Representations*,
-NeurIPS 2020 (section 2 for the model, appendix A for masking, B for the sizes). HuBERT, WavLM and data2vec
-differ in the positional convolution, in WavLM's attention and in which norms there are; `ARCHITECTURES` in
-`ser.models.config` says what is what. A forward pass reads as the file does: feature encoder, feature projection,
-positional convolution, attention, feed-forward, transformer layer, and the whole last.
+The model is that of Baevski et al., *wav2vec 2.0: A Framework for Self-Supervised Learning of Speech
+Representations*, NeurIPS 2020 (section 2; appendix A for masking, B for the sizes). HuBERT, WavLM and data2vec
+differ in the positional convolution, the attention (WavLM) and the norms, see `ARCHITECTURES` in
+`ser.models.config`. The file is in the order of a forward pass: feature encoder, feature projection, positional
+convolution, attention, feed-forward, transformer layer, and last the whole encoder.
 
 Shapes:
     B batch    S samples at 16 kHz    T frames (one per 320 samples = 20 ms)
@@ -14,12 +14,12 @@ Conventions:
   * Module attributes are the keys of Hugging Face checkpoints and configuration fields are those of
     config.json, so loading is a strict ``load_state_dict``.
   * ``padding_mask`` is True where a frame is padding. ``num_samples`` and ``num_frames`` are (B,) int64
-    and live on the CPU: what depends on lengths is decided there, without waiting for a GPU.
-  * An utterance gives the same output alone and in any padded batch. Where the reference
-    implementations let padding in (the first group norm's statistics, the mean over time), this one
-    does not; on a single unpadded utterance the two agree.
-  * `ser.models.kernels` has torch's operations under torch's names; on a CPU it computes them faster.
-  * ``torch.export`` records what a GPU computes, for any lengths (tests/test_export.py).
+    on the CPU, so that decisions about lengths need not wait for a GPU.
+  * An utterance gives the same output alone and in any padded batch. In the reference implementations,
+    padding changes the statistics of the first group norm and the mean over time; here it does not. For a
+    single unpadded utterance the outputs are the same.
+  * `ser.models.kernels` has torch's operations under torch's names, and computes them faster on a CPU.
+  * ``torch.export`` records the computation of a GPU, for any lengths (tests/test_export.py).
 """
 
 import math
@@ -37,9 +37,9 @@ from ser.models.kernels import Dropout
 
 
 def padding_mask(lengths: Tensor, size: int, device: torch.device) -> Tensor | None:
-    """Return (B, size) bool, True past each length; None where nothing is padded. ``lengths`` is on the CPU.
+    """Return (B, size) bool, True past each length; None if nothing is padded. ``lengths`` is on the CPU.
 
-    A recorded graph (``torch.export``) serves all lengths, so it has the mask always.
+    A recorded graph (``torch.export``) is for all lengths, so it always has the mask.
     """
     if not torch.compiler.is_compiling() and bool((lengths >= size).all()):
         return None
@@ -55,8 +55,8 @@ def untouched(module: nn.Module) -> Tensor:
     """Return a zero that depends on every parameter of ``module``.
 
     DistributedDataParallel expects a gradient for every parameter in every step. If a layer is skipped, this zero
-    is added to the output: the layer's parameters then have a gradient of zero. The sum is over an empty slice, so
-    it costs nothing and stays 0 whatever the weights hold.
+    is added to the output, and the layer's parameters get a gradient of zero. It is a sum over empty slices, so it
+    costs nothing and is 0 for any weights.
     """
     return sum((p.flatten()[:0].sum() for p in module.parameters() if p.requires_grad), torch.zeros(()))
 
@@ -65,7 +65,7 @@ def untouched(module: nn.Module) -> Tensor:
 
 
 class ConvLayer(nn.Module):
-    """One convolution of the feature encoder, with its norm if it has one, and GELU."""
+    """Compute one convolution of the feature encoder, with its norm if it has one, and GELU."""
 
     def __init__(self, config: Wav2Vec2Config, index: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class ConvLayer(nn.Module):
 
 
 class FeatureEncoder(nn.Module):
-    """Seven convolutions: 16,000 samples a second become 50 feature vectors (paper section 2)."""
+    """Compute seven convolutions, which turn 16,000 samples a second into 50 vectors (paper section 2)."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class FeatureEncoder(nn.Module):
         x, num_frames = waveforms[..., None], num_samples  # (B, S, 1)
         recompute = self.activation_checkpointing and self.training
         layers: list[Any] = [*self.conv_layers]
-        if kernels.in_use(x):  # the same, with the group norm folded into the first convolution
+        if kernels.in_use(x):  # the same function, with the group norm folded into the first convolution
             features = kernels.feature_encoder(self.config, layers, x, num_samples, recompute=recompute)
             return features, self.config.num_frames(num_samples)
         for layer in layers:
@@ -115,7 +115,7 @@ class FeatureEncoder(nn.Module):
 
 
 class FeatureProjection(nn.Module):
-    """From conv channels to the hidden size: norm, linear, dropout."""
+    """Project the channels of the convolutions to the hidden size: norm, linear, dropout."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -140,31 +140,31 @@ def positional_conv(config: Wav2Vec2Config, size: int) -> nn.Conv1d:
 
 
 class PositionalConvolution(nn.Module):
-    """Relative positions by a wide grouped convolution over time (paper section 2, "Contextualized ...")."""
+    """Encode relative positions by a wide grouped convolution over time (section 2, "Contextualized ...")."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
         self.conv = positional_conv(config, config.num_conv_pos_embeddings)
         self.batch_norm = nn.BatchNorm1d(config.hidden_size) if config.conv_pos_batch_norm else None
         if self.batch_norm is None:
-            # The parametrization's own load hook accepts weight_g / weight_v, the older spelling, as well.
+            # When weights are loaded, the parametrization also accepts the older names weight_g and weight_v.
             self.conv = nn.utils.parametrizations.weight_norm(self.conv, dim=2)
 
     def forward(self, hidden: Tensor, padding: Tensor | None) -> Tensor:
         """Compute hidden (B, T, D), padding (B, T) -> (B, T, D)."""
         if self.batch_norm is not None:
-            # Always with the running statistics: those of a batch would let its composition matter. The norm moves
-            # zeros away from zero, so padding is zeroed after it.
+            # Always use the running statistics, since those of a batch would depend on batch composition. The norm
+            # changes zeros, so padding is set to zero after it.
             norm = self.batch_norm
             hidden = F.batch_norm(
                 hidden.transpose(1, 2), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
             ).transpose(1, 2)
         x = kernels.conv1d(zero_padding(hidden, padding), self.conv)
-        return F.gelu(x[:, : hidden.shape[1]])  # an even kernel gives one frame too many
+        return F.gelu(x[:, : hidden.shape[1]])  # with an even kernel there is one frame too many
 
 
 class PositionalLayer(nn.Module):
-    """One of data2vec's positional convolutions, with a norm that has no parameters (Baevski et al., 2022)."""
+    """Compute one of data2vec's positional convolutions, with a norm without parameters (Baevski et al., 2022)."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class PositionalLayer(nn.Module):
 
 
 class PositionalStack(nn.Module):
-    """data2vec's relative positions: five small convolutions in the place of a wide one."""
+    """Encode relative positions as data2vec does, by five small convolutions instead of a wide one."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -190,12 +190,12 @@ class PositionalStack(nn.Module):
         return hidden
 
 
-# What a row of `ARCHITECTURES` may name. Each class takes (config), and hidden and padding in its forward pass.
+# The classes that a row of `ARCHITECTURES` may name. Each takes (config), and (hidden, padding) in forward.
 POSITIONS: dict[str, type[nn.Module]] = {"convolution": PositionalConvolution, "stack": PositionalStack}
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the valid frames; one of the layers that `ARCHITECTURES` may name."""
+    """Compute multi-head self-attention over the valid frames."""
 
     def __init__(self, config: Wav2Vec2Config, index: int) -> None:
         super().__init__()
@@ -213,13 +213,13 @@ class Attention(nn.Module):
     def position_bias(self, frames: int) -> Tensor | None:
         """Return a bias for the attention scores, (1, H, T, T), or None.
 
-        The method of the first layer alone is called, and all layers share its result. So layer 0 alone may own
+        Only the first layer's method is called, and all layers share its result. So only layer 0 may have
         parameters for it, and the bias must be on their device.
         """
         return None
 
     def mask(self, hidden: Tensor, attend: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """Return the mask of attention: ``attend``, or the bias, minus infinity where a key is padding."""
+        """Return the attention mask: ``attend``, or the bias with minus infinity where a key is padding."""
         if bias is None:
             return attend
         bias = bias[..., : hidden.shape[1], : hidden.shape[1]]  # an utterance may be shorter than the longest
@@ -230,10 +230,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Compute hidden (B, T, D), attend (B, 1, 1, T) or None, bias (1, H, T, T) or None -> (B, T, D).
 
-        ``attend`` is True where a frame is valid. With ``lengths`` hidden is (1, sum of lengths, D), utterances
-        one after another, each of which attends to itself (`kernels.pack_frames`).
+        ``attend`` is True where a frame is valid. With ``lengths``, hidden is (1, sum of lengths, D): utterances
+        are joined, and each attends only to itself (`kernels.pack_frames`).
         """
-        (hidden,) = kernels.as_autocast(hidden)  # once, and not for each of the three
+        (hidden,) = kernels.as_autocast(hidden)  # convert once, and not for each of the three projections
         q, k, v = (self.split_heads(p(hidden)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B,H,T,D/H)
         if lengths is None:
             x = self.attended(attend, bias, hidden, q, k, v).transpose(1, 2)  # (B, T, H, D/H)
@@ -245,18 +245,18 @@ class Attention(nn.Module):
     def attended(
         self, attend: Tensor | None, bias: Tensor | None, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """Compute `kernels.attention` of whole utterances, (B, H, T, D/H), with this layer's mask and dropout."""
+        """Compute `kernels.attention` for whole utterances, (B, H, T, D/H), with this layer's mask and dropout."""
         mask = self.mask(hidden, attend, bias)
         if mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(q.dtype)  # half precision under autocast
+            mask = mask.to(q.dtype)  # which is half precision under autocast
         return kernels.attention(q, k, v, mask, self.dropout if self.training else 0.0)
 
 
 class GatedAttention(Attention):
-    """WavLM's attention: a learnt bias for each relative position, gated by each query frame.
+    """Compute WavLM's attention, with a learnt bias for each relative position, gated by each query frame.
 
-    Chen et al., *WavLM: Large-Scale Self-Supervised Pre-Training for Full Stack Speech Processing*, JSTSP 2022,
-    section III-B. The bias comes from an embedding that the first layer owns; each layer has gates of its own.
+    See Chen et al., *WavLM: Large-Scale Self-Supervised Pre-Training for Full Stack Speech Processing*, JSTSP
+    2022, section III-B. The bias comes from an embedding in the first layer; each layer has gates of its own.
     """
 
     def __init__(self, config: Wav2Vec2Config, index: int) -> None:
@@ -270,20 +270,20 @@ class GatedAttention(Attention):
     def buckets(self, offsets: Tensor) -> Tensor:
         """Classify relative positions: key minus query in frames -> 0..num_buckets-1, of the same shape.
 
-        Half of the classes are for each direction. Of a half, the first half has a class per distance and the
-        others grow logarithmically up to max_distance (Raffel et al., T5, JMLR 2020, section 2.1).
+        Each direction has half of the classes. Half of these are for one distance each; the others cover ranges
+        that grow logarithmically up to max_distance (Raffel et al., T5, JMLR 2020, section 2.1).
         """
         each = self.num_buckets // 2
         exact = each // 2
         distance = offsets.abs()
-        # In the reference's order of operations: another order rounds differently, and a distance at a boundary
-        # would get the neighbouring bucket.
+        # The order of operations is that of the reference: another order rounds differently, and could put a
+        # distance at a boundary into the neighbouring bucket.
         share = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
         far = (exact + (share * (each - exact)).long()).clamp(max=each - 1)
         return torch.where(distance < exact, distance, far) + each * (offsets > 0)
 
     def position_bias(self, frames: int) -> Tensor:
-        """Return the bias of all layers before their gates, (1, H, T, T); the first layer has its embedding."""
+        """Return the bias of all layers before their gates, (1, H, T, T); only the first layer can do this."""
         device = self.rel_attn_embed.weight.device
         values = self.rel_attn_embed(self.buckets(torch.arange(1 - frames, frames, device=device)))  # (2T-1, H)
         position = torch.arange(frames, device=device)
@@ -299,12 +299,12 @@ class GatedAttention(Attention):
         return super().mask(hidden, attend, bias)
 
 
-# What a row of `ARCHITECTURES` may name. Each class takes (config, index of its layer).
+# The classes that a row of `ARCHITECTURES` may name. Each takes (config, index of its layer).
 ATTENTIONS: dict[str, type[Attention]] = {"plain": Attention, "gated": GatedAttention}
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU between, at every frame alone."""
+    """Apply two linear layers with GELU between them, to each frame separately."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -321,7 +321,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and feed-forward with residuals; the norm after each sum (post) or before each part (pre)."""
+    """Apply attention and feed-forward with residuals; norms come after each sum (post) or before it (pre)."""
 
     def __init__(self, config: Wav2Vec2Config, index: int) -> None:
         super().__init__()
@@ -333,7 +333,7 @@ class TransformerLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Tensor, *context: Any) -> Tensor:
-        """Compute hidden (B, T, D), and the rest of what `Attention` takes -> (B, T, D)."""
+        """Compute hidden (B, T, D), and the other arguments of `Attention`, -> (B, T, D)."""
         if self.pre_norm:
             hidden = hidden + self.dropout(self.attention(self.layer_norm(hidden), *context))
             return hidden + self.feed_forward(self.final_layer_norm(hidden))
@@ -342,7 +342,7 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Positions, then the layers. Called ``encoder`` in the checkpoints."""
+    """Add positions, then apply the layers. Checkpoints call this part ``encoder``."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -355,13 +355,13 @@ class Transformer(nn.Module):
         self.activation_checkpointing = False
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """Apply the norm after the last layer, which pre-norm transformers alone have. (B, T, D) -> (B, T, D)."""
+        """Apply the norm after the last layer, which only pre-norm transformers have: (B, T, D) -> (B, T, D)."""
         return self.layer_norm(hidden) if self.pre_norm else hidden
 
     def forward(self, hidden: Tensor, padding: Tensor | None, num_layers: int | None = None) -> list[Tensor]:
         """Compute hidden (B, T, D), padding (B, T) -> the first layer's input and each layer's output, (B, T, D).
 
-        The encoder's result is `final_norm` of the last one. With ``num_layers`` only so many are computed.
+        The encoder's result is `final_norm` of the last one. ``num_layers`` limits the layers that are computed.
         """
         hidden = zero_padding(hidden, padding)
         hidden = hidden + self.pos_conv_embed(hidden, padding)
@@ -378,8 +378,8 @@ class Transformer(nn.Module):
             hidden, attend = kernels.pack_frames(hidden, lengths), None
         outputs = [hidden]
         for layer in layers[:num_layers]:
-            # LayerDrop (Fan et al., 2020). A skipped layer still takes part in the graph, so that
-            # DistributedDataParallel need not search for unused parameters; the draw is on the CPU.
+            # LayerDrop (Fan et al., 2020), drawn on the CPU. A skipped layer stays in the graph, so that
+            # DistributedDataParallel need not search for unused parameters.
             if self.training and self.layerdrop > 0 and float(torch.rand(())) < self.layerdrop:
                 hidden = hidden + untouched(layer).to(hidden.device)
             else:
@@ -389,12 +389,12 @@ class Transformer(nn.Module):
 
 
 class Wav2Vec2(nn.Module):
-    """The encoder, of any architecture that the configuration can name: waveforms to one vector per 20 ms.
+    """Encode waveforms to one vector per 20 ms, with any architecture that the configuration names.
 
         encoder = Wav2Vec2(Wav2Vec2Config.named("base"))
         hidden, num_frames = encoder(waveforms, num_samples)
 
-    Weights are random; `ser.load_encoder` reads a folder.
+    Its weights are random; `ser.load_encoder` reads those of a folder.
     """
 
     def __init__(self, config: Wav2Vec2Config) -> None:
@@ -441,8 +441,8 @@ class Wav2Vec2(nn.Module):
     def round_weights(self, dtype: torch.dtype) -> None:
         """Convert the weights once to ``dtype`` and to the memory layout that the convolutions use.
 
-        Under autocast each batch would do the same again; the outputs are equal. A model rounded so predicts, and
-        is neither trained nor saved.
+        Under autocast this would be done again for each batch; the outputs are equal. A rounded model can predict,
+        but must not be trained or saved.
         """
         for module in [*self.encoder.modules()]:
             if isinstance(module, nn.Linear):
@@ -451,13 +451,13 @@ class Wav2Vec2(nn.Module):
                 if nn.utils.parametrize.is_parametrized(module):
                     nn.utils.parametrize.remove_parametrizations(module, "weight")
                 module.weight.data = module.weight.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
-        for layer in [*self.feature_extractor.conv_layers][1:]:  # the norm of the first one needs it exactly
+        for layer in [*self.feature_extractor.conv_layers][1:]:  # the first one's folded norm needs exact weights
             assert isinstance(layer, ConvLayer)
             weight = layer.conv.weight
             weight.data = weight.to(dtype).permute(2, 1, 0).contiguous().permute(2, 1, 0)
 
     def activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+        """Let layers recompute activations in the backward pass: less memory, about a third more time."""
         self.feature_extractor.activation_checkpointing = enabled
         self.encoder.activation_checkpointing = enabled
 
@@ -472,17 +472,17 @@ class Wav2Vec2(nn.Module):
         num_layers: int | None = None,
         final_norm: bool = True,
     ) -> tuple[list[Tensor], Tensor]:
-        """Encode as `forward`, but return the transformer's input and each layer's output, and num_frames.
+        """Encode like `forward`, but return the transformer's input and each layer's output, and num_frames.
 
-        These are num_hidden_layers + 1 tensors, of which the last has a pre-norm model's final norm, unless
-        ``final_norm`` is False. With ``num_layers`` only so many layers are computed. ``features`` (B, T, C), the
-        feature encoder's output for utterances of ``num_samples``, may stand in place of the waveforms.
+        These are num_hidden_layers + 1 tensors. In a pre-norm model the last one has the final norm, unless
+        ``final_norm`` is False. ``num_layers`` limits the layers that are computed. ``features`` (B, T, C), the
+        feature encoder's output for utterances of ``num_samples``, may be given instead of waveforms.
         """
         if features is None:
             assert waveforms is not None
             num_samples = self._check(waveforms, num_samples)
             padding = padding_mask(num_samples, waveforms.shape[1], waveforms.device)
-            if padding is not None:  # whatever stands there, NaN included, has no effect
+            if padding is not None:  # so values there, even NaN, have no effect
                 waveforms = waveforms.masked_fill(padding, 0.0)
             features, num_frames = self.feature_extractor(waveforms, num_samples)  # (B, T, C)
         else:
@@ -511,19 +511,19 @@ class Wav2Vec2(nn.Module):
         """Encode a batch.
 
         Args:
-            waveforms: (B, S) float, 16 kHz, as the preprocessor leaves them (usually zero mean and unit
-                variance per utterance). Values past ``num_samples`` have no effect.
+            waveforms: (B, S) float, 16 kHz, preprocessed (usually to zero mean and unit variance per
+                utterance). Values past ``num_samples`` have no effect.
             num_samples: (B,) valid samples of each, at least `Wav2Vec2Config.min_samples` (400) and at most
-                S; best a CPU tensor or a list. None: all S.
+                S; preferably a CPU tensor or a list. None: all S.
             mask_time: (B, T) bool, True where the frame is replaced by the mask embedding (SpecAugment).
             mask_feature: (B, D) bool, True where the channel is zeroed in all frames.
 
         Returns:
-            hidden (B, T, D), one vector per 320 samples, of which num_frames (B,) int64 on the CPU are valid;
-            the frames after them hold no information.
+            hidden (B, T, D), one vector per 320 samples, and num_frames (B,) int64 on the CPU, the valid
+            frames; the frames after them hold no information.
 
         Raises:
-            AudioError: an utterance too short for one frame, or lengths that do not fit the batch.
+            AudioError: an utterance is too short for one frame, or lengths do not fit the batch.
         """
         outputs, num_frames = self.layers(waveforms, num_samples, mask_time=mask_time, mask_feature=mask_feature)
         return outputs[-1], num_frames
@@ -549,7 +549,7 @@ class Wav2Vec2(nn.Module):
             raise AudioError(
                 f"num_samples has shape {tuple(num_samples.shape)}; expected ({batch},), one per waveform"
             )
-        if torch.compiler.is_compiling():  # a recorded graph knows no values: its caller checks the lengths
+        if torch.compiler.is_compiling():  # values are unknown when a graph is recorded; its caller checks lengths
             return num_samples
         for row, count in enumerate(num_samples.tolist()):
             if not self.config.min_samples <= count <= size:
@@ -566,7 +566,7 @@ class Wav2Vec2(nn.Module):
                 raise ConfigError("mask_time needs a mask embedding: mask_time_prob or mask_feature_prob above 0")
             hidden = torch.where(mask_time[..., None], self.masked_spec_embed.to(hidden.dtype), hidden)
         elif self.training and self.config.has_mask_embedding and self.masked_spec_embed.requires_grad:
-            hidden = hidden + self.masked_spec_embed[:0].sum()  # as `untouched`: the graph stays the same
+            hidden = hidden + self.masked_spec_embed[:0].sum()  # a zero, as in `untouched`, for its gradient
         if mask_feature is not None:
             hidden = hidden.masked_fill(mask_feature[:, None, :], 0.0)
         return hidden

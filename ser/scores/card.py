@@ -1,8 +1,8 @@
-"""Model cards: what a model was trained on, what it reached, and what it is not for.
+"""Write model cards: what a model was trained on, its figures, and its limits.
 
-Training writes two files into every model folder: training.json is the record, and README.md is the same for
-people. The card is a function of the record, so it can be checked, and `ser evaluate --verify FOLDER` computes its
-figures again.
+Training writes two files into every model folder: the record, training.json, and the card, README.md, which shows
+it to people. The card is a function of the record, so it can be checked, and `ser evaluate --verify FOLDER`
+computes its figures again.
 """
 
 import html
@@ -25,9 +25,9 @@ from ser.scores.report import CORPUS, Report, four_digits, interval_text, shares
 
 RECORD, CARD = "training.json", "README.md"
 EVALUATE, EARLIER_EVALUATE = "ser evaluate", "python examples/evaluate.py"  # commands that a card names
-MOST_RESAMPLES = 1_000_000  # more would be hours
+MOST_RESAMPLES = 1_000_000  # more would take hours
 OF_ONE_CLASS = ("precision ", "recall ")  # figures that a card does not have of each corpus
-KEPT = ("utterances", "speakers", "judged", "figures", "resamples", "seed")  # of a report
+KEPT = ("utterances", "speakers", "judged", "figures", "resamples", "seed")  # fields of a report in the record
 
 
 def counts_of(utterances: Sequence[Utterance]) -> dict[str, Any]:
@@ -42,12 +42,12 @@ def counts_of(utterances: Sequence[Utterance]) -> dict[str, Any]:
 
 
 def hours_of(lengths: Iterable[int]) -> float:
-    """Return the hours of recordings with so many samples each."""
+    """Return the total hours of recordings, given their numbers of samples."""
     return round(sum(lengths) / SAMPLE_RATE / 3600, 4)
 
 
 def facts_of(recognizer: Recognizer) -> dict[str, Any]:
-    """Return what a model itself says: heads, labels, size."""
+    """Return the facts that follow from the model itself: heads, labels, size."""
     return {
         "heads": list(recognizer.model.heads),
         "emotions": recognizer.emotions,
@@ -60,13 +60,13 @@ def facts_of(recognizer: Recognizer) -> dict[str, Any]:
 def training_record(
     recognizer: Recognizer, utterances: Sequence[Utterance], lengths: Sequence[int], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what is known of a model before it is trained.
+    """Return the record of a model without evaluations.
 
     Args:
         recognizer: the model.
-        utterances: what it is trained on.
-        lengths: of each utterance, in samples.
-        settings: of the run, as its config.json has them.
+        utterances: the training set.
+        lengths: the length of each utterance in samples.
+        settings: the settings of the run, as in its config.json.
     """
     return facts_of(recognizer) | {
         "trained_on": counts_of(utterances) | {"hours": hours_of(lengths)},
@@ -81,7 +81,7 @@ def sources_anywhere(selection: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def same_data(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
-    """Tell whether two selections (`Selection.to_dict`) are of the same utterances, wherever the files are."""
+    """Tell whether two selections (`Selection.to_dict`) name the same utterances, wherever the files are."""
     if not first or not second or not first.get("sha256"):
         return first == second
 
@@ -96,7 +96,7 @@ def same_data(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None)
 
 
 def trained_on(record: Mapping[str, Any]) -> Selection | None:
-    """Return what the model was trained on; None where training was not told."""
+    """Return the selection that the model was trained on; None if training was not told its name."""
     selection = record["settings"].get("train")
     return Selection.from_dict(selection) if selection else None
 
@@ -104,7 +104,7 @@ def trained_on(record: Mapping[str, Any]) -> Selection | None:
 def expected_choice(record: Mapping[str, Any], selection: Mapping[str, Any] | None, *, best: bool) -> bool:
     """Tell whether weights were chosen by their figure on ``selection``.
 
-    The weights of ``best`` were chosen on the validation part, which may be the test part too.
+    The weights in best/ were chosen on the validation part, which may also be the test part.
     """
     settings = record["settings"]
     valid = settings.get("valid")
@@ -120,12 +120,12 @@ def expected_choice(record: Mapping[str, Any], selection: Mapping[str, Any] | No
 def evaluation_entry(
     result: Report, selection: Mapping[str, Any] | None, *, chosen_on: bool = False
 ) -> dict[str, Any]:
-    """Return what a record keeps of a report.
+    """Return the part of a report that a record keeps.
 
     Args:
         result: the report.
-        selection: what was evaluated, as `Selection.to_dict`; None: not known, so nobody can verify it.
-        chosen_on: whether these weights were chosen because of this very figure.
+        selection: what was evaluated, as `Selection.to_dict`; None: not known, so it cannot be verified.
+        chosen_on: whether these weights were chosen by this same figure.
     """
     content = result.to_dict()
     prefix, corpora = f"{CORPUS}: ", {}
@@ -138,9 +138,10 @@ def evaluation_entry(
 
 
 def with_evaluation(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record with a further evaluation, in place of an older one of the same data.
+    """Return the record with a new evaluation, which replaces an older one on the same data.
 
-    Weights that were chosen on some data stay chosen on them; where the test part validates, on that part too.
+    "Chosen on" stays true for data on which weights were once chosen, and is also true for a test part that
+    validates.
     """
     same = [e for e in record["evaluations"] if same_data(e["selection"], entry["selection"])]
     others = [e for e in record["evaluations"] if not same_data(e["selection"], entry["selection"])]
@@ -158,21 +159,21 @@ def with_evaluation(record: Mapping[str, Any], entry: Mapping[str, Any]) -> dict
 
 
 def as_text(foreign: object) -> str:
-    """Escape a text so that Markdown shows it as it is, on one line: no name is a heading, HTML or a table."""
+    """Escape a text so that Markdown shows it unchanged and on one line, and not as a heading, HTML or table."""
     text = html.escape(printable(str(foreign)), quote=False)
     text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)  # my_corpus is no emphasis
     return re.sub(r"^(\s*\d*)([-+=#.)])(?=[-=#\s]|$)", r"\1\\\2", text)  # no heading, list or rule
 
 
 def as_code(foreign: object) -> str:
-    """Make a code span of these very characters."""
+    """Make a code span that shows exactly these characters."""
     text = printable(str(foreign))
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def as_block(text: str) -> str:
-    """Make a code block, whatever stands in the text."""
+    """Make a code block of any text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}\n{printable(text, lines=True)}\n{fence}"
 
@@ -243,13 +244,13 @@ def evaluation_paragraphs(entry: Mapping[str, Any], record: Mapping[str, Any]) -
 
 
 def card_text(record: Mapping[str, Any]) -> str:
-    """Write the card. Labels, names of data and licences are foreign, and shown as text."""
+    """Write the card. Labels, names of data and licences are escaped."""
     settings = record["settings"]
     licences = settings.get("licences", {})
     figures = f"None were measured: there was no validation part. `{EVALUATE} --card` adds them."
     if record["evaluations"]:
         figures = "\n".join(evaluation_paragraphs(entry, record) for entry in record["evaluations"])
-    # Model hubs read what stands between the first two rules.
+    # Model hubs read the part between the first two rules.
     return f"""\
 ---
 library_name: "ser"
@@ -296,7 +297,7 @@ figures again:
 
 
 def is_card_of(text: str, record: Mapping[str, Any]) -> bool:
-    """Tell whether a card says what its record says. Cards of earlier releases name the command of their time."""
+    """Tell whether a card agrees with its record. Cards of earlier releases may name the earlier command."""
     return text.replace(EARLIER_EVALUATE, EVALUATE) == card_text(record).replace(EARLIER_EVALUATE, EVALUATE)
 
 
@@ -308,7 +309,7 @@ def write_card(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def check_numbers(record: Mapping[str, Any]) -> None:
-    """Raise ValueError for numbers that figures cannot be computed with."""
+    """Raise ValueError for numbers with which figures cannot be computed."""
     numbers = {f"settings.{name}": record["settings"].get(name) or 0 for name in ("max_seconds", "max_bad_audio")}
     for entry in record["evaluations"]:
         numbers |= {name: entry[name] for name in ("resamples", "seed")}
@@ -323,7 +324,7 @@ def check_numbers(record: Mapping[str, Any]) -> None:
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """Read the record of a model folder; None where there is none, as in folders of others.
+    """Read the record of a model folder; None if there is none, as in folders of other programs.
 
     Raises ModelFolderError for a record that is damaged.
     """
@@ -340,7 +341,7 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
 
 
 def flat_numbers(entry: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return every number of an evaluation by a name of its own."""
+    """Return every number of an evaluation, each with its own name."""
     numbers: dict[str, float | None] = {name: entry[name] for name in ("utterances", "speakers")}
     numbers |= {f"{name} judged": count for name, count in entry["judged"].items()}
     for corpus, part in entry.get("corpora", {}).items():
@@ -357,7 +358,7 @@ def flat_numbers(entry: Mapping[str, Any]) -> dict[str, float | None]:
 def differences(
     entry: Mapping[str, Any], result: Report, *, tolerance: float = 1e-6
 ) -> list[tuple[str, float | None, float | None, bool]]:
-    """Return (number, on the card, computed now, equal) of an evaluation and a new report of the same data."""
+    """Compare an evaluation with a new report on the same data: return (name, on the card, now, equal)."""
     then, now = flat_numbers(entry), flat_numbers(evaluation_entry(result, None))
     rows = []
     for name in dict.fromkeys([*then, *now]):

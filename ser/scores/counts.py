@@ -1,9 +1,9 @@
-"""Accuracy, F1 and error rates as counts that can be summed.
+"""Compute accuracy, F1, error rates and concordance from counts that can be summed.
 
 A mean of means over unequal parts is wrong. So nothing is averaged before the end: batches, ranks and resamples
-add what each utterance counts, and figures are computed from the sums. Validation during training and reports use
-the same formulas: `class_figures`, `ratio` of edits and lengths, and `concordance`. WA and UA are the field's
-names for the weighted and the unweighted accuracy.
+add the counts of utterances, and figures are computed from the sums. Validation during training and reports use
+the same formulas: `class_figures`, `ratio` of edits and lengths, and `concordance`. WA and UA are the weighted and
+the unweighted accuracy.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from ser.data.labels import labels_vary
 
 
 def edit_distance(reference: Sequence[Any], hypothesis: Sequence[Any]) -> tuple[int, int, int]:
-    """Count substitutions, deletions and insertions on a shortest way from `reference` to `hypothesis`.
+    """Count substitutions, deletions and insertions in a shortest alignment of `reference` and `hypothesis`.
 
-    Of several shortest ways, the way with the fewest substitutions is taken, which has the most matches. Other
-    programs may choose another way: only the sum is the same everywhere (Levenshtein, 1966).
+    Of several shortest alignments, the one with the fewest substitutions, and so the most matches, is taken. Other
+    programs may choose another one: only the sum is always the same (Levenshtein, 1966).
 
     Args:
-        reference: words, characters or other hashable items, n of them.
-        hypothesis: likewise, m of them.
+        reference: n words, characters or other hashable items.
+        hypothesis: m such items.
 
-    The time is n row operations of m numbers; the memory is m numbers.
+    The time is that of n operations on rows of m numbers; the memory is m numbers.
     """
     n, m = len(reference), len(hypothesis)
     numbers: dict[Any, int] = {}
     r = [numbers.setdefault(item, len(numbers)) for item in reference]
     h = np.array([numbers.setdefault(item, len(numbers)) for item in hypothesis], dtype=np.int64)
-    # The cost of a way is edits * unit + substitutions, so that the smallest has the fewest edits first. With
-    # deletions - insertions = n - m that gives all three numbers from the last cell, without a way back.
+    # The cost of an alignment is edits * unit + substitutions, so the fewest edits count first. Since deletions -
+    # insertions = n - m, the last cell gives all three numbers, without tracing the alignment back.
     unit = n + m + 1
     inserted = np.arange(m + 1, dtype=np.int64) * unit
     row = inserted
     for item in r:
-        # From the row above: straight down is a deletion, diagonally a match or a substitution ...
+        # A step down from the row above is a deletion, a diagonal step is a match or a substitution, ...
         best = row + unit
         np.minimum(best[1:], row[:-1] + np.where(h == item, 0, unit + 1), out=best[1:])
-        # ... and along the row insertions: best[j] = min over i <= j of best[i] + (j - i) * unit.
+        # ... and steps along the row are insertions: best[j] = min over i <= j of best[i] + (j - i) * unit.
         row = np.minimum.accumulate(best - inserted) + inserted
     edits, substitutions = divmod(int(row[-1]), unit)
     deletions = (edits - substitutions + n - m) // 2
@@ -66,19 +66,19 @@ class ErrorRateCounts:
     length: int = 0
 
     def __add__(self, other: ErrorRateCounts) -> ErrorRateCounts:
-        """Count both parts together."""
+        """Add the counts of two parts."""
         if not isinstance(other, ErrorRateCounts):
             return NotImplemented
         return ErrorRateCounts(self.edits + other.edits, self.length + other.length)
 
     @property
     def rate(self) -> float:
-        """Edits / length: 0 is perfect, insertions can take it above 1; nan without references."""
+        """Return edits / length: 0 is perfect, insertions can make it larger than 1; nan without references."""
         return self.edits / self.length if self.length else math.nan
 
 
 def word_errors(reference: str, hypothesis: str) -> ErrorRateCounts:
-    """Count the word errors of one utterance. Words are what whitespace separates; case counts."""
+    """Count the word errors of one utterance. Words are separated by whitespace; case matters."""
     words = reference.split()
     return ErrorRateCounts(sum(edit_distance(words, hypothesis.split())), len(words))
 
@@ -95,17 +95,17 @@ def ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def class_figures(totals: NDArray[Any], num_classes: int) -> dict[str, NDArray[np.float64]]:
-    """Return the figures of a head of classes: (..., 3, C) totals -> name -> (...), NaN without utterances.
+    """Return the figures of a classification head: (..., 3, C) totals -> name -> (...), NaN without utterances.
 
-    - accuracy: WA, the share of utterances that are right.
+    - accuracy: WA, the share of utterances that are recognised correctly.
     - unweighted_accuracy: UA, the mean recall over the classes that occur in the reference.
-    - macro_f1: the mean over all classes of F1 = 2 right / (in the reference + predicted). A class that neither
+    - macro_f1: the mean over all classes of F1 = 2 correct / (in the reference + predicted). A class that neither
       occurs nor is predicted counts as 0, as in scikit-learn's ``f1_score(average="macro", labels=range(K),
-      zero_division=0)``. So a part of a corpus that lacks a class scores lower for it: sum the counts of all folds
+      zero_division=0)``. So a part of a corpus that lacks a class gets a lower score: sum the counts of all folds
       first.
 
     Args:
-        totals: as `ClassificationCounts` has them. Classes that neither occur nor are predicted may be left out.
+        totals: those of `ClassificationCounts`. Classes that neither occur nor are predicted may be left out.
         num_classes: how many classes the head has.
     """
     right, reference, predicted = np.moveaxis(totals, -2, 0)
@@ -121,26 +121,25 @@ def class_figures(totals: NDArray[Any], num_classes: int) -> dict[str, NDArray[n
 
 @dataclass(frozen=True, eq=False)
 class ClassificationCounts:
-    """What became of each class's utterances, and the figures that follow from it.
+    """Hold the counts of each class, and compute figures from them.
 
-    There are three numbers for each class and none for each pair of classes, so thousands of classes need little
-    memory.
+    There are three numbers for each class, and no confusion matrix, so thousands of classes need little memory.
 
     Attributes:
-        totals: (3, K) int64: of each class, the utterances that are recognised rightly, those of the reference
-            and those that were recognised as it.
+        totals: (3, K) int64: for each class, the utterances that are recognised correctly, those that have it in
+            the reference, and those that are recognised as it.
     """
 
     totals: NDArray[np.int64]
 
     @property
     def count(self) -> int:
-        """The number of utterances."""
+        """Return the number of utterances."""
         return int(self.totals[1].sum())
 
     @property
     def figures(self) -> dict[str, float]:
-        """`class_figures` of these counts: name -> value in 0..1, nan without utterances."""
+        """Return `class_figures` of these counts: name -> value in 0..1, nan without utterances."""
         return {name: float(value) for name, value in class_figures(self.totals, self.totals.shape[1]).items()}
 
 
@@ -173,7 +172,7 @@ def concordance(moments: Tensor) -> Tensor:
 
         CCC = 2 cov(p, y) / (var p + var y + (mean p - mean y)^2)
 
-    Variances are divided by n (Lin, Biometrics 1989, eq. 3). The CCC is NaN where fewer than two utterances have a
+    Variances are divided by n (Lin, Biometrics 1989, eq. 3). The CCC is NaN if fewer than two utterances have a
     label, or the labels do not vary.
     """
     n, p, y, pp, yy, py = moments

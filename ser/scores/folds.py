@@ -1,6 +1,6 @@
-"""What all folds of a protocol say together: pooled figures, curves, and ablations side by side.
+"""Combine the results of all folds of a protocol: pooled figures, learning curves, and tables of ablations.
 
-"Pooled" means over all utterances (or words) of all folds. The mean over folds stands beside the pooled figure.
+"Pooled" means over all utterances (or words) of all folds. The mean over folds is reported beside it.
 """
 
 import json
@@ -30,7 +30,7 @@ SHORT = {"WA": "accuracy", "UA": "unweighted_accuracy", "WER": "wer", "speaker":
 
 
 def curve_of(run: Path) -> dict[int, dict[str, Any]]:
-    """Return epoch (from 1) -> the last evaluation in it on the validation part; empty without one."""
+    """Return epoch (from 1) -> its last evaluation on the validation part; empty if there is none."""
     log = run / "metrics.jsonl"
     entries = map(json.loads, log.read_text().splitlines() if log.is_file() else ())
     return {entry["epoch"] + 1: entry for entry in entries if entry["kind"] == "valid"}
@@ -51,7 +51,7 @@ def pooled_curve(runs: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def best_on_test(runs: Sequence[Path]) -> dict[str, float] | None:
-    """Return the WA if each fold's epoch were chosen by its test part: no result, but what others print."""
+    """Return the WA if each fold's epoch were chosen on its test part; it is optimistic, but often published."""
     curves = [[e for e in curve_of(run).values() if e.get("accuracy") is not None] for run in runs]
     if not all(curves):
         return None
@@ -61,7 +61,7 @@ def best_on_test(runs: Sequence[Path]) -> dict[str, float] | None:
 
 
 def fold_entry(result: Report) -> dict[str, Any]:
-    """Return what a pooled report keeps of a fold's report."""
+    """Return the part of a fold's report that a pooled report keeps."""
     shared = {"shared": result.shared_with_training, "shared_line": shared_line(result)}
     entry = {"utterances": result.utterances} | shared | {name: f.value for name, f in result.figures.items()}
     if turns := result.known_turns:
@@ -71,17 +71,17 @@ def fold_entry(result: Report) -> dict[str, Any]:
 
 @dataclass
 class PooledReport:
-    """What all folds of a protocol say together.
+    """Hold the results of all folds of a protocol.
 
     Attributes:
-        pooled: the report of the utterances of all folds.
-        protocol, description: of the protocol.
+        pooled: the report on the utterances of all folds.
+        protocol, description: name and description of the protocol.
         folds: name -> report.
         over_folds: figure -> its mean over the folds, its spread (standard deviation) and the number of folds.
         curve: accuracy and WER on the validation part, epoch by epoch (see `pooled_curve`).
         validates_on_test: whether each fold's validation part is its test part.
         best_on_test: the optimistic WA of `best_on_test`, if the folds validate on their test part.
-        known_turns: accuracy of the speaker head on held-out turns, and their number; None: not measured.
+        known_turns: accuracy of the speaker head on held-out utterances, and their number; None: not measured.
         weights: which weights of each fold were evaluated.
         audit: what the parts of each fold share, as a table.
         repeat: what is needed to repeat the run.
@@ -101,7 +101,7 @@ class PooledReport:
     repeat: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON holds it."""
+        """Return the report as a dictionary for JSON."""
         content = self.pooled.to_dict() | {"protocol": self.protocol, "description": self.description}
         content |= {"folds": {name: fold_entry(fold) for name, fold in self.folds.items()}}
         content |= {"over_folds": self.over_folds, "curve": self.curve}
@@ -133,11 +133,11 @@ def pooled_report(
     """Report all folds as one.
 
     Args:
-        out: folder with FOLD/predictions.csv and FOLD/report.json of each, and FOLD/run where it was trained.
-        folds: their names.
-        protocol: that made them.
-        resamples: of the bootstrap.
-        parts: columns of the predictions files by which figures are reported apart.
+        out: the folder with FOLD/predictions.csv and FOLD/report.json of each fold, and the training in FOLD/run.
+        folds: the names of the folds.
+        protocol: the protocol that made the folds.
+        resamples: the number of resamples of the bootstrap.
+        parts: columns of the predictions files by which figures are reported in parts.
     """
     outcomes = Outcomes.joined([Outcomes.read(out / fold / "predictions.csv", parts) for fold in folds])
     pooled = report(outcomes, resamples=resamples)
@@ -175,7 +175,7 @@ def fold_table(result: PooledReport) -> str:
 
 
 def pooled_markdown(result: PooledReport) -> str:
-    """Write the report for people."""
+    """Write the report as Markdown."""
     known = "\n".join(f"- {as_text(fold)}: {as_text(shared_line(entry))}" for fold, entry in result.folds.items())
     notes = ""
     if best := result.best_on_test:
@@ -215,7 +215,7 @@ To repeat:
 
 
 def write_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Write value, epoch, accuracy and wer, a row for each point of each curve."""
+    """Write a CSV of value, epoch, accuracy and wer, with a row for each point of each curve."""
     with replace_file(path) as file:
         file.write(csv_line(["value", "epoch", "accuracy", "wer"]))
         for value, curve in curves.items():
@@ -223,7 +223,7 @@ def write_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) 
 
 
 def ablation_row(result: PooledReport, against: Mapping[str, Any] | None, first: str) -> dict[str, Any]:
-    """Return what an ablation shows of one cross-validation; ``against`` compares it with the ``first`` value."""
+    """Return the row of one cross-validation in an ablation; ``against`` compares it with the ``first`` value."""
     figures, over = plain(result.pooled.figures), result.over_folds
     speaker = figures.get("speaker_accuracy") or result.known_turns
     return {
@@ -241,13 +241,13 @@ def ablation_row(result: PooledReport, against: Mapping[str, Any] | None, first:
 def ablation_summary(
     name: str, results: Mapping[str, PooledReport], predictions: Mapping[str, Outcomes], *, resamples: int
 ) -> dict[str, Any]:
-    """Put several cross-validations of the same folds side by side, each tested against the first.
+    """Compare several cross-validations of the same folds, each tested against the first.
 
     Args:
-        name: of what differs.
-        results: value -> its report.
-        predictions: value -> those of all folds.
-        resamples: of the bootstrap.
+        name: the name of the setting that differs.
+        results: value of the setting -> report.
+        predictions: value of the setting -> predictions of all folds.
+        resamples: the number of resamples of the bootstrap.
     """
     first = next(iter(results))
     rows = {}
@@ -274,7 +274,7 @@ def ablation_cells(value: str, row: Mapping[str, Any], first: str) -> str:
 
 
 def ablation_markdown(summary: Mapping[str, Any], beside: Sequence[str] = ()) -> str:
-    """Write an ablation for people, as Table 4 of Cai et al. (2021) is for alpha; ``beside``: more lines."""
+    """Write an ablation as Markdown, like Table 4 of Cai et al. (2021) for alpha; ``beside`` are more lines."""
     name, rows, count = summary["ablation"], summary["values"], len(summary["folds"])
     folds = f"{count} fold{'s' if count > 1 else ''}"
     first = next(iter(rows))

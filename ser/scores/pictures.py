@@ -1,4 +1,4 @@
-"""Pictures of a report, with matplotlib (the extra `plots`)."""
+"""Draw the pictures of a report, with matplotlib (the extra `plots`)."""
 
 import math
 import sys
@@ -17,12 +17,12 @@ from ser.scores.across import OTHERS, Result, cell_texts, chance_text, grid, mos
 from ser.scores.report import Part, Report
 
 LONGEST_LABEL = 30  # characters of a label in a picture
-# up to so many classes: inches of a cell, size of its text
+# (largest number of classes, size of a cell in inches, font size in it)
 CELLS = ((12, 0.9, 9), (40, 0.5, 5), (math.inf, 0.2, 0))
 
 
 def new_figure(width: float = 1, height: float = 1) -> Any:
-    """Return a figure of so many inches, which opens no window; ConfigError where matplotlib is missing."""
+    """Return a figure of this size in inches, without a window; ConfigError if matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -37,7 +37,7 @@ def new_figure(width: float = 1, height: float = 1) -> Any:
 def _save(figure: Any, path: Path) -> None:
     """Write a figure as a PNG file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a line for each character: `drawable` has seen to them
+        warnings.simplefilter("ignore", UserWarning)  # on missing characters, which `drawable` has replaced
         figure.tight_layout()
         figure.savefig(path, dpi=120)
 
@@ -47,7 +47,7 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
 
     Args:
         curves: name -> points with "epoch", "accuracy" and "wer" (None: not measured).
-        path: of the PNG.
+        path: the PNG file.
     """
     figure = new_figure(9, 3.6)
     titles = {"accuracy": "accuracy (WA)", "wer": "WER"}
@@ -64,12 +64,12 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
 
 
 def needs_matplotlib() -> None:
-    """Raise ConfigError where matplotlib is missing: better before hours of work than after them."""
+    """Raise ConfigError if matplotlib is missing; call this before hours of work."""
     new_figure()
 
 
 def needs_shaping(character: str) -> bool:
-    """Tell whether a line with a character is no row of letters from left to right, one after another."""
+    """Tell whether a character belongs to a script that runs from right to left, or has to be combined."""
     return unicodedata.bidirectional(character) in ("R", "AL") or unicodedata.category(character) in ("Mn", "Mc")
 
 
@@ -79,26 +79,26 @@ def font_characters(path: str, wanted: set[str]) -> set[str]:
 
     try:
         return wanted.intersection(map(chr, font_manager.get_font(path).get_charmap()))
-    except (OSError, RuntimeError):  # a font of coloured pictures, or a file that is there no more
+    except (OSError, RuntimeError):  # a font of coloured pictures, or a file that was removed
         return set()
 
 
 def families_for(wanted: set[str]) -> tuple[list[str], set[str]]:
     """Return font families that have the wanted characters, and the characters that no font has.
 
-    The families are matplotlib's own and those of the system that have what it lacks (Chinese, say).
+    The families are matplotlib's own, and those of the system with characters that it lacks (such as Chinese).
     """
     from matplotlib import font_manager
 
     families = ["DejaVu Sans"]
     missing = wanted - font_characters(font_manager.findfont(families[0]), wanted)
-    # The font of last resort has a box for every character.
+    # Skip the font "Last Resort", which has a box for every character.
     fonts = [f for f in font_manager.fontManager.ttflist if "lastresort" not in f.name.replace(" ", "").lower()]
     counts = Counter[str]()
     for font in fonts if missing else ():
         counts[font.name] = max(counts[font.name], len(font_characters(font.fname, missing)))
     for name, count in counts.most_common():
-        # findfont: the file of its regular style
+        # findfont returns the file of the regular style
         if count and (has := font_characters(font_manager.findfont(name), missing)):
             families.append(name)
             missing -= has
@@ -106,10 +106,10 @@ def families_for(wanted: set[str]) -> tuple[list[str], set[str]]:
 
 
 def drawable(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return labels as a picture can show them, and the font families to draw them with.
+    """Return labels that a picture can show, and the font families to draw them with.
 
-    A label that no font has is a number: #2 is the second label. So is a label whose script has to be shaped or
-    runs from right to left, which matplotlib does not do.
+    A label that no font has is replaced by its number: #2 is the second label. So is a label in a script that
+    matplotlib cannot draw, because it runs from right to left or characters have to be combined.
     """
     texts = [printable(name) for name in names]
     families, missing = families_for({c for text in texts for c in text if c != " "})
@@ -122,14 +122,14 @@ def drawable(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def draw_confusion(names: Sequence[str], counts: NDArray[np.int64], path: Path) -> dict[str, str]:
-    """Draw the matrix (K, K), rows the reference; return number -> label of those that could not be drawn."""
+    """Draw the matrix (K, K), with rows for the reference; return number -> label for labels without a font."""
     from matplotlib import rc_context
 
     shown, families = drawable(names)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    # Many classes have small cells, and from some number on no room for figures.
+    # Many classes have small cells, and very many have no space for numbers.
     cell, size = next((cell, size) for most, cell, size in CELLS if len(names) <= most)
-    with rc_context({"font.family": families, "text.parse_math": False}):  # a dollar sign is one
+    with rc_context({"font.family": families, "text.parse_math": False}):  # so a dollar sign is shown as it is
         figure = new_figure(1.6 + cell * len(names), 1.4 + 0.9 * cell * len(names))
         axes = figure.subplots()
         axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
@@ -218,8 +218,8 @@ def print_warning(text: str) -> None:
 def draw(result: Report, folder: Path, *, say: Tell = print_warning) -> list[Path]:
     """Draw the confusion matrix, the reliability diagram and accuracy by length of a report, as PNG files.
 
-    Returns the files. ``say`` gets a line on labels that could not be drawn. Raises ConfigError where matplotlib
-    is missing or does not load.
+    Returns the files. ``say`` is called with a line on labels that could not be drawn. Raises ConfigError if
+    matplotlib is missing or cannot be loaded.
     """
     needs_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)

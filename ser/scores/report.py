@@ -1,8 +1,8 @@
-"""From predictions to figures that one can defend: intervals, calibration, parts, comparisons.
+"""Compute figures from predictions, with intervals, calibration, parts and comparisons.
 
-Read from the top: sums over utterances; the table of how heads are scored; outcomes (a few numbers per
-utterance); figures of them; intervals by bootstrap; the report and its table; the comparison of two. The
-predictions file is the source: every figure can be computed from it again.
+This file has, from the top: sums over utterances; the table of how heads are scored; outcomes (a few numbers per
+utterance); figures; intervals by bootstrap; the report and its table; the comparison of two. Every figure can be
+computed again from the predictions file.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from ser.files import csv_line, finite, replace_file
 from ser.recognizer import Prediction, Recognizer
 from ser.scores.counts import ccc_summands, character_errors, class_figures, concordance, ratio, word_errors
 
-CHUNK = 8192  # utterances that are evaluated together: what is held at once
+CHUNK = 8192  # utterances that are in memory at the same time
 CALIBRATION_BINS = 15  # as in Guo et al., 2017
 RESAMPLES = 1000
-MAX_COUNTS = 4_000_000  # of utterances in resamples that are held at once
-MANY_CLASSES = 100  # above, nothing is kept or shown of each pair of classes
+MAX_COUNTS = 4_000_000  # counts (resamples x utterances) that are in memory at the same time
+MANY_CLASSES = 100  # with more classes there is no confusion matrix
 MOST_LISTED = 20  # labels, classes or confusions in a line or a list
-LENGTHS = (0.0, 2.0, 4.0, 8.0, math.inf)  # seconds: the parts by length
-# Columns of the predictions file by whose values figures are reported apart, if no others are named.
+LENGTHS = (0.0, 2.0, 4.0, 8.0, math.inf)  # limits of the parts by length, in seconds
+# Columns of the predictions file by which figures are reported in parts, if no others are named.
 SEEN_TEXT = "seen_text"  # whether training had the transcript
 PARTS = ("kind", SEEN_TEXT)
 CORPUS = "corpus"  # by which figures are reported too where several corpora meet
@@ -51,10 +51,10 @@ EXPECTED = {SHARE: "a number from 0 to 1", COUNT: "a number from 0", NUMBER: "a 
 
 
 class Sums(NamedTuple):
-    """Describe what is added up over utterances for figures, which are functions of the sums alone.
+    """Describe M sums over utterances, and the figures that are functions of these sums.
 
     Attributes:
-        summands: rows -> what each of these utterances adds: (n, M).
+        summands: rows -> what each of these n utterances adds to the sums, (n, M).
         figures: the sums of R resamples (R, M) -> name -> (R,).
     """
 
@@ -63,7 +63,7 @@ class Sums(NamedTuple):
 
 
 def calibration_summands(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return 1, right or not, and confidence in the columns of an utterance's bin: (N,) each -> (N, 3 * bins)."""
+    """Return 1, correctness and confidence in the columns of each utterance's bin: (N,) each -> (N, 3 * bins)."""
     place = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
     inside = place[:, None] == np.arange(CALIBRATION_BINS)
     blocks = [inside, inside * right[:, None], inside * confidence[:, None]]
@@ -81,7 +81,7 @@ def expected_calibration_error(totals: NDArray[np.float64]) -> NDArray[np.float6
 
 
 def class_pairs(names: Sequence[str], reference: Iterable[str], predicted: Iterable[str]) -> NDArray[np.int64]:
-    """Return the numbers of each utterance's label and prediction, -1 unless both are classes: (N, 2)."""
+    """Return each utterance's label and prediction as class numbers, both -1 if one is no class: (N, 2)."""
     index = {name: i for i, name in enumerate(names)}
     columns = [[index.get(name, -1) for name in column] for column in (reference, predicted)]
     pairs = np.array(columns, np.int64).T
@@ -89,27 +89,27 @@ def class_pairs(names: Sequence[str], reference: Iterable[str], predicted: Itera
 
 
 def number_scored(pairs: NDArray[np.int64]) -> int:
-    """Count the utterances whose label and prediction are classes: those of `class_pairs` that are known."""
+    """Count the utterances whose label and prediction are classes, in `class_pairs`."""
     return int((pairs[:, 0] >= 0).sum())
 
 
 def class_sums(
     names: Sequence[str], pairs: NDArray[np.int64], confidence: NDArray[np.float64] | None = None, prefix: str = ""
 ) -> Sums:
-    """Return the sums of a head of classes: those of `class_figures`, and of calibration.
+    """Return the sums of a classification head, for `class_figures` and calibration.
 
     Args:
-        names: of the classes.
-        pairs: (N, 2), as `class_pairs` gives them.
+        names: the names of the classes.
+        pairs: (N, 2), as `class_pairs` returns them.
         confidence: (N,) the probability of the predicted class; None: not known.
-        prefix: begins the figures' names.
+        prefix: the beginning of the figures' names.
     """
     scored = pairs[:, 0] >= 0
     right = scored & (pairs[:, 0] == pairs[:, 1])
-    classes = np.unique(pairs[scored])  # (C,) those that occur: a model may have thousands more
+    classes = np.unique(pairs[scored])  # (C,) the classes that occur; a model may have thousands more
 
     def summands(rows: slice) -> NDArray[np.float64]:
-        """Return (n, 3 C + 3 bins): right, in the reference, recognised as it; and those of calibration."""
+        """Return (n, 3 C + 3 bins): correct, in the reference, recognised, for each class; and calibration."""
         reference, predicted = (pairs[rows, i, None] == classes for i in (0, 1))
         blocks: list[NDArray[Any]] = [reference & right[rows, None], reference, predicted]
         if confidence is not None:
@@ -135,14 +135,14 @@ def class_sums(
 
 
 def rate_sums(name: str, part: NDArray[Any], whole: NDArray[Any]) -> Sums:
-    """Return the sums of a rate, such as edits per word: a part and the whole, (N,) each, NaN where unknown."""
+    """Return the sums of a rate such as edits per word, from part and whole, (N,) each, NaN where unknown."""
     return Sums(
         lambda rows: np.nan_to_num(np.stack([part[rows], whole[rows]], 1)), lambda sums: {name: ratio(*sums.T)}
     )
 
 
 def concordance_sums(name: str, labels: NDArray[np.float64], predictions: NDArray[np.float64]) -> Sums:
-    """Return the sums of the CCC of a number: labels and predictions are (N,), NaN where unknown."""
+    """Return the sums for the CCC of a number; labels and predictions are (N,), NaN where unknown."""
 
     def summands(rows: slice) -> NDArray[np.float64]:
         """Return what each utterance adds to the moments: (n, 6)."""
@@ -157,13 +157,13 @@ def concordance_sums(name: str, labels: NDArray[np.float64], predictions: NDArra
 
 @dataclass(frozen=True)
 class Answer:
-    """What a row of the predictions file is made of.
+    """Hold what a row of the predictions file is made from.
 
     Attributes:
         labels: column of the manifest -> label.
         reference: the transcript as far as the vocabulary can write it; empty for none.
         prediction: what was recognised.
-        speakers: those whom the model knows.
+        speakers: the speakers that the model knows.
     """
 
     labels: Mapping[str, Any]
@@ -178,10 +178,10 @@ class Measure:
 
     Attributes:
         texts: its columns of texts, "" where unknown.
-        numbers: its columns of numbers, NaN where unknown -> the range they must be in.
-        cells: what a row has in these columns.
-        sums: outcomes -> one `Sums` for each of its figures that can be computed.
-        judged: outcomes -> name -> how many items its figures count.
+        numbers: its columns of numbers, NaN where unknown -> their range.
+        cells: `Answer` -> the values of these columns.
+        sums: outcomes -> one `Sums` for each figure that can be computed.
+        judged: outcomes -> name -> how many items the figures count.
     """
 
     texts: tuple[str, ...]
@@ -205,7 +205,7 @@ def emotion_pairs(outcomes: Outcomes) -> NDArray[np.int64]:
 
 
 def transcript_cells(row: Answer) -> dict[str, Any]:
-    """Return both texts and their edits."""
+    """Return reference and transcript, and their edits."""
     reference, transcript = row.reference, row.prediction.transcript
     if transcript is None or not reference:
         return {"transcript": transcript}
@@ -215,7 +215,7 @@ def transcript_cells(row: Answer) -> dict[str, Any]:
 
 
 def transcript_sums(outcomes: Outcomes) -> list[Sums]:
-    """Return the sums of word and character error rate, where there are references."""
+    """Return the sums of word and character error rate, if there are references."""
     columns = {"wer": ("word_edits", "words"), "cer": ("character_edits", "characters")}
     parts = {name: [outcomes.numbers[c] for c in pair] for name, pair in columns.items()}
     return [rate_sums(name, edits, whole) for name, (edits, whole) in parts.items() if np.nan_to_num(whole).any()]
@@ -228,16 +228,16 @@ def speaker_cells(row: Answer) -> dict[str, Any]:
 
 
 def speaker_sums(outcomes: Outcomes) -> list[Sums]:
-    """Return the sums of the speaker head's accuracy, where the model knows a speaker."""
+    """Return the sums of the speaker head's accuracy, if the model knows a speaker."""
     right = outcomes.numbers["speaker_right"]
     known = np.isfinite(right)
     return [rate_sums("speaker_accuracy", right, known)] if known.any() else []
 
 
 def measure_of_classes(head: str, columns: Sequence[str]) -> Measure:
-    """Describe a head of classes that somebody added. The names of its figures begin with the head's.
+    """Describe a classification head that was added. The names of its figures begin with the head's name.
 
-    The predictions file has the label in its column of the manifest, and beside it the class in HEAD_predicted.
+    The predictions file has the label in the column of the manifest, and the predicted class in HEAD_predicted.
     """
     both = label, predicted = columns[0], f"{head}_predicted"
 
@@ -256,7 +256,7 @@ def measure_of_classes(head: str, columns: Sequence[str]) -> Measure:
 
 
 def measure_of_numbers(head: str, columns: Sequence[str]) -> Measure:
-    """Describe a head of numbers, which is scored by the concordance of each of its columns.
+    """Describe a head of numbers, which is scored by the concordance of each column.
 
     The predictions file has the label of the column "age" in age, and the prediction in age_predicted.
     """
@@ -303,7 +303,7 @@ MEASURES_OF_KINDS = {"class": measure_of_classes, "numbers": measure_of_numbers}
 
 
 def measures() -> list[Measure]:
-    """Return how each head is scored: its row in `MEASURES`, or what its kind of labels (`LABELS`) asks for."""
+    """Return how each head is scored: its row in `MEASURES`, or the usual measure for its kind of labels."""
     return [
         MEASURES.get(head) or MEASURES_OF_KINDS[label.kind](head, label.columns)
         for head, label in LABELS.items()
@@ -312,20 +312,20 @@ def measures() -> list[Measure]:
 
 
 def text_columns(parts: Iterable[str]) -> tuple[str, ...]:
-    """Return the columns of texts of a predictions file; ``parts`` are those by which figures are reported."""
+    """Return the columns of texts of a predictions file; ``parts`` are columns by which figures are reported."""
     of_heads = (column for measure in measures() for column in measure.texts)
     return tuple(dict.fromkeys(["id", "file", "speaker", *parts, *of_heads]))
 
 
 def number_columns() -> dict[str, tuple[float, float]]:
-    """Return the columns of numbers of a predictions file -> the range they must be in."""
+    """Return the columns of numbers of a predictions file -> their range."""
     return {"seconds": COUNT} | {name: span for m in measures() for name, span in m.numbers.items()}
 
 
 def checked_rows(
     reader: csv.DictReader[str], ranges: Mapping[str, tuple[float, float]]
 ) -> Iterator[dict[str, str]]:
-    """Yield the rows of a predictions file. Raises ValueError for what is no row, or no number in its range."""
+    """Yield the rows of a predictions file. Raises ValueError for a wrong number of cells, or a bad number."""
     for record in reader:
         where = f"line {reader.line_num}"
         if None in record or None in record.values():
@@ -342,9 +342,9 @@ def checked_rows(
 
 
 def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, prediction: Prediction) -> dict[str, Any]:
-    """Make one row of the predictions file; None where there is nothing to say.
+    """Make one row of the predictions file, with None for unknown values.
 
-    The row has the manifest's further columns too: they may be parts that figures are reported by.
+    The row also has the extra columns of the manifest, since figures may be reported by them.
     """
     row: dict[str, Any] = dict(utterance.extra) | dict.fromkeys((*text_columns([SEEN_TEXT]), *number_columns()))
     row |= {"id": utterance.id, "file": str(utterance.file), "speaker": utterance.speaker}
@@ -358,14 +358,14 @@ def as_row(recognizer: Recognizer, utterance: Utterance, reference: str, predict
 
 @dataclass
 class Outcomes:
-    """Hold what became of each utterance: one row of the predictions file each, as arrays of equal length N.
+    """Hold the outcome of N utterances, which are rows of the predictions file, as arrays of length N.
 
     Attributes:
         emotions: class names in the model's order.
         text: the columns of `text_columns`, "" where unknown.
         numbers: the columns of `number_columns`, NaN where unknown. confidence is the probability of the predicted
             emotion; speaker_right is 1 or 0 for an utterance by a speaker that the model knows.
-        parts: the columns of texts by whose values figures are reported apart.
+        parts: the columns of texts by which figures are reported in parts.
     """
 
     emotions: list[str]
@@ -377,7 +377,7 @@ class Outcomes:
         return len(self.numbers["seconds"])
 
     def part(self, rows: NDArray[Any]) -> Outcomes:
-        """Return some rows: where ``rows`` (N,) is True, or those of these numbers in their order."""
+        """Return some rows, selected by ``rows``: a mask (N,), or the numbers of rows in order."""
         text, numbers = ({name: c[rows] for name, c in columns.items()} for columns in (self.text, self.numbers))
         return Outcomes(self.emotions, text, numbers, self.parts)
 
@@ -399,10 +399,10 @@ class Outcomes:
     def of(
         cls, emotions: Sequence[str], records: Sequence[Mapping[str, Any]], parts: Sequence[str] = PARTS
     ) -> Outcomes:
-        """Take rows of a predictions file."""
-        shared: dict[str, str] = {}  # one string for all equal ones: a million rows share few labels
+        """Make outcomes from rows of a predictions file."""
+        shared: dict[str, str] = {}  # equal strings are stored once, since a million rows have few labels
 
-        def number(value: Any) -> float:  # NaN and infinity, of scores that overflowed, are unknown
+        def number(value: Any) -> float:  # NaN and infinity (a score that overflowed) count as unknown
             return float(value) if value not in ("", None) and math.isfinite(float(value)) else math.nan
 
         def texts(column: str) -> NDArray[np.object_]:
@@ -417,7 +417,7 @@ class Outcomes:
 
     @classmethod
     def joined(cls, several: Sequence[Outcomes]) -> Outcomes:
-        """Put all rows together, in their order. The classes must be the same."""
+        """Join several outcomes, in their order. The classes must be the same."""
         if not several:
             raise ConfigError("there are no predictions to judge")
         first = several[0]
@@ -430,7 +430,7 @@ class Outcomes:
 
     @classmethod
     def read(cls, path: Path, parts: Sequence[str] = PARTS) -> Outcomes:
-        """Read a predictions file. Raises ConfigError where it is none."""
+        """Read a predictions file. Raises ConfigError if it is not a valid one."""
         try:
             return cls._read(path, parts)
         except OSError as error:
@@ -460,7 +460,7 @@ class Outcomes:
 def write_rows(
     path: Path, chunks: Iterable[list[dict[str, Any]]], emotions: Sequence[str], parts: Sequence[str] = PARTS
 ) -> Outcomes:
-    """Write the predictions file, chunk by chunk of rows as `as_row` makes them, and keep the numbers."""
+    """Write the predictions file from chunks of rows, which `as_row` makes, and return the outcomes."""
     columns = [*text_columns(parts), *number_columns(), *(f"p_{name}" for name in emotions)]
     kept = []
     with replace_file(path) as file:
@@ -475,15 +475,15 @@ def write_rows(
 
 
 class Figures:
-    """Compute every figure of some outcomes from sums over utterances, as a bootstrap needs it.
+    """Compute every figure of some outcomes from sums over utterances.
 
         figures = Figures(outcomes)
-        figures()                                # each utterance once
-        figures(weights)                         # (N,): how often each counts
+        figures()                                # each utterance counts once
+        figures(weights)                         # (N,): how often each utterance counts
         figures.of(figures.totals(weights))      # weights (R, N), R resamples at once -> name -> (R,)
 
-    Accuracies, error rates, calibration and concordance all follow from such sums, so a thousand resamples are
-    one matrix product.
+    Accuracies, error rates, calibration and concordance are functions of such sums, so a bootstrap of a thousand
+    resamples is one matrix product.
     """
 
     def __init__(self, outcomes: Outcomes) -> None:
@@ -492,10 +492,10 @@ class Figures:
         self.sums = [sums for measure in measures() for sums in measure.sums(outcomes)]
         self.widths = [sums.summands(slice(0)).shape[1] for sums in self.sums]
         self.chunk = max(1, min(CHUNK, MAX_COUNTS // max(sum(self.widths), 1)))
-        self._kept: NDArray[np.float64] | None = None  # the summands of all, where they are one chunk
+        self._kept: NDArray[np.float64] | None = None  # the summands, if all utterances are one chunk
 
     def chunks(self) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-        """Yield rows, and what each of these utterances adds to each sum: (n, M)."""
+        """Yield rows, and what each of these n utterances adds to each sum, (n, M)."""
         for first in range(0, self.size, self.chunk):
             rows, summands = slice(first, first + self.chunk), self._kept
             if summands is None:
@@ -505,27 +505,27 @@ class Figures:
             yield rows, summands
 
     def totals(self, weights: NDArray[Any]) -> NDArray[np.float64]:
-        """Sum with each utterance counted as often as its weight says: (R, N) -> (R, M)."""
+        """Return the sums of R resamples; weights (R, N) say how often an utterance counts: -> (R, M)."""
         totals = np.zeros((len(weights), sum(self.widths)))
         for rows, summands in self.chunks():
             totals += weights[:, rows] @ summands
         return totals
 
     def totals_by(self, members: NDArray[np.int64], count: int) -> NDArray[np.float64]:
-        """Sum over each of `count` groups, of which ``members`` (N,) names one for each utterance: (G, M)."""
+        """Return the sums of each of `count` groups, (G, M); ``members`` (N,) is the group of each utterance."""
         totals = np.zeros((count, sum(self.widths)))
         for rows, summands in self.chunks():
             np.add.at(totals, members[rows], summands)
         return totals
 
     def of(self, totals: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-        """Compute (R, M) sums -> name -> (R,), NaN where it is undefined; only what there are labels for."""
+        """Compute figures from sums: (R, M) -> name -> (R,), NaN if undefined; only those with labels."""
         blocks = np.split(totals, np.cumsum(self.widths)[:-1], axis=1)
         both = zip(self.sums, blocks, strict=True)
         return {name: value for sums, block in both for name, value in sums.figures(block).items()}
 
     def __call__(self, weights: NDArray[Any] | None = None) -> dict[str, float]:
-        """Return the figures by name; only what there are labels for."""
+        """Return the figures by name; only those with labels."""
         weights = np.ones(self.size) if weights is None else weights
         return {name: float(value[0]) for name, value in self.of(self.totals(weights[None])).items()}
 
@@ -545,11 +545,11 @@ def resampled(
     Returns name -> (resamples,) for each of ``figures``.
 
     Args:
-        figures: of the same N utterances; the resamples are the same for all of them.
-        groups: (N,) the speaker of each: whole speakers are drawn, as utterances of one are not independent. None:
-            utterances are drawn.
-        resamples: how many.
-        seed: of the draws.
+        figures: those of the same N utterances; all use the same resamples.
+        groups: (N,) the speaker of each utterance: whole speakers are drawn, since utterances of a speaker are not
+            independent. None: utterances are drawn.
+        resamples: the number of resamples.
+        seed: the seed of the draws.
     """
     if resamples < 1 or seed < 0:
         raise ConfigError(f"resamples is {resamples} and seed {seed}; expected 1 or more, and 0 or more")
@@ -571,7 +571,7 @@ def resampled(
 
 
 def percentiles(drawn: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:
-    """Return name -> the 2.5 % and 97.5 % percentiles of the values that are defined; NaN without any."""
+    """Return name -> the 2.5 % and 97.5 % percentiles of the defined values; NaN if there are none."""
     defined = {name: values[np.isfinite(values)] for name, values in drawn.items()}
     return {n: np.percentile(v, [2.5, 97.5]).tolist() if v.size else [math.nan] * 2 for n, v in defined.items()}
 
@@ -579,9 +579,9 @@ def percentiles(drawn: Mapping[str, NDArray[np.float64]]) -> dict[str, list[floa
 def intervals(
     figures: Figures, groups: Sequence[str] | NDArray[np.object_] | None = None, **options: int
 ) -> dict[str, list[float]]:
-    """Compute 95 % percentile intervals by the bootstrap, as `resampled` with its options: name -> [low, high].
+    """Compute 95 % percentile intervals by bootstrap: name -> [low, high]. Options are those of `resampled`.
 
-    A resample in which a figure is undefined is left out of it.
+    A resample in which a figure is undefined is left out of its interval.
     """
     return percentiles(resampled([figures], groups, **options)[0])
 
@@ -589,12 +589,12 @@ def intervals(
 # --------------------------------------------------------------------------------------------------- report
 
 
-Interval = list[float | None]  # both ends; None where no resample has the figure
+Interval = list[float | None]  # both ends; None if no resample has the figure
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with its 95 % intervals by bootstrap over utterances and over speakers; None where undefined."""
+    """Hold a figure and its 95 % intervals by bootstrap over utterances and over speakers; None if undefined."""
 
     value: float | None
     interval_utterances: Interval
@@ -603,7 +603,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Part:
-    """The figures of some of the utterances, such as the long ones."""
+    """Hold the figures of some of the utterances, such as the long ones."""
 
     utterances: int
     figures: dict[str, float | None]
@@ -611,7 +611,7 @@ class Part:
 
 @dataclass(frozen=True)
 class KnownTurns:
-    """The speaker head's figures on turns that were held out of the speakers in training."""
+    """Hold the speaker head's figures on held-out utterances of the training speakers."""
 
     utterances: int
     speakers: int
@@ -620,7 +620,7 @@ class KnownTurns:
 
 
 def plain(value: Any) -> Any:
-    """Return a value of a report as JSON holds it."""
+    """Convert a value of a report to plain data for JSON."""
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
@@ -628,27 +628,27 @@ def plain(value: Any) -> Any:
 
 @dataclass
 class Report:
-    """All figures of some outcomes. Fields are named and ordered as in report.json.
+    """Hold all figures of some outcomes. Fields are named and ordered as in report.json.
 
     Attributes:
-        utterances: how many.
+        utterances: their number.
         emotions: class names in the model's order.
-        resamples, seed: of the bootstrap.
-        speakers: how many different ones are known.
-        figures: name -> figure; only what there are labels for.
+        resamples, seed: those of the bootstrap.
+        speakers: the number of different known speakers.
+        figures: name -> figure; only those with labels.
         judged: "emotion", "words", "speaker" -> how many of them the figures count.
-        other_labels: emotion labels that are no class of the model -> how many utterances have it.
-        parts: such as "length: 0 to 2 s" -> the figures of these utterances.
-        confusion: (K, K) counts, rows the reference; None of more than `MANY_CLASSES`.
-        confused: [reference, recognised, count], the most frequent first; None of fewer classes.
+        other_labels: emotion label that is not a class of the model -> how many utterances have it.
+        parts: name such as "length: 0 to 2 s" -> the figures of these utterances.
+        confusion: (K, K) counts, with rows for the reference; None for more than `MANY_CLASSES`.
+        confused: [reference, recognised, count], the most frequent first; None for fewer classes.
         calibration: count, accuracy and confidence of each bin of confidence that is not empty.
         about: what was evaluated, for the record: model, selection, protocol, fold, part.
-        training_is_assumed: whether ``shared_with_training`` is of the fold's training part, as the model does not
-            say what it was trained on.
-        shared_with_training: kind (recordings, speakers ...) -> share that training has too; None: not known.
+        training_is_assumed: whether ``shared_with_training`` refers to the fold's training part, because the model
+            does not say what it was trained on.
+        shared_with_training: kind (recordings, speakers ...) -> share that is also in training; None: not known.
         unread: recordings that were left out, as they cannot be read.
-        rewriting: what was changed in the references so that the vocabulary can write them.
-        known_turns: of a speaker head that does not know the speakers.
+        rewriting: changes to the references, to fit the vocabulary.
+        known_turns: figures of a speaker head that does not know the speakers of this part.
     """
 
     utterances: int
@@ -671,19 +671,19 @@ class Report:
     known_turns: KnownTurns | None = None
 
     def value(self, name: str) -> float | None:
-        """Return a figure's value; None where it is undefined or there is none."""
+        """Return a figure's value; None if it is undefined or missing."""
         figure = self.figures.get(name)
         return None if figure is None else figure.value
 
     @property
     def trained_on_some(self) -> bool:
-        """Whether the model was trained on recordings that it is evaluated on."""
+        """Tell whether the model was trained on recordings that it is evaluated on."""
         shared = self.shared_with_training or {}
         return any((shared.get(kind) or 0.0) > 0 for kind in ("recordings", "copies"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as report.json has it. What is None is left out."""
-        spread = {"about": self.about, "rewriting": self.rewriting.to_dict()}  # their items stand among the others
+        """Return the report as report.json has it; fields that are None are left out."""
+        spread = {"about": self.about, "rewriting": self.rewriting.to_dict()}  # their items are on the top level
         content: dict[str, Any] = {}
         for name, value in vars(self).items():
             content |= spread[name] if name in spread else {} if value is None else {name: plain(value)}
@@ -706,7 +706,7 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """Read a report.json. Raises ConfigError where it is none."""
+        """Read a report.json. Raises ConfigError if it is not a valid one."""
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -714,11 +714,11 @@ class Report:
 
 
 def parts_of(outcomes: Outcomes) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Yield (name, rows) of each part of the outcomes that is reported by itself."""
+    """Yield (name, rows) of each part of the outcomes that is reported separately."""
     for column in outcomes.parts:
         values = outcomes.text[column]
         names = sorted(set(values) - {""})
-        # Figures on seen transcripts alone are worth a line; a column with a single value divides nothing.
+        # A column with a single value divides nothing, but it is important if all transcripts were seen.
         for name in names if len(names) > 1 or column == SEEN_TEXT else ():
             yield f"{column.replace('_', ' ')}: {name}", values == name
     seconds = outcomes.numbers["seconds"]
@@ -729,10 +729,10 @@ def parts_of(outcomes: Outcomes) -> Iterator[tuple[str, NDArray[np.bool_]]]:
 
 
 def confusion(names: Sequence[str], pairs: NDArray[np.int64]) -> dict[str, Any]:
-    """Count how often which class (row) was recognised as which (column), as `Report` has it.
+    """Count how often each class (row) was recognised as each class (column), for `Report`.
 
-    "confusion" is the matrix; of more than `MANY_CLASSES` there is "confused" in its place, a list of
-    [reference, recognised, count] of what occurred, the most frequent first.
+    "confusion" is the matrix. For more than `MANY_CLASSES` there is "confused" instead, a list of [reference,
+    recognised, count] for the pairs that occurred, the most frequent first.
     """
     size, pairs = len(names), pairs[pairs[:, 0] >= 0]
     if size <= MANY_CLASSES:
@@ -799,7 +799,7 @@ TITLES = {
 
 
 def title_of(name: str) -> str:
-    """Return how people call a figure."""
+    """Return the readable name of a figure."""
     concordance_of = name.removeprefix("ccc ")
     return TITLES.get(name, name if concordance_of == name else f"concordance (CCC), {concordance_of}")
 
@@ -815,12 +815,12 @@ def interval_text(interval: Sequence[float | None] | None) -> str:
 
 
 def shares(kinds: Mapping[str, float | None]) -> str:
-    """Write, by kind (speakers, transcripts ...), the share that stands in another part too; None is unknown."""
+    """Write the shares of kinds (speakers, transcripts ...) that are also in another part; None is unknown."""
     return ", ".join(f"{kind} {'unknown' if s is None else f'{100 * s:.1f} %'}" for kind, s in kinds.items())
 
 
 def shared_line(result: Report) -> str:
-    """Say in a line what the model of a report knows from training of what it is evaluated on."""
+    """Return a line that says how much of the evaluated data the model knows from training."""
     shared = result.shared_with_training
     if shared is None:
         return "what the model was trained on is not known: it does not name it (ser evaluate --train does)"
@@ -855,7 +855,7 @@ def emotion_notes(result: Report) -> list[str]:
 
 
 def figure_lines(result: Report) -> list[str]:
-    """Write a line for each figure. Of many classes, precision and recall of each are left out."""
+    """Write a line for each figure; with many classes, leave out precision and recall of each."""
     lines = [f"{'':32}{'':>7}   95 % over utterances   over speakers"]
     left_out = ("precision ", "recall ") if len(result.emotions) > MANY_CLASSES else ()
     for name, figure in result.figures.items():
@@ -867,7 +867,7 @@ def figure_lines(result: Report) -> list[str]:
 
 
 def confusion_lines(result: Report) -> list[str]:
-    """Write which class was recognised as which: as a matrix, or of many classes the most frequent pairs."""
+    """Write the confusion matrix, or with many classes the most frequent pairs."""
     if result.confusion is not None:
         names = [printable(name) for name in result.emotions]
         width = max(6, *(len(name) + 1 for name in names))
@@ -893,7 +893,7 @@ def part_lines(result: Report) -> list[str]:
 
 
 def table(result: Report) -> str:
-    """Write a report for people. Labels are foreign: each is on its line, and commands no terminal."""
+    """Write a report as text. Control characters in labels are replaced."""
     lines = [f"{result.utterances} utterances, {result.speakers} speakers", *emotion_notes(result)]
     lines += [*figure_lines(result), *confusion_lines(result), *part_lines(result)]
     return "\n".join([*lines, *map(printable, result.rewriting.notes())])
@@ -905,7 +905,8 @@ def table(result: Report) -> str:
 def mcnemar(only_first: int, only_second: int) -> float:
     """Compute the two-sided exact p of McNemar's test.
 
-    Under chance, each utterance that only one of the two has right is on either side with probability 1/2.
+    Under the null hypothesis, each utterance that only one of the two recognises correctly is on either side with
+    probability 1/2.
     """
     total, least = only_first + only_second, min(only_first, only_second)
     if not total:
@@ -921,7 +922,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 def in_order_of(first: Outcomes, second: Outcomes) -> Outcomes:
     """Return the second outcomes in the order of the first.
 
-    Raises ConfigError where they are not of the same utterances with the same labels.
+    Raises ConfigError if the two do not have the same utterances with the same labels.
     """
     order = {name: i for i, name in enumerate(second.text["id"])}
     if len(order) != len(second) or set(order) != set(first.text["id"]):
@@ -937,10 +938,10 @@ def compare_predictions(
 ) -> dict[str, Any]:
     """Test whether two sets of predictions of the same utterances differ by more than chance.
 
-    This is McNemar's exact test on the utterances that one has right and the other wrong (McNemar, 1947), and a
-    paired bootstrap of the differences, the second minus the first.
+    The tests are McNemar's exact test on the utterances that only one of the two recognises correctly (McNemar,
+    1947), and a paired bootstrap of the differences, the second minus the first.
 
-    Raises ConfigError where they are not of the same utterances with the same labels.
+    Raises ConfigError if the two do not have the same utterances with the same labels.
     """
     second = in_order_of(first, second)
     labelled = first.text["emotion"] != ""

@@ -1,17 +1,16 @@
-"""Recordings that cannot be read: all ranks decide here alike what becomes of them.
+"""Handle recordings that cannot be read, in the same way on all ranks.
 
-Such a recording arrives from the loader as an utterance of weight 0 without labels, in its place in the plan
+The loader returns such a recording as an utterance of weight 0 without labels, at its place in the plan
 (`ser.data.dataset`). So the plan stays a function of lengths, seed, epoch and effective batch. The gradient is
-that of the update without the utterance, as counts are summed over ranks before the first backward pass. Once per
-update, ranks tell one another whether there was one: then all know all, and all go on or all stop, with one
-message.
+that of the update without the utterance, since counts are summed over ranks before the first backward pass. Once
+per update the ranks exchange which recordings failed. Then all continue, or all stop with one message.
 
-Where a recording's very header is bad, its length is unknown, and the plan needs one. It takes the length that
-the run began with (``lengths.json``), so a file that is damaged while a run stands still does not change the
-order; else that of one frame. A recording that was skipped is tried again in the next epoch.
+The plan needs a length even if the header cannot be read. It takes the length that the recording had when the run
+began (``lengths.json``), or else that of one frame. So a file that is damaged between two starts of a run does not
+change the order. A recording that was skipped is tried again in the next epoch.
 
-    runs/NAME/lengths.json    samples at 16 kHz of every recording, as the run began
-    runs/NAME/skipped.jsonl   a line per recording that was left out: its set, id, file and why
+    runs/NAME/lengths.json    samples at 16 kHz of every recording, when the run began
+    runs/NAME/skipped.jsonl   a line per recording that was left out: its set, id, file and reason
 """
 
 import json
@@ -31,7 +30,7 @@ from ser.train.distributed import World
 
 
 def to_line(row: dict[str, Any]) -> str:
-    """Write a row as a JSON lines file holds it."""
+    """Return a row as a line of a JSON lines file."""
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -42,7 +41,7 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a JSON lines file, without lines that a kill cut short; none where there is no file."""
+    """Read the rows of a JSON lines file, except lines that a kill cut short; none if there is no file."""
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -66,11 +65,11 @@ class BadAudio:
     def __init__(self, world: World, *, policy: str = "fail", limit: float = 0.0, run: Path | None = None) -> None:
         self.world, self.policy, self.limit, self.run = world, policy, limit, run
         self.skipped: dict[str, dict[str, str]] = {"train": {}, "valid": {}}  # set -> id -> why
-        self.rows: list[dict[str, Any]] = []  # of skipped.jsonl; of the main rank alone
+        self.rows: list[dict[str, Any]] = []  # what this start of the run writes to skipped.jsonl
         self.begun = False
 
     def agree(self, name: str, dataset: SpeechDataset, errors: dict[int, str]) -> dict[int, str]:
-        """Tell every rank what any rank could not read (position in the dataset -> why). All ranks call this.
+        """Tell every rank which recordings any rank could not read (position -> reason). All ranks call this.
 
         Raises AudioError on all ranks where the policy ends the run.
         """
@@ -102,10 +101,10 @@ class BadAudio:
         return found
 
     def read_lengths(self, name: str, dataset: SpeechDataset, *, least: int, anew: bool = False) -> None:
-        """Set the dataset's lengths from the headers, which are read once: each rank reads its share.
+        """Set the dataset's lengths from the headers of the files; each rank reads a share of them.
 
-        ``least`` is the length in samples of a recording whose header cannot be read, and could not when the run
-        began. ``anew`` means that no run began in this folder.
+        ``least`` is the length, in samples, that a recording gets if its header cannot be read now and could not
+        when the run began. ``anew`` says that lengths of an earlier run in this folder are not used.
         """
         found, errors = dataset.read_headers(range(self.world.rank, len(dataset), self.world.size))
         lengths = {i: n for part in self.world.gather(found) for i, n in part.items()}
@@ -125,9 +124,9 @@ class BadAudio:
         return []
 
     def begin(self, lengths: dict[str, list[int]], datasets: dict[str, SpeechDataset]) -> None:
-        """Note the lengths of a new run, and try again what the last start skipped; the folder is ours by now.
+        """Record the lengths of a new run, and try again the recordings that its last start skipped.
 
-        A recording that was skipped and has been mended since leaves the list.
+        The folder is locked by now. A recording that can be read again is removed from skipped.jsonl.
         """
         assert self.run is not None
         path = self.run / "skipped.jsonl"
@@ -151,7 +150,7 @@ class BadAudio:
         self.write(note)
 
     def write(self, work: Callable[[Path], None]) -> None:
-        """Let the main rank write into the run's folder; a FileError of it is one on every rank."""
+        """Let the main rank write into the run's folder; its FileError is raised on every rank."""
         failure: FileError | None = None
         if self.world.is_main and self.run is not None:
             try:
@@ -163,5 +162,5 @@ class BadAudio:
 
 
 def errors_of(batches: Iterable[Batch]) -> dict[int, str]:
-    """Collect the errors of batches: position in the dataset -> why its recording could not be read."""
+    """Collect the errors of batches: position in the dataset -> why the recording could not be read."""
     return {i: why for batch in batches for i, why in batch.errors.items()}

@@ -1,19 +1,18 @@
-"""A cache: what a frozen part of a model makes of each utterance is computed once and kept on disk.
+"""Cache the output of a frozen part of a model: it is computed once for each utterance and kept on disk.
 
     CACHE/features-6f12ab34cd56ef78-fp16/    one folder for each kind, weights, preprocessing and type
         SHA256.safetensors                   some utterances, each under the sha256 of its recording's content; the
                                              name is the sha256 of the file
 
-There are two kinds. "features" is the output of the feature encoder, frames of 20 ms, for which nothing above it
-matters. "pooled", where all of wav2vec 2.0 is frozen, is the mean over time of each layer that the heads read.
-Sums over layers, a projection and the mean over time commute, so an epoch then costs next to nothing.
+There are two kinds. "features" is the output of the feature encoder, in frames of 20 ms; it does not depend on the
+layers above. "pooled", if all of wav2vec 2.0 is frozen, is the mean over time of each layer that the heads read.
+(The mean over time commutes with a sum over layers and with a projection.) An epoch then takes almost no time.
 
-Each utterance is computed alone and in float32, so batch composition cannot matter, and every key holds all that
-the numbers depend on. So runs may share a cache, which may be moved and deleted, and what is there is never stale.
-A shard is written under another name, waited for and renamed: killed while it fills, a cache keeps what is whole,
-and the next run fills it further. A run first reads the shards that it needs, each rank a share: one whose bytes
-are not as they were written is removed and computed again. Each rank fills a share and reads all, by memory maps
-that the system keeps once.
+Each utterance is computed alone and in float32, so batch composition does not matter. Folder and key name all that
+the numbers depend on, so they are never out of date, and runs may share, move or delete a cache. A shard is
+written under a temporary name, synced to the disk and renamed. So a cache whose filling was killed keeps its whole
+shards, and the next run continues. Before a run reads shards, the ranks verify them together: a shard that has
+changed is removed and computed again. Each rank fills a part and reads all, by memory maps that the system shares.
 """
 
 from __future__ import annotations
@@ -45,17 +44,17 @@ from ser.models.multitask import MultiTaskModel
 from ser.train.distributed import World
 from ser.train.resources import memory_explained
 
-FORMAT = 1  # raised when the same weights and audio would give other numbers
+FORMAT = 1  # to be raised if the code computes other numbers from the same weights and audio
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-Wanted = dict[str, list[int]]  # key of a content -> the utterances that have it
+Wanted = dict[str, list[int]]  # key of a recording's content -> the utterances that have it
 SHARD_BYTES = 64 << 20
 NAME, OLD_NAME = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")  # earlier releases kept no sha256
 SHORTER = "Try --max-seconds to drop the longest training utterances, or leave --cache out"
-STALE_SECONDS = 24 * 3600.0  # after which the unfinished shard of a killed process is removed
+STALE_SECONDS = 24 * 3600.0  # age at which the unfinished shard of a killed process is removed
 
 
 def choose_kind(model: MultiTaskModel, freeze: str) -> tuple[str, str]:
-    """Return "features" or "pooled", and why not pooled. Raises ConfigError where nothing may be kept."""
+    """Return "features" or "pooled", and why not "pooled". Raises ConfigError if no part is frozen."""
     if freeze == "none":
         advice = "add --freeze feature-encoder, or encoder"
         raise ConfigError(f"cache keeps what a frozen part computes, and freeze is none: {advice}")
@@ -71,12 +70,12 @@ def choose_kind(model: MultiTaskModel, freeze: str) -> tuple[str, str]:
 
 
 def progress_bar(world: World, **about: Any) -> tqdm[Any]:
-    """Begin a progress bar that one rank shows on a terminal, and takes away at its end."""
+    """Begin a progress bar, which the main rank shows on a terminal and clears at its end."""
     return tqdm(**about, leave=False, disable=not (world.is_main and sys.stderr.isatty()))
 
 
 def verified(paths: Sequence[Path], world: World) -> tuple[set[Path], set[Path]]:
-    """Divide shards into those whose bytes are as they were written, which their names tell, and the others."""
+    """Divide shards into the unchanged ones, whose sha256 is their name, and the others."""
     sound: set[Path] = set()
     for path in progress_bar(world, iterable=paths, unit="shard", desc="verifying the cache"):
         with suppress(OSError):
@@ -87,19 +86,19 @@ def verified(paths: Sequence[Path], world: World) -> tuple[set[Path], set[Path]]
 
 @dataclass
 class Cache:
-    """Hold the folder of one kind, weights and preprocessing."""
+    """Hold a folder of the cache, for one kind, weights and preprocessing."""
 
     folder: Path
     kind: str
     dtype: torch.dtype
     compute: Callable[[Tensor], Tensor]  # (1, S) float32 waveform -> (T, C) features or (N, D) layers' means
-    shape: Callable[[int], tuple[int, int]]  # of that, by samples
-    shards: dict[str, Path] = field(default_factory=dict)  # key -> where it stands
+    shape: Callable[[int], tuple[int, int]]  # number of samples -> shape of the output of `compute`
+    shards: dict[str, Path] = field(default_factory=dict)  # key -> the shard that has it
     sound: set[Path] = field(default_factory=set)  # shards that were written or verified in this run
 
     @staticmethod
     def of(model: MultiTaskModel, folder: str | Path, *, kind: str, dtype: str, do_normalize: bool) -> Cache:
-        """Find what belongs to this model's weights, under ``folder``."""
+        """Return the cache of this model's weights, under ``folder``."""
         config, minimum = model.config, model.config.min_samples
         part = model.wav2vec2.feature_extractor if kind == "features" else model.wav2vec2
         about: list[Any] = [FORMAT, kind, SAMPLE_RATE, do_normalize]
@@ -129,15 +128,15 @@ class Cache:
         return Cache(Path(folder) / name, kind, DTYPES[dtype], compute, shape)
 
     def find(self, wanted: Collection[str], world: World) -> tuple[int, int]:
-        """Look up what is there of the ``wanted`` keys, and verify it, each rank a share. All ranks call this.
+        """Find and verify the shards of the ``wanted`` keys, each rank a part. All ranks call this.
 
-        A shard that is not as it was written counts as absent, and is removed. Returns how many were so, and how
-        many were of earlier releases, which cannot be verified.
+        A shard that has changed counts as absent and is removed. Returns the number of changed shards, and that of
+        shards of earlier releases, which cannot be verified.
         """
         keys, damaged, old = self.listed()
         wanted = set(wanted)
         needed = [path for path in keys if path not in self.sound and not wanted.isdisjoint(keys[path])]
-        agreed = world.gather(needed)[0]  # one rank may have looked before another run wrote
+        agreed = world.gather(needed)[0]  # ranks may see different shards if another run writes meanwhile
         sound, broken = verified([path for path in agreed[world.rank :: world.size] if path in keys], world)
         self.sound |= {path for part in world.gather(sound) for path in part}
         damaged |= broken
@@ -184,19 +183,19 @@ class Cache:
 
 
 class Stored:
-    """Give a `SpeechDataset` what it reads in place of recordings."""
+    """Let a `SpeechDataset` read the cache instead of recordings."""
 
     def __init__(self, cache: Cache, keys: list[str], lengths: list[int], errors: dict[int, str]) -> None:
         self.kind, self.keys, self.shards, self.errors = cache.kind, keys, cache.shards, errors
-        self.shapes = {i: cache.shape(lengths[i]) for i in errors}  # of stand-ins
+        self.shapes = {i: cache.shape(lengths[i]) for i in errors}  # shapes of zeros in place of unread recordings
         self.files: dict[Path, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files out: a worker that is not forked opens its own."""
+        """Leave out open files, since a worker that is not forked opens its own."""
         return vars(self) | {"files": {}}
 
     def __call__(self, index: int) -> tuple[Tensor, str]:
-        """Return (T, C) or (N, D), as it is kept, and an error; with one, zeros of that shape."""
+        """Return the stored (T, C) or (N, D) and an empty string; or zeros of this shape and an error."""
         if error := self.errors.get(index, ""):
             return torch.zeros(self.shapes[index]), error
         path = self.shards[self.keys[index]]
@@ -212,7 +211,7 @@ class Stored:
 def content_keys(dataset: SpeechDataset, world: World) -> tuple[list[str], dict[int, str]]:
     """Return the sha256 of each utterance's file and excerpt, and the errors of files that cannot be opened.
 
-    Each rank reads a share, and each file once, though many utterances may be cut from it.
+    Each rank reads a part, and each file only once, even if many utterances are cut from it.
     """
     digests: dict[Path, str] = {}
     keys: dict[int, str] = {}
@@ -233,14 +232,14 @@ def content_keys(dataset: SpeechDataset, world: World) -> tuple[list[str], dict[
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove what processes that were killed long ago had begun to write."""
+    """Remove the unfinished shards of processes that were killed long ago."""
     for path in folder.glob(".*.tmp"):
         if time.time() - path.stat().st_mtime > STALE_SECONDS:
             path.unlink(missing_ok=True)
 
 
 def check_room(cache: Cache, lengths: Sequence[int], world: World) -> int:
-    """Return the bytes that recordings of these lengths need. Where a rank lacks room, raise FileError on all."""
+    """Return the bytes that recordings of these lengths need; raise FileError on all ranks if one lacks space."""
     size = sum(frames * width for frames, width in (cache.shape(samples) for samples in lengths))
     size *= cache.dtype.itemsize
     free = shutil.disk_usage(cache.folder).free
@@ -255,7 +254,7 @@ def check_room(cache: Cache, lengths: Sequence[int], world: World) -> int:
 def compute_share(
     cache: Cache, dataset: SpeechDataset, share: list[int], wanted: Wanted, world: World, bar: tqdm[Any]
 ) -> dict[int, str]:
-    """Compute and write one rank's share. Return the errors of what cannot be read. Raises FileError."""
+    """Compute and write one rank's part; return the errors of unreadable recordings. Raises FileError."""
     key_of = {same[0]: key for key, same in wanted.items()}
     broken: dict[int, str] = {}
     waiting: dict[str, Tensor] = {}
@@ -265,7 +264,7 @@ def compute_share(
         with memory_explained(SHORTER, doing=f"with {who} ({seconds:.1f} s)"):
             found = None if example.error else cache.compute(example.waveform[None].to(world.device)).cpu()
         if found is None or tuple(found.shape) != cache.shape(dataset.lengths[i]):
-            for j in wanted[key_of[i]]:  # each under its own name
+            for j in wanted[key_of[i]]:  # all utterances of this recording, each with its own name
                 late = f"{dataset.utterances[j].file}: is not as long as its header says"
                 broken[j] = dataset[j].error or late
             continue
@@ -286,7 +285,7 @@ def compute_share(
 def compute_missing(
     cache: Cache, dataset: SpeechDataset, wanted: Wanted, missing: list[int], world: World, name: str
 ) -> dict[int, str]:
-    """Compute and write what is missing, each rank its share; return the errors of all.
+    """Compute and write what is missing, each rank a part; return the errors of all ranks.
 
     Raises FileError on all ranks.
     """
@@ -297,13 +296,13 @@ def compute_missing(
             broken = compute_share(cache, dataset, missing[world.rank :: world.size], wanted, world, bar)
         except FileError as error:
             failure = str(error)
-    for why in filter(None, world.gather(failure)):  # one rank's is all ranks': none waits for another
+    for why in filter(None, world.gather(failure)):  # raised on all ranks, so that none waits for another
         raise FileError(why)
     return {i: why for part in world.gather(broken) for i, why in part.items()}
 
 
 def check_seen(cache: Cache, keys: Sequence[str], errors: Collection[int], world: World) -> None:
-    """Raise FileError on all ranks where one does not see what others wrote."""
+    """Raise FileError on all ranks if one of them does not see what others wrote."""
     unseen = world.gather(sum(key not in cache.shards for i, key in enumerate(keys) if i not in errors))
     if any(unseen):
         rank = unseen.index(max(unseen))
@@ -314,13 +313,13 @@ def check_seen(cache: Cache, keys: Sequence[str], errors: Collection[int], world
 
 
 def fill_cache(cache: Cache, dataset: SpeechDataset, world: World, say: Tell, name: str) -> Stored:
-    """Compute what is missing, each rank its share, and return what to read. All ranks call this.
+    """Fill the cache, each rank a part, and return what the dataset reads. All ranks call this.
 
     ``say`` prints a line. Recordings that cannot be read are in the result's ``errors``, on all ranks.
 
     Raises:
-        FileError: the disk has too little room, before anything is computed; it fails; or a process does not see
-            what others wrote. On all ranks, whichever met it.
+        FileError: the disk has too little space (found before anything is computed) or fails, or a process does
+            not see what others wrote. It is raised on all ranks.
     """
     started = time.perf_counter()
     with written(cache.folder):
@@ -338,7 +337,7 @@ def fill_cache(cache: Cache, dataset: SpeechDataset, world: World, say: Tell, na
         say(f"cache of {name}: {old} without a sha256, of an earlier release, removed, to be computed again")
     first = (same[0] for key, same in wanted.items() if key not in cache.shards)
     missing = sorted(first, key=lambda i: -dataset.lengths[i])
-    missing = world.gather(missing)[0]  # what one rank found, for another may have looked later
+    missing = world.gather(missing)[0]  # that of one rank, since ranks may have looked at different times
     if missing:
         lengths = [dataset.lengths[i] for i in missing]
         size = check_room(cache, lengths, world)

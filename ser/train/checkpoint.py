@@ -1,19 +1,19 @@
-"""Run folders: what is saved while training, and how it is found again.
+"""Save a run in its folder while training, and find it again.
 
     runs/NAME/
-      owner.json               who trains in the folder, or did last; see `ser.train.processes.own_run`
+      owner.json               which process trains in the folder, or did last; see `ser.train.processes.own_run`
       config.json              the resolved settings and data of the run
       metrics.jsonl            a line per log interval and evaluation
       checkpoints/step-00000120/   a model folder, plus optimizer.safetensors, state.json (where the run stood),
-                               settings.json (of which run) and manifest.json (the others' sizes and sha256)
-      best/                    a model folder: the best by the chosen metric on validation data
-      last/                    a model folder: the end of training
+                               settings.json (those of the run) and manifest.json (sizes and sha256 of the others)
+      best/                    a model folder: the best model by the chosen metric on validation data
+      last/                    a model folder: the model at the end of training
 
-Each folder appears whole or not at all, and a checkpoint is used only where every byte of it is as it was written.
-Tensors are in safetensors and the rest in JSON, so resuming reads no pickle.
+Each folder appears whole or not at all, and a checkpoint is used only if no byte of it has changed. Tensors are in
+safetensors and the rest in JSON, so resuming reads no pickle.
 
-Read from the top: progress and optimizer as files, one checkpoint, all checkpoints of a run, and the thread that
-writes while training goes on. `ser.train.runs` opens the folder.
+This file has, from the top: progress and optimizer as files, one checkpoint, all checkpoints of a run, and the
+thread that writes during training. `ser.train.runs` opens the folder.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Progress:
-    """Describe where a run stands: with weights and optimizer all its state, as the rest are pure functions."""
+    """Describe where a run stands. Together with weights and optimizer this is the whole state of a run."""
 
     step: int = 0  # optimizer updates done
-    epoch: int = 0  # of the next update
-    update: int = 0  # of the next update, within its epoch
+    epoch: int = 0  # epoch of the next update
+    update: int = 0  # number of the next update within its epoch
     skipped: int = 0  # updates left out because their gradient was not finite
-    best: float | None = None  # of the chosen metric
+    best: float | None = None  # best value of the chosen metric
     best_step: int = 0
     evaluations_since_best: int = 0
-    evaluation_due: bool = False  # a signal came before it: it is the first thing to do
+    evaluation_due: bool = False  # a signal came before the evaluation, so a resumed run begins with it
     scaler: dict[str, Any] | None = None
     finished: bool = False
 
     def advance(self, updates: int) -> bool:
-        """Count one update of an epoch that has so many; tell whether it was the last of them."""
+        """Count one update of an epoch of ``updates``; tell whether it was the last one."""
         self.step += 1
         self.update = (self.update + 1) % updates
         self.epoch += self.update == 0
@@ -82,7 +82,7 @@ class Progress:
         return bool(patience) and self.evaluations_since_best >= patience
 
     def is_over(self, settings: Mapping[str, Any]) -> bool:
-        """Tell whether training has come to its end by these settings: of all epochs, or early."""
+        """Tell whether training has ended by these settings, after all epochs or early."""
         return self.epoch >= settings["epochs"] or self.stops_early(settings.get("early_stop", 0))
 
 
@@ -102,11 +102,11 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         parameter = parameters[name]
         # AdamW counts its steps in a tensor that stays on the CPU unless it is fused.
         device = parameter.device if kind != "step" or optimizer.defaults.get("fused") else "cpu"
-        optimizer.state[parameter][kind] = value.to(device, copy=True)  # a copy: the file is mapped
+        optimizer.state[parameter][kind] = value.to(device, copy=True)  # copied, since the file is memory-mapped
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to the CPU, where training does not change them any more."""
+    """Copy tensors to the CPU, so that training cannot change them while they are written."""
     size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
     with memory_explained(SMALLER_MODEL, doing=f"when {size:.2f} GB were copied on the CPU, to be saved"):
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -125,25 +125,25 @@ class Run:
     stuck: set[Path] = field(default_factory=set, compare=False)  # old checkpoints that cannot be removed
 
     def path(self, step: int) -> Path:
-        """Return the folder of a checkpoint: zero-padded, so that names sort as numbers do."""
+        """Return the folder of a checkpoint; its number is zero-padded, so that names sort as numbers do."""
         return self.folder / "checkpoints" / f"step-{step:08d}"
 
 
 def sealed(content: Mapping[str, Any]) -> str:
-    """Return the text of a manifest. Each content has one text, so that no bit of it can change unseen."""
+    """Return the text of a manifest. Each content has exactly one text, so any change of a bit is found."""
     own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps({**content, "sha256": own}, indent=1, sort_keys=True) + "\n"
 
 
 def seal_checkpoint(folder: Path, run: str) -> None:
-    """Seal a checkpoint: the size and sha256 of every file, and the sha256 of that list itself."""
+    """Write the manifest of a checkpoint: the size and sha256 of every file, and the sha256 of the list itself."""
     files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(folder.iterdir())}
     with replace_file(folder / MANIFEST) as file:
         file.write(sealed({"run": run, "files": files}))
 
 
 def own_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a checkpoint, and verify the manifest alone. Raises RunFolderError."""
+    """Read the manifest of a checkpoint, and verify only the manifest itself. Raises RunFolderError."""
     path = folder / MANIFEST
     try:
         if not path.is_file():
@@ -174,10 +174,10 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def rotate(run: Run, *, newest: Path, best: Path, keep: int) -> None:
-    """Remove all checkpoints of this run but the ``keep`` newest, the one just written and the best evaluation's.
+    """Remove checkpoints of this run except the ``keep`` newest, the one just written and the best one.
 
-    A checkpoint that is not known to be this run's (another's, or one whose manifest is damaged) is left alone.
-    One that cannot be removed is told once: no run ends for it.
+    A checkpoint of another run, or with a damaged manifest, is left alone. If a checkpoint cannot be removed, this
+    is printed once, and the run goes on.
     """
     own = []
     for folder in checkpoints(run.folder):
@@ -203,17 +203,17 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write a checkpoint, whole or not at all, then remove what `rotate` says.
+    """Write a checkpoint, whole or not at all, then remove old ones with `rotate`.
 
     Args:
-        run: which run's.
-        recognizer: all of the model but its weights.
+        run: the run.
+        recognizer: the model; its weights are given separately.
         weights, optimizer: the state dict of the model, and `optimizer_tensors`.
         progress: where the run stands.
-        keep: how many to keep.
+        keep: how many checkpoints to keep.
 
     Raises:
-        FileError: the disk does not take it. The checkpoints before are as they were.
+        FileError: the disk cannot hold it. Earlier checkpoints are unchanged.
     """
 
     def write(folder: Path) -> None:
@@ -231,9 +231,9 @@ def save_checkpoint(
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint whose every byte is as it was written.
+    """Verify that no byte of a checkpoint has changed, and return its manifest.
 
-    Raises RunFolderError, with the file that differs.
+    Raises RunFolderError, which names the file that differs.
     """
     manifest = own_manifest(folder)
     for name, expected in manifest["files"].items():
@@ -275,7 +275,7 @@ def load_checkpoint(folder: Path, recognizer: Recognizer, optimizer: torch.optim
 
 
 def newest_verified(run: Path) -> tuple[Path | None, list[str]]:
-    """Find the newest sound checkpoint, and why each newer one is none."""
+    """Find the newest sound checkpoint, and the reason why each newer one is not sound."""
     reasons: list[str] = []
     for folder in reversed(checkpoints(run)):
         try:
@@ -287,7 +287,7 @@ def newest_verified(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a folder to aside-NAME, or aside-NAME-2 and so on where that is taken: nothing is lost."""
+    """Rename a folder to aside-NAME, or to aside-NAME-2 and so on if that exists; nothing is removed."""
     aside, number = folder.with_name(f"aside-{folder.name}"), 1
     while aside.exists() or aside.is_symlink():
         number += 1
@@ -298,7 +298,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def set_aside_after(run: Path, step: int) -> list[str]:
-    """Rename the checkpoints after a step, so that those to come have no rivals; return a line for each."""
+    """Rename the checkpoints after a step, which new ones could collide with; return a line for each."""
     later = [folder for folder in checkpoints(run) if step_of(folder) > step]
     return [f"{folder} is set aside as {set_aside(folder).name}" for folder in later]
 
@@ -307,22 +307,22 @@ def set_aside_after(run: Path, step: int) -> list[str]:
 
 
 class Saver:
-    """Write models and checkpoints in a thread of its own, one after the other, while training goes on.
+    """Write models and checkpoints in a separate thread, one after the other, while training goes on.
 
-        with Saver() as saver:      # waits at the end, whatever way it is left
+        with Saver() as saver:      # waits at the end, also after an exception
             saver.checkpoint(run, recognizer, optimizer, progress, keep=2)
 
-    Tensors are copied to the CPU before a call returns, so what is written is of one moment. All that is saved
-    after one update shares a copy of the weights; a later update's save waits for it. The next call raises what
-    went wrong in the thread.
+    Tensors are copied to the CPU before a call returns, so all that is written belongs to the same update. Saves
+    after one update share one copy of the weights; a save after a later update waits for them. An error in the
+    thread is raised by the next call.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._pending: list[Future[None]] = []
-        self._weights: tuple[int, dict[str, Tensor]] | None = None  # of a step
+        self._weights: tuple[int, dict[str, Tensor]] | None = None  # a step, and the weights after it
         self._failed = False
-        self.stopped = self.written = 0.0  # seconds that training stood still, and that the thread took
+        self.stopped = self.written = 0.0  # seconds that training waited, and that the thread took
 
     def __enter__(self) -> Saver:
         return self
@@ -356,7 +356,7 @@ class Saver:
         self._start(lambda: save_checkpoint(run, recognizer, weights, state, now, keep=keep))
 
     def check(self) -> None:
-        """Raise what went wrong in the thread, without waiting."""
+        """Raise the error of the thread, if there is one, without waiting."""
         if any(pending.done() and pending.exception() is not None for pending in self._pending):
             self.wait()
 
@@ -369,7 +369,7 @@ class Saver:
             self.stopped += time.perf_counter() - started
 
     def seconds(self) -> dict[str, float]:
-        """Return what saving took since the last call; nothing where it took none."""
+        """Return the seconds that saving took since the last call; an empty dict if nothing was saved."""
         found = {"save_stopped_seconds": self.stopped, "save_written_seconds": self.written}
         self.stopped = self.written = 0.0
         return found if any(found.values()) else {}
@@ -384,9 +384,9 @@ class Saver:
 
     def _start(self, write: Callable[[], Any]) -> None:
         def timed() -> None:
-            if self._failed:  # a checkpoint must not speak of a best model that could not be written
+            if self._failed:  # a checkpoint must not name a best model that could not be written
                 return
-            started, self._failed = time.perf_counter(), True  # until it is written
+            started, self._failed = time.perf_counter(), True  # reset once it is written
             with memory_explained(SMALLER_MODEL, doing="when a model or checkpoint was written"):
                 write()
             self._failed = False

@@ -1,7 +1,7 @@
-"""Each setting of a training run stands once: meaning, unit, default, range, and what resuming may do with it.
+"""Define each setting of a training run once: meaning, unit, default, range, and what resuming may change.
 
-The command line is made from these fields, so help and behaviour cannot differ. Defaults are the paper's (Cai et
-al., 2021, section 3.2) where the paper gives one.
+The command line is made from these fields, so its help cannot differ from what the code does. A default is the
+paper's value (Cai et al., 2021, section 3.2) where the paper gives one.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ser.models.heads import HEADS, POOLINGS
 from ser.train.optim import SCHEDULES
 
 METRICS = ("unweighted_accuracy", "accuracy", "macro_f1", "ccc", "wer", "cer", "speaker_accuracy", "loss")
-ERROR_METRICS = ("wer", "cer", "loss")  # of which the smaller value is better
+ERROR_METRICS = ("wer", "cer", "loss")  # metrics whose smaller value is better
 
 # Titles of the groups of flags in the help, in their order.
 COMMON, LOSSES, OPTIMIZER = "training: common settings", "training: heads and losses", "training: optimizer"
@@ -33,27 +33,27 @@ GROUPS = (COMMON, LOSSES, OPTIMIZER, BATCHES, KEPT, FAULTS)
 
 
 def at_least_0(name: str, value: float) -> None:
-    """Refuse what is no number from 0."""
+    """Refuse a value that is not a finite number of at least 0."""
     if not 0 <= value < math.inf:
         raise ConfigError(f"{name} is {value}; expected a number from 0")
 
 
 def above_0(name: str, value: float) -> None:
-    """Refuse what is no number above 0."""
+    """Refuse a value that is not a finite number above 0."""
     at_least_0(name, value)
     if value == 0:
         raise ConfigError(f"{name} is {value}; expected more than 0")
 
 
 def share(name: str, value: float) -> None:
-    """Refuse what is no share."""
+    """Refuse a value that is not between 0 and 1."""
     at_least_0(name, value)
     if value > 1:
         raise ConfigError(f"{name} is {value}; expected a share from 0 to 1")
 
 
 def share_below_1(name: str, value: float) -> None:
-    """Refuse what is no share, and the whole."""
+    """Refuse a value that is not between 0 and 1, and 1 itself."""
     share(name, value)
     if value == 1:
         raise ConfigError(f"{name} is {value}; expected a share from 0 to 1, and not 1")
@@ -69,7 +69,7 @@ def parse_interval(name: str, value: str) -> tuple[int, str]:
 
 
 def names_of_heads(name: str, value: str) -> None:
-    """Refuse a head that there is not."""
+    """Refuse the name of a head that does not exist."""
     unknown = [head for head in value.split(",") if head not in HEADS and value != "auto"]
     if unknown:
         raise ConfigError(f"{name} names {', '.join(unknown)}; there are {', '.join(HEADS)} (or auto)")
@@ -91,10 +91,10 @@ def option(
         group: the group of its flag in the help.
         default: its default.
         help: its meaning and unit.
-        choices: what it may be; a table is looked into each time, so it may get further rows.
-        check: refuses other values (ConfigError); numbers are at least 0 without one.
-        resume: what a resumed run may do with it: keep the "same" value; change it where that is "asked" for
-            (`CHANGEABLE`); or change it "freely", as it does not change what is computed, beyond rounding.
+        choices: the values it may have; a table is read at each check, so rows may be added to it.
+        check: a function that refuses other values (ConfigError); without it, numbers have to be at least 0.
+        resume: what a resumed run may do with the setting: keep the "same" value; change it where that is "asked"
+            for (`CHANGEABLE`); or change it "freely", since only rounding depends on it.
         hidden: whether the help leaves the flag out.
     """
     if check is None and isinstance(default, int | float) and not isinstance(default, bool):
@@ -105,7 +105,7 @@ def option(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Hold the settings of a run. They are checked on construction, and saved as JSON beside the checkpoints."""
+    """Hold the settings of a run, which are checked on construction and saved as JSON beside the checkpoints."""
 
     # fmt: off
     heads: str = option(COMMON, "auto", check=names_of_heads, help="comma-separated tasks out of "
@@ -125,14 +125,14 @@ class TrainConfig:
         help="auto, cpu, cuda or cuda:N; auto is a GPU per process where there is one")
     workers: int = option(COMMON, 0, resume="freely",
         help="processes per rank that decode audio; 0: the training process decodes")
-    seed: int = option(COMMON, 0, help="of new weights, order, dropout and masks")
+    seed: int = option(COMMON, 0, help="random seed of new weights, order, dropout and masks")
 
     gamma: float = option(LOSSES, 1.0, resume="asked", help="weight of the loss of dimensions (arousal, "
         "dominance, valence), 1 - CCC over an update: it needs large ones, such as an effective batch of 32")
-    layers: str = option(LOSSES, "auto", help="what the heads but CTC's read: last, weighted (a learnt mean of "
-        "all), or the number of a layer; auto: as --init has it, else last")
+    layers: str = option(LOSSES, "auto", help="layer that all heads except CTC read: last, weighted (a learnt "
+        "mean of all), or the number of a layer; auto: as in --init, else last")
     pooling: str = option(LOSSES, "auto", choices=("auto", *POOLINGS), help="how frames become one vector for "
-        "emotion, speaker and dimensions; auto: as --init has it, else mean")
+        "emotion, speaker and dimensions; auto: as in --init, else mean")
     label_smoothing: float = option(LOSSES, 0.0, check=share, resume="asked", help="of the emotion loss, 0 to 1")
     class_weights: bool = option(LOSSES, False, help="weight emotions inversely to their frequency in training")
     focal: float = option(LOSSES, 0.0, resume="asked", help="gamma of the focal loss of emotions (Lin et al., "
@@ -145,24 +145,24 @@ class TrainConfig:
     head_rate: float = option(OPTIMIZER, 0.0, resume="asked",
         help="peak learning rate of the heads; 0: the same as rate")
     schedule: str = option(OPTIMIZER, "linear", choices=SCHEDULES, resume="asked",
-        help="how the rate goes on after its warm-up; linear: it falls to 0")
+        help="how the rate changes after its warm-up; linear: it falls to 0")
     warmup: float = option(OPTIMIZER, 0.1, check=share, resume="asked",
         help="share of updates with a linearly rising rate, 0 to 1")
     weight_decay: float = option(OPTIMIZER, 0.0, resume="asked",
-        help="AdamW's, on weight matrices; never on biases, norms and embeddings")
+        help="weight decay of AdamW, on weight matrices only, not on biases, norms and embeddings")
     adam_beta2: float = option(OPTIMIZER, 0.999, check=share_below_1, resume="asked",
         help="AdamW's second decay rate")
     clip: float = option(OPTIMIZER, 1.0, resume="asked", help="largest gradient norm of an update; 0: no limit")
 
     batch_seconds: float = option(BATCHES, 0.0,
         help="padded seconds of audio per update over all processes, instead of the effective batch; 0: off")
-    # Earlier names of the geometry: they mean what they meant, and the help does not show them.
+    # Earlier settings of the size of a batch: they still work, and the help does not show them.
     micro_batch: int = option(BATCHES, 0, resume="freely", hidden=True, help="most utterances in one forward pass "
         "of one process, instead of micro-seconds (not with batch-seconds); 0: off")
     accumulate: int = option(BATCHES, 0, resume="freely", hidden=True,
         help="micro-batches per update and process; 0: follows from the effective batch")
     batching: str = option(BATCHES, "bucket", choices=("bucket", "random"),
-        help="utterances of like length together, or as drawn")
+        help="bucket: utterances of similar length together; random: as drawn")
     balance: float = option(BATCHES, 0.0, check=share, help="how even corpora and emotions are made, 0 to 1: an "
         "epoch has some utterances several times and others not; 0: each once, 1: all equally often")
     augment: tuple[str, ...] = option(BATCHES, (), check=lambda _, names: augmented(names, seed=0), resume="asked",
@@ -171,26 +171,26 @@ class TrainConfig:
         help="drop longer training utterances, in seconds; 0: keep all. Evaluation drops none")
     activation_checkpointing: bool = option(BATCHES, False, resume="freely",
         help="recompute activations: less memory, about a third more time")
-    cache: str = option(BATCHES, "", resume="asked", help="folder in which what a frozen part makes of each "
-        "recording is kept, so that it is computed once; may be shared by runs; empty: none")
-    cache_dtype: str = option(BATCHES, "fp16", choices=("fp16", "fp32"), resume="asked", help="how the cache "
-        "keeps numbers: fp16 rounds to three digits, fp32 does not round and takes twice the room")
+    cache: str = option(BATCHES, "", resume="asked", help="folder that keeps the output of a frozen part for each "
+        "recording, so that it is computed once; runs may share it; empty: none")
+    cache_dtype: str = option(BATCHES, "fp16", choices=("fp16", "fp32"), resume="asked", help="type of numbers in "
+        "the cache: fp16 rounds to three digits, fp32 does not round and takes twice the space")
 
     eval_every: str = option(KEPT, "1ep", check=parse_interval, resume="asked",
         help="evaluate every N epochs (Nep) or N updates (N)")
     eval_seconds: float = option(KEPT, 0.0, resume="freely", help="padded seconds of audio per forward pass in "
         "evaluation; 0: as in prediction, 16 on a CPU and 64 on a GPU")
     metric: str = option(KEPT, "auto", choices=("auto", *METRICS),
-        help="what the best model is chosen by on validation data; auto: unweighted_accuracy, else wer")
+        help="metric that chooses the best model on validation data; auto: unweighted_accuracy, else wer")
     early_stop: int = option(KEPT, 0, resume="asked", help="end after N evaluations without improvement; 0: never")
     save_every: str = option(KEPT, "1ep", check=parse_interval, resume="freely",
         help="save a checkpoint every N epochs (Nep) or N updates (N)")
     keep: int = option(KEPT, 2, check=above_0, resume="freely",
-        help="checkpoints to keep, the newest; that of the best evaluation stays too")
+        help="how many of the newest checkpoints to keep; that of the best evaluation is kept too")
     log_every: int = option(KEPT, 10, check=above_0, resume="freely", help="updates between progress lines")
 
-    on_bad_audio: str = option(FAULTS, "fail", choices=("fail", "skip"), resume="freely", help="what becomes of "
-        "recordings that cannot be read: end the run, or leave them out, named in skipped.jsonl")
+    on_bad_audio: str = option(FAULTS, "fail", choices=("fail", "skip"), resume="freely", help="what to do with "
+        "recordings that cannot be read: end the run, or leave them out and list them in skipped.jsonl")
     max_bad_audio: float = option(FAULTS, 0.01, check=share, resume="freely", help="largest share of the training "
         "set, and of the validation set, that skip may leave out, 0 to 1; beyond it the run ends")
     timeout: float = option(FAULTS, 600.0, check=above_0, resume="freely", help="seconds that a process waits for "
@@ -235,7 +235,7 @@ class TrainConfig:
         return size
 
     def micro_limits(self, world_size: int) -> MicroLimits:
-        """Return what bounds a forward pass, as `cut_update` takes it: utterances, or padded samples."""
+        """Return the limits of a forward pass, in utterances or in padded samples, for `cut_update`."""
         seconds = self.batch_seconds / (world_size * self.accumulate) if self.accumulate else self.micro_seconds
         if self.batch_seconds or not (self.micro_batch or self.accumulate):
             return {"micro_batch": None, "micro_samples": math.ceil(seconds * SAMPLE_RATE) or None}
@@ -247,17 +247,17 @@ class TrainConfig:
 
 
 def paper_settings(*, alpha: float | None = None, large: bool = False, script: bool = False) -> dict[str, Any]:
-    """Return the settings of Cai et al., as their text gives them, or as their training script acts (``script``).
+    """Return the settings of Cai et al., those of their text or those of their training script (``script``).
 
-    The text (section 3.2): AdamW, linear warm-up over 10 % and linear decay, rate 5e-5 (1e-5 without CTC), 100
-    epochs, batches of 8 as 2 devices x 1 x 4, nothing frozen, alpha 0.1 (README: 0.01 for large-960h). The script:
-    no warm-up, 200 epochs, 2 per device x 4, activation checkpointing; its mean of CE and sum of CTC over the two
-    make alpha act as twice what is given.
+    The text (section 3.2) has AdamW, linear warm-up over 10 % and linear decay, rate 5e-5 (1e-5 without CTC), 100
+    epochs, batches of 8 as 2 devices x 1 x 4, nothing frozen, and alpha 0.1 (their README: 0.01 for large-960h).
+    The script has no warm-up, 200 epochs, 2 per device x 4, and activation checkpointing. It takes the mean of CE
+    but the sum of CTC over the two utterances, so alpha acts as twice its value.
 
     Args:
-        alpha: the weight of CTC, where it is not the paper's default: 0 in the ablation.
+        alpha: the weight of CTC; None: the paper's. 0 is the paper's ablation.
         large: whether the encoder is large-960h.
-        script: whether to act as the script does.
+        script: whether to return the settings of the script.
     """
     chosen = (0.01 if large else 0.1) if alpha is None else alpha
     losses = {"alpha": 2 * chosen if script else chosen, "rate": 5e-5 if chosen else 1e-5}

@@ -1,7 +1,7 @@
-"""What a run is made of, by content: its utterances, and the weights that it began with.
+"""Compare runs by content: by digests of their utterances, and of the weights that they began with.
 
-A stopped run continues wherever its recordings, its manifests and ``--init`` lie by then, and however their paths
-are spelt. These digests are compared; paths are only recorded.
+Paths are recorded but not compared. So a stopped run continues after its recordings, its manifests or ``--init``
+were moved.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from ser.data.text import nfc
 from ser.errors import brief_repr
 from ser.files import digest
 
-# Of a `Selection` as a dictionary: what names the same utterances wherever the manifest lies.
+# The keys of a `Selection`, as a dictionary, that do not depend on where the manifest is.
 NAMES = ("protocol", "shares", "seed", "fold", "known_turns", "part")
 
 
@@ -40,19 +40,19 @@ def rows_sha256(rows: Iterable[tuple[Any, ...]]) -> str:
 
 
 def names_of_files(utterances: Sequence[Utterance]) -> list[str]:
-    """Name each utterance's file, from below the folder that all files share.
+    """Return the path of each utterance's file, relative to the folder that all files share.
 
-    So the names stay when the corpus is moved as a whole, also where the manifest has absolute paths.
+    So the names stay the same when the whole corpus is moved, even if the manifest has absolute paths.
     """
     files = [Path(os.path.normpath(u.file.absolute())).parts for u in utterances]
     folders = [parts[:-1] for parts in files] or [()]
-    ends = zip(min(folders), max(folders), strict=False)  # what these two share, all between them share
+    ends = zip(min(folders), max(folders), strict=False)  # the first and last in order share what all share
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], ends)))
     return [nfc("/".join(parts[shared:])) for parts in files]
 
 
 def contents(utterances: Sequence[Utterance], lengths: Sequence[int] | None = None) -> dict[str, Any]:
-    """Count the utterances, and digest each of their properties that training depends on, in order.
+    """Count the utterances, and return a digest of each of their properties that training depends on.
 
     Training does not depend on ids.
     """
@@ -73,7 +73,7 @@ def contents(utterances: Sequence[Utterance], lengths: Sequence[int] | None = No
 
 
 def fingerprint(dataset: SpeechDataset) -> str:
-    """Return what earlier releases recorded in place of `contents`. It holds ids, and so perhaps paths."""
+    """Return the digest that earlier releases recorded instead of `contents`. It depends on ids, perhaps paths."""
     return rows_sha256(
         (u.id, u.start, u.end, u.emotion, u.text, u.speaker, *map(u.labels.get, DIMENSIONS), length)
         for u, length in zip(dataset.utterances, dataset.lengths, strict=True)
@@ -81,7 +81,7 @@ def fingerprint(dataset: SpeechDataset) -> str:
 
 
 def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Compare the `contents` of each set. Other names of files alone are a setting of their own."""
+    """Compare the `contents` of each set. If only names of files differ, the difference is called "files"."""
     found = {}
     for part in sorted({*before, *now}):
         old, new = before.get(part) or {}, now.get(part) or {}
@@ -109,7 +109,7 @@ def changed_fingerprints(before: Mapping[str, str], now: Mapping[str, str]) -> d
 
 
 def settings_without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without the paths in them."""
+    """Return settings without their paths."""
     kept = dict(settings)
     for part in ("train", "valid"):
         if isinstance(kept.get(part), Mapping):
@@ -120,7 +120,7 @@ def settings_without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Make one level of several: {"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flatten nested mappings: {"a": {"b": 1}} -> {"a.b": 1}."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
@@ -130,9 +130,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def changed_settings(
     before: Mapping[str, Any], now: Mapping[str, Any], *, may_change: Collection[str]
 ) -> dict[str, str]:
-    """Compare settings but for what may change: a name such as "model.encoder.hidden_size" -> what differs.
+    """Compare the settings that must not change: return a name, "model.encoder.hidden_size", -> what differs.
 
-    Settings are a run's config.json. Where an earlier release recorded less of the content, that is compared.
+    Settings are a run's config.json. If an earlier release recorded less of the content, this less is compared.
     """
     before, now = ({k: v for k, v in values.items() if k not in may_change} for values in (before, now))
     found: dict[str, str] = {}

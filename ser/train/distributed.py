@@ -1,6 +1,6 @@
-"""The torchrun world: which rank this process is, and sums over ranks.
+"""Describe the processes that torchrun started: which rank this one is, and sums over ranks.
 
-One process is a world of one: the same calls then do nothing.
+A single process is a world of size 1, in which the same calls do nothing.
 """
 
 import logging
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ser.device import choose_device
 from ser.train.processes import attempt, end_with_launcher
 
-# A process that waits for its loader worker is waited for by the others, and is to tell first why.
+# Ranks wait this much longer than loaders do, so a rank whose worker hangs reports its error before the others.
 PEER_GRACE = 5.0  # seconds
 
 
@@ -33,7 +33,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Tell whether this is the rank that writes and speaks."""
+        """Tell whether this is the rank that writes files and prints."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class World:
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Give every rank the values of all ranks, in rank order. For small picklable values of our own."""
+        """Give every rank the values of all ranks, in rank order. Values are small, picklable and our own."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -55,24 +55,23 @@ class World:
         self.sum(torch.zeros(1))
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Put the model under DistributedDataParallel. Freeze parts before: the graph must not change later."""
+        """Wrap the model in DistributedDataParallel. Freeze parts before: the graph must not change later."""
         return model if self.size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def no_sync(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Keep gradients local, for all but the last micro-batch of an update.
+        """Keep gradients local for all but the last micro-batch of an update.
 
-        DistributedDataParallel reads the switch in the forward pass too, so the context has to hold both
-        forward and backward.
+        Both forward and backward have to run in this context, since DistributedDataParallel checks it in both.
         """
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext()
 
 
 @contextmanager
 def joined_world(device: str = "auto", *, timeout: float = 600.0, launcher: int | None = None) -> Iterator[World]:
-    """Join the processes that torchrun started, and leave them at the end. Without torchrun: a world of one.
+    """Join the processes that torchrun started, and leave them at the end. Without torchrun the size is 1.
 
-    ``timeout`` is the longest that one waits for another, in seconds; then a RuntimeError ends it. ``launcher`` is
-    the parent process as it was when this one began (see `end_with_launcher`).
+    ``timeout`` is the longest that one process waits for another, in seconds; then it raises a RuntimeError.
+    ``launcher`` is the id of the parent when this process began (see `end_with_launcher`).
     """
     end_with_launcher(launcher)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -87,11 +86,11 @@ def joined_world(device: str = "auto", *, timeout: float = 600.0, launcher: int 
     limit = timedelta(seconds=timeout + PEER_GRACE)
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        # torchrun keeps its store over restarts, with the addresses of processes that have ended. On several nodes
-        # the restarts are counted differently by each; see docs/reliability.md for what to do there.
+        # torchrun keeps its store over restarts, with the addresses of processes that have ended. With several
+        # nodes, each node counts restarts differently; docs/reliability.md says what to do there.
         store = dist.PrefixStore(f"attempt-{attempt()}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    if rank:  # what loading a folder says, every rank would say
+    if rank:  # else every rank would print the warnings of loading a folder
         logging.getLogger("ser").setLevel(logging.ERROR)
     yield World(rank=rank, size=size, device=chosen)
     # Not after an error: taking the group down may wait for ranks that wait for this one.

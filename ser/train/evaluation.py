@@ -44,9 +44,9 @@ class Evaluation:
 
     utterances: int = 0
     unread: int = 0  # utterances that were left out, as their recordings cannot be read
-    rewriting: Rewriting = field(default_factory=Rewriting)  # of the references, as the vocabulary writes them
-    classes: dict[str, ClassificationCounts] = field(default_factory=dict)  # head of classes -> its counts
-    # Head of numbers -> name -> concordance; NaN where it is undefined.
+    rewriting: Rewriting = field(default_factory=Rewriting)  # changes to the references, to fit the vocabulary
+    classes: dict[str, ClassificationCounts] = field(default_factory=dict)  # classification head -> its counts
+    # Regression head -> name of a number -> concordance; NaN where concordance is undefined.
     ccc: dict[str, dict[str, float]] = field(default_factory=dict)
     words: ErrorRateCounts | None = None
     characters: ErrorRateCounts | None = None
@@ -56,7 +56,7 @@ class Evaluation:
     interrupted: bool = False  # a rank was asked to stop before the end: there are no figures
 
     def metrics(self) -> dict[str, Any]:
-        """Return the figures by name; only what the model has heads for and the data labels for."""
+        """Return the figures by name, of the heads that the model has and the data has labels for."""
         figures: dict[str, Any] = {"utterances": self.utterances, "loss": self.loss}
         figures |= {"bad_audio": self.unread} if self.unread else {}
         figures |= {f"loss_{name}": value for name, value in self.losses.items()}
@@ -66,12 +66,12 @@ class Evaluation:
         return figures
 
     def class_metrics(self, head: str) -> dict[str, Any]:
-        """Return the figures of a head of classes; of emotions, which are seldom balanced, more than accuracy."""
+        """Return the accuracy of a classification head; for emotions, which are seldom balanced, more figures."""
         counts = self.classes.get(head)
         if counts is None or not counts.count:
             return {}
         if head != "emotion":
-            # Of speakers, the utterances counted are those of speakers that training knew.
+            # For speakers, only utterances of speakers in the training data are counted.
             return {f"{head}_accuracy": counts.figures["accuracy"], f"{head}_utterances": counts.count}
         return {"emotion_utterances": counts.count, **counts.figures}
 
@@ -90,7 +90,7 @@ class Evaluation:
         return {f"unweighted_accuracy {name}": one["unweighted_accuracy"] for name, one in several.items()}
 
     def concordance_metrics(self) -> dict[str, float]:
-        """Return the concordance of each number, and "ccc", the mean of the dimensions where it is defined."""
+        """Return the concordance of each number, and "ccc", the mean over dimensions that have one."""
         figures = {}
         for head, values in self.ccc.items():
             if head == "dimensions":
@@ -100,7 +100,7 @@ class Evaluation:
         return figures
 
     def text_metrics(self) -> dict[str, Any]:
-        """Return the error rates of transcripts, and how much was changed in the references."""
+        """Return the error rates of transcripts, and the counts of changes to the references."""
         changes = {
             "references_recased": self.rewriting.recased,
             "characters_replaced": self.rewriting.replaced.total(),
@@ -114,7 +114,7 @@ class Evaluation:
 
 
 def collate_at_least(examples: list[Any], min_samples: int) -> Batch:
-    """Return `collate`, with utterances shorter than one frame padded to it: evaluation drops none."""
+    """Collate like `collate`, but pad utterances to at least one frame, since evaluation drops none."""
     batch = collate(examples)
     missing = min_samples - batch.waveforms.shape[1]
     if missing > 0:
@@ -124,7 +124,7 @@ def collate_at_least(examples: list[Any], min_samples: int) -> Batch:
 
 
 class Tally:
-    """Count what one rank sees of an evaluation; `summed` adds the counts of all ranks."""
+    """Count the results of one rank in an evaluation; `summed` adds the counts of all ranks."""
 
     def __init__(
         self, recognizer: Recognizer, dataset: SpeechDataset, objective: Objective, *, keep_rows: bool
@@ -134,7 +134,7 @@ class Tally:
         names = recognizer.labels.names
         kinds = {head: LABELS[head].kind for head in names}
         self.numbers = {h: {n: i for i, n in enumerate(names[h])} for h in names if kinds[h] == "class"}
-        # For each class: right, in the references, recognised. See `ClassificationCounts`.
+        # For each class: correct, in the references, recognised. See `ClassificationCounts`.
         self.classes = {head: np.zeros((3, len(ids)), dtype=np.int64) for head, ids in self.numbers.items()}
         self.edits = np.zeros(4, dtype=np.int64)  # word edits, words, character edits, characters
         self.losses = torch.zeros(2, len(HEADS), dtype=torch.float64)  # sums and counts
@@ -142,14 +142,14 @@ class Tally:
         self.moments = {head: torch.zeros(6, len(names[head]), dtype=torch.float64) for head in of_numbers}
 
     def add(self, outputs: Outputs, batch: Batch) -> None:
-        """Count a batch. Recordings that could not be read have no labels and no answer."""
+        """Count a batch. Recordings that could not be read have no labels and no prediction."""
         self.add_scores(outputs, batch)
         for index, prediction in zip(batch.indices, self.recognizer.decode(outputs), strict=True):
             if index not in batch.errors:
                 self.add_prediction(index, prediction)
 
     def add_scores(self, outputs: Outputs, batch: Batch) -> None:
-        """Count a batch's losses, and what concordance needs."""
+        """Count a batch's losses, and the moments of concordance."""
         for head, (total, count) in self.objective.sums(outputs, batch).items():
             place = list(HEADS).index(head)
             self.losses[0, place] += total.double().cpu()
@@ -158,7 +158,7 @@ class Tally:
             moments += ccc_moments(outputs.scores[head], batch.labels[head], batch.weights).cpu()
 
     def add_prediction(self, index: int, prediction: Prediction) -> None:
-        """Compare what was recognised in an utterance with its labels."""
+        """Compare the prediction for an utterance with its labels."""
         if self.keep_rows:
             self.rows[index] = prediction
         answers = {**prediction.others, "emotion": prediction.emotion, "speaker": prediction.speaker}
@@ -176,7 +176,7 @@ class Tally:
             self.edits += (words.edits, words.length, characters.edits, characters.length)
 
     def summed(self, world: World, *, stop: bool) -> bool:
-        """Add the counts of all ranks; return whether one was asked to stop, and then nothing is added."""
+        """Add the counts of all ranks, unless a rank was asked to stop; return whether one was."""
         flat = np.concatenate([*(totals.ravel() for totals in self.classes.values()), [stop], self.edits])
         flat = world.sum(torch.from_numpy(flat)).numpy()
         if flat[-5]:
@@ -222,7 +222,7 @@ class Tally:
 
 
 class Decoding(TypedDict, total=False):
-    """How recordings are decoded for an evaluation; see `evaluate`."""
+    """Describe how recordings are decoded for an evaluation; see `evaluate`."""
 
     batch_seconds: float | None
     workers: int
@@ -230,20 +230,26 @@ class Decoding(TypedDict, total=False):
 
 
 def open_batches(
-    dataset: SpeechDataset, recognizer: Recognizer, world: World, bad_audio: BadAudio, decoding: Decoding
+    dataset: SpeechDataset,
+    recognizer: Recognizer,
+    bad_audio: BadAudio,
+    *,
+    batch_seconds: float | None = None,
+    workers: int = 0,
+    timeout: float = WORKER_SECONDS,
 ) -> tuple[Generator[Batch, None, None], int]:
-    """Return this rank's batches of like length, decoded ahead, and their number."""
-    least = recognizer.model.config.min_samples
-    if "lengths" not in vars(dataset):  # which all ranks must know
+    """Return this rank's batches of similar lengths, decoded ahead, and their number."""
+    world, least = bad_audio.world, recognizer.model.config.min_samples
+    if "lengths" not in vars(dataset):  # all ranks must know the same lengths
         bad_audio.read_lengths("valid", dataset, least=least)
-    samples = int((decoding.get("batch_seconds") or recognizer.batch_seconds) * SAMPLE_RATE)
+    samples = int((batch_seconds or recognizer.batch_seconds) * SAMPLE_RATE)
     batches = evaluation_batches(dataset.lengths, batch_samples=samples, rank=world.rank, world_size=world.size)
     loader = decoded(
         dataset,
         batches,
         partial(collate_at_least, min_samples=least),
-        workers=min(decoding.get("workers", 0), len(batches)),
-        timeout=decoding.get("timeout", WORKER_SECONDS),
+        workers=min(workers, len(batches)),
+        timeout=timeout,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=outlive_signals,
     )
@@ -258,7 +264,7 @@ def equal_weights(recognizer: Recognizer) -> Objective:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Switch dropout and masks off, and in the end put the model back into the mode that it was in."""
+    """Switch off dropout and masks in this context, and restore the model's mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -286,14 +292,14 @@ def evaluate(
 
     Args:
         recognizer: the model with its labels.
-        utterances: rows of a manifest, or `Recognizer.dataset` of them. Labels that are absent, and speakers that
-            the model does not know, are left out of that task's figures, which say how many they count.
+        utterances: rows of a manifest, or `Recognizer.dataset` of them. The figures of a task leave out utterances
+            without its label, and speakers that the model does not know; they say how many utterances they count.
         world: the ranks that share the work; None: this process alone.
         objective: for the losses; None: each task at weight 1.
-        keep_rows: also return the prediction for every utterance, on every rank, in their order.
+        keep_rows: also return the prediction for every utterance, on every rank, in the order of the utterances.
         progress: show a progress bar.
-        bad_audio: what becomes of recordings that cannot be read; None: the first is an AudioError, on all ranks.
-        stop: may become true on any rank meanwhile; then the result, on all ranks, is ``interrupted``.
+        bad_audio: what to do with recordings that cannot be read; None: raise an AudioError on all ranks.
+        stop: a request that may come on any rank; then the result is ``interrupted`` on all ranks.
         decoding: ``batch_seconds``, padded seconds per forward pass; None: as in prediction,
             `Recognizer.batch_seconds`. ``workers``, processes per rank that decode audio. ``timeout``, seconds to
             wait for a worker.
@@ -303,7 +309,7 @@ def evaluate(
     bad_audio = bad_audio or BadAudio(world)
     objective = objective or equal_weights(recognizer)
     dataset = utterances if isinstance(utterances, SpeechDataset) else recognizer.dataset(utterances)
-    loader, count = open_batches(dataset, recognizer, world, bad_audio, decoding)
+    loader, count = open_batches(dataset, recognizer, bad_audio, **decoding)
     tally = Tally(recognizer, dataset, objective, keep_rows=keep_rows)
     errors: dict[int, str] = {}
     names = [u.id for u in dataset.utterances]
@@ -312,7 +318,7 @@ def evaluate(
         for batch in tqdm(loader, **shown, disable=not progress):
             errors |= batch.errors
             if stop or (errors and bad_audio.policy == "fail"):
-                break  # to where the ranks meet
+                break  # and go on to `agree`, which all ranks call
             with memory_explained("Try a lower --eval-seconds", batch, names):
                 batch = batch.to(world.device)
                 with recognizer.autocast():
@@ -335,15 +341,15 @@ def evaluated_rows(
     rewriting: Rewriting | None = None,
     **options: Any,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield rows of the predictions file, in the order of the utterances, a chunk at a time: memory is bounded.
+    """Yield rows of the predictions file, in the order of the utterances; chunks keep the memory bounded.
 
     Every rank calls this and gets every row; each utterance is recognised exactly once.
 
     Args:
         recognizer: the model.
         utterances: rows of a manifest.
-        seen_texts: transcripts that training had, cleaned as the model cleans; None: not known.
-        rewriting: is given what was changed in the references, chunk by chunk.
+        seen_texts: transcripts of the training data, cleaned as the model cleans texts; None: not known.
+        rewriting: the changes to the references are added to it, chunk by chunk.
         options: those of `evaluate`; a recording that is skipped has no row.
     """
     size = max(1, min(CHUNK, MAX_COUNTS // (4 * max(len(recognizer.emotions), 1))))

@@ -1,4 +1,4 @@
-"""What a run tells: lines on standard error, a progress bar, and metrics.jsonl."""
+"""Report how a run goes: lines on standard error, a progress bar, and metrics.jsonl."""
 
 import json
 import math
@@ -24,9 +24,9 @@ from ser.train.update import UpdateResult
 
 
 def say(world: World, text: str) -> None:
-    """Print a line on standard error, from one rank alone, without breaking a progress bar.
+    """Print a line on standard error, on the main rank only, without breaking a progress bar.
 
-    A name in it may be foreign: it commands no terminal.
+    Control characters are replaced, since the line may hold names of files.
     """
     if world.is_main:
         tqdm.write(printable(text, lines=True), file=sys.stderr)
@@ -34,7 +34,7 @@ def say(world: World, text: str) -> None:
 
 
 def show_rows(world: World, evaluation: Evaluation, most: int = 5) -> None:
-    """Show reference beside hypothesis, as the paper's script does with --verbose."""
+    """Print references beside hypotheses, as the paper's script does with --verbose."""
     for utterance, reference, prediction in evaluation.rows[:most]:
         say(world, printable(f"  {utterance.id}: {utterance.emotion} -> {prediction.emotion}"))
         if prediction.transcript is not None:
@@ -48,7 +48,7 @@ def short(value: Any) -> str:
 
 
 def step_of_line(line: str) -> float:
-    """Return the step of a line of metrics.jsonl; infinity for one that a kill cut short."""
+    """Return the step of a line of metrics.jsonl; infinity for a line that a kill cut short."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -66,7 +66,7 @@ class Meter:
     seconds: float = 0.0
 
     def add(self, result: UpdateResult, batches: Sequence[Batch]) -> None:
-        """Count one update; nothing is copied from the device."""
+        """Count one update, without copying anything from the device."""
         for name, value in result.losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
         self.updates += 1
@@ -75,7 +75,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out of the rates how long something else takes."""
+        """Leave the time spent in this context out of the rates."""
         began = time.perf_counter()
         yield
         self.started += time.perf_counter() - began
@@ -94,10 +94,10 @@ class Meter:
 
 
 class Log:
-    """Write metrics.jsonl and the progress line, on one rank; count and measure time on all.
+    """Write metrics.jsonl and the progress line on the main rank; count and measure time on all ranks.
 
     Args:
-        path: of metrics.jsonl. What an interrupted run wrote there after its checkpoint is dropped.
+        path: metrics.jsonl. Lines that an interrupted run wrote after its checkpoint are dropped.
         world: the ranks.
         progress: where the run stands.
         total: the updates of the run, for its bar.
@@ -107,7 +107,7 @@ class Log:
     def __init__(self, path: Path, world: World, progress: Progress, *, total: int, verbose: bool) -> None:
         self.path, self.world, self.verbose = path, world, verbose
         self.evaluation: Evaluation | None = None  # the last one in this process
-        self.left_out = 0  # updates in a row
+        self.left_out = 0  # updates that were left out, in a row
         if world.is_main and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if step_of_line(line) <= progress.step]

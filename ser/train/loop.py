@@ -1,9 +1,9 @@
-"""The training loop. `fit` prepares a run (`ser.train.setup`), trains it to its end, and saves the model.
+"""Train: `fit` prepares a run (`ser.train.setup`), trains it to its end, and saves the model.
 
-The plan of the epoch (`ser.data.sampler`) fixes what one update computes. This depends neither on the number of
-processes that share the update nor on its cut into micro-batches: every loss is a sum that is divided by the count
-of the whole update on all ranks, known before the first backward pass. Dropout is drawn from a seed that is a
-function of (seed, step, micro-batch, rank), SpecAugment masks from (seed, epoch, utterance). So there is no random
+The plan of the epoch (`ser.data.sampler`) fixes which utterances one update has. Its gradient depends neither on
+the number of processes nor on the cut into micro-batches: every loss is a sum, divided by the count of the whole
+update on all ranks. This count is known before the first backward pass. The seed of dropout is a function of
+(seed, step, micro-batch, rank), that of SpecAugment masks one of (seed, epoch, utterance). So there is no random
 state to save, and a resumed run continues exactly.
 """
 
@@ -46,11 +46,11 @@ class FitResult:
     metric: str
     evaluation: Evaluation | None  # the last one in this process
     resumed: bool
-    stopped: bool = False  # asked to stop, by a signal to any rank, it saved its state before the end
+    stopped: bool = False  # a signal to any rank stopped the run before its end; its state is saved
 
 
 def is_due(every: str, progress: Progress, *, epoch_ended: bool, last: bool) -> bool:
-    """Tell whether something every N updates ("N") or epochs ("Nep") is due after an update, as after the last."""
+    """Tell whether a task done every N updates ("N") or epochs ("Nep") is due now; after the last update it is."""
     number, unit = parse_interval("an interval", every)
     done, ended = (progress.step, True) if unit == "updates" else (progress.epoch, epoch_ended)
     return last or (ended and done % number == 0)
@@ -59,12 +59,12 @@ def is_due(every: str, progress: Progress, *, epoch_ended: bool, last: bool) -> 
 def fetch_updates(
     dataset: SpeechDataset, sampler: LengthBucketBatchSampler, config: TrainConfig, world: World
 ) -> Iterator[list[Batch]]:
-    """Give this rank's micro-batches, update by update, which the workers decode ahead."""
+    """Yield this rank's micro-batches, update by update; workers decode them ahead."""
     how: dict[str, Any] = {"pin_memory": world.device.type == "cuda", "worker_init_fn": outlive_signals}
     loader = decoded(dataset, sampler, collate, workers=config.workers, timeout=config.timeout, **how)
     for update in sampler.updates:
         yield [next(loader) for _ in update]
-    next(loader, None)  # its workers end, within the same limit
+    next(loader, None)  # lets the workers end, within the same timeout
 
 
 # ---------------------------------------------------------------------------------------------- what is saved
@@ -76,7 +76,7 @@ def corpora_meet(job: Job) -> bool:
 
 
 def save_model(job: Job, progress: Progress, name: str, evaluation: Evaluation | None) -> None:
-    """Begin to save best/ or last/, with its card."""
+    """Begin to save the model in best/ or last/, with its model card."""
     if not job.world.is_main:
         return
     recognizer, train, run = job.recognizer, job.data.train, job.opened.run
@@ -104,7 +104,7 @@ def save_progress(job: Job, progress: Progress) -> None:
 
 
 def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> None:
-    """Keep count of the best value of the metric."""
+    """Update the best value of the metric, and count the evaluations since."""
     value = float(evaluation.metrics().get(metric, math.nan))
     sign = -1 if metric in ERROR_METRICS else 1
     better = progress.best is None or sign * value > sign * progress.best
@@ -117,13 +117,13 @@ def note_evaluation(evaluation: Evaluation, metric: str, progress: Progress) -> 
 def count_left_out(job: Job, log: Log, progress: Progress, result: UpdateResult, place: tuple[int, int]) -> None:
     """Count an update that was left out, and name its utterances; end the run after too many in a row.
 
-    ``place`` is the epoch of the update and its number there.
+    ``place`` is the epoch of the update and its number in this epoch.
     """
     if not result.skipped:
         log.left_out = 0
         return
     log.left_out += 1
-    if not result.overflow:  # float16 overflows while its scale settles: expected
+    if not result.overflow:  # an overflow of float16 is expected while the scale of the loss settles
         progress.skipped += 1
         update = job.data.sampler.plan(epoch=place[0])[place[1]]
         utterances = printable(", ".join(job.data.train.utterances[i].id for i in update))
@@ -136,7 +136,7 @@ def count_left_out(job: Job, log: Log, progress: Progress, result: UpdateResult,
 
 
 def log_updates(job: Job, log: Log, progress: Progress, result: UpdateResult, epoch: int) -> None:
-    """Log the updates since the last line, where that is due. All ranks call this."""
+    """Log the updates since the last line, if a line is due. All ranks call this."""
     if progress.step % job.config.log_every and progress.step != job.total:
         return
     rate = max(group["lr"] for group in job.learner.optimizer.param_groups)
@@ -161,7 +161,7 @@ def evaluate_valid(job: Job, **how: Any) -> Evaluation:
 def evaluate_and_keep_best(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
     """Evaluate, and save the model if it is the best so far.
 
-    Return False if a signal cut the evaluation short; it is then done again when the run resumes.
+    Return False if a signal cut the evaluation short; the resumed run then repeats it.
     """
     config = job.config
     with log.meter.paused():
@@ -190,9 +190,9 @@ def evaluate_and_keep_best(job: Job, progress: Progress, log: Log, stop: StopReq
 
 
 def catch_up(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
-    """Do what is still due after the update at which a signal stopped the run: its evaluation, and a checkpoint.
+    """Do the evaluation and the checkpoint that were due when a signal stopped the run.
 
-    Return False if a new signal interrupts it.
+    Return False if a new signal interrupts the evaluation.
     """
     was_due = progress.evaluation_due
     if was_due and not evaluate_and_keep_best(job, progress, log, stop):
@@ -204,7 +204,7 @@ def catch_up(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
 
 
 def train_to_end(job: Job, progress: Progress, log: Log, stop: StopRequest) -> bool:
-    """Train from where the run stands to its end; False if it was asked to stop, at the end of that update."""
+    """Train to the end of the run; return False if a signal stopped it, which happens after a whole update."""
     config, data, learner = job.config, job.data, job.learner
     stopped = not catch_up(job, progress, log, stop)
     while progress.epoch < config.epochs and not progress.finished and not stopped:
@@ -269,21 +269,21 @@ def fit(
         recognizer: the model to train, in place; see `Recognizer.create`.
         train, valid: rows of manifests. Without ``valid`` nothing is evaluated and the last model is the best.
         config: the settings.
-        run: folder for checkpoints, metrics.jsonl, best/ and last/. Resumed if it holds a checkpoint: from the
-            newest that is sound.
+        run: folder for checkpoints, metrics.jsonl, best/ and last/. If it holds checkpoints, the run continues
+            from the newest sound one.
         world: the processes; None: this one alone.
-        settings: further entries for the run's config.json (such as where the data came from); a resumed run
-            must have the same.
-        overwrite: start anew in a folder that holds a run.
+        settings: further entries for the run's config.json (such as where the data came from); they must be the
+            same in a resumed run.
+        overwrite: remove the run that the folder holds, and start a new one.
         resume_from: the name or path of the checkpoint to go back to; later ones are set aside.
         allow_changes: settings that may differ from the resumed run's; see `ser.train.runs.CHANGEABLE`.
         verbose: print reference beside hypothesis for a few utterances of each evaluation.
 
-    Asked to stop, by SIGTERM, SIGUSR1, SIGHUP or Ctrl-C to any rank, all finish the same update and save; the
-    result is ``stopped``, and the same call continues.
+    After SIGTERM, SIGUSR1, SIGHUP or Ctrl-C to any rank, all ranks finish the same update and save. The result is
+    then ``stopped``, and the same call continues the run.
 
     Raises:
-        ConfigError, RunFolderError, FileError, AudioError, ResourceError: with what to do.
+        ConfigError, RunFolderError, FileError, AudioError, ResourceError: the message says what to do.
     """
     world = world or World(device=choose_device(config.device, 0))
     request = Request(Path(run), settings or {}, overwrite, resume_from, allow_changes)
@@ -291,7 +291,7 @@ def fit(
         job = prepare(recognizer, {"train": train, "valid": valid}, config, request, world, held)
         progress = restore(job)
         resumed, finished_before = job.opened.checkpoint is not None, progress.finished
-        if config.cache and not finished_before:  # of the checkpoint's weights, which are there by now
+        if config.cache and not finished_before:  # it depends on weights, so the checkpoint has to be loaded first
             fill_caches(job)
         say(world, job.summary())
         log = Log(request.folder / "metrics.jsonl", world, progress, total=job.total, verbose=verbose)

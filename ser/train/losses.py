@@ -1,21 +1,21 @@
-"""Compute the losses of the heads. Each returns ``(sum, count)``; the loop divides once.
+"""Compute the losses of the heads. Each loss returns ``(sum, count)``; the loop divides once.
 
 The objective of an update is
 
     CE(emotion) + alpha * CTC(text) + beta * CE(speaker) + gamma * (1 - CCC(dimensions))
 
-(Cai et al., 2021, eq. 4, and extensions). Each of the first three terms is its sum over the update's utterances on
-all ranks, divided by its own count there. The count is that of utterances with a label (the sum of their class
-weights where classes are weighted), or with a transcript that fits. So neither the split into micro-batches and
-ranks nor an utterance that lacks a label changes the weight of another.
+This extends eq. 4 of Cai et al. (2021). Each of the first three terms is a sum over the utterances of the update,
+on all ranks, divided by a count. The count is the number of utterances with a label, or with a transcript that
+fits its frames. (With class weights it is the sum of the weights of the labels.) So neither the split into
+micro-batches and ranks nor an utterance without a label changes the weight of the others.
 
-The concordance correlation coefficient is no sum over utterances. It follows from six sums (`ccc_moments`), which
-a first pass without gradient adds up over the whole update; the gradient at each prediction follows from them
-(`ccc_loss`).
+The concordance correlation coefficient (CCC) is not a sum over utterances. It is computed from six sums
+(`ccc_moments`), which a first pass without gradient adds up over the whole update. The gradient with respect to
+each prediction is computed from the same sums (`ccc_loss`).
 
-With every label present and no options this is the mean over utterances of ``CE + alpha * CTC``, CTC being the
-negative log-likelihood of the whole transcript, which is what the paper's setting of one utterance per
-device computes.
+With all labels and the default options, emotion and text give the mean over utterances of ``CE + alpha * CTC``,
+where CTC is the negative log-likelihood of the whole transcript. The paper, with one utterance per device,
+computes the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ from ser.scores.counts import concordance, weighted
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Widen half-precision scores, whose softmax loses the small probabilities that CTC sums over."""
+    """Convert half-precision scores to float32: in half precision CTC would lose small probabilities."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -49,7 +49,7 @@ def classification_loss(
     adjustment: Tensor | None = None,
     utterance_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the summed cross entropy and what to divide it by.
+    """Compute the sum of the cross entropy, and the count to divide it by.
 
     Args:
         logits: (B, K).
@@ -63,8 +63,8 @@ def classification_loss(
         utterance_weights: (B,), 0 for an utterance that only keeps a rank busy; None: all 1.
 
     Returns:
-        sum (), and count (): labelled utterances, or the sum of their class weights. sum / count is what
-        ``F.cross_entropy(..., reduction="mean")`` gives.
+        sum () and count (): the number of labelled utterances, or the sum of their class weights. sum / count
+        equals ``F.cross_entropy(..., reduction="mean")``.
     """
     logits = at_least_float32(logits)
     if adjustment is not None:
@@ -111,7 +111,7 @@ def ctc_loss(
     Args:
         logits: (B, T, V) on any device.
         num_frames: (B,) valid frames, on the CPU.
-        targets: (B, L) symbols, on the CPU, anything past each length.
+        targets: (B, L) symbols, on the CPU; what stands past each length is ignored.
         target_lengths: (B,), 0 where there is no transcript, on the CPU.
         blank: id of the blank symbol.
         per_character: divide each utterance's loss by its length, so that long and short transcripts weigh
@@ -122,7 +122,7 @@ def ctc_loss(
         sum () of negative log-likelihoods (float32 or wider, outside autocast), count ().
 
     Raises:
-        TextError: a target is the blank or outside the vocabulary, which would corrupt memory in the kernel.
+        TextError: a target is the blank or outside the vocabulary; torch's kernel would corrupt memory.
     """
     vocab_size = logits.shape[-1]
     inside = torch.arange(targets.shape[1]) < target_lengths[:, None]
@@ -135,7 +135,7 @@ def ctc_loss(
         )
     feasible = ctc_feasible(targets, target_lengths, num_frames)
     weights = feasible.double() if utterance_weights is None else feasible * utterance_weights.cpu().double()
-    # Rows that do not count get an empty target, whose loss is finite, so that its product with 0 is 0.
+    # Rows of weight 0 get an empty target: its loss is finite, so loss times weight is 0 and not NaN.
     lengths = torch.where(weights > 0, target_lengths, 0)
     with torch.autocast(logits.device.type, enabled=False):
         log_probs = at_least_float32(logits).log_softmax(-1).transpose(0, 1)  # (T, B, V)
@@ -151,19 +151,19 @@ def ctc_loss(
 def ccc_loss(
     predictions: Tensor, labels: Tensor, moments: Tensor, utterance_weights: Tensor | None = None
 ) -> Tensor:
-    """Return a scalar with the gradient of the mean over dimensions of 1 - CCC, where ``moments`` give the CCC.
+    """Return a scalar whose gradient is that of the mean over dimensions of 1 - CCC. Its value means nothing.
 
     A dimension whose CCC is undefined adds 0. With D the denominator in `concordance`,
 
         d CCC / d p_i = 2 / (n D) * ((y_i - mean y) - CCC * (p_i - mean y))
 
-    This depends on the other utterances through the moments alone. So each micro-batch on each rank contributes
-    its predictions, times these fixed coefficients. The scalar's value means nothing.
+    The other utterances enter this derivative only through the moments. So the scalar of a micro-batch is the sum
+    of its predictions times these derivatives, which are held constant.
 
     Args:
         predictions: (B, K) of one micro-batch.
         labels: (B, K), NaN where unknown.
-        moments: (6, K) of the whole update on all ranks, with these predictions in it.
+        moments: (6, K) of the whole update on all ranks, these predictions included.
         utterance_weights: (B,), as in `ccc_moments`.
     """
     ccc = concordance(moments)
@@ -179,7 +179,7 @@ def ccc_loss(
 
 
 def check_classes(model: MultiTaskModel, batch: Batch) -> None:
-    """Refuse a label that is no class (ConfigError): a kernel would end the process, far from here."""
+    """Refuse a label that is not a class (ConfigError); on a GPU it would abort the process later, unexplained."""
     sizes = model.heads_config.sizes
     for head, labels in batch.labels.items():
         if LABELS[head].kind != "class":
@@ -196,9 +196,9 @@ def check_classes(model: MultiTaskModel, batch: Batch) -> None:
 
 @dataclass(frozen=True)
 class Objective:
-    """Hold what is minimised: the sum of each head's loss divided by its count, by these weights.
+    """Hold the objective: the weighted sum over heads of each head's loss, divided by its count.
 
-    The loss of dimensions is no such sum; see `ser.train.update.run_update`.
+    The loss of dimensions has no such form; see `ser.train.update.run_update`.
     """
 
     weights: dict[str, float]  # by head; 0: not trained
@@ -219,9 +219,9 @@ class Objective:
         }
 
     def counts(self, model: MultiTaskModel, batches: Sequence[Batch]) -> Tensor:
-        """Return what `sums` will return as counts, added up over micro-batches, from labels alone.
+        """Return the counts of `sums`, added up over micro-batches; they need labels and lengths only.
 
-        (len(HEADS),) float64, in the order of `HEADS`; of dimensions the number of labels.
+        The result is (len(HEADS),) float64, in the order of `HEADS`. For dimensions it is the number of labels.
         """
         total = torch.zeros(len(HEADS), dtype=torch.float64)
         for batch in batches:
@@ -269,7 +269,7 @@ def count_transcripts(labels: Tensor, num_frames: Tensor, objective: Objective) 
 
 
 def count_labels(labels: Tensor, num_frames: Tensor, objective: Objective) -> Tensor:
-    """Return the number of known labels of each utterance, (B,): of a class 1, of numbers up to K."""
+    """Return the number of known labels of each utterance, (B,): at most 1 for a class, K for dimensions."""
     return labels.isfinite().double().sum(1) if labels.is_floating_point() else (labels != NO_LABEL).double()
 
 
@@ -278,14 +278,14 @@ class Loss:
     """Describe how a head learns.
 
     Attributes:
-        sums: its loss, called as ``sums(scores, labels, weights=, num_frames=, objective=)``. It returns the sum
-            over a micro-batch, and what the sum is to be divided by. scores are what the head says, (B, K) or
-            (B, T, V), labels are `Batch.labels` of the head, weights (B,) are 0 for an utterance that only keeps a
-            rank busy, num_frames (B,) are the valid frames, on the CPU, and objective has the options of losses.
-            None: concordance, which needs the whole update; see `ser.train.update.run_update`.
+        sums: the loss, called as ``sums(scores, labels, weights=, num_frames=, objective=)``. It returns the sum
+            over a micro-batch, and the count to divide it by. scores are the output of the head, (B, K) or
+            (B, T, V); labels are `Batch.labels` of the head; weights (B,) are 0 for an utterance that only keeps a
+            rank busy; num_frames (B,) are the valid frames, on the CPU; objective has the options of the losses.
+            None: the concordance loss, which needs the whole update; see `ser.train.update.run_update`.
         counts: (labels, num_frames, objective) -> (B,) float64, what each utterance adds to the count of
-            ``sums``. It is asked before the scores are there, so that the count of a whole update is known first.
-        weight: of the loss, or the field of `TrainConfig` that holds it.
+            ``sums``. It is called before the forward pass, so the count of the whole update is known first.
+        weight: the weight of the loss, or the name of the field of `TrainConfig` that holds the weight.
     """
 
     sums: Callable[..., tuple[Tensor, Tensor]] | None

@@ -1,4 +1,4 @@
-"""Parameter groups, and the learning rate as a function of the step."""
+"""Make the optimizer with its parameter groups, and the learning rate as a function of the step."""
 
 import math
 from collections.abc import Callable
@@ -21,18 +21,18 @@ def linear(step: int, total: int, warmup: float) -> float:
 
 
 # Name of a schedule -> the learning rate at an update, as a share of its peak. ``step`` counts from 0 to
-# ``total`` - 1; ``warmup`` is the rising share of ``total``. Each is a pure function, so a resumed run needs no
-# scheduler state.
+# ``total`` - 1; ``warmup`` is the rising share of ``total``. A schedule is a pure function, so a resumed run needs
+# no scheduler state.
 SCHEDULES: dict[str, Callable[[int, int, float], float]] = {"linear": linear}
 
 
 def parameter_groups(
     model: nn.Module, *, rate: float, head_rate: float, weight_decay: float
 ) -> list[dict[str, object]]:
-    """Divide the parameters for AdamW: encoder and heads have their own rates, and matrices alone decay.
+    """Divide the parameters for AdamW: encoder and heads have their own rates, and only matrices decay.
 
-    Biases, norms and the mask embedding (anything with fewer than two dimensions larger than 1) do not decay:
-    they set scales and offsets, which have no reason to be small.
+    Parameters with fewer than two dimensions larger than 1 (biases, norms, the mask embedding) do not decay: they
+    are scales and offsets, which need not be small.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -61,7 +61,7 @@ def make_optimizer(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Put every group at ``factor`` of its peak rate; ConfigError where a schedule gave no number from 0."""
+    """Set the rate of every group to ``factor`` times its peak; ConfigError unless the factor is at least 0."""
     if not 0 <= factor < math.inf:
         raise ConfigError(f"the schedule gave {factor}; expected a factor of the peak rate, from 0")
     for group in optimizer.param_groups:

@@ -1,12 +1,11 @@
-"""Answer what reaches a run from outside: signals, its launcher's end, a second run, one process's error.
+"""React to events outside a run's own process: signals, the end of its launcher, a second run, errors of ranks.
 
     SIGTERM, SIGUSR1, SIGHUP, Ctrl-C -> all ranks finish the update, a checkpoint is saved, the status is 75
     the launcher is killed           -> the same, within seconds
-    a second run in the folder       -> it is refused, with the name of the process that trains there
-    an error on one rank             -> it is reported once, with its cause, by the process that met it
+    a second run in the folder       -> it is refused, and the message names the process that trains there
+    an error on one rank             -> it is printed once, with its cause, by the process in which it occurred
 
-Not every system has all of this. This file looks for what a system lacks, and `lost_here` says what is lost with
-it.
+Some systems lack some of these functions; `lost_here` says what does not work there.
 """
 
 import ctypes
@@ -39,8 +38,8 @@ except ImportError:  # Windows
 
 OWNER = "owner.json"
 PREEMPTED = 75  # the exit status of a run that was asked to stop: EX_TEMPFAIL, "try again"
-ASKS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")  # to stop
-LAUNCHER_POLL = 0.25  # seconds; also for whether something that was started has ended
+ASKS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")  # signals that ask a run to stop
+LAUNCHER_POLL = 0.25  # seconds between two looks at the launcher, or at a command that was started
 ORPHAN_GRACE = 3.5  # seconds in which a process without a launcher may finish its update and save
 
 
@@ -48,7 +47,7 @@ ORPHAN_GRACE = 3.5  # seconds in which a process without a launcher may finish i
 
 
 def lost_here() -> list[str]:
-    """Say in a line each what a run on this system has to do without. Linux lacks nothing."""
+    """Return a line for each function of a run that this system lacks. Linux lacks none."""
     missing = [name for name in ASKS if not hasattr(signal, name)]
     reasons = {
         "no lock of the run's folder (no fcntl): nothing but you keeps a second run out of it": fcntl is None,
@@ -76,9 +75,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     """Turn SIGTERM, SIGUSR1, SIGHUP and Ctrl-C into a request that the training loop reads once per update.
 
     A second signal changes nothing, except a second Ctrl-C, which interrupts at once. Outside the context, and so
-    before training begins, signals do what they did before, since there is nothing to save. A SIGHUP that is
-    ignored stays ignored: nohup asks for that. In a thread that is not the main one signals cannot be handled, so
-    nothing is changed there.
+    before training begins, signals act as usual, since there is nothing to save. An ignored SIGHUP stays ignored,
+    as nohup wants. Only the main thread can handle signals, so in another thread nothing changes.
     """
     request = StopRequest()
 
@@ -102,11 +100,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 def outlive_signals(_: int = 0) -> None:
-    """Ignore the signals that ask to stop, in a data-loader worker: the training process answers them.
+    """Ignore the signals that ask to stop, in a data-loader worker; the training process handles them.
 
-    torchrun signals the process group, and a scheduler signals every process of the job. A worker that ended would
-    end the update that is being finished. The training process tells its workers to end through a queue, and kills
-    them at last.
+    torchrun signals the process group, and a scheduler signals every process of the job. If a worker ended, the
+    current update could not be finished. The training process ends its workers through a queue, and kills those
+    that remain.
     """
     for name in ASKS:
         if hasattr(signal, name):
@@ -114,12 +112,12 @@ def outlive_signals(_: int = 0) -> None:
 
 
 def store_answers() -> bool:
-    """Tell whether torchrun's key-value store answers, where torchrun itself holds it from the start."""
+    """Tell whether torchrun's key-value store answers; True if torchrun does not hold the store itself."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     try:
         socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
-    except OSError as error:  # of another kind: a slow network, perhaps; joining the others will tell
+    except OSError as error:  # any other error may be a slow network; joining the other ranks will show
         return not isinstance(error, ConnectionRefusedError)
     return True
 
@@ -128,17 +126,16 @@ def store_answers() -> bool:
 
 
 def end_with_launcher(launcher: int | None = None) -> None:
-    """Start a thread, under torchrun, that ends this process soon after its launcher has gone.
+    """Start a thread, under torchrun, that ends this process soon after its launcher has ended.
 
-    A torchrun that is killed leaves its processes behind, and they would hold the GPUs and the run. They get the
-    same signal as in a pre-emption, and `ORPHAN_GRACE` seconds to answer it.
+    If torchrun is killed, its processes remain, and would hold the GPUs and the run's folder. They get the same
+    signal as in a pre-emption, and `ORPHAN_GRACE` seconds to finish.
 
-    ``launcher`` is the parent process as a script asked for it before its imports, which take seconds. None means
-    the parent now.
+    ``launcher`` is the id of the parent process before a script's imports, which take seconds; None: its id now.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    launcher = os.getppid() if launcher is None else launcher  # before its store is tried, which proves it alive
+    launcher = os.getppid() if launcher is None else launcher  # read first: if the store then answers, it is alive
     there = store_answers()
 
     def watch() -> None:
@@ -151,7 +148,7 @@ def end_with_launcher(launcher: int | None = None) -> None:
     threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
-# Run before a command: PR_SET_PDEATHSIG, which lasts over execv. Whoever started it may have ended by then.
+# Code that runs before a command: it sets PR_SET_PDEATHSIG, which execv keeps, and checks that its parent lives.
 FOLLOW = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
     "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
@@ -159,9 +156,10 @@ FOLLOW = (
 
 
 def following(command: list[str]) -> list[str]:
-    """Wrap a command so that it gets SIGTERM when this process ends in any way, SIGKILL included.
+    """Wrap a command so that it gets SIGTERM when this process ends in any way, even by SIGKILL.
 
-    Linux alone does that; elsewhere the command is returned as it is. The thread that starts it has to outlive it.
+    Only Linux can do this; elsewhere the command is returned unchanged. The thread that starts the command must
+    live longer than the command.
     """
     try:
         ctypes.CDLL(None).prctl  # noqa: B018
@@ -171,9 +169,9 @@ def following(command: list[str]) -> list[str]:
 
 
 def run_command(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command that ends with this process, and return its exit status.
+    """Run a command that ends when this process ends, and return its exit status.
 
-    When this process is asked to stop, it asks the command to stop, and then ends with the status of that signal.
+    If this process is asked to stop, it asks the command to stop, and then exits with the status of the signal.
     """
     with stop_on_signals() as asked:
         process = subprocess.Popen(following(command), env=environment)
@@ -200,7 +198,7 @@ def is_run(folder: Path) -> bool:
 
 
 def holder(text: str) -> str:
-    """Name the process that wrote an `OWNER` file."""
+    """Describe the process that wrote an `OWNER` file."""
     try:
         owner = json.loads(text)
         return f"process {owner['pid']} on {owner['host']} (since {owner['since']})"
@@ -213,22 +211,22 @@ def holder(text: str) -> str:
 
 @contextmanager
 def own_run(run: Path) -> Iterator[None]:
-    """Be the one process that trains in a folder.
+    """Lock a run's folder, so that no other process trains in it.
 
-    The process takes a lock of the operating system on `OWNER`, a file that says which process it is. Any end of
-    the process frees the lock, SIGKILL included. Nothing is locked where the folder is not a run's, or where the
-    system or its file system has no locks.
+    The lock is one of the operating system, on the file `OWNER`, which says which process holds it. It is released
+    however the process ends, even by SIGKILL. Nothing is locked if the folder is not a run's, or if the system or
+    its file system has no locks.
 
     Raises:
-        RunFolderError: another process holds the lock; the message has its host, number and time.
+        RunFolderError: another process holds the lock; the message has its host, process id and start time.
     """
     if run.exists() and not is_run(run):
-        yield  # somebody's thesis: it will be refused, and nothing is left in it
+        yield  # a folder of other files will be refused later, and nothing is written into it
         return
     run.mkdir(parents=True, exist_ok=True)
     with (run / OWNER).open("a+", encoding="utf-8") as file:
         try:
-            # Not flock: data-loader workers would inherit that lock, and outlive a killed process by seconds.
+            # With flock, data-loader workers would inherit the lock and hold it for seconds after a kill.
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -248,12 +246,12 @@ def own_run(run: Path) -> Iterator[None]:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Tell whether an error says no more than that another process went away."""
+    """Tell whether an error only says that the connection to another process was lost."""
     return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def attempt() -> str:
-    """Return how often torchrun has restarted the processes, as it says."""
+    """Return how often torchrun has restarted the processes."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
@@ -269,24 +267,24 @@ def error_store() -> dist.Store | None:
 
 
 def print_once(text: str, *, consequence: bool = False) -> None:
-    """Print an error, unless another rank has printed the same one; of a consequence, unless one has printed any.
+    """Print an error once over all ranks; print a consequence only if no rank has printed an error.
 
-    A consequence is an error that only follows from another rank's. Control characters in the text are replaced,
-    since the names of files and tensors in it are foreign.
+    A consequence is an error that only follows from an error of another rank. Control characters in the text are
+    replaced, since it may hold names of files and tensors.
     """
     text = printable(text, lines=True)
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
-        # torch raises the death of a loader worker wherever this process is, and again for each that ends with it.
+        # At a worker's death, torch raises an error wherever this process is, and again for each further worker.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     first = before = 0
     if (store := error_store()) is not None:
         key = "consequences" if consequence else hashlib.sha256(text.encode()).hexdigest()
-        with suppress(RuntimeError):  # the launcher is gone, and the store with it: better twice than never
+        with suppress(RuntimeError):  # the launcher and its store are gone: better print twice than never
             first, before = store.add(key, 1), store.add("errors", int(not consequence))
     if first <= 1 and not (consequence and before):
         print(text, file=sys.stderr, flush=True)
     if consequence:
-        time.sleep(1.1)  # torchrun counts in seconds what failed first, and shows that one
+        time.sleep(1.1)  # torchrun shows the error with the earliest time, in whole seconds
     elif name := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = {"message": text.removeprefix("error: "), "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(name).write_text(json.dumps({"message": message}))
@@ -297,10 +295,10 @@ def print_once(text: str, *, consequence: bool = False) -> None:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """End the process with status 1 after an error in a command's main, and print it once over all ranks.
+    """Print an error of a command once over all ranks, and end the process with status 1.
 
-    Of a `SerError` the message is printed, of any other error the traceback. Processes that end because another
-    one ended print nothing after that one has printed why.
+    For a `SerError` the message is printed, for any other error the traceback. A process that ends only because
+    another one failed prints nothing if the other one has printed its error.
     """
     try:
         yield
@@ -323,15 +321,15 @@ def one_voice() -> Iterator[None]:
 
 
 def launch() -> str:
-    """Name this launch of torchrun, by the same words in all its attempts; the name is empty without torchrun.
+    """Return a name of this launch of torchrun, the same in all its attempts; it is empty without torchrun.
 
-    Over several nodes the name is the launchers' common --rdzv-id alone.
+    With several nodes the name is just the --rdzv-id, which all launchers have in common.
     """
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if not name or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         return name
     began = ""
-    with suppress(OSError):  # the launcher's first moment, for ids of processes come again
+    with suppress(OSError):  # when the launcher started, since process ids are reused
         stat = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="utf-8", errors="replace")
         began = stat.rpartition(")")[2].split()[19]
     return f"{name} {socket.gethostname()} {os.getppid()} {began}".rstrip()

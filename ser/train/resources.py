@@ -1,4 +1,4 @@
-"""Word the error for a run whose memory runs out: on which utterances, and what helps."""
+"""Raise an error that explains where memory ran out: on which utterances, and what helps."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from ser.audio import SAMPLE_RATE
 from ser.data.dataset import Batch
 from ser.errors import ResourceError
 
-# Advice where no utterances are at work.
+# Advice where memory ran out outside of a batch.
 SMALLER_MODEL = (
     "A smaller micro-batch does not help here: train fewer parameters (--freeze feature-encoder, or encoder), "
     "take a smaller --init, end other programs, or use a machine with more memory; a run that has a checkpoint "
@@ -20,8 +20,8 @@ SIGNS_OF_NO_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")  # of 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, the GPU's or the machine's."""
-    if isinstance(error, OSError):  # a further process, say
+    """Tell whether an error says that memory ran out, on the GPU or on the machine."""
+    if isinstance(error, OSError):  # for example, when a process is started
         return error.errno == ENOMEM
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_NO_MEMORY))
@@ -41,7 +41,7 @@ def utterances_at_work(batch: Batch, names: Sequence[str]) -> str:
 def memory_explained(
     advice: str, batch: Batch | None = None, names: Sequence[str] = (), *, doing: str = ""
 ) -> Iterator[None]:
-    """Raise ResourceError where memory runs out in here: what was done, on which utterances, and what helps."""
+    """Raise ResourceError if memory runs out in this context: on which utterances or task, and what helps."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:

@@ -1,7 +1,7 @@
-"""A run's folder: whether training may begin or go on in it, and from which checkpoint.
+"""Decide whether training may begin or continue in a run's folder, and from which checkpoint.
 
-`ser.train.checkpoint` says what stands in the folder. A run goes on with the settings that it began with; which
-settings may differ stands with each of them in `ser.train.config`.
+`ser.train.checkpoint` describes the folder. A run continues with the settings that it began with;
+`ser.train.config` says of each setting whether it may differ.
 """
 
 import json
@@ -30,12 +30,12 @@ from ser.train.config import TrainConfig, resumable
 from ser.train.content import changed_settings
 from ser.train.processes import OWNER, attempt, launch
 
-# Of what a run records beside its `TrainConfig`: what says where it ran, or follows from the data.
+# What a run records beside its `TrainConfig` and may change: it says where the run ran, or follows from the data.
 FACTS = {"world_size", "versions", "licences", "shared_with_training", "protocol_description", "launch"}
-# What does not change what is computed, beyond rounding.
+# What may change freely: only rounding depends on it.
 MAY_CHANGE = resumable("freely") | FACTS
-# What changes that, but not what a checkpoint means: `open_run` lets these pass when asked. Beside settings: the
-# weights that a run began with, for the checkpoint has its own; names of recordings, where all else is the same.
+# What `open_run` lets change when asked: results depend on it, but a checkpoint can still be loaded. Two are no
+# settings: the initial weights, since the checkpoint has its own, and names of files, if all else is the same.
 CHANGEABLE = resumable("asked") | {"init", "files"}
 
 FILES = ("config.json", "metrics.jsonl", "lengths.json", "skipped.jsonl")  # of a run, beside its folders
@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Opened:
-    """Hold a run's folder that training may go on in."""
+    """Hold a run's folder in which training may begin or continue."""
 
     run: Run
     checkpoint: Path | None = None  # verified; None: a new run
@@ -63,14 +63,14 @@ class Opened:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove all of a run but its owner's name. Killed at any moment, it can be called again; last/ goes first.
+    """Remove all of a run except the `OWNER` file; last/ goes first. After a kill it can be called again.
 
-    Raises RunFolderError for what is no run.
+    Raises RunFolderError if the folder is not a run.
     """
     if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
         raise RunFolderError(f"{folder}: is not a training run, so --overwrite does not remove it")
 
-    kept = {OWNER, "config.json", "checkpoints"}  # it is locked; it is replaced; by these two it is known as a run
+    kept = {OWNER, "config.json", "checkpoints"}  # OWNER is locked; the other two mark the folder as a run
     inside = [path for path in folder.iterdir() if path.name not in kept]
     inside.sort(key=lambda path: path.name != "last")
     for path in [*inside, *(folder / "checkpoints").iterdir()]:
@@ -78,14 +78,14 @@ def remove_run(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process had begun to write into a run."""
+    """Remove the unfinished files of a killed process from a run."""
     if (folder / "checkpoints").is_dir():
         for name in (*FILES, "best", "last", "checkpoints/step-*"):
             clear_remains((folder / name).parent, Path(name).name)
 
 
 def find_checkpoint(run: Path, checkpoint: str | Path) -> Path:
-    """Find the checkpoint of a run that a person named, and verify it."""
+    """Find the checkpoint of a run that the user named, and verify it."""
     there = checkpoints(run)
     for folder in there:
         if folder.name == str(checkpoint) or folder.resolve() == Path(checkpoint).resolve():
@@ -95,9 +95,9 @@ def find_checkpoint(run: Path, checkpoint: str | Path) -> Path:
 
 
 def differing_settings(recorded: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Compare the settings in a file with these: the name of each that matters -> what differs.
+    """Compare the settings in a file with ``settings``: return name -> what differs, of those that matter.
 
-    A setting of ours that the release which wrote the file did not know has its default there.
+    A setting that the file does not have, because an earlier release wrote it, counts as the default.
     """
     unknown_then = {name: value for name, value in TrainConfig().to_dict().items() if name in settings}
     before = json.loads(json.dumps(unknown_then)) | json.loads(recorded.read_text(encoding="utf-8"))
@@ -130,13 +130,13 @@ def reopened(folder: Path, settings: dict[str, Any], resume_from: str | Path | N
     differences = differing_settings(checkpoint / SETTINGS, settings)
     refuse_changes(checkpoint, differences, allowed)
     notes += [f"changed on purpose: {text}" for text in differences.values()]
-    if "init" in differences:  # the checkpoint has the weights, and they were begun from these
+    if "init" in differences:  # keep the true origin of the checkpoint's weights in the record
         before = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
         settings |= {name: before[name] for name in ("init", "init_content") if name in before}
     progress = read_progress(checkpoint)
     if differences:
         progress.finished = progress.is_over(settings)
-    if not progress.finished and (folder / "last").is_dir():  # before anything else: a kill may come at any moment
+    if not progress.finished and (folder / "last").is_dir():  # first, since a kill may come at any moment
         notes.append(f"{folder / 'last'} is set aside as {set_aside(folder / 'last').name}: the run goes on")
     notes += set_aside_after(folder, step_of(checkpoint))
     write_json(folder / "config.json", settings)
@@ -145,9 +145,9 @@ def reopened(folder: Path, settings: dict[str, Any], resume_from: str | Path | N
 
 
 def interrupted_early(folder: Path, settings: dict[str, Any]) -> bool:
-    """Tell whether the folder holds this very run, stopped before its first checkpoint: it simply starts again."""
+    """Tell whether the folder holds this same run, stopped before its first checkpoint: it may start again."""
     there = {p.name for p in folder.iterdir()} - {OWNER}
-    if there == {"checkpoints"}:  # stopped before config.json
+    if there == {"checkpoints"}:  # stopped before config.json was written
         return not any((folder / "checkpoints").iterdir())
     return (
         there <= {*FILES, "checkpoints", "best"}
@@ -157,7 +157,7 @@ def interrupted_early(folder: Path, settings: dict[str, Any]) -> bool:
 
 
 def allowed_changes(names: Sequence[str]) -> set[str]:
-    """Read the names of settings that may differ. Raises ConfigError for one that no run can go on with."""
+    """Read the names of settings that may differ. Raises ConfigError for a setting that never may."""
     allowed = {name.replace("-", "_") for name in names}
     for name in sorted(allowed - CHANGEABLE):
         near, possible = did_you_mean(name, CHANGEABLE), ", ".join(sorted(CHANGEABLE))
@@ -175,13 +175,13 @@ def open_run(
 ) -> Opened:
     """Make a run's folder, or find the checkpoint to continue from: the newest sound one, or ``resume_from``.
 
-    Later checkpoints, be they damaged or what ``resume_from`` goes back behind, are renamed to aside-step-N. So is
-    last/ of a finished run that goes on, to aside-last: only finished runs have a last/.
+    Later checkpoints, which are damaged or newer than ``resume_from``, are renamed to aside-step-N. When a
+    finished run continues, its last/ is renamed to aside-last, since only finished runs have a last/.
 
     Args:
-        folder: the run's.
-        settings: of the run, as JSON can hold them.
-        overwrite: remove the run that is there.
+        folder: the run's folder.
+        settings: the run's settings, of types that JSON has.
+        overwrite: remove the run that is in the folder.
         resume_from: the name or path of one of the folder's checkpoints.
         allow_changes: names of settings in `CHANGEABLE` that may differ from the checkpoint's.
 
@@ -194,7 +194,7 @@ def open_run(
         raise ConfigError("give --overwrite or --resume-from, not both")
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder}: is a file; a run needs a folder")
-    recorded: dict[str, Any] = json.loads(json.dumps(settings))  # as it will be read again: lists for tuples
+    recorded: dict[str, Any] = json.loads(json.dumps(settings))  # as JSON is read back: with lists for tuples
     occupied = folder.is_dir() and any(path.name != OWNER for path in folder.iterdir())
     if occupied and overwrite:
         remove_run(folder)
@@ -213,7 +213,7 @@ def open_run(
 
 
 def describe(recognizer: Recognizer) -> dict[str, Any]:
-    """Return what weights need to mean the same: configuration, heads, labels, vocabulary, preprocessing."""
+    """Return what gives weights their meaning: configuration, heads, labels, vocabulary, preprocessing."""
     return {
         "encoder": recognizer.model.config.to_dict(),
         "heads": recognizer.model.heads_config.to_dict(),
@@ -224,8 +224,8 @@ def describe(recognizer: Recognizer) -> dict[str, Any]:
 def opened_before(folder: Path) -> bool:
     """Tell whether an earlier attempt of this launch of torchrun has opened the run in a folder.
 
-    Then what was to be done there once (``overwrite``, ``resume_from``) was done. That processes were started
-    again does not tell it: they may have ended before.
+    If so, ``overwrite`` and ``resume_from``, which act once, are done. A restart of processes does not prove this,
+    since they may have ended before they opened the run.
     """
     if attempt() == "0":
         return False

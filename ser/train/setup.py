@@ -1,7 +1,7 @@
-"""What stands before the first update: data made ready, the run's folder, the model and its optimizer.
+"""Prepare a run before its first update: the data, the run's folder, the model and its optimizer.
 
-`prepare` does it in the order in which it stands here, on all ranks alike. Everything that can be refused is
-refused before the run's folder is touched.
+The functions stand in the order in which `prepare` calls them, on every rank. Whatever can be refused is refused
+before the run's folder is touched.
 """
 
 import math
@@ -20,7 +20,7 @@ from ser.data.augment import augmented
 from ser.data.dataset import SpeechDataset
 from ser.data.labels import NO_LABEL, PLURALS, collate_labels, known
 from ser.data.manifest import Utterance
-from ser.data.sampler import LengthBucketBatchSampler, Places, draw_balanced
+from ser.data.sampler import Item, LengthBucketBatchSampler, Places, draw_balanced
 from ser.errors import ConfigError, RunFolderError, SerError, printable
 from ser.recognizer import Recognizer
 from ser.train.bad_audio import BadAudio
@@ -50,7 +50,7 @@ def head_weights(recognizer: Recognizer, config: TrainConfig) -> dict[str, float
         raise ConfigError(f"the head {lacks[0]} has no loss; add its row to ser.train.losses.LOSSES")
     settings = {head: LOSSES[head].weight for head in heads}
     weights = {head: getattr(config, w) if isinstance(w, str) else w for head, w in settings.items()}
-    if len(heads) == 1:  # nothing to weigh it against
+    if len(heads) == 1:  # there is no other loss to weigh it against
         weights[heads[0]] = 1.0
     if not heads:
         raise ConfigError("nothing would be trained: no training utterance has emotion or text; see --columns")
@@ -67,7 +67,7 @@ def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: Speec
         possible += ["unweighted_accuracy", "accuracy", "macro_f1"]
     for labels in zip(*validation.labels.get("dimensions", ()), strict=True):
         if "ccc" not in possible and len({value for value in labels if math.isfinite(value)}) > 1:
-            possible += ["ccc"]  # which is not defined for equal labels
+            possible += ["ccc"]  # CCC is not defined where all labels are equal
     if any(validation.references):
         possible += ["wer", "cer"]
     if any(label != NO_LABEL for label in validation.labels.get("speaker", ())):
@@ -94,7 +94,7 @@ def choose_metric(config: TrainConfig, recognizer: Recognizer, validation: Speec
 
 @dataclass(frozen=True)
 class Data:
-    """Hold the sets of a run, ready: all ranks know the same lengths and the same recordings that are no good."""
+    """Hold the prepared sets of a run: all ranks know the same lengths and the same unreadable recordings."""
 
     train: SpeechDataset
     valid: SpeechDataset
@@ -125,14 +125,19 @@ def without_long(
 
 
 def places_of(dataset: SpeechDataset, config: TrainConfig) -> Callable[[int], Places] | None:
-    """Return the function that draws the places of an epoch; None where each utterance has one."""
-    if not config.balance:
+    """Return the function that draws the places of an epoch; None where each utterance has one, as it is."""
+    resizes = dataset.augment is not None and dataset.augment.resizes
+    if not config.balance and not resizes:
         return None
     groups = [(u.extra.get("corpus") or "", u.emotion or "") for u in dataset.utterances]
 
     def places(epoch: int) -> Places:
-        indices = draw_balanced(groups, temperature=config.balance, seed=config.seed, epoch=epoch)
-        return Places(indices, [dataset.lengths[i] for i in indices])
+        indices: Sequence[int] = range(len(dataset))
+        if config.balance:
+            indices = draw_balanced(groups, temperature=config.balance, seed=config.seed, epoch=epoch)
+        items = [Item(index, 1.0, epoch, place) for place, index in enumerate(indices)] if resizes else []
+        lengths = map(dataset.length_at, items) if resizes else (dataset.lengths[i] for i in indices)
+        return Places(indices, list(lengths))
 
     return places
 
@@ -140,12 +145,12 @@ def places_of(dataset: SpeechDataset, config: TrainConfig) -> Callable[[int], Pl
 def make_ready(
     recognizer: Recognizer, sets: Sets, config: TrainConfig, weights: dict[str, float], bad_audio: BadAudio
 ) -> Data:
-    """Drop what is too long from sets whose lengths are known, and refuse what cannot be trained on."""
+    """Drop utterances that are too long, and refuse data that cannot be trained on; lengths are known by now."""
     world, shape, unread = bad_audio.world, recognizer.model.config, bad_audio.skipped["train"]
     lengths = {name: part.lengths for name, part in sets.items()}
     dataset = without_long(sets["train"], recognizer, config, world)
     if config.augment:
-        dataset.augment = augmented(config.augment, config.seed)
+        dataset.augment = augmented(config.augment, config.seed, dataset.utterances, shortest=shape.min_samples)
     for note in check_training_data(dataset, shape.num_frames, min_samples=shape.min_samples, unread=unread):
         say(world, note)
     sampler = LengthBucketBatchSampler(
@@ -188,7 +193,10 @@ def logit_adjustment(counts: Tensor, tau: float) -> Tensor:
 def make_objective(
     recognizer: Recognizer, config: TrainConfig, weights: dict[str, float], data: Data
 ) -> Objective:
-    """Make what is minimised. Classes are as frequent as an epoch draws them, which is the same in every epoch."""
+    """Make the objective, which training minimises.
+
+    Class weights and logit adjustment follow the frequencies in an epoch, which are the same in every epoch.
+    """
     drawn, tau = data.sampler.places(0).indices, config.logit_adjustment
     emotions = data.train.labels.get("emotion", [])
     counts = class_counts([emotions[i] for i in drawn], len(recognizer.emotions)) if emotions else None
@@ -219,7 +227,7 @@ def settings_to_record(
 
 
 def open_folder(request: Request, settings: dict[str, Any], world: World, held: ExitStack) -> Opened:
-    """Let the main rank own the run's folder and open it. An error of it is one on every rank."""
+    """Let the main rank lock and open the run's folder; its error is raised on every rank."""
     result: Opened | SerError | None = None
     if world.is_main:
         try:
@@ -249,7 +257,7 @@ def put_into_training(
     model.wav2vec2.activation_checkpointing(config.activation_checkpointing)
     model.freeze(config.freeze)
     for parameter in model.untrained_by([name for name, weight in weights.items() if weight]):
-        parameter.requires_grad_(False)  # has no gradient, so it is no part of what is trained
+        parameter.requires_grad_(False)  # no loss reaches it, so it would get no gradient
     if model.config.has_mask_embedding and not model.config.apply_spec_augment:
         model.wav2vec2.masked_spec_embed.requires_grad_(False)
     model.train()
@@ -275,14 +283,14 @@ def make_learner(
 
 @dataclass(frozen=True)
 class Job:
-    """Hold all that a run has and that stays the same while it trains; `Progress` is what changes."""
+    """Hold whatever stays the same while a run trains; `Progress` holds what changes."""
 
     config: TrainConfig
     recognizer: Recognizer
     data: Data
     learner: Learner
-    updates: list[int]  # of each epoch
-    metric: str  # that decides which model is best
+    updates: list[int]  # number of updates in each epoch
+    metric: str  # the metric that decides which model is best
     opened: Opened
     saver: Saver
     bad_audio: BadAudio
@@ -298,7 +306,7 @@ class Job:
         return sum(self.updates)
 
     def summary(self) -> str:
-        """Say how much is trained on how much."""
+        """Describe the size of the data, of the model and of the run in one line."""
         model, data, world = self.learner.model, self.data, self.world
         hours = sum(data.train.lengths) / SAMPLE_RATE / 3600
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -312,7 +320,7 @@ class Job:
 
 
 def updates_of_epochs(config: TrainConfig, sampler: LengthBucketBatchSampler) -> list[int]:
-    """Count the updates of each epoch: equally many by utterances; by padded seconds the jitter decides."""
+    """Count the updates of each epoch; with ``batch_seconds`` the number depends on the jitter of lengths."""
     if config.batch_seconds:
         return [len(sampler.plan(epoch=epoch)) for epoch in range(config.epochs)]
     return [len(sampler.plan(epoch=0))] * config.epochs
@@ -323,17 +331,17 @@ def prepare(
 ) -> Job:
     """Make everything ready for the first update. All ranks call this.
 
-    ``held`` gets what is given back when training ends, in whatever way: the folder, and the thread that saves.
+    ``held`` takes what has to be closed however training ends: the folder's lock, and the thread that saves.
     """
     recognizer.require_float32("to train it")
     recognizer.require_single_label("to be trained")
     config.resolved_effective_batch(world.size)
     weights = head_weights(recognizer, config)
     if config.cache:
-        choose_kind(recognizer.model, config.freeze)  # it may be refused
+        choose_kind(recognizer.model, config.freeze)  # refuses settings that allow no cache
     bad_audio = BadAudio(world, policy=config.on_bad_audio, limit=config.max_bad_audio, run=request.folder)
     sets = {name: recognizer.dataset(utterances) for name, utterances in rows.items()}
-    for name, part in sets.items():  # all ranks read headers, and agree on those that are no good
+    for name, part in sets.items():  # all ranks read headers, and agree on which cannot be read
         least = recognizer.model.config.min_samples
         bad_audio.read_lengths(name, part, least=least, anew=request.overwrite)
     data = make_ready(recognizer, sets, config, weights, bad_audio)
@@ -342,7 +350,7 @@ def prepare(
     opened = open_folder(request, settings, world, held)
     for lost in lost_here():
         say(world, lost)
-    saver = held.enter_context(Saver())  # whatever way training ends, what is being written is finished
+    saver = held.enter_context(Saver())  # however training ends, files that are being written are completed
     bad_audio.begin(data.lengths, data.sets)
     for note in opened.notes:
         say(world, note)
@@ -354,7 +362,7 @@ def prepare(
 
 
 def restore(job: Job) -> Progress:
-    """Go on from the run's checkpoint, where it has one: its weights, its optimizer, and where it stood."""
+    """Load weights, optimizer and progress from the run's checkpoint, if there is one."""
     opened, scaler = job.opened, job.learner.scaler
     if opened.checkpoint is None:
         return Progress()
@@ -362,7 +370,7 @@ def restore(job: Job) -> Progress:
         progress = load_checkpoint(opened.checkpoint, job.recognizer, job.learner.optimizer)
     if progress.scaler:
         scaler.load_state_dict(progress.scaler)
-    if opened.changed:  # of epochs, perhaps, or of when to stop early
+    if opened.changed:  # perhaps the number of epochs, or when to stop early
         progress.finished = progress.is_over(opened.run.settings)
     what = "is finished, nothing is left to do; it ended" if progress.finished else "is resumed"
     at = f"at update {progress.step} of {job.total}, from {opened.checkpoint.name}"
@@ -371,7 +379,7 @@ def restore(job: Job) -> Progress:
 
 
 def fill_caches(job: Job) -> None:
-    """Compute what the frozen part makes of each recording, where no cache has it; then read that instead."""
+    """Compute the frozen part's output for each recording that no cache has; from then on, read the cache."""
     config, world, recognizer = job.config, job.world, job.recognizer
     kind, why = choose_kind(recognizer.model, config.freeze)
     note = f": the layers' means are not kept, as {why}" if config.freeze == "encoder" and why else ""

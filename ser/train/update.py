@@ -1,4 +1,4 @@
-"""One update: the losses of its micro-batches on all ranks, and one step of the optimizer.
+"""Compute one update: the losses of its micro-batches on all ranks, and one step of the optimizer.
 
 Every loss is a sum that is divided by the count of the whole update on all ranks. This count is known before the
 first backward pass, so the gradient does not depend on how micro-batches and ranks share the update.
@@ -53,7 +53,7 @@ class UpdateResult:
     losses: dict[str, Tensor]  # sum over this rank's utterances, divided by the count of the whole update
     grad_norm: float
     skipped: bool = False  # the gradient was not finite on some rank, so no rank made the step
-    overflow: bool = False  # and all losses were finite: float16 overflowed, and the scale was halved
+    overflow: bool = False  # skipped with finite losses: float16 overflowed, and the scale was halved
     stop: bool = False  # some rank was asked to stop
 
 
@@ -73,9 +73,9 @@ def mix(*numbers: int) -> int:
 
 
 def forward(learner: Learner, network: nn.Module, batch: Batch, number: int, progress: Progress) -> Outputs:
-    """Run micro-batch ``number`` of the update through the network; it is on the device."""
+    """Run micro-batch ``number`` of the update, which is on the device, through the network."""
     masks = draw_masks(learner.model, batch, seed=learner.seed, epoch=progress.epoch)
-    # Dropout and LayerDrop: a function of where we are, not of what was drawn before.
+    # Dropout and LayerDrop depend on the position in the run, and not on what was drawn before.
     torch.manual_seed(mix(learner.seed, progress.step, number, learner.world.rank))
     dtype = AUTOCAST.get(learner.amp)
     with torch.autocast(learner.world.device.type, dtype=dtype) if dtype else nullcontext():
@@ -99,7 +99,7 @@ def moments_of_dimensions(learner: Learner, batches: Sequence[Batch], progress: 
 def backward(
     learner: Learner, batch: Batch, outputs: Outputs, count_of: dict[str, float], moments: Tensor
 ) -> dict[str, Tensor]:
-    """Add the gradient of one micro-batch; return its share of each loss but that of dimensions."""
+    """Add the gradient of one micro-batch; return its share of each loss except that of dimensions."""
     weights, world = learner.objective.weights, learner.world
     loss = torch.zeros((), device=world.device)
     shares = {}
@@ -110,24 +110,24 @@ def backward(
     if outputs.dimensions is not None and weights.get("dimensions"):
         rated = ccc_loss(at_least_float32(outputs.dimensions), batch.labels["dimensions"], moments, batch.weights)
         loss = loss + weights["dimensions"] * rated
-    # DistributedDataParallel averages over ranks; the counts are already those of all ranks.
+    # DistributedDataParallel averages gradients over ranks. The counts are sums over ranks, so this is undone.
     learner.scaler.scale(loss * world.size).backward()
     return shares
 
 
 def step_of_optimizer(learner: Learner, trained: Sequence[nn.Parameter], result: UpdateResult) -> UpdateResult:
-    """Clip the gradient and make the step, on all ranks or none; complete the result."""
+    """Clip the gradient and make the step, on all ranks or on none; complete the result."""
     optimizer, scaler, world = learner.optimizer, learner.scaler, learner.world
     scaler.unscale_(optimizer)
-    # The norm is the same on every rank, so all skip the same updates. Reading it is the one wait per update.
+    # The norm is the same on every rank, so all skip the same updates. Only here does the CPU wait for the GPU.
     result.grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, learner.clip or math.inf))
     result.skipped = not math.isfinite(result.grad_norm)
-    if result.skipped:  # rare and known to all ranks, so a further exchange costs nothing
+    if result.skipped:  # this is rare and known to all ranks, so another exchange is cheap
         broken = not all(bool(loss.isfinite()) for loss in result.losses.values())
         result.overflow = scaler.is_enabled() and not world.sum(torch.tensor(float(broken)))
     if result.skipped and not result.overflow:
-        scaler.update(scaler.get_scale())  # as it was: the scale is not to blame
-    else:  # after an overflow the scaler leaves the step out by itself, and halves its scale
+        scaler.update(scaler.get_scale())  # unchanged, since the scale is not the cause
+    else:  # after an overflow the scaler itself leaves out the step and halves the scale
         scaler.step(optimizer)
         scaler.update()
     return result
@@ -138,14 +138,14 @@ def run_update(
 ) -> UpdateResult:
     """Run forward and backward over this rank's micro-batches of one update, then make one optimizer step.
 
-    Where dimensions are trained, a first pass without gradient finds what their loss needs to know of the whole
-    update.
+    Where dimensions are trained, a first pass without gradient computes the moments of the whole update, which
+    their loss needs.
 
     Args:
-        learner: what is trained, and how.
+        learner: the model, its optimizer, and the objective.
         batches: this rank's micro-batches, on the CPU or the device.
         progress: where the run stands; its step and epoch seed dropout and masks.
-        stop: whether this rank was asked to stop. It travels with the counts, so all ranks learn of it in one
+        stop: whether this rank was asked to stop. It is sent with the counts, so all ranks know it in the same
             update.
 
     Raises:
@@ -163,7 +163,7 @@ def run_update(
         ccc = concordance(moments)
         if bool(ccc.isnan().all()):  # too few labels, or equal ones: they give no gradient
             count_of["dimensions"] = 0.0
-        # Of the whole update: each rank's share of it, for what is shown is summed over ranks.
+        # This is the loss of the whole update. The log sums losses over ranks, so it is divided by their number.
         result.losses["dimensions"] = (1 - ccc).nan_to_num().mean() / world.size
     moments = moments.to(world.device)
     for number, batch in enumerate(batches):
@@ -174,9 +174,9 @@ def run_update(
             for name, share in backward(learner, batch, outputs, count_of, moments).items():
                 result.losses[name] = result.losses[name] + share if name in result.losses else share
     for parameter in model.untrained_by([name for name, weight in weights.items() if weight and count_of[name]]):
-        parameter.grad = None  # a zero gradient is not no gradient to AdamW
+        parameter.grad = None  # with a zero gradient, AdamW would still change the parameter
     trained = [p for p in model.parameters() if p.grad is not None]
-    if not trained:  # no label of any task in the whole update
+    if not trained:  # the whole update has no label of any task
         return result
     size = 8e-9 * sum(p.numel() for p in trained)
     doing = f"in the optimizer's step: beside the weights and gradients it keeps {size:.2f} GB in its first one"

@@ -1,6 +1,6 @@
-"""Compute again what a model's card says: from the model, from its data, and from the run beside it.
+"""Compute a model card again: from the model, from its data, and from the run's folder.
 
-Nobody can compute some of it, such as licences. That is named as claimed.
+Some facts, such as licences, cannot be computed. They are listed as claimed.
 """
 
 import hashlib
@@ -19,17 +19,17 @@ from ser.recognizer import Recognizer
 from ser.scores.card import counts_of, expected_choice, facts_of, hours_of, same_data, trained_on
 from ser.train.runs import CHANGEABLE, describe
 
-Moved = Callable[[Selection], Selection]  # the same data, where they are now
+Moved = Callable[[Selection], Selection]  # returns the same data at their present place
 
 NO_DATA = hashlib.sha256().hexdigest()  # the fingerprint of no utterances, as a run without validation has it
 OF_A_RECORD = {"heads", "emotions", "dimensions", "speakers_known", "parameters", "trained_on", "settings"}
 OF_A_RECORD |= {"evaluations"}
-# Settings that may differ between the models of one run, as it goes on elsewhere or with other ones.
+# Settings that may differ between models of one run, since a run may continue elsewhere or with changed settings.
 OF_A_START = CHANGEABLE | {"init", "cache", "versions", "world_size", "device", "workers"}
 
 
 class Check(NamedTuple):
-    """Something that the card says (told), what it is (now), and whether both are the same."""
+    """Hold a fact as the card tells it, the same fact as computed now, and whether both are the same."""
 
     name: str
     told: Any
@@ -38,7 +38,7 @@ class Check(NamedTuple):
 
 
 def alike(told: Any, now: Any, *, common: bool = False) -> bool:
-    """Tell whether two values are alike: floats to a billionth, with ``common`` only the keys that both have."""
+    """Tell whether two values are equal, floats to 1e-9; with ``common``, compare only keys that both have."""
     if isinstance(told, dict) and isinstance(now, dict):
         both = told.keys() & now.keys()
         same = common or told.keys() == now.keys()
@@ -51,20 +51,20 @@ def alike(told: Any, now: Any, *, common: bool = False) -> bool:
 
 
 def check(name: str, told: Any, now: Any, *, common: bool = False) -> Check:
-    """Compare two values as JSON holds them, as `alike` does."""
+    """Compare two values with `alike`, as JSON stores them."""
     now = json.loads(json.dumps(now))
     return Check(name, told, now, alike(told, now, common=common))
 
 
 def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
-    """Check what the model itself says: heads, labels, size."""
+    """Check what follows from the model itself: heads, labels, size."""
     symbols = recognizer.vocabulary.tokens if recognizer.vocabulary is not None else []
     set_up = {"labels": recognizer.emotions, "speakers": recognizer.speakers, "dimensions": recognizer.dimensions}
     set_up |= {"symbols": symbols, "orthography": recognizer.orthography, "tags": recognizer.tags}
     settings = record["settings"]
     checks = [check(name, record.get(name), value) for name, value in facts_of(recognizer).items()]
     checks += [check(f"settings.{n}", settings[n], value) for n, value in set_up.items() if n in settings]
-    if "model" in settings:  # of which another release may know more
+    if "model" in settings:  # another release may record more of it
         checks.append(check("settings.model", settings["model"], describe(recognizer), common=True))
     return checks
 
@@ -72,9 +72,9 @@ def of_model(record: Mapping[str, Any], recognizer: Recognizer) -> list[Check]:
 def of_sharing(
     record: Mapping[str, Any], trained: Selection, training: list[Utterance], moved: Moved
 ) -> list[Check]:
-    """Check what other parts share with training, and whether validation is the test."""
+    """Check what other parts share with the training part, and whether validation and test are the same."""
     settings = record["settings"]
-    # Of data without a protocol, and without validation, a card has nothing to say.
+    # For data without a protocol and without validation, a card has none of these facts.
     facts = dict[str, Any].fromkeys(("protocol_description", "shared_with_training", "valid_is_test"))
     if trained.protocol:
         chosen = moved(trained)
@@ -90,7 +90,7 @@ def of_sharing(
 
 
 def of_training(record: Mapping[str, Any], recognizer: Recognizer, moved: Moved) -> tuple[list[Check], list[str]]:
-    """Check what follows from the training data, and name what does not, as recordings cannot be read any more."""
+    """Check what follows from the training data; name what cannot be checked as recordings cannot be read now."""
     trained = trained_on(record)
     if trained is None:
         return [], ["trained_on (training was not told the name of its data)"]
@@ -101,7 +101,7 @@ def of_training(record: Mapping[str, Any], recognizer: Recognizer, moved: Moved)
     facts: dict[str, Any] = counts_of([training[i] for i in kept])
     claimed = []
     if unread:
-        facts = facts if most == math.inf else {}  # else nobody knows which were too long to be trained on
+        facts = facts if most == math.inf else {}  # else it is unknown which of these were too long for training
         claimed = [f"{'trained_on.hours' if facts else 'trained_on'} ({len(unread)} recordings cannot be read)"]
     else:
         facts["hours"] = hours_of(lengths[i] for i in kept)
@@ -110,7 +110,7 @@ def of_training(record: Mapping[str, Any], recognizer: Recognizer, moved: Moved)
 
 
 def of_choice(record: Mapping[str, Any], folder: Path) -> list[Check]:
-    """Check that each evaluation rightly says whether it chose the weights, and that validation was evaluated."""
+    """Check what each evaluation says about choosing the weights, and that validation data was evaluated."""
     place = folder.resolve().name
     weights = record.get("weights", place)
     checks = [check("weights", weights, place)] if place in ("best", "last") else []
@@ -130,18 +130,18 @@ def of_choice(record: Mapping[str, Any], folder: Path) -> list[Check]:
 
 
 def settings_beside(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run that a model folder stands in; empty where there is none."""
+    """Return the settings of the run whose folder holds a model folder; empty if there is none."""
     path = folder.resolve().parent / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError):
         return {}
-    # Others are a model's config.json, say.
+    # Other files of this name may be, for example, a model's config.json.
     return settings if isinstance(settings, dict) and "effective_batch" in settings else {}
 
 
 def of_run(record: Mapping[str, Any], folder: Path) -> tuple[list[Check], list[str]]:
-    """Check the settings that the run beside the folder has, and name the others."""
+    """Check the settings that are also in the run's folder, and name the others."""
     settings, beside = record["settings"], settings_beside(folder)
     checks, claimed = [], []
     for name in sorted(settings):
@@ -163,13 +163,13 @@ def of_run(record: Mapping[str, Any], folder: Path) -> tuple[list[Check], list[s
 def checks_of(
     record: Mapping[str, Any], recognizer: Recognizer, folder: Path, moved: Moved
 ) -> tuple[list[Check], list[str]]:
-    """Compare all that a card says but for its figures, and name what it claims and nobody can compute.
+    """Check everything that a card says except its figures, and name the claims that cannot be computed.
 
     Args:
-        record: of the model folder (see `ser.scores.card`).
+        record: the record of the model folder (see `ser.scores.card`).
         recognizer: the model.
-        folder: where both are.
-        moved: where the data are now.
+        folder: the model folder.
+        moved: says where the data are now.
     """
     in_run, settings = of_run(record, folder)
     of_data, claimed = of_training(record, recognizer, moved)
