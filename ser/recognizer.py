@@ -450,9 +450,8 @@ class Recognizer:
         if damage is not None:
             raise damage
 
-    @torch.inference_mode()
-    def predict_waveforms(self, waveforms: Sequence[Tensor]) -> list[Prediction]:
-        """Recognise one batch of (S,) float waveforms at 16 kHz, in one forward pass."""
+    def prepare(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[str | None]]:
+        """Make a batch of (S,) waveforms at 16 kHz: padded (B, S) on the device, num_samples (B,), warnings."""
         minimum = self.model.config.min_samples
         prepared, warnings = [], []
         for waveform in waveforms:
@@ -462,11 +461,17 @@ class Recognizer:
                 f"{len(x)} samples are shorter than one frame; padded with silence to {minimum}" if short else None
             )
             prepared.append(F.pad(x, (0, minimum - len(x))) if short else x)
+        return pad(prepared).to(self.device), torch.tensor([len(x) for x in prepared]), warnings
+
+    @torch.inference_mode()
+    def predict_waveforms(self, waveforms: Sequence[Tensor]) -> list[Prediction]:
+        """Recognise one batch of (S,) float waveforms at 16 kHz, in one forward pass."""
+        padded, num_samples, warnings = self.prepare(waveforms)
         was_training = self.model.training
         self.model.eval()
         try:
             with self.autocast():
-                outputs = self.model(pad(prepared).to(self.device), torch.tensor([len(x) for x in prepared]))
+                outputs = self.model(padded, num_samples)
         finally:
             self.model.train(was_training)
         return [

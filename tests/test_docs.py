@@ -45,11 +45,11 @@ def flags(words: list[str]) -> set[str]:
 
 
 def known_flags(name: str) -> set[str]:
-    """Return the flags of a command; `ser crossval` passes on those of `ser train`."""
+    """Return the flags of a command; crossval and crosscorpus pass on those of `ser train`."""
     parser = make_parser("", None)
     load_command(name).add_arguments(parser)
     own = {flag for action in parser._actions for flag in action.option_strings}
-    return own | known_flags("train") if name == "crossval" else own
+    return own | known_flags("train") if name in ("crossval", "crosscorpus") else own
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

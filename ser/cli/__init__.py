@@ -38,6 +38,7 @@ COMMANDS = {
     "train": ("ser.cli.train", "train a model, or continue a run"),
     "evaluate": ("ser.cli.evaluate", "measure a model on labelled recordings, verify a card, compare models"),
     "crossval": ("ser.cli.crossval", "train and evaluate every fold of a protocol, and pool the results"),
+    "crosscorpus": ("ser.cli.crosscorpus", "train on each of several corpora, and test on each other one"),
     "prepare": ("ser.cli.prepare", "make manifests, folds and a data sheet of a corpus"),
     "augment": ("ser.cli.augment", "write what training would hear of recordings under augmentations"),
     "convert": ("ser.cli.convert", "turn a checkpoint of another library into a model folder"),

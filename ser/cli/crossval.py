@@ -274,6 +274,12 @@ class CrossValidation:
     selection: Selection
     weights: str
 
+    def launcher(self) -> list[str]:
+        """Return how a training begins: this Python, under torchrun where it has several processes."""
+        count = self.arguments.processes
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        return [sys.executable, *(several if count > 1 else [])]
+
     def commands(self, fold: str) -> dict[str, list[str]]:
         """Return step -> the command that does it on a fold; logs have the names of the steps."""
         arguments, folder = self.arguments, self.arguments.out / fold
@@ -281,10 +287,17 @@ class CrossValidation:
         same += ["--max-bad-audio", str(arguments.max_bad_audio), "--device", arguments.device]
         if arguments.known_turns is not None:  # else training chooses the number, and the model records it
             same += ["--known-turns", str(arguments.known_turns)]
-        launcher = [sys.executable]
-        if arguments.processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}"]
-        train = [*launcher, "-m", "ser", "train", *same, "--init", arguments.init, "--out", str(folder / "run")]
+        train = [
+            *self.launcher(),
+            "-m",
+            "ser",
+            "train",
+            *same,
+            "--init",
+            arguments.init,
+            "--out",
+            str(folder / "run"),
+        ]
         model = arguments.evaluate_only / fold if arguments.evaluate_only else folder / "run" / self.weights
         evaluate = [sys.executable, "-m", "ser", "evaluate", *same, "--model", str(model), "--out", str(folder)]
         evaluate += ["--resamples", str(arguments.resamples), "--no-pictures", "--parts", *arguments.parts]

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -266,6 +266,19 @@ class Selection:
         return options
 
 
+def add_reading_arguments(add: Callable[..., Any]) -> None:
+    """Add the flags that say how manifests are read; ``add`` adds one."""
+    add("--root", nargs="+", help="folder that the manifests' files are relative to, one for all or one for each "
+        "(default: that of the manifest)")  # fmt: skip
+    add("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
+    add("--map", metavar="JSON", help="file, or the object itself: emotion as written -> its name, or null for no "
+        'label, as {"hapy": "happy", "xxx": null}; "speaker": the same of speakers')  # fmt: skip
+    add("--literal-labels", action="store_true", help="take cells such as nan, NA, None and - as labels, and "
+        "speakers such as 1.0 as they are written (default: they are no label, and 1.0 is 1)")  # fmt: skip
+    add("--no-usual-names", action="store_true", help="leave names of emotions such as joy (default: joy is happy "
+        "where several corpora are trained on, and in evaluation what the model calls it)")  # fmt: skip
+
+
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name data and say how it is divided; `selected_data` reads them."""
     add = parser.add_argument_group("a corpus, divided by a protocol").add_argument
@@ -279,15 +292,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--protocol-seed", type=int, default=0, metavar="SEED", help="of protocols that draw (default: 0)")
     add("--known-turns", type=int, metavar="COUNT", help="of each training speaker, held out to score a speaker "
         "head on (default: up to 10 where one is trained and the protocol tests on strangers)")  # fmt: skip
-    add("--root", nargs="+", help="folder that the manifests' files are relative to, one for all or one for each "
-        "(default: that of the manifest)")  # fmt: skip
-    add("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
-    add("--map", metavar="JSON", help="file, or the object itself: emotion as written -> its name, or null for no "
-        'label, as {"hapy": "happy", "xxx": null}; "speaker": the same of speakers')  # fmt: skip
-    add("--literal-labels", action="store_true", help="take cells such as nan, NA, None and - as labels, and "
-        "speakers such as 1.0 as they are written (default: they are no label, and 1.0 is 1)")  # fmt: skip
-    add("--no-usual-names", action="store_true", help="leave names of emotions such as joy (default: joy is happy "
-        "where several corpora are trained on, and in evaluation what the model calls it)")  # fmt: skip
+    add_reading_arguments(add)
 
 
 def is_several(arguments: argparse.Namespace, paths: Sequence[StrPath]) -> bool:

@@ -48,9 +48,11 @@ from ser.files import StrPath, digest
 
 MAX_LIST_BYTES = 1024 * 1024  # of a JSON file that lists manifests; a larger one is a manifest
 EXAMPLE = '[{"path": "a.csv"}, {"path": "b.csv", "root": "recordings", "name": "b"}]'  # a list in messages
-# These words in the name of a file say which part of a corpus it is, and not which corpus.
+# These words in the name of a file say which part of a corpus it is, or that it is a table, and not which corpus.
 PARTS = re.compile(
-    r"(^|[-_. ])(train|training|valid|validation|val|dev|development|test|testing|eval)(?=$|[-_. ])", re.IGNORECASE
+    r"(^|[-_. ])(train|training|valid|validation|val|dev|development|test|testing|eval|metadata|manifest|labels)"
+    r"(?=$|[-_. ])",
+    re.IGNORECASE,
 )
 WITHIN_A_CORPUS = ("dialogue", "session")  # columns whose values mean something in one corpus alone
 
@@ -99,7 +101,7 @@ class NamedManifest:
 
 
 def default_name(path: StrPath) -> str:
-    """Name a corpus after its manifest: the file's stem without train, valid, dev or test, else its folder.
+    """Name a corpus after its manifest: the file's stem without train, metadata and the like, else its folder.
 
     emodb/train.csv, emodb/valid.csv and emodb-test.csv are all of emodb.
     """

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ser.errors import ConfigError, Tell, pip_line, printable
+from ser.scores.across import OTHERS, Result, cell_texts, chance_text, grid, most_classes
 from ser.scores.report import Part, Report
 
 LONGEST_LABEL = 30  # characters of a label in a picture
@@ -141,6 +142,47 @@ def draw_confusion(names: Sequence[str], counts: NDArray[np.int64], path: Path) 
         axes.set(xlabel="recognised", ylabel="reference")
         _save(figure, path)
     return {label: name for i, (label, name) in enumerate(zip(shown, names, strict=True), 1) if label == f"#{i}"}
+
+
+def draw_corpora(results: Sequence[Result], path: Path) -> dict[str, str]:
+    """Draw the UA of each training set (row) on each tested corpus (column) with its interval and marks.
+
+    A figure that heard speakers may have made better is in a red frame. Returns number -> name of corpora that
+    could not be drawn.
+    """
+    from matplotlib import rc_context
+    from matplotlib.patches import Rectangle
+
+    rows, columns, cells = grid(results)
+    names = list(dict.fromkeys([*columns, *rows]))
+    shown, families = drawable(names)
+    label = dict(zip(names, shown, strict=True))
+    values = np.array([[cells[r, c].ua if (r, c) in cells else None for c in columns] for r in rows], float)
+    most = most_classes(results)
+    with rc_context({"font.family": families, "text.parse_math": False}):
+        figure = new_figure(2.2 + 1.15 * len(columns), 1.6 + 0.62 * len(rows))
+        axes = figure.subplots()
+        axes.set_facecolor("0.93")
+        axes.imshow(np.ma.masked_invalid(values), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        axes.set_xticks(range(len(columns)), [label[c] for c in columns], rotation=30, ha="right", fontsize=9)
+        axes.set_yticks(range(len(rows)), [label[r] for r in rows], fontsize=9)
+        for (row, column), value in np.ndenumerate(values):
+            if not np.isfinite(value):
+                continue
+            result = cells[rows[row], columns[column]]
+            text, interval = cell_texts(result, most)
+            where, color = {"ha": "center", "va": "center"}, "white" if value > 0.6 else "black"
+            axes.text(column, row - 0.14, text, color=color, fontsize=9, **where)
+            axes.text(column, row + 0.24, interval, color=color, fontsize=6, **where)
+            if result.heard_by_model or result.heard_by_head:
+                corner = (column - 0.47, row - 0.45)
+                axes.add_patch(Rectangle(corner, 0.94, 0.9, fill=False, edgecolor="tab:red", linewidth=1.5))
+        if OTHERS in rows:
+            axes.axhline(rows.index(OTHERS) - 0.5, color="black", linewidth=1)
+        axes.set(xlabel="tested", ylabel="trained on")
+        axes.set_title(f"UA, and 95 % over speakers; chance {chance_text(results)}", fontsize=10)
+        _save(figure, path)
+    return {drawn: name for name, drawn in label.items() if drawn.startswith("#") and drawn != name}
 
 
 def draw_reliability(bins: Sequence[Mapping[str, Any]], ece: float | None, path: Path) -> None:
