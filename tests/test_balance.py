@@ -225,3 +225,12 @@ def test_the_plan_knows_changed_lengths_and_a_cropped_utterance_has_no_text(rows
         assert example.labels["emotion"] == dataset.labels["emotion"][item.index]
         cropped += len(example.waveform) == 4000
     assert 0 < cropped < len(rows)
+
+
+def test_transcripts_that_crops_take_away_are_counted_before_training(rows, tmp_path, capsys):
+    spoken = sum(bool(row.text) for row in rows)
+    for augment, count in ((("crop:seconds=0.1",), spoken), (("speed",), 0)):
+        config = replace(QUICK, epochs=1, augment=augment)
+        run(toy_recognizer(), rows, config, tmp_path / augment[0][:4])
+        said = f"{count} of the {spoken} transcripts in the first epoch belong to cropped utterances"
+        assert (said in capsys.readouterr().err) == bool(count)

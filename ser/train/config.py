@@ -168,7 +168,7 @@ class TrainConfig:
     augment: tuple[str, ...] = option(BATCHES, (), check=lambda _, names: augmented(names, seed=0), resume="asked",
         help="names of augmentations that change each training waveform, in their order (not with cache)")
     max_seconds: float = option(BATCHES, 0.0,
-        help="drop longer training utterances, in seconds; 0: keep all. Evaluation drops none")
+        help="drop training recordings over so many seconds; 0: keep all. Evaluation drops none")
     activation_checkpointing: bool = option(BATCHES, False, resume="freely",
         help="recompute activations: less memory, about a third more time")
     cache: str = option(BATCHES, "", resume="asked", help="folder that keeps the output of a frozen part for each "

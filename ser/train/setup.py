@@ -142,6 +142,16 @@ def places_of(dataset: SpeechDataset, config: TrainConfig) -> Callable[[int], Pl
     return places
 
 
+def cut_texts(dataset: SpeechDataset, places: Places) -> list[str]:
+    """Say how many transcripts augmentations take away in the first epoch, in one note or none."""
+    if dataset.augment is None or not dataset.augment.resizes:
+        return []
+    items = [Item(i, 1.0, 0, place) for place, i in enumerate(places.indices) if dataset.labels["ctc"][i]]
+    cut = sum(not dataset.labels_at(item)["ctc"] for item in items)
+    lost = f"{cut} of the {len(items)} transcripts in the first epoch belong to cropped utterances"
+    return [f"{lost}, so CTC does not learn from them"] if cut else []
+
+
 def make_ready(
     recognizer: Recognizer, sets: Sets, config: TrainConfig, weights: dict[str, float], bad_audio: BadAudio
 ) -> Data:
@@ -169,6 +179,8 @@ def make_ready(
     for note in check_learnable(
         dataset, sampler.plan, weights, frames, concordant=concordant, epochs=config.epochs, unread=unread
     ):
+        say(world, note)
+    for note in cut_texts(dataset, sampler.places(0)) if weights.get("ctc") else ():
         say(world, note)
     return Data(dataset, sets["valid"], sampler, lengths)
 
