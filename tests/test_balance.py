@@ -134,8 +134,13 @@ def test_masks_of_one_utterance_at_two_places_differ(rows):
     assert torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[1])
 
 
-def test_a_balanced_run_that_is_stopped_continues_bit_identically(rows, tmp_path):
-    config = replace(QUICK, epochs=2, balance=1.0, save_every="1", keep=99)
+@pytest.mark.parametrize(
+    "augment",
+    [(), ("speed:factors=0.8/1.0/1.25", "crop:seconds=0.2..0.3,p=0.5", "gain")],
+    ids=["plain", "augmented"],
+)
+def test_a_balanced_run_that_is_stopped_continues_bit_identically_with_other_workers(rows, tmp_path, augment):
+    config = replace(QUICK, epochs=2, balance=1.0, augment=augment, save_every="1", keep=99)
     run(toy_recognizer(), rows, config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     every = checkpoints(tmp_path / "again")
@@ -143,7 +148,7 @@ def test_a_balanced_run_that_is_stopped_continues_bit_identically(rows, tmp_path
         shutil.rmtree(path)
     for name in ("last", "best"):
         shutil.rmtree(tmp_path / "again" / name)
-    assert run(toy_recognizer(seed=1), rows, config, tmp_path / "again").resumed
+    assert run(toy_recognizer(seed=1), rows, replace(config, workers=1), tmp_path / "again").resumed
     one, two = (load_file(tmp_path / name / "last/model.safetensors") for name in ("whole", "again"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -191,21 +196,6 @@ def test_a_million_utterances_of_five_corpora_are_drawn_and_planned_in_seconds()
     sampler = LengthBucketBatchSampler(lengths, seed=0, effective_batch=32, places=places_of(groups, lengths))
     assert time.process_time() - began < 40
     assert sum(map(len, sampler.plan(epoch=0))) == count
-
-
-def test_a_run_with_balance_speed_and_crop_continues_bit_identically_with_other_workers(rows, tmp_path):
-    augment = ("speed:factors=0.8/1.0/1.25", "crop:seconds=0.2..0.3,p=0.5", "gain")
-    config = replace(QUICK, epochs=2, balance=0.5, augment=augment, save_every="1", keep=99)
-    run(toy_recognizer(), rows, config, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    every = checkpoints(tmp_path / "again")
-    for path in every[len(every) // 2 :]:
-        shutil.rmtree(path)
-    for name in ("last", "best"):
-        shutil.rmtree(tmp_path / "again" / name)
-    assert run(toy_recognizer(seed=1), rows, replace(config, workers=1), tmp_path / "again").resumed
-    one, two = (load_file(tmp_path / name / "last/model.safetensors") for name in ("whole", "again"))
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_the_plan_knows_changed_lengths_and_a_cropped_utterance_has_no_text(rows):

@@ -190,9 +190,10 @@ class SpeechDataset(Dataset[Example]):
     def labels_at(self, item: Item) -> dict[str, Any]:
         """Return an utterance's label for each head; no text where an augmentation has cut it."""
         labels = {head: labels[item.index] for head, labels in self.labels.items()}
-        if self.augment is not None and "ctc" in labels and self.augment.resizes:
+        texts = [head for head in labels if LABELS[head].kind == "text"]
+        if self.augment is not None and texts and self.augment.resizes:
             kept = self.augment.keeps_text(self.lengths[item.index], item.epoch, item.place)
-            labels["ctc"] = labels["ctc"] if kept else []
+            labels |= {} if kept else {head: [] for head in texts}
         return labels
 
     def no_labels(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -131,6 +131,7 @@ def places_of(dataset: SpeechDataset, config: TrainConfig) -> Callable[[int], Pl
         return None
     groups = [(u.extra.get("corpus") or "", u.emotion or "") for u in dataset.utterances]
 
+    @lru_cache(maxsize=1)  # the checks before training ask for the first epoch again and again
     def places(epoch: int) -> Places:
         indices: Sequence[int] = range(len(dataset))
         if config.balance:
