@@ -166,6 +166,34 @@ def test_six_kills_cost_six_restarts_and_end_in_the_same_weights_after_the_same_
     assert [e["step"] for e in log(run.out, "train")] == list(range(1, UPDATES + 1))
 
 
+def test_places_hear_the_same_after_kills_with_any_number_of_workers_and_ranks(tmp_path):
+    """Balance and every augmentation: the waveforms bit for bit, and the weights on equally many ranks."""
+    rows = write_corpus(tmp_path / "skewed", 20, speakers=4).read_text().splitlines()
+    (tmp_path / "skewed/train.csv").write_text("\n".join(row for row in rows if ",sad," not in row) + "\n")
+    with (tmp_path / "skewed/train.csv").open("a") as file:
+        file.write(rows[4] + "\n")  # one that is sad, beside five of each other emotion
+    toy_recognizer().save(tmp_path / "skewed/init")
+    options = "--balance 1 --save-every 1 --augment gain noise babble reverb telephone:p=0.5 clipping speed".split()
+    options.append("crop:seconds=0.3")
+    with Run(tmp_path / "skewed", tmp_path / "whole", *options) as whole:
+        assert whole.end() == 0, whole.said()
+    with Run(tmp_path / "skewed", tmp_path / "killed", *options, "--workers", "1", restarts=2, PACE="0.1") as killed:
+        for attempt in range(2):
+            kill_at_random(killed, random.Random(attempt), attempt=attempt)
+        assert killed.end() == 0, killed.said()
+        assert {line["attempt"] for line in killed.lines(0)} == {0, 1, 2}
+    assert same_utterances(killed, whole)
+    assert_identical(checkpoints(killed.out)[-1], checkpoints(whole.out)[-1])
+    with Run(tmp_path / "skewed", tmp_path / "alone", *options, "--workers", "4", processes=1) as alone:
+        assert alone.end() == 0, alone.said()
+    per_update = [[line["items"] for line in whole.lines(rank)] for rank in (0, 1)]
+    for both, one in zip(zip(*per_update, strict=True), alone.lines(0), strict=True):
+        assert sorted(both[0] + both[1]) == sorted(one["items"])
+    heard = [item for line in alone.lines(0) for item in line["items"]]
+    sad = [item for item in heard if item[0] == 15]
+    assert len(sad) == 6 * 4 and len({item[3] for item in sad}) == len(sad), "drawn anew for each place"
+
+
 def test_on_two_nodes_a_kill_costs_one_restart_of_each(corpus, whole, tmp_path):
     """Two launchers of one process each on this machine, as docs/reliability.md sets several nodes up."""
     with socket.socket() as free:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from toy import toy_recognizer, toy_rows, write_corpus
 
+from ser.audio import normalise, resample
 from ser.data.workers import decoded, worker_death_explained
 from ser.errors import ConfigError, ResourceError
 from ser.train.evaluation import evaluate
@@ -50,6 +51,29 @@ def test_batches_come_in_order_and_no_process_is_left():
     for workers in (0, 1, 2):
         assert [int(b[0, 0]) for b in batches_of(7, workers=workers, timeout=30.0)] == list(range(7))
         assert not children()
+
+
+class Heard(torch.utils.data.Dataset):
+    """Recordings of 8 kHz, from 2 s, as training hears them: with 3 threads the last bits of the first would differ."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(index)
+        return normalise(resample(torch.randn(16_000 * (1 + index), generator=generator), 8_000))
+
+
+def test_this_process_decodes_the_bits_of_a_worker_with_any_number_of_threads():
+    def all_heard(**how):
+        return [batch[0] for batch in decoded(Heard(), [[i] for i in range(4)], list, **how)]
+
+    before = torch.get_num_threads()
+    by_worker = all_heard(workers=1)
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, all_heard(workers=0), by_worker)), threads
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ser.errors import ConfigError, ResourceError
@@ -172,6 +173,21 @@ def lost_worker_explained(patience: Patience, then: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread in this block, as worker processes do.
+
+    With other numbers of threads it adds up in another order, so the last bits of a resampled or normalised
+    waveform would depend on the machine.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def decoded(
     dataset: Dataset[Any],
     batches: Iterable[Any],
@@ -183,6 +199,8 @@ def decoded(
     **options: Any,
 ) -> Generator[Any, None, None]:
     """Yield the batches of a dataset in their order, decoded ahead by worker processes.
+
+    The batches are the same, bit for bit, for any number of workers and threads.
 
     Args:
         dataset: returns the items of a batch.
@@ -204,8 +222,13 @@ def decoded(
     planned: Any = patience.planned(batches)
     given: Any = DataLoader(dataset, batch_sampler=planned, collate_fn=collate, num_workers=workers, **options)
     if not workers:
-        yield from given
-        return
+        items = iter(given)
+        while True:
+            with one_thread():
+                batch = next(items, None)
+            if batch is None:
+                return
+            yield batch
     with all_or_none(patience, then):
         loader: Any = iter(given)
     patience.workers = loader._workers
