@@ -1,15 +1,16 @@
 """Train the small model on six corpora and test it on one that no training heard, with and without augmentation.
 
-    python benchmarks/zero_shot.py PREPARED EMODB4 --out runs/zero-shot              # trains; the runs, one after the other
-    python benchmarks/zero_shot.py PREPARED EMODB4 --out runs/zero-shot --evaluate   # once, when all have trained
+    python benchmarks/zero_shot.py PREPARED EMODB4 --out runs/zero-shot              # trains, one run at a time
+    python benchmarks/zero_shot.py PREPARED EMODB4 --out runs/zero-shot --evaluate   # once, after all trainings
 
-PREPARED has NAME/NAME.csv and NAME/report.json as `ser prepare` writes them. The training parts of RESD, RAVDESS, ASED
-and nEMO (heldout.json) and all of TESS and TurEV are trained on, neutral, happy, angry and sad alone. EMODB4 is the
-folder of EmoDB's four emotions, which no training hears.
+PREPARED has NAME/NAME.csv and NAME/report.json as `ser prepare` writes them. The training parts of RESD, RAVDESS,
+ASED and nEMO (heldout.json) and all of TESS and TurEV are trained on; of them the emotions neutral, happy, angry
+and sad. EMODB4 is the folder of EmoDB's four emotions, which no training hears.
 
 Every recipe trains from the same random weights for the same number of updates. Settings may be chosen on the
-validation parts, whose figures training prints. --evaluate reads the test parts and EmoDB; each time, it adds a line
-to evaluations.jsonl, so that nobody forgets how often that was. The same command continues what was interrupted.
+validation parts, whose figures training prints. --evaluate reads the test parts and EmoDB; each time, it adds a
+line to evaluations.jsonl, so that nobody forgets how often that was. The same command continues a training that
+was interrupted.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ SETTINGS = (
 )
 RECIPES = {
     "plain": "--class-weights",
-    "robust": "--class-weights --balance 1 --augment gain noise:snr=5..30,p=0.5 reverb:p=0.3 telephone:p=0.2 speed crop",
+    "robust": "--class-weights --balance 1 "
+    "--augment gain noise:snr=5..30,p=0.5 reverb:p=0.3 telephone:p=0.2 speed crop",
 }
 
 
@@ -70,12 +72,13 @@ def train(out: Path, recipe: str, seed: int, epochs: int) -> int:
     command = [sys.executable, "-m", "ser", "train", "--train", str(out / "train.json")]
     command += ["--valid", str(out / "valid.json"), "--out", str(out / f"{recipe}-{seed}"), "--seed", str(seed)]
     command += [*SETTINGS.split(), *RECIPES[recipe].split(), "--epochs", str(epochs), "--threads", "1"]
-    with open(out / f"{recipe}-{seed}.log", "a", encoding="utf-8") as log:
-        return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log).returncode
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (out / f"{recipe}-{seed}.log").open("a", encoding="utf-8") as log:
+        return subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
 
 
 def unweighted_accuracies(run: Path, test: Sequence[Utterance]) -> dict[str, float]:
-    """Evaluate the weights that a training ended with: UA of EmoDB, of the test parts together, and of each part."""
+    """Evaluate the weights that a training ended with: UA of EmoDB, of the test parts together, and of each."""
     recognizer = ser.load(run / "last")
     parts = [u for u in test if u.corpus != "emodb"]
     unheard = [u for u in test if u.corpus == "emodb"]
@@ -95,7 +98,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="(default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run each (default: 0 1 2)")
     parser.add_argument("--epochs", type=int, default=5, help="of each run (default: 5)")
-    parser.add_argument("--evaluate", action="store_true", help="read the test parts and EmoDB, when all have trained")
+    parser.add_argument("--evaluate", action="store_true", help="read the test parts and EmoDB, after training")
     arguments = parser.parse_args()
     out = arguments.out
 
@@ -110,15 +113,16 @@ def main() -> None:
             print(f"{recipe} seed {seed}: trained, {time.perf_counter() - started:.0f} s", flush=True)
         return
 
-    if missing := [f"{recipe}-{seed}" for recipe, seed in runs if not (out / f"{recipe}-{seed}" / "last").exists()]:
+    names = [f"{recipe}-{seed}" for recipe, seed in runs]
+    if missing := [name for name in names if not (out / name / "last").exists()]:
         sys.exit(f"error: not trained to the end: {', '.join(missing)}")
     sources = read_list(out / "test.json")
     assert sources is not None
     test = read_sources(sources, label_map={})
     for recipe in arguments.recipes:
         figures = [unweighted_accuracies(out / f"{recipe}-{seed}", test) for seed in arguments.seeds]
-        line = {"recipe": recipe, "flags": RECIPES[recipe], "seeds": arguments.seeds, "unweighted_accuracy": figures}
-        with open(out / "evaluations.jsonl", "a", encoding="utf-8") as file:
+        line = {"recipe": recipe, "flags": RECIPES[recipe], "seeds": arguments.seeds, "figures": figures}
+        with (out / "evaluations.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name in figures[0]:
             values = [one[name] for one in figures]

@@ -224,3 +224,18 @@ def test_transcripts_that_crops_take_away_are_counted_before_training(rows, tmp_
         run(toy_recognizer(), rows, config, tmp_path / augment[0][:4])
         said = f"{count} of the {spoken} transcripts in the first epoch belong to cropped utterances"
         assert (said in capsys.readouterr().err) == bool(count)
+
+
+def test_places_of_recordings_that_cannot_be_read_are_counted_before_training(rows, tmp_path, capsys):
+    rows[1].file.write_bytes(b"no sound")
+    config = replace(QUICK, epochs=1, balance=1.0, on_bad_audio="skip", max_bad_audio=0.1)
+    run(toy_recognizer(), rows, config, tmp_path / "run")
+    lost = draw_balanced([(row.corpus, row.emotion) for row in rows], temperature=1.0, seed=0, epoch=0).count(1)
+    said = f"{lost} of the 20 places of the first epoch have recordings that cannot be read"
+    assert lost > 1 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"focal": 2.0}, {"logit_adjustment": 1.0}])
+def test_what_changes_the_loss_of_emotions_is_refused_without_this_head(rows, tmp_path, change):
+    with pytest.raises(ConfigError, match=f"{next(iter(change))} changes the loss of emotions"):
+        run(toy_recognizer(heads=["ctc", "speaker"]), rows, replace(QUICK, **change), tmp_path / "run")

@@ -173,18 +173,19 @@ def test_places_hear_the_same_after_kills_with_any_number_of_workers_and_ranks(t
     with (tmp_path / "skewed/train.csv").open("a") as file:
         file.write(rows[4] + "\n")  # one that is sad, beside five of each other emotion
     toy_recognizer().save(tmp_path / "skewed/init")
-    options = "--balance 1 --save-every 1 --augment gain noise babble reverb telephone:p=0.5 clipping speed".split()
-    options.append("crop:seconds=0.3")
+    options = ["--balance", "1", "--save-every", "1", "--augment", "gain", "noise", "babble", "reverb"]
+    options += ["telephone:p=0.5", "clipping", "speed", "crop:seconds=0.3"]
     with Run(tmp_path / "skewed", tmp_path / "whole", *options) as whole:
         assert whole.end() == 0, whole.said()
-    with Run(tmp_path / "skewed", tmp_path / "killed", *options, "--workers", "1", restarts=2, PACE="0.1") as killed:
+    options += ["--workers", "1"]
+    with Run(tmp_path / "skewed", tmp_path / "killed", *options, restarts=2, PACE="0.1") as killed:
         for attempt in range(2):
             kill_at_random(killed, random.Random(attempt), attempt=attempt)
         assert killed.end() == 0, killed.said()
         assert {line["attempt"] for line in killed.lines(0)} == {0, 1, 2}
     assert same_utterances(killed, whole)
     assert_identical(checkpoints(killed.out)[-1], checkpoints(whole.out)[-1])
-    with Run(tmp_path / "skewed", tmp_path / "alone", *options, "--workers", "4", processes=1) as alone:
+    with Run(tmp_path / "skewed", tmp_path / "alone", *options[:-1], "4", processes=1) as alone:
         assert alone.end() == 0, alone.said()
     per_update = [[line["items"] for line in whole.lines(rank)] for rank in (0, 1)]
     for both, one in zip(zip(*per_update, strict=True), alone.lines(0), strict=True):

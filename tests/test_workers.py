@@ -54,7 +54,7 @@ def test_batches_come_in_order_and_no_process_is_left():
 
 
 class Heard(torch.utils.data.Dataset):
-    """Recordings of 8 kHz, from 2 s, as training hears them: with 3 threads the last bits of the first would differ."""
+    """Recordings of 8 kHz, from 2 s on, as training hears them; 3 threads would change last bits of the first."""
 
     def __getitem__(self, index: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(index)

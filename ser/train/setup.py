@@ -5,7 +5,7 @@ before the run's folder is touched.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -57,6 +57,9 @@ def head_weights(recognizer: Recognizer, config: TrainConfig) -> dict[str, float
     if not any(weights.values()):
         reason = f"the weights of all heads ({', '.join(heads)}) are 0; see --alpha, --beta, --gamma"
         raise ConfigError(f"nothing would be trained: {reason}")
+    asked = [name for name in ("focal", "logit_adjustment") if getattr(config, name)]
+    if asked and "emotion" not in heads:
+        raise ConfigError(f"{asked[0]} changes the loss of emotions, but the heads are {', '.join(heads)}")
     return weights
 
 
@@ -153,6 +156,14 @@ def cut_texts(dataset: SpeechDataset, places: Places) -> list[str]:
     return [f"{lost}, so CTC does not learn from them"] if cut else []
 
 
+def unread_places(dataset: SpeechDataset, places: Places, unread: Container[str]) -> list[str]:
+    """Say in one note how many places of the first epoch balance gives to recordings that cannot be read."""
+    names = [dataset.utterances[i].id for i in places.indices] if unread else []
+    lost = sum(name in unread for name in names)
+    said = f"{lost} of the {len(names)} places of the first epoch have recordings that cannot be read"
+    return [said] if lost else []
+
+
 def make_ready(
     recognizer: Recognizer, sets: Sets, config: TrainConfig, weights: dict[str, float], bad_audio: BadAudio
 ) -> Data:
@@ -181,6 +192,9 @@ def make_ready(
         dataset, sampler.plan, weights, frames, concordant=concordant, epochs=config.epochs, unread=unread
     ):
         say(world, note)
+    if config.balance:
+        for note in unread_places(dataset, sampler.places(0), unread):
+            say(world, note)
     for note in cut_texts(dataset, sampler.places(0)) if weights.get("ctc") else ():
         say(world, note)
     return Data(dataset, sets["valid"], sampler, lengths)
