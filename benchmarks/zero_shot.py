@@ -44,6 +44,8 @@ RECIPES = {
     "plain": "--class-weights",
     "robust": "--class-weights --balance 1 "
     "--augment gain noise:snr=5..30,p=0.5 reverb:p=0.3 telephone:p=0.2 speed crop",
+    "light": "--class-weights --balance 0.5 "
+    "--augment speed:factors=0.85/0.92/1.0/1.08/1.15 noise:snr=15..40,p=0.3 reverb:p=0.2 telephone:p=0.1",
 }
 
 

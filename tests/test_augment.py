@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from toy import write_corpus
 
 from ser.audio import load_audio, resample
-from ser.cli import call
+from ser.cli import call, execute
 from ser.data.augment import (
     AUGMENTATIONS,
     KEPT,
@@ -38,7 +38,7 @@ from ser.data.labels import Labels
 from ser.data.manifest import Utterance, read_manifest
 from ser.data.sampler import Item, LengthBucketBatchSampler, evaluation_batches
 from ser.data.workers import decoded
-from ser.errors import ConfigError
+from ser.errors import AudioError, ConfigError
 
 
 def softer(waveform, generator):
@@ -572,7 +572,7 @@ def test_what_would_leave_less_than_a_model_s_first_frame_is_not_done(monkeypatc
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_recording_of_noise_that_cannot_be_read_ends_the_run_and_is_named(tmp_path, utterances, row, workers):
     (tmp_path / "broken.wav").write_bytes(b"RIFF, but no more")
-    with pytest.raises(ConfigError, match=r"an augmentation needs cannot be used: .*broken\.wav"):
+    with pytest.raises(ConfigError, match=r"^a recording .*an augmentation needs cannot be used: .*broken\.wav"):
         heard(utterances, [f"{row}:folder={tmp_path}"], workers=workers)
 
 
@@ -689,3 +689,12 @@ def test_the_command_refuses_in_one_line_and_replaces_nothing(tmp_path, utteranc
         command(*words, "--play-to", tmp_path)
     assert message in end.value.code and "\n" not in end.value.code
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_the_command_writes_nothing_where_a_later_recording_cannot_be_decoded(tmp_path, utterances):
+    good, bad = utterances[0].file, tmp_path / "bad.flac"
+    soundfile.write(bad, speech(1), 16_000)
+    bad.write_bytes(bad.read_bytes()[:2000])
+    with pytest.raises(AudioError, match=r"bad\.flac"):
+        execute("augment", [str(good), str(bad), "--augment", "gain", "--play-to", str(tmp_path / "heard")])
+    assert not list(tmp_path.glob("heard/*"))

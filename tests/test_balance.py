@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -239,3 +240,70 @@ def test_places_of_recordings_that_cannot_be_read_are_counted_before_training(ro
 def test_what_changes_the_loss_of_emotions_is_refused_without_this_head(rows, tmp_path, change):
     with pytest.raises(ConfigError, match=f"{next(iter(change))} changes the loss of emotions"):
         run(toy_recognizer(heads=["ctc", "speaker"]), rows, replace(QUICK, **change), tmp_path / "run")
+
+
+def test_a_class_that_balance_never_draws_and_the_corpora_that_it_draws_from_are_told(rows, tmp_path, capsys):
+    unlabelled = [replace(row, labels={k: v for k, v in row.labels.items() if k != "emotion"}) for row in rows]
+    small = [replace(rows[0], id="rare", start=0.0, end=0.1)]
+    small += [replace(u, id=f"{u.id}-{k}", start=0.0, end=0.1 + 0.01 * k) for u in unlabelled for k in (1, 2, 3)]
+    mixed = [replace(row, extra={"corpus": "small"}) for row in small]
+    mixed += [replace(row, extra={"corpus": f"large{i % 5}"}) for i, row in enumerate(rows)]
+    run(toy_recognizer(), mixed, replace(QUICK, epochs=1, balance=1.0), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "balance: of the corpora small (61), large0 (4), large1 (4)" in said
+    assert f"no place in any epoch: {rows[0].emotion} of small" in said
+
+
+def test_other_corpora_cannot_be_resumed_where_balance_draws_from_them(rows, tmp_path):
+    config = replace(QUICK, epochs=1)
+    other = [replace(row, extra={"corpus": "third"}) if row.corpus == "small" else row for row in rows]
+    for balance, raises in (
+        (1.0, pytest.raises(SerError, match=r"data\.train: other corpora")),
+        (0.0, nullcontext()),
+    ):
+        changed = replace(config, balance=balance)
+        run(toy_recognizer(), rows, changed, tmp_path / f"{balance}")
+        with raises:
+            run(toy_recognizer(), other, changed, tmp_path / f"{balance}")
+
+
+def test_a_run_in_which_no_transcript_survives_is_refused_and_those_that_do_not_fit_are_counted(
+    rows, tmp_path, capsys
+):
+    alone = replace(QUICK, epochs=2, heads="ctc", augment=("crop:seconds=0.1",))
+    with pytest.raises(ConfigError, match="crop and speed leave none of the 15 transcripts"):
+        run(toy_recognizer(heads=["ctc"]), rows, alone, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    fast = ("speed:factors=2", "speed:factors=2", "speed:factors=2")
+    run(toy_recognizer(), rows, replace(QUICK, epochs=1, augment=fast), tmp_path / "fast")
+    assert "have more symbols than frames, as their utterances are heard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("augment", [(), ("speed:factors=0.5",)])
+def test_speed_is_changed_in_a_run_only_where_the_number_of_updates_does_not_follow_from_lengths(
+    rows, tmp_path, capsys, augment
+):
+    config = replace(
+        QUICK, epochs=2, effective_batch=0, batch_seconds=2.0, augment=augment, save_every="1", keep=99
+    )
+    run(toy_recognizer(), rows, config, tmp_path / "seconds")
+    faster = ("speed:factors=2",)
+    with pytest.raises(SerError, match="goes on only with the same augment"):
+        fit(toy_recognizer(), rows, [], replace(config, augment=faster), tmp_path / "seconds", world=World(),
+            allow_changes=["augment"])  # fmt: skip
+    assert (tmp_path / "seconds/last").is_dir(), "nothing was set aside"
+    config = replace(QUICK, epochs=2, augment=augment, save_every="1", keep=99)
+    run(toy_recognizer(), rows, config, tmp_path / "count")
+    fit(toy_recognizer(), rows, [], replace(config, augment=faster), tmp_path / "count", world=World(),
+        allow_changes=["augment"], resume_from="step-00000002")  # fmt: skip
+    assert "the rest of this epoch is planned anew" in capsys.readouterr().err
+
+
+def test_validation_is_without_logit_adjustment(rows, tmp_path):
+    losses = []
+    for tau in (0.0, 2.0):
+        config = replace(QUICK, epochs=1, rate=1e-12, logit_adjustment=tau)
+        recognizer = toy_recognizer(heads=["emotion"])
+        few = [row for row in rows if row.emotion != "sad"] + rows[3:4]
+        losses.append(fit(recognizer, few, rows, config, tmp_path / f"{tau}", world=World()).evaluation.losses)
+    assert losses[0] == pytest.approx(losses[1])

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ser.audio import SAMPLE_RATE, audio_info, load_audio
+from ser.audio import SAMPLE_RATE, load_audio
 from ser.data.augment import AUGMENTATIONS, augmented
 from ser.data.demo_corpus import write_wav
 from ser.data.manifest import Utterance
@@ -64,7 +64,7 @@ def run(arguments: Namespace) -> int:
     """Augment, write and tell."""
     files = plan_files(arguments)
     for file in arguments.files:
-        audio_info(file)  # so that nothing is written where one cannot be read
+        load_audio(file)  # so that nothing is written where one cannot be read
     rows = [Utterance(str(number), file) for number, file in enumerate(arguments.files)]
     chain = augmented(arguments.augment, arguments.seed, rows)
     with written(arguments.play_to):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ser.errors import ConfigError, ResourceError
+from ser.errors import ConfigError, ResourceError, SerError
 
 WORKER_SECONDS = 600.0  # the default limit of a wait for a worker
 CONTINUE = "give the same command again to continue"
@@ -157,10 +157,18 @@ def all_ended(loader: Any, patience: Patience) -> Iterator[None]:
 def lost_worker_explained(patience: Patience, then: str) -> Iterator[None]:
     """Raise ResourceError if ``patience`` killed a worker, or a worker died while this process waited for it.
 
+    An error of the data set in a worker is raised as it was there.
+
     The batch of a dead worker is fetched through a socket, which may fail before torch notices the death.
     """
     try:
         yield
+    except SerError as error:
+        if error is patience.fault or not str(error).startswith("Caught "):
+            raise
+        # Torch puts the traceback of the worker before the message of an error of the data set.
+        kind = type(error)
+        raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()) from error
     except Exception as error:
         if patience.given_up:
             raise ResourceError(

@@ -307,7 +307,7 @@ def evaluate(
     recognizer.require_single_label("for an evaluation")
     world = world or World(device=recognizer.device)
     bad_audio = bad_audio or BadAudio(world)
-    objective = objective or equal_weights(recognizer)
+    objective = replace(objective or equal_weights(recognizer), adjustment=None)  # it is for training alone
     dataset = utterances if isinstance(utterances, SpeechDataset) else recognizer.dataset(utterances)
     loader, count = open_batches(dataset, recognizer, bad_audio, **decoding)
     tally = Tally(recognizer, dataset, objective, keep_rows=keep_rows)

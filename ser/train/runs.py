@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ser.data.augment import augmented
 from ser.data.text import did_you_mean
 from ser.errors import ConfigError, RunFolderError
 from ser.files import clear_remains, remove_folder, sync, write_json
@@ -118,6 +119,21 @@ def refuse_changes(checkpoint: Path, differences: Mapping[str, str], allowed: se
     raise RunFolderError("\n  ".join(told))
 
 
+def refuse_other_lengths(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Refuse another ``augment`` if the number of updates follows from it; say if it plans an epoch anew."""
+    before = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
+    chains = [augmented(one.get("augment", []), seed=0) for one in (before, settings)]
+    if not any(chain.resizes for chain in chains):
+        return []
+    if settings["batch_seconds"]:
+        raise RunFolderError(
+            f"{checkpoint}: with batch_seconds the number of updates follows from the lengths of utterances, "
+            "which speed and crop change; so this run goes on only with the same augment"
+        )
+    half = "the rest of this epoch is planned anew, so it has some utterances again and others not"
+    return [half] if read_progress(checkpoint).update else []
+
+
 def reopened(folder: Path, settings: dict[str, Any], resume_from: str | Path | None, allowed: set[str]) -> Opened:
     """Do what `open_run` does in a folder that has checkpoints."""
     named = find_checkpoint(folder, resume_from) if resume_from is not None else None
@@ -130,6 +146,7 @@ def reopened(folder: Path, settings: dict[str, Any], resume_from: str | Path | N
     differences = differing_settings(checkpoint / SETTINGS, settings)
     refuse_changes(checkpoint, differences, allowed)
     notes += [f"changed on purpose: {text}" for text in differences.values()]
+    notes += refuse_other_lengths(checkpoint, settings) if "augment" in differences else []
     if "init" in differences:  # keep the true origin of the checkpoint's weights in the record
         before = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
         settings |= {name: before[name] for name in ("init", "init_content") if name in before}

@@ -5,6 +5,7 @@ before the run's folder is touched.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from ser.data.dataset import SpeechDataset
 from ser.data.labels import NO_LABEL, PLURALS, collate_labels, known
 from ser.data.manifest import Utterance
 from ser.data.sampler import Item, LengthBucketBatchSampler, Places, draw_balanced
-from ser.errors import ConfigError, RunFolderError, SerError, printable
+from ser.data.text import minimum_frames
+from ser.errors import ConfigError, RunFolderError, SerError, printable, summary
+from ser.models.config import Wav2Vec2Config
 from ser.recognizer import Recognizer
 from ser.train.bad_audio import BadAudio
 from ser.train.cache import Cache, choose_kind, fill_cache
 from ser.train.checkpoint import Progress, Saver, load_checkpoint
 from ser.train.config import TrainConfig
-from ser.train.content import contents, fingerprint
+from ser.train.content import contents, fingerprint, rows_sha256
 from ser.train.distributed import World
 from ser.train.log import say
 from ser.train.losses import LOSSES, Objective
@@ -127,12 +130,17 @@ def without_long(
     return shorter
 
 
+def groups_of(dataset: SpeechDataset) -> list[tuple[str, str]]:
+    """Return the corpus and the emotion of each utterance, between which balance draws; "" where unknown."""
+    return [(u.corpus, u.emotion or "") for u in dataset.utterances]
+
+
 def places_of(dataset: SpeechDataset, config: TrainConfig) -> Callable[[int], Places] | None:
     """Return the function that draws the places of an epoch; None where each utterance has one, as it is."""
     resizes = dataset.augment is not None and dataset.augment.resizes
     if not config.balance and not resizes:
         return None
-    groups = [(u.extra.get("corpus") or "", u.emotion or "") for u in dataset.utterances]
+    groups = groups_of(dataset) if config.balance else []
 
     @lru_cache(maxsize=1)  # the checks before training ask for the first epoch again and again
     def places(epoch: int) -> Places:
@@ -146,22 +154,51 @@ def places_of(dataset: SpeechDataset, config: TrainConfig) -> Callable[[int], Pl
     return places
 
 
-def cut_texts(dataset: SpeechDataset, places: Places) -> list[str]:
-    """Say how many transcripts augmentations take away in the first epoch, in one note or none."""
+def heard_texts(dataset: SpeechDataset, places: Places, shape: Wav2Vec2Config, epoch: int) -> tuple[int, int, int]:
+    """Count the transcripts of an epoch, those that crops take away, and those with more symbols than frames."""
+    items = [Item(i, 1.0, epoch, place) for place, i in enumerate(places.indices) if dataset.labels["ctc"][i]]
+    heard = [dataset.labels_at(item)["ctc"] for item in items]
+    frames = shape.num_frames(torch.tensor([places.lengths[item.place] for item in items], dtype=torch.int64))
+    short = sum(minimum_frames(text) > there for text, there in zip(heard, frames.tolist(), strict=True))
+    return len(items), sum(not text for text in heard), short
+
+
+def check_heard_texts(
+    dataset: SpeechDataset, sampler: LengthBucketBatchSampler, shape: Wav2Vec2Config, *, epochs: int, alone: bool
+) -> list[str]:
+    """Say how many transcripts of the first epoch augmentations spoil; refuse to spoil all if CTC is ``alone``."""
     if dataset.augment is None or not dataset.augment.resizes:
         return []
-    items = [Item(i, 1.0, 0, place) for place, i in enumerate(places.indices) if dataset.labels["ctc"][i]]
-    cut = sum(not dataset.labels_at(item)["ctc"] for item in items)
-    lost = f"{cut} of the {len(items)} transcripts in the first epoch belong to cropped utterances"
-    return [f"{lost}, so CTC does not learn from them"] if cut else []
+    count, cut, short = heard_texts(dataset, sampler.places(0), shape, 0)
+    spoilt = cut + short == count
+    later = (heard_texts(dataset, sampler.places(epoch), shape, epoch) for epoch in range(1, epochs))
+    if alone and spoilt and all(a + b == n for n, a, b in later):
+        raise ConfigError(
+            f"no update would have a gradient: crop and speed leave none of the {count} transcripts; see --augment"
+        )
+    of = f"of the {count} transcripts in the first epoch"
+    notes = [f"{cut} {of} belong to cropped utterances, so CTC does not learn from them"] if cut else []
+    return notes + (
+        [f"{short} {of} have more symbols than frames, as their utterances are heard"] if short else []
+    )
 
 
-def unread_places(dataset: SpeechDataset, places: Places, unread: Container[str]) -> list[str]:
-    """Say in one note how many places of the first epoch balance gives to recordings that cannot be read."""
+def balance_notes(dataset: SpeechDataset, places: Places, unread: Container[str]) -> list[str]:
+    """Say what balance draws from, what it never draws, and how many places cannot be heard."""
+    groups, drawn = groups_of(dataset), {*places.indices}
+    corpora, heard = Counter(corpus for corpus, _ in groups), {groups[i] for i in drawn}
+    notes = []
+    if len(corpora) > 1:
+        listed = ", ".join(f"{corpus or 'none'} ({count})" for corpus, count in corpora.items())
+        notes.append(f"balance: of the corpora {printable(listed)}")
+    if never := sorted({*groups} - heard):
+        listed = printable(summary((" of ".join(filter(None, (name, corpus))) for corpus, name in never), 20))
+        notes.append(f"balance: so rare that they have no place in any epoch: {listed}")
     names = [dataset.utterances[i].id for i in places.indices] if unread else []
-    lost = sum(name in unread for name in names)
-    said = f"{lost} of the {len(names)} places of the first epoch have recordings that cannot be read"
-    return [said] if lost else []
+    if lost := sum(name in unread for name in names):
+        said = f"{lost} of the {len(names)} places of the first epoch have recordings that cannot be read"
+        notes.append(said)
+    return notes
 
 
 def make_ready(
@@ -193,10 +230,12 @@ def make_ready(
     ):
         say(world, note)
     if config.balance:
-        for note in unread_places(dataset, sampler.places(0), unread):
+        for note in balance_notes(dataset, sampler.places(0), unread):
             say(world, note)
-    for note in cut_texts(dataset, sampler.places(0)) if weights.get("ctc") else ():
-        say(world, note)
+    if weights.get("ctc"):
+        alone = not any(weight for head, weight in weights.items() if head != "ctc")
+        for note in check_heard_texts(dataset, sampler, shape, epochs=config.epochs, alone=alone):
+            say(world, note)
     return Data(dataset, sets["valid"], sampler, lengths)
 
 
@@ -250,6 +289,8 @@ def settings_to_record(
     settings["model"] = describe(recognizer)
     settings["data"] = {name: fingerprint(part) for name, part in data.sets.items()}
     settings["content"] = {name: contents(part.utterances, part.lengths) for name, part in data.sets.items()}
+    if config.balance:  # which draws between corpora
+        settings["content"]["train"]["corpora"] = rows_sha256((u.corpus,) for u in data.train.utterances)
     return settings
 
 
