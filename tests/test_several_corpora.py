@@ -382,6 +382,31 @@ def test_usual_names_are_recorded_and_read_again(tmp_path):
     assert emotions(rows["train"]) == ["joy", "calm", "x", "calm"]
 
 
+def mapped(folder: Path, own: dict, common: dict, *, a: str, b: str) -> list[str | None]:
+    """The emotions of two corpora, after the own map of a, the common map and usual names."""
+    rows = {name: ",".join(["1.wav", emotion, "s", "u"]) for name, emotion in (("a", a), ("b", b))}
+    files = {name: manifest(folder / f"{name}/train.csv", row) for name, row in rows.items()}
+    path = listing(folder / "list.json", [{"path": files["a"], "map": own}, {"path": files["b"]}])
+    one = chosen("--map", json.dumps(common), train=[path])
+    sets = {"train": one["train"].read(check_files=False)}
+    return emotions(with_usual_names(one, sets, print)[1]["train"])
+
+
+@pytest.mark.parametrize(
+    ("own", "common", "a", "b", "expected"),
+    [
+        ({"joy": None}, {}, "joy", "happy", [None, "happy"]),
+        ({"joy": None}, {}, "joy", "joy", [None, "happy"]),  # the map of a says nothing of b
+        ({}, {"excitement": "happy"}, "excitement", "excited", ["happy", "excited"]),
+        ({}, {"happiness": "joy"}, "happiness", "happy", ["joy", "joy"]),
+        ({"J": "happiness"}, {"happiness": "joy"}, "J", "happy", ["joy", "joy"]),
+        ({"joy": "joy"}, {}, "joy", "happy", ["joy", "joy"]),
+    ],
+)
+def test_a_name_that_a_map_drops_or_replaces_is_no_name_for_other_emotions(tmp_path, own, common, a, b, expected):
+    assert mapped(tmp_path, own, common, a=a, b=b) == expected
+
+
 def test_one_manifest_in_training_is_never_renamed(tmp_path, capsys):
     write_corpora(tmp_path)
     options = {"train": paths(tmp_path, "train", "emo"), "valid": paths(tmp_path, "valid", "emo")}

@@ -239,9 +239,9 @@ class Selection:
 
     @property
     def chosen_names(self) -> set[str]:
-        """Return the emotions that stand in a map, old names and new ones."""
-        pairs = map_for(self.all_maps(), "emotion").items()
-        return {name for pair in pairs for name in pair if name is not None}
+        """Return the emotions that the maps make in the end, without those that they replace or drop."""
+        maps = [several.composed(source.map, self.label_map) for source in self.sources] or [self.label_map]
+        return {new for one in maps for new in map_for(one, "emotion").values() if new is not None}
 
     def __str__(self) -> str:
         """Return a readable name of the selection."""

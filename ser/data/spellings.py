@@ -306,7 +306,7 @@ def usual_names(
 
     Args:
         names: emotions of several corpora.
-        kept: names in a map of the user. They stay, and other names of the same emotion become such a name.
+        kept: names that a map of the user makes. They stay, and other names of the same emotion become them.
         classes: the classes of a model that is evaluated. Then a name changes only if it is not a class but
             another name of exactly one class, and it becomes that class.
     """
