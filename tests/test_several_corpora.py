@@ -340,6 +340,9 @@ def test_the_usual_names_are_words_that_stand_once():
         (["calm", "neutral"], {}, {"calm": None}),
         (["joy", "happiness", "calm"], {"kept": ["joy", "calm"]}, {"happiness": "joy"}),
         (["joy", "sad"], {"kept": ["joy", "happiness"]}, {}),
+        (["joy", "happy", "fear", "calm"], {"known": ["joy", "calm"]}, {"happy": "joy", "fear": "fearful"}),
+        (["joy", "happy", "fear"], {"known": ["joy", "fear"], "kept": ["happy"]}, {"joy": "happy"}),
+        (["joy", "happy", "happiness"], {"known": ["joy", "happy"]}, {"happiness": "happy"}),
         (["joy", "fear", "calm"], {"classes": ["happiness", "sad"]}, {"joy": "happiness"}),
         (["happy"], {"classes": ["joy", "happiness"]}, {}),
         (["Happy", "joy"], {"classes": ["happy", "joy"]}, {}),
@@ -415,6 +418,22 @@ def test_one_manifest_in_training_is_never_renamed(tmp_path, capsys):
     assert record["emotions"] == ["anger", "joy", "neutral", "sadness"]
     assert "sources" not in record["settings"]["train"] and "usual names" not in capsys.readouterr().err
     assert "corpora" not in record["evaluations"][0]
+
+
+def test_training_on_several_corpora_keeps_the_classes_of_the_model_that_it_begins_with(tmp_path, capsys):
+    write_corpora(tmp_path)
+    for name in NAMES:
+        sets = {part: paths(tmp_path, part, name) for part in ("train", "valid")}
+        train(tmp_path, tmp_path / name / "run", "--heads", "emotion", **sets)
+    capsys.readouterr()
+    words = ["--heads", "emotion", "--map", '{"calm": "neutral"}']
+    train(tmp_path, tmp_path / "run", *words, "--init", tmp_path / "emo/run/best")
+    said = capsys.readouterr().err
+    assert "angry (6) is anger; happy (6) is joy; sad (6) is sadness" in said and "is not kept" not in said
+    assert read_record(tmp_path / "run/best")["emotions"] == ["anger", "joy", "neutral", "sadness"]
+    train(tmp_path, tmp_path / "calm", "--heads", "emotion", "--init", tmp_path / "tess/run/best")
+    assert "calm (6)" not in capsys.readouterr().err
+    assert read_record(tmp_path / "calm/best")["emotions"] == ["angry", "calm", "happy", "neutral", "sad"]
 
 
 def test_one_manifest_with_a_column_corpus_is_not_renamed_either(tmp_path, capsys):

@@ -16,6 +16,7 @@ from typing import Any
 
 from ser.data import protocols, several
 from ser.data.corpora import divided_manifest
+from ser.data.labels import names_in
 from ser.data.manifest import Utterance, check_regular, collector_paused, map_for, parse_columns, read_manifest
 from ser.data.several import NamedManifest
 from ser.data.spellings import (
@@ -397,7 +398,12 @@ def selected_sets(
 
 
 def with_usual_names(
-    chosen: Mapping[str, Selection], sets: Sets, tell: Tell, *, classes: Collection[str] | None = None
+    chosen: Mapping[str, Selection],
+    sets: Sets,
+    tell: Tell,
+    *,
+    known: Collection[str] = (),
+    classes: Collection[str] | None = None,
 ) -> tuple[dict[str, Selection], Sets]:
     """Rename emotions to their usual names, and record this in the selections; see `usual_names`.
 
@@ -405,13 +411,34 @@ def with_usual_names(
         chosen: the selection of each set.
         sets: their utterances; the lists themselves are changed.
         tell: is called with a line if a name changes.
+        known: the classes of the model that training begins with.
         classes: the classes of the model that is evaluated; None: the sets are for training.
     """
     counts = Counter(u.emotion for utterances in sets.values() for u in utterances if u.emotion is not None)
     kept = {name for selection in chosen.values() for name in selection.chosen_names}
-    changes = usual_names(counts, kept=kept, classes=classes)
+    changes = usual_names(counts, kept=kept, known=known, classes=classes)
     if not changes or any(selection.no_usual_names for selection in chosen.values()):
         return dict(chosen), sets
     tell(usual_line(changes, counts))
     recorded = {name: replace(one, usual_names=one.usual_names | changes) for name, one in chosen.items()}
     return recorded, {name: rename(utterances, changes) for name, utterances in sets.items()}
+
+
+def named_for_training(
+    chosen: Mapping[str, Selection], sets: Sets, tell: Tell, *, known: Collection[str] = ()
+) -> tuple[dict[str, Selection], Sets]:
+    """Rename emotions as training does: to usual names if it has several corpora; a single one keeps its names.
+
+    In that case, validation data of other corpora get the names of the training data. The arguments are those of
+    `with_usual_names`; the first set is learnt from.
+    """
+    if not any(selection.sources for selection in chosen.values()):
+        return dict(chosen), sets
+    learnt = next(iter(sets.values()))
+    if len({u.corpus for u in learnt}) > 1:
+        return with_usual_names(chosen, sets, tell, known=known)
+    if "valid" not in sets:
+        return dict(chosen), sets
+    classes = names_in("emotion", (u.labels for u in learnt))
+    one, valid = with_usual_names({"valid": chosen["valid"]}, {"valid": sets["valid"]}, tell, classes=classes)
+    return {**chosen, **one}, sets | valid
