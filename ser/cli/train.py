@@ -67,7 +67,13 @@ from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import LoadReport, find_folder, read_encoder_config
 from ser.recognizer import Recognizer
 from ser.train.checkpoint import SETTINGS, newest_verified
-from ser.train.config import TrainConfig, add_training_arguments, paper_settings, training_config
+from ser.train.config import (
+    TrainConfig,
+    add_training_arguments,
+    learns_emotions,
+    paper_settings,
+    training_config,
+)
 from ser.train.content import weights_sha256
 from ser.train.distributed import World, joined_world
 from ser.train.log import say
@@ -200,14 +206,9 @@ def read(selection: Selection, config: TrainConfig, world: World) -> list[Uttera
     return selection.read(check_files=config.on_bad_audio == "fail", tell=partial(say, world))
 
 
-def learns_emotions(config: TrainConfig) -> bool:
-    """Tell whether emotions are trained on, if the data has them."""
-    return config.heads == "auto" or "emotion" in config.heads.split(",")
-
-
 def review(sets: Sets, selection: Selection, config: TrainConfig, world: World) -> None:
     """Print the classes of each set before training; refuse two spellings of one class."""
-    used = learns_emotions(config)
+    used = learns_emotions(config.heads)
     selection.review({"train": sets["train"]} | sets, partial(say, world), emotions=None if used else [])
 
 
@@ -229,7 +230,7 @@ def name_as_usual(
     chosen: dict[str, Selection], sets: Sets, arguments: Namespace, config: TrainConfig, world: World
 ) -> tuple[dict[str, Selection], Sets]:
     """Rename emotions to their usual names if there are several corpora; the classes of --init keep theirs."""
-    if not learns_emotions(config):
+    if not learns_emotions(config.heads):
         return chosen, sets
     known = labels_of(arguments.init, "emotion")
     return named_for_training(chosen, sets, partial(say, world), known=known)
