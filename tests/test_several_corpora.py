@@ -235,7 +235,7 @@ HOSTILE = [
     ('[{"path": "none.csv"}]', "none.csv: cannot be read: No such file"),
     ('[{"path": "a\\u0000b"}]', "is no name; name them"),
     ('[{"path": "a\\u0000b", "name": "a"}]', "cannot be read: "),
-    ('[{"path": "."}]', "not a regular file but a folder"),
+    ('[{"path": "."}]', "is a folder, and has no iemocap4.csv as preparing writes it"),
     ('[{"path": "a.csv", "root": "none"}]', "none, which is not a folder"),
     ('[{"path": "a.csv", "columns": {"emo": "x"}}]', "no column of ours is called 'emo'"),
 ]
@@ -270,6 +270,38 @@ def test_a_list_is_given_alone_and_a_manifest_in_json_is_no_list(tmp_path):
     assert len(rows_of(train=[lines])["train"]) == 2
     assert rows_of("--columns", "file=path", "emotion=name", train=[other])["train"][0].emotion == "joy"
     assert [u.id for u in rows_of(train=[a, lines])["train"]] == ["a/u1", "lines/1.wav", "lines/2.wav"]
+
+
+def test_a_list_whose_manifests_call_the_column_of_files_path_is_a_list(tmp_path):
+    for name in ("a", "b"):
+        manifest(tmp_path / f"{name}/train.csv", f"{name}.wav,sad,s1,u1", header="path,emotion,speaker,id")
+    listing(tmp_path / "rows.json", [{"path": "c.wav", "name": "joy"}])
+    items = [{"path": "a/train.csv"}, {"path": "b/train.csv", "name": "B"}, {"path": "rows.json"}]
+    path = listing(tmp_path / "list.json", items)
+    read = rows_of("--columns", "file=path", train=[path])["train"]
+    assert [u.id for u in read] == ["a/u1", "B/u1", "rows/c.wav"]
+    assert [u.file.name for u in read] == ["a.wav", "b.wav", "c.wav"]
+    for row in ({"path": "1.csv", "emotion": "sad"}, {"path": "1.wav"}):  # rows of a manifest
+        assert several.listed(listing(tmp_path / "one.json", [row]), "path") is None
+
+
+def test_the_folder_of_a_prepared_corpus_is_given_or_listed_like_its_manifest(tmp_path):
+    prepared = manifest(tmp_path / "prep/emodb.csv", "1.wav,sad,s1,u1")
+    other = manifest(tmp_path / "other.csv", "1.wav,sad,s1,u1")
+    path = listing(tmp_path / "list.json", [{"path": "prep"}, {"path": "other.csv"}])
+    for given in ([path], [str(tmp_path / "prep"), other]):
+        read = rows_of(train=given)["train"]
+        assert [(u.id, u.file) for u in read] == [
+            ("prep/u1", tmp_path / "prep/1.wav"),
+            ("other/u1", tmp_path / "1.wav"),
+        ]
+    parser = ArgumentParser()
+    add_data_arguments(parser)
+    arguments = parser.parse_args(["--data", str(tmp_path / "prep"), "--protocol", "column"])
+    one = selected_data(arguments, corpora=True)
+    assert one.sources[0].path == prepared
+    alone = selected_data(arguments).as_corpora()
+    assert (alone.sources, alone.sha256) == (one.sources, one.sha256), "so its fold is known again"
 
 
 # ------------------------------------------------------------------------------------------------------ roots
@@ -564,6 +596,24 @@ def test_a_changed_manifest_is_noticed_and_a_list_says_where_they_are_now(corpor
         shutil.copytree(tmp_path / name, moved / name)
     with pytest.raises(ManifestError, match=r"emo/train.csv: has changed since"):
         execute("evaluate", ["--verify", str(model)])
+
+
+def test_manifests_of_the_same_content_are_found_by_their_names_and_else_in_order(tmp_path):
+    for folder in ("old/a", "old/b", "new/a", "new/b"):
+        manifest(tmp_path / folder / "train.csv", "1.wav,sad,s1,u1")
+    (one,) = chosen(train=[str(tmp_path / f"old/{name}/train.csv") for name in "ab"]).values()
+
+    def found(*names: str, order: str) -> list[tuple[str, str | None]]:
+        items = [
+            {"path": f"new/{folder}/train.csv", "root": folder, "name": name}
+            for folder, name in zip(order, names, strict=False)
+        ]
+        sources = one.moved(listing(tmp_path / "now.json", items), None).sources
+        return [(str(Path(s.path).relative_to(tmp_path)), s.root and Path(s.root).name) for s in sources]
+
+    there = [("new/a/train.csv", "a"), ("new/b/train.csv", "b")]
+    assert found("b", "a", order="ba") == found("x", "y", order="ab") == found("b", "y", order="ba") == there
+    assert found("b", order="b") == [("old/a/train.csv", None), ("new/b/train.csv", "b")]
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
