@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,16 @@ from iemocap_tree import needs_iemocap, write_tree
 from toy import toy_recognizer, write_corpus
 
 from ser.cli import execute
-from ser.cli.crossval import device_shares
+from ser.cli.crossval import add_arguments, device_shares, parse, read_and_review
 from ser.data.manifest import read_manifest
 from ser.data.protocols import PROTOCOLS
+from ser.data.selection import Selection, selected_data
 from ser.errors import ConfigError, ManifestError, SerError
 from ser.scores.card import read_record, write_card
 from ser.scores.folds import best_on_test, pooled_curve
 from ser.scores.report import Outcomes
 from ser.train.config import TrainConfig, paper_settings
+from ser.train.content import contents
 from ser.train.processes import own_run
 
 pytestmark = pytest.mark.slow
@@ -222,6 +225,56 @@ def test_a_speaker_head_is_not_scored_on_strangers_but_on_turns_held_out_of_trai
     assert {e["selection"]["part"] for e in record["evaluations"]} == {"valid", "test", "known"}
     assert "held out to score the speaker head" in (session5 / "1/train.log").read_text()
     assert found["weights"] == "best" and "best_on_test" not in found
+
+
+# -------------------------------------------------------------------------------------------- several corpora
+
+
+def two_corpora(folder: Path, **names: dict) -> list:
+    """Options of a cross-validation over corpora a and b, whose emotions have these names, and their own maps."""
+    items = []
+    for name, (new, own) in names.items():
+        path = write_corpus(folder / name, 8, speakers=2)
+        text = path.read_text()
+        for emotion in new:
+            text = text.replace(emotion, new[emotion])
+        path.write_text(text)
+        items.append({"path": str(path), "name": name, "map": own})
+    (folder / "list.json").write_text(json.dumps(items))
+    toy_recognizer(heads=["emotion"]).save(folder / "init")
+    words = ["--data", folder / "list.json", "--protocol", "kfold:corpus:2", "--shares", "transcripts"]
+    return [*words, "--init", folder / "init", "--out", folder / "out", *QUICK, "--resamples", 5]
+
+
+def test_a_fold_with_usual_names_is_not_done_already_without_them(tmp_path, capsys):
+    options = two_corpora(tmp_path, a=({"angry": "anger"}, {}), b=({}, {}))
+    call("crossval", *options, "--folds", "a")
+    said = capsys.readouterr().out
+    assert "anger (2) is angry" in said and "all folds: 16 utterances; emotions angry 4, happy 4" in said
+    with pytest.raises(ConfigError, match=r"out/a: was begun with other settings(.|\n)*'no_usual_names': True"):
+        call("crossval", *options, "--folds", "a", "b", "--no-usual-names")
+    settings = json.loads((tmp_path / "out/a/settings.json").read_text())
+    run = json.loads((tmp_path / "out/a/run/config.json").read_text())
+    rows = Selection.from_dict(run["train"]).read()
+    assert settings["content"] == contents(rows), "what is compared has the names that training has"
+
+
+def reviewed(options: list, *more) -> list[str]:
+    """The emotions that a cross-validation finds, in order."""
+    parser = ArgumentParser()
+    add_arguments(parser)
+    arguments = parse(parser, [str(word) for word in (*options, *more)])
+    return sorted({str(u.emotion) for u in read_and_review(arguments, selected_data(arguments))})
+
+
+def test_names_that_training_unites_or_a_manifests_own_map_means_are_accepted_by_cross_validation(tmp_path):
+    one, other = {"angry": "anger", "sad": "odd"}, {"angry": "Anger", "sad": "Odd"}
+    options = two_corpora(tmp_path, a=(one, {}), b=(other, {"Odd": "Odd"}))
+    assert reviewed(options) == ["Odd", "angry", "happy", "neutral", "odd"]
+    for unchanged in (["--heads", "ctc"], ["--heads=speaker"], ["--evaluate-only", "models"]):
+        assert {"anger", "Anger"} < set(reviewed(options, *unchanged)), "no emotion is learnt"
+    with pytest.raises(ManifestError, match=r"'anger' .* and 'Anger'"):
+        reviewed(options, "--no-usual-names")
 
 
 # ------------------------------------------------------------------------------------------------ model cards

@@ -476,6 +476,24 @@ def test_a_model_does_not_differ_from_itself_and_differs_from_a_much_better_one(
         compare_predictions(first, Outcomes.of(EMOTIONS, [dict(r, emotion="sad") for r in rows]))
 
 
+def test_a_model_of_one_corpus_is_compared_with_a_model_of_several_on_the_same_recordings(tmp_path):
+    rows = [row | {"id": f"wav/{row['id']}"} for row in drawn(40)]
+
+    def written(corpus: str, rows: list[dict]) -> Outcomes:
+        named = [row | {"id": f"{corpus}/{row['id']}", "corpus": corpus} for row in rows]
+        write_rows(tmp_path / f"{corpus}.csv", [named], EMOTIONS, ("kind", "corpus"))
+        return Outcomes.read(tmp_path / f"{corpus}.csv", ())
+
+    alone, us, gb = Outcomes.of(EMOTIONS, rows), written("us", rows[::-1]), written("gb", rows)
+    same = compare_predictions(alone, alone, resamples=5)
+    assert compare_predictions(alone, us, resamples=5) == compare_predictions(us, alone, resamples=5) == same
+    twice = Outcomes.joined([us, gb])
+    for first, second in ((gb, us), (alone, twice), (twice, alone), (us, written("us", rows[1:]))):
+        with pytest.raises(ConfigError, match="not of the same utterances"):
+            compare_predictions(first, second)
+    assert compare_predictions(twice, twice, resamples=5)["utterances"] == 80
+
+
 def test_mcnemar_is_the_exact_binomial_test():
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(1, 0) == pytest.approx(1.0)

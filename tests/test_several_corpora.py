@@ -235,7 +235,7 @@ HOSTILE = [
     ('[{"path": "none.csv"}]', "none.csv: cannot be read: No such file"),
     ('[{"path": "a\\u0000b"}]', "is no name; name them"),
     ('[{"path": "a\\u0000b", "name": "a"}]', "cannot be read: "),
-    ('[{"path": "."}]', "not a regular file but a folder"),
+    ('[{"path": "."}]', "is a folder, and has no iemocap4.csv as preparing writes it"),
     ('[{"path": "a.csv", "root": "none"}]', "none, which is not a folder"),
     ('[{"path": "a.csv", "columns": {"emo": "x"}}]', "no column of ours is called 'emo'"),
 ]
@@ -270,6 +270,38 @@ def test_a_list_is_given_alone_and_a_manifest_in_json_is_no_list(tmp_path):
     assert len(rows_of(train=[lines])["train"]) == 2
     assert rows_of("--columns", "file=path", "emotion=name", train=[other])["train"][0].emotion == "joy"
     assert [u.id for u in rows_of(train=[a, lines])["train"]] == ["a/u1", "lines/1.wav", "lines/2.wav"]
+
+
+def test_a_list_whose_manifests_call_the_column_of_files_path_is_a_list(tmp_path):
+    for name in ("a", "b"):
+        manifest(tmp_path / f"{name}/train.csv", f"{name}.wav,sad,s1,u1", header="path,emotion,speaker,id")
+    listing(tmp_path / "rows.json", [{"path": "c.wav", "name": "joy"}])
+    items = [{"path": "a/train.csv"}, {"path": "b/train.csv", "name": "B"}, {"path": "rows.json"}]
+    path = listing(tmp_path / "list.json", items)
+    read = rows_of("--columns", "file=path", train=[path])["train"]
+    assert [u.id for u in read] == ["a/u1", "B/u1", "rows/c.wav"]
+    assert [u.file.name for u in read] == ["a.wav", "b.wav", "c.wav"]
+    for row in ({"path": "1.csv", "emotion": "sad"}, {"path": "1.wav"}):  # rows of a manifest
+        assert several.listed(listing(tmp_path / "one.json", [row]), "path") is None
+
+
+def test_the_folder_of_a_prepared_corpus_is_given_or_listed_like_its_manifest(tmp_path):
+    prepared = manifest(tmp_path / "prep/emodb.csv", "1.wav,sad,s1,u1")
+    other = manifest(tmp_path / "other.csv", "1.wav,sad,s1,u1")
+    path = listing(tmp_path / "list.json", [{"path": "prep"}, {"path": "other.csv"}])
+    for given in ([path], [str(tmp_path / "prep"), other]):
+        read = rows_of(train=given)["train"]
+        assert [(u.id, u.file) for u in read] == [
+            ("prep/u1", tmp_path / "prep/1.wav"),
+            ("other/u1", tmp_path / "1.wav"),
+        ]
+    parser = ArgumentParser()
+    add_data_arguments(parser)
+    arguments = parser.parse_args(["--data", str(tmp_path / "prep"), "--protocol", "column"])
+    one = selected_data(arguments, corpora=True)
+    assert one.sources[0].path == prepared
+    alone = selected_data(arguments).as_corpora()
+    assert (alone.sources, alone.sha256) == (one.sources, one.sha256), "so its fold is known again"
 
 
 # ------------------------------------------------------------------------------------------------------ roots
@@ -340,6 +372,9 @@ def test_the_usual_names_are_words_that_stand_once():
         (["calm", "neutral"], {}, {"calm": None}),
         (["joy", "happiness", "calm"], {"kept": ["joy", "calm"]}, {"happiness": "joy"}),
         (["joy", "sad"], {"kept": ["joy", "happiness"]}, {}),
+        (["joy", "happy", "fear", "calm"], {"known": ["joy", "calm"]}, {"happy": "joy", "fear": "fearful"}),
+        (["joy", "happy", "fear"], {"known": ["joy", "fear"], "kept": ["happy"]}, {"joy": "happy"}),
+        (["joy", "happy", "happiness"], {"known": ["joy", "happy"]}, {"happiness": "happy"}),
         (["joy", "fear", "calm"], {"classes": ["happiness", "sad"]}, {"joy": "happiness"}),
         (["happy"], {"classes": ["joy", "happiness"]}, {}),
         (["Happy", "joy"], {"classes": ["happy", "joy"]}, {}),
@@ -382,6 +417,31 @@ def test_usual_names_are_recorded_and_read_again(tmp_path):
     assert emotions(rows["train"]) == ["joy", "calm", "x", "calm"]
 
 
+def mapped(folder: Path, own: dict, common: dict, *, a: str, b: str) -> list[str | None]:
+    """The emotions of two corpora, after the own map of a, the common map and usual names."""
+    rows = {name: ",".join(["1.wav", emotion, "s", "u"]) for name, emotion in (("a", a), ("b", b))}
+    files = {name: manifest(folder / f"{name}/train.csv", row) for name, row in rows.items()}
+    path = listing(folder / "list.json", [{"path": files["a"], "map": own}, {"path": files["b"]}])
+    one = chosen("--map", json.dumps(common), train=[path])
+    sets = {"train": one["train"].read(check_files=False)}
+    return emotions(with_usual_names(one, sets, print)[1]["train"])
+
+
+@pytest.mark.parametrize(
+    ("own", "common", "a", "b", "expected"),
+    [
+        ({"joy": None}, {}, "joy", "happy", [None, "happy"]),
+        ({"joy": None}, {}, "joy", "joy", [None, "happy"]),  # the map of a says nothing of b
+        ({}, {"excitement": "happy"}, "excitement", "excited", ["happy", "excited"]),
+        ({}, {"happiness": "joy"}, "happiness", "happy", ["joy", "joy"]),
+        ({"J": "happiness"}, {"happiness": "joy"}, "J", "happy", ["joy", "joy"]),
+        ({"joy": "joy"}, {}, "joy", "happy", ["joy", "joy"]),
+    ],
+)
+def test_a_name_that_a_map_drops_or_replaces_is_no_name_for_other_emotions(tmp_path, own, common, a, b, expected):
+    assert mapped(tmp_path, own, common, a=a, b=b) == expected
+
+
 def test_one_manifest_in_training_is_never_renamed(tmp_path, capsys):
     write_corpora(tmp_path)
     options = {"train": paths(tmp_path, "train", "emo"), "valid": paths(tmp_path, "valid", "emo")}
@@ -390,6 +450,22 @@ def test_one_manifest_in_training_is_never_renamed(tmp_path, capsys):
     assert record["emotions"] == ["anger", "joy", "neutral", "sadness"]
     assert "sources" not in record["settings"]["train"] and "usual names" not in capsys.readouterr().err
     assert "corpora" not in record["evaluations"][0]
+
+
+def test_training_on_several_corpora_keeps_the_classes_of_the_model_that_it_begins_with(tmp_path, capsys):
+    write_corpora(tmp_path)
+    for name in NAMES:
+        sets = {part: paths(tmp_path, part, name) for part in ("train", "valid")}
+        train(tmp_path, tmp_path / name / "run", "--heads", "emotion", **sets)
+    capsys.readouterr()
+    words = ["--heads", "emotion", "--map", '{"calm": "neutral"}']
+    train(tmp_path, tmp_path / "run", *words, "--init", tmp_path / "emo/run/best")
+    said = capsys.readouterr().err
+    assert "angry (6) is anger; happy (6) is joy; sad (6) is sadness" in said and "is not kept" not in said
+    assert read_record(tmp_path / "run/best")["emotions"] == ["anger", "joy", "neutral", "sadness"]
+    train(tmp_path, tmp_path / "calm", "--heads", "emotion", "--init", tmp_path / "tess/run/best")
+    assert "calm (6)" not in capsys.readouterr().err
+    assert read_record(tmp_path / "calm/best")["emotions"] == ["angry", "calm", "happy", "neutral", "sad"]
 
 
 def test_one_manifest_with_a_column_corpus_is_not_renamed_either(tmp_path, capsys):
@@ -520,6 +596,24 @@ def test_a_changed_manifest_is_noticed_and_a_list_says_where_they_are_now(corpor
         shutil.copytree(tmp_path / name, moved / name)
     with pytest.raises(ManifestError, match=r"emo/train.csv: has changed since"):
         execute("evaluate", ["--verify", str(model)])
+
+
+def test_manifests_of_the_same_content_are_found_by_their_names_and_else_in_order(tmp_path):
+    for folder in ("old/a", "old/b", "new/a", "new/b"):
+        manifest(tmp_path / folder / "train.csv", "1.wav,sad,s1,u1")
+    (one,) = chosen(train=[str(tmp_path / f"old/{name}/train.csv") for name in "ab"]).values()
+
+    def found(*names: str, order: str) -> list[tuple[str, str | None]]:
+        items = [
+            {"path": f"new/{folder}/train.csv", "root": folder, "name": name}
+            for folder, name in zip(order, names, strict=False)
+        ]
+        sources = one.moved(listing(tmp_path / "now.json", items), None).sources
+        return [(str(Path(s.path).relative_to(tmp_path)), s.root and Path(s.root).name) for s in sources]
+
+    there = [("new/a/train.csv", "a"), ("new/b/train.csv", "b")]
+    assert found("b", "a", order="ba") == found("x", "y", order="ab") == found("b", "y", order="ba") == there
+    assert found("b", order="b") == [("old/a/train.csv", None), ("new/b/train.csv", "b")]
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:

@@ -51,15 +51,15 @@ import ser
 from ser.cli import errors_told as usual_errors_told
 from ser.data.manifest import Utterance
 from ser.data.protocols import Protocol, check_fold, find_fold, to_table, usual_known_turns
-from ser.data.selection import Selection, add_data_arguments, selected_data
-from ser.data.spellings import check_spellings, label_lines
+from ser.data.selection import Selection, add_data_arguments, named_for_training, selected_data
 from ser.errors import ConfigError, FileError, indented, printable
 from ser.files import digest, write_json
-from ser.folder import is_preset
+from ser.folder import is_preset, labels_of
 from ser.models.pretrained import find_folder
 from ser.scores import folds as pooling
 from ser.scores.pictures import draw, draw_curves, needs_matplotlib
 from ser.scores.report import PARTS, Outcomes, Report, four_digits, shared_line, table
+from ser.train.config import learns_emotions
 from ser.train.content import NAMES, contents, weights_sha256
 from ser.train.processes import PREEMPTED, following, stop_on_signals
 from ser.train.runs import MAY_CHANGE
@@ -175,7 +175,7 @@ def fold_settings(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, 
     Earlier releases recorded the content of the manifest as a file, and none of --vocab.
     """
     kept = {name: v for name, v in settings.items() if name in other or name not in ("content", "vocab_sha256")}
-    names = NAMES if "content" in kept else ("sha256", "columns", *NAMES)
+    names = ("no_usual_names", *NAMES) if "content" in kept else ("sha256", "columns", *NAMES)
     kept["data"] = {name: settings["data"].get(name) for name in names}
     for path, told in (("init", "init_sha256"), ("models", "model_sha256")):
         if kept.get(told):
@@ -393,16 +393,22 @@ def write_eval_files(out: Path, folds: list[str]) -> None:
     print_now(f"pooled: correct: {right} of {total} , acc: {right / max(total, 1):.4f}")
 
 
+def heads_trained(arguments: Namespace) -> str:
+    """Return --heads of the training options; "" where nothing is trained."""
+    given = ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--heads", nargs="?", default="auto", const="auto")
+    return "" if arguments.evaluate_only else given.parse_known_args(arguments.training_options)[0].heads
+
+
 def read_and_review(arguments: Namespace, selection: Selection) -> list[Utterance]:
-    """Read the manifest and show its classes; refuse two spellings of one."""
+    """Read the manifests, name emotions as training will, and show the classes; refuse two spellings of one."""
     utterances = selection.read(check_files=arguments.on_bad_audio == "fail", tell=print_now)
-    print_now("\n".join(label_lines({"all folds": utterances})))
-    # In other cases each training checks emotions itself, if it uses them.
-    options = (*arguments.training_options, arguments.ablation or "")
-    settled = not arguments.evaluate_only and not any("heads" in option for option in options)
-    used = ["emotion", "speaker"] if settled else ["speaker"]
-    check_spellings({"all folds": utterances}, label_map=selection.label_map, columns=used)
-    return utterances
+    chosen, sets = {"all folds": selection}, {"all folds": utterances}
+    learnt = learns_emotions(heads_trained(arguments))
+    if learnt:
+        chosen, sets = named_for_training(chosen, sets, print_now, known=labels_of(arguments.init, "emotion"))
+    chosen["all folds"].review(sets, print_now, emotions=None if learnt else [])
+    return sets["all folds"]
 
 
 def check_settings(job: CrossValidation, names: list[str], utterances: list[Utterance]) -> None:

@@ -54,9 +54,9 @@ from ser.data.selection import (
     Selection,
     Sets,
     add_data_arguments,
+    named_for_training,
     selected_data,
     selected_sets,
-    with_usual_names,
 )
 from ser.data.several import unfamiliar_corpora
 from ser.data.text import ORTHOGRAPHIES, Vocabulary, clean, did_you_mean
@@ -67,7 +67,13 @@ from ser.models.config import PRESETS, Wav2Vec2Config
 from ser.models.pretrained import LoadReport, find_folder, read_encoder_config
 from ser.recognizer import Recognizer
 from ser.train.checkpoint import SETTINGS, newest_verified
-from ser.train.config import TrainConfig, add_training_arguments, paper_settings, training_config
+from ser.train.config import (
+    TrainConfig,
+    add_training_arguments,
+    learns_emotions,
+    paper_settings,
+    training_config,
+)
 from ser.train.content import weights_sha256
 from ser.train.distributed import World, joined_world
 from ser.train.log import say
@@ -200,14 +206,9 @@ def read(selection: Selection, config: TrainConfig, world: World) -> list[Uttera
     return selection.read(check_files=config.on_bad_audio == "fail", tell=partial(say, world))
 
 
-def learns_emotions(config: TrainConfig) -> bool:
-    """Tell whether emotions are trained on, if the data has them."""
-    return config.heads == "auto" or "emotion" in config.heads.split(",")
-
-
 def review(sets: Sets, selection: Selection, config: TrainConfig, world: World) -> None:
     """Print the classes of each set before training; refuse two spellings of one class."""
-    used = learns_emotions(config)
+    used = learns_emotions(config.heads)
     selection.review({"train": sets["train"]} | sets, partial(say, world), emotions=None if used else [])
 
 
@@ -226,22 +227,13 @@ def emotions_of_init(known: list[str], train: list[Utterance]) -> list[str]:
 
 
 def name_as_usual(
-    chosen: dict[str, Selection], sets: Sets, config: TrainConfig, world: World
+    chosen: dict[str, Selection], sets: Sets, arguments: Namespace, config: TrainConfig, world: World
 ) -> tuple[dict[str, Selection], Sets]:
-    """Rename emotions to their usual names if training has several corpora; a single one keeps its names.
-
-    In that case, validation data of other corpora get the names of the training data.
-    """
-    tell = partial(say, world)
-    if not any(selection.sources for selection in chosen.values()) or not learns_emotions(config):
+    """Rename emotions to their usual names if there are several corpora; the classes of --init keep theirs."""
+    if not learns_emotions(config.heads):
         return chosen, sets
-    if len({u.corpus for u in next(iter(sets.values()))}) > 1:
-        return with_usual_names(chosen, sets, tell)
-    if "valid" not in sets:
-        return chosen, sets
-    classes = names_in("emotion", (u.labels for u in sets["train"]))
-    one, valid = with_usual_names({"valid": chosen["valid"]}, {"valid": sets["valid"]}, tell, classes=classes)
-    return chosen | one, sets | valid
+    known = labels_of(arguments.init, "emotion")
+    return named_for_training(chosen, sets, partial(say, world), known=known)
 
 
 def read_manifests(arguments: Namespace, config: TrainConfig, world: World) -> Parts:
@@ -249,7 +241,7 @@ def read_manifests(arguments: Namespace, config: TrainConfig, world: World) -> P
     files = {"train": arguments.train} | ({"valid": arguments.valid} if arguments.valid else {})
     chosen = selected_sets(arguments, files)
     parts = {part: read(selection, config, world) for part, selection in chosen.items()}
-    chosen, parts = name_as_usual(chosen, parts, config, world)
+    chosen, parts = name_as_usual(chosen, parts, arguments, config, world)
     review(parts, chosen["train"], config, world)
     train, valid = parts["train"], parts.get("valid", [])
     for line in unfamiliar_corpora("valid", valid, train) if chosen["train"].sources else ():
@@ -274,7 +266,7 @@ def read_fold(arguments: Namespace, config: TrainConfig, world: World) -> Parts:
     selection = selected_data(arguments)
     protocol = selection.find_protocol()
     utterances = read(selection, config, world)
-    named, sets = name_as_usual({"data": selection}, {"data": utterances}, config, world)
+    named, sets = name_as_usual({"data": selection}, {"data": utterances}, arguments, config, world)
     selection, utterances = named["data"], sets["data"]
     fold, audit = selection.find_fold(utterances)
     if arguments.known_turns is None and (turns := turns_to_hold_out(fold, audit, utterances, config)):

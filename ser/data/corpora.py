@@ -6,6 +6,7 @@ name in all corpora (angry, not anger), so that a model of one corpus can be tri
 keeps the corpus's own code.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -423,3 +424,18 @@ def divided_manifest(folder: Path) -> Path:
     """Find the manifest to divide in the folder of a prepared corpus; if none is there, name the first row's."""
     paths = [folder / f"{next(iter(row.manifests), name)}.csv" for name, row in CORPORA.items()]
     return next((path for path in paths if path.is_file()), paths[0])
+
+
+def found_manifest(path: StrPath) -> Path:
+    """Return the path itself, or the manifest to divide if it is the folder of a prepared corpus.
+
+    Raises ManifestError if the folder has no such manifest.
+    """
+    path = Path(path)
+    if not os.path.isdir(path):  # noqa: PTH112 (a name that is too long is no folder, and no error here)
+        return path
+    if not (found := divided_manifest(path)).is_file():
+        raise ManifestError(
+            f"{path}: is a folder, and has no {found.name} as preparing writes it; give a manifest"
+        )
+    return found

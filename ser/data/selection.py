@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ser.data import protocols, several
-from ser.data.corpora import divided_manifest
-from ser.data.manifest import Utterance, check_regular, collector_paused, map_for, parse_columns, read_manifest
+from ser.data.corpora import divided_manifest, found_manifest
+from ser.data.labels import names_in
+from ser.data.manifest import Utterance, collector_paused, map_for, parse_columns, read_manifest
 from ser.data.several import NamedManifest
 from ser.data.spellings import (
     check_map,
@@ -28,7 +29,7 @@ from ser.data.spellings import (
     usual_names,
 )
 from ser.errors import ConfigError, ManifestError, Tell, brief_repr
-from ser.files import StrPath, digest
+from ser.files import StrPath
 
 Sets = dict[str, list[Utterance]]  # of utterances, by their names for people
 
@@ -120,15 +121,7 @@ class Selection:
         if self.sources:
             sources = [several.stamped(source) for source in self.sources]
             return replace(self, sources=sources, sha256=several.combined_sha256(sources))
-        path = self.manifest
-        try:
-            check_regular(path, "a CSV or JSON lines manifest")
-            return replace(self, sha256=digest(path))
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            cause = error.strerror if isinstance(error, OSError) else error
-            if path != Path(self.data) and isinstance(error, FileNotFoundError):
-                cause = f"{self.data} is a folder, and has no {path.name} as preparing writes it; give a manifest"
-            raise ManifestError(f"{path}: cannot be read: {cause}") from None
+        return replace(self, sha256=several.sha256_of(found_manifest(self.data)))
 
     def read(self, *, check_files: bool = True, tell: Tell | None = None) -> list[Utterance]:
         """Read all utterances of the manifest; ``tell`` is called with lines for the user.
@@ -203,18 +196,28 @@ class Selection:
     def moved(self, data: StrPath | None, root: str | None) -> Selection:
         """Return the same selection with other places of manifest and recordings; None: the recorded places.
 
-        For several manifests ``data`` is a JSON list, in which each manifest is found by its content.
+        For several manifests ``data`` is a JSON list, in which each manifest is found by its content, and one of
+        several with the same content by its name or else its place.
         """
         if not self.sources:
             return replace(self, data=str(data) if data else self.data, root=root or self.root)
         there = several.read_list(data) if data else []
         if there is None:
             raise ConfigError(f"{data}: is one manifest, expected a JSON list of {len(self.sources)}")
-        by_content = {several.stamped(source).sha256: source for source in there}
-        sources = []
-        for source in self.sources:
-            now = by_content.get(source.sha256, source)
-            sources.append(replace(source, path=now.path, root=root or now.root))
+        left = [several.stamped(source) for source in there]
+        now = dict[int, NamedManifest]()
+        for keys in (("sha256", "name"), ("sha256",)):
+            for number, source in enumerate(self.sources):
+                same = (
+                    i for i, one in enumerate(left) if all(getattr(one, k) == getattr(source, k) for k in keys)
+                )
+                if number not in now and (place := next(same, None)) is not None:
+                    now[number] = left.pop(place)
+        found = [now.get(number, source) for number, source in enumerate(self.sources)]
+        sources = [
+            replace(source, path=one.path, root=root or one.root)
+            for source, one in zip(self.sources, found, strict=True)
+        ]
         return replace(self, sources=sources)
 
     def as_corpora(self) -> Selection:
@@ -239,9 +242,9 @@ class Selection:
 
     @property
     def chosen_names(self) -> set[str]:
-        """Return the emotions that stand in a map, old names and new ones."""
-        pairs = map_for(self.all_maps(), "emotion").items()
-        return {name for pair in pairs for name in pair if name is not None}
+        """Return the emotions that the maps make in the end, without those that they replace or drop."""
+        maps = [several.composed(source.map, self.label_map) for source in self.sources] or [self.label_map]
+        return {new for one in maps for new in map_for(one, "emotion").values() if new is not None}
 
     def __str__(self) -> str:
         """Return a readable name of the selection."""
@@ -328,7 +331,7 @@ def sources_of(
     if len(paths) > 1 and any(one is not None for one in lists):
         path = next(path for path, one in zip(paths, lists, strict=True) if one is not None)
         raise ConfigError(f"{path}: is a list of manifests, which is given alone")
-    own = [NamedManifest(str(path), name=several.default_name(path)) for path in paths]
+    own = [NamedManifest(str(found_manifest(path)), name=several.default_name(path)) for path in paths]
     sources = own if lists[0] is None else lists[0]
     if len(arguments.root or []) > 1 and lists[0] is not None:
         raise ConfigError("--root names several folders; a JSON list names the root of each manifest itself")
@@ -397,7 +400,12 @@ def selected_sets(
 
 
 def with_usual_names(
-    chosen: Mapping[str, Selection], sets: Sets, tell: Tell, *, classes: Collection[str] | None = None
+    chosen: Mapping[str, Selection],
+    sets: Sets,
+    tell: Tell,
+    *,
+    known: Collection[str] = (),
+    classes: Collection[str] | None = None,
 ) -> tuple[dict[str, Selection], Sets]:
     """Rename emotions to their usual names, and record this in the selections; see `usual_names`.
 
@@ -405,13 +413,34 @@ def with_usual_names(
         chosen: the selection of each set.
         sets: their utterances; the lists themselves are changed.
         tell: is called with a line if a name changes.
+        known: the classes of the model that training begins with.
         classes: the classes of the model that is evaluated; None: the sets are for training.
     """
     counts = Counter(u.emotion for utterances in sets.values() for u in utterances if u.emotion is not None)
     kept = {name for selection in chosen.values() for name in selection.chosen_names}
-    changes = usual_names(counts, kept=kept, classes=classes)
+    changes = usual_names(counts, kept=kept, known=known, classes=classes)
     if not changes or any(selection.no_usual_names for selection in chosen.values()):
         return dict(chosen), sets
     tell(usual_line(changes, counts))
     recorded = {name: replace(one, usual_names=one.usual_names | changes) for name, one in chosen.items()}
     return recorded, {name: rename(utterances, changes) for name, utterances in sets.items()}
+
+
+def named_for_training(
+    chosen: Mapping[str, Selection], sets: Sets, tell: Tell, *, known: Collection[str] = ()
+) -> tuple[dict[str, Selection], Sets]:
+    """Rename emotions as training does: to usual names if it has several corpora; a single one keeps its names.
+
+    In that case, validation data of other corpora get the names of the training data. The arguments are those of
+    `with_usual_names`; the first set is learnt from.
+    """
+    if not any(selection.sources for selection in chosen.values()):
+        return dict(chosen), sets
+    learnt = next(iter(sets.values()))
+    if len({u.corpus for u in learnt}) > 1:
+        return with_usual_names(chosen, sets, tell, known=known)
+    if "valid" not in sets:
+        return dict(chosen), sets
+    classes = names_in("emotion", (u.labels for u in learnt))
+    one, valid = with_usual_names({"valid": chosen["valid"]}, {"valid": sets["valid"]}, tell, classes=classes)
+    return {**chosen, **one}, sets | valid

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ser.data.cells import Missing
+from ser.data.corpora import found_manifest
 from ser.data.manifest import (
     DECODER,
     Utterance,
@@ -146,10 +147,18 @@ def check_sources(sets: Mapping[str, Sequence[NamedManifest]]) -> None:
 # ------------------------------------------------------------------------------------------------------ lists
 
 
+def _is_manifest(row: object) -> bool:
+    """Tell whether a row names a manifest by its path, and has the keys of a list alone."""
+    if not isinstance(row, dict) or not row.keys() <= {f.name for f in fields(NamedManifest)}:
+        return False
+    return str(row.get("path")).lower().endswith((".csv", ".tsv", ".json", ".jsonl"))
+
+
 def listed(path: StrPath, file_column: str = "file") -> list[dict[str, Any]] | None:
     """Return the items of a JSON file that lists manifests; None for a file that is a manifest itself.
 
-    A .json file is a list unless an object in it has a file, as rows of a manifest have.
+    A .json file is a list unless an object in it has a file, as rows of a manifest have. If the column of files is
+    called "path", as in a list, a list is told by its paths, which are those of tables.
 
     Raises:
         ConfigError: the file is neither; the message is one line.
@@ -168,7 +177,7 @@ def listed(path: StrPath, file_column: str = "file") -> list[dict[str, Any]] | N
             return None
         raise ConfigError(f"{path}: is no JSON list of manifests: {shorten(str(error), 200)}") from None
     rows = items if isinstance(items, list) else [items]
-    if any(isinstance(row, dict) and file_column in row for row in rows):
+    if any(isinstance(row, dict) and file_column in row for row in rows) and not all(map(_is_manifest, rows)):
         return None
     if not isinstance(items, list):
         raise ConfigError(f"{path}: found {brief_repr(items, 80)}, expected a list of manifests such as {EXAMPLE}")
@@ -193,10 +202,11 @@ def read_list(path: StrPath, file_column: str = "file") -> list[NamedManifest] |
             raise ConfigError(f"{where}: unknown key 'sha256'; known are path, root, columns, map, name")
         source = NamedManifest.from_dict(item, where)
         name = source.name or default_name(folder / source.path)
-        source = replace(source, path=str(folder / source.path), name=nfc(name.strip()))
+        source = replace(source, path=str(found_manifest(folder / source.path)), name=nfc(name.strip()))
         if source.root is not None:
             source = replace(source, root=str(folder / source.root))
-        if listed(source.path, source.columns.get("file", "file")) is not None:
+        columns = source.columns or {"file": file_column}
+        if listed(source.path, columns.get("file", "file")) is not None:
             raise ConfigError(f"{where}: {source.path} is a list of manifests itself; list manifests alone")
         sources.append(source)
     return sources
@@ -205,14 +215,19 @@ def read_list(path: StrPath, file_column: str = "file") -> list[NamedManifest] |
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def stamped(source: NamedManifest) -> NamedManifest:
-    """Return the source with the present sha256 of its manifest. Raises ManifestError if it cannot be read."""
+def sha256_of(path: Path) -> str:
+    """Return the present sha256 of a manifest. Raises ManifestError if it cannot be read."""
     try:
-        check_regular(Path(source.path), "a CSV or JSON lines manifest")
-        return replace(source, sha256=digest(Path(source.path)))
+        check_regular(path, "a CSV or JSON lines manifest")
+        return digest(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         cause = error.strerror if isinstance(error, OSError) else error
-        raise ManifestError(f"{source.path}: cannot be read: {cause}") from None
+        raise ManifestError(f"{path}: cannot be read: {cause}") from None
+
+
+def stamped(source: NamedManifest) -> NamedManifest:
+    """Return the source with the present sha256 of its manifest. Raises ManifestError if it cannot be read."""
+    return replace(source, sha256=sha256_of(Path(source.path)))
 
 
 def composed(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

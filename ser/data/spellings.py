@@ -300,17 +300,25 @@ def _zeros(sets: Mapping[str, Sequence[Utterance]]) -> list[str]:
 
 
 def usual_names(
-    names: Iterable[str], *, kept: Collection[str] = (), classes: Collection[str] | None = None
+    names: Iterable[str],
+    *,
+    kept: Collection[str] = (),
+    known: Collection[str] = (),
+    classes: Collection[str] | None = None,
 ) -> dict[str, str | None]:
     """Return old -> new for emotions that have another usual name (`USUAL_NAMES`), None if they are left out.
 
     Args:
         names: emotions of several corpora.
-        kept: names in a map of the user. They stay, and other names of the same emotion become such a name.
+        kept: names that a map of the user makes. They stay, and other names of the same emotion become them.
+        known: the classes of the model that training begins with. They are kept likewise, except another name of
+            an emotion that the user names.
         classes: the classes of a model that is evaluated. Then a name changes only if it is not a class but
             another name of exactly one class, and it becomes that class.
     """
     group_of = {spelling(name): usual for usual, others in USUAL_NAMES.items() for name in (usual, *others)}
+    named = {group_of.get(spelling(name), name) for name in kept}
+    kept = [*kept, *(name for name in known if group_of.get(spelling(name), name) not in named)]
     chosen: dict[str, list[str]] = {}  # usual name -> what it is called here
     for name in dict.fromkeys(kept if classes is None else classes):
         if group := group_of.get(spelling(name)):

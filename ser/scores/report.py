@@ -13,7 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -362,7 +362,7 @@ class Outcomes:
 
     Attributes:
         emotions: class names in the model's order.
-        text: the columns of `text_columns`, "" where unknown.
+        text: the columns of `text_columns`, and the corpus, "" where unknown.
         numbers: the columns of `number_columns`, NaN where unknown. confidence is the probability of the predicted
             emotion; speaker_right is 1 or 0 for an utterance by a speaker that the model knows.
         parts: the columns of texts by which figures are reported in parts.
@@ -410,7 +410,7 @@ class Outcomes:
 
         return cls(
             list(emotions),
-            {column: texts(column) for column in text_columns(parts)},
+            {column: texts(column) for column in (*text_columns(parts), CORPUS)},
             {name: np.array([number(r.get(name)) for r in records], np.float64) for name in number_columns()},
             tuple(parts),
         )
@@ -919,15 +919,29 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * math.fsum(math.exp(value) for value in logs))
 
 
+def without_corpora(outcomes: Outcomes) -> Outcomes:
+    """Return the outcomes with the ids that a corpus has alone, without "corpus/", if they stay different."""
+    pairs = zip(outcomes.text["id"], outcomes.text[CORPUS], strict=True)
+    ids = [name.removeprefix(f"{corpus}/") for name, corpus in pairs]
+    unique = len(set(ids)) == len(ids)
+    return replace(outcomes, text=outcomes.text | {"id": np.array(ids, object)}) if unique else outcomes
+
+
 def in_order_of(first: Outcomes, second: Outcomes) -> Outcomes:
     """Return the second outcomes in the order of the first.
 
+    Ids of several corpora, which are corpus/name, are paired with those of one of them, which are names.
+
     Raises ConfigError if the two do not have the same utterances with the same labels.
     """
-    order = {name: i for i, name in enumerate(second.text["id"])}
-    if len(order) != len(second) or set(order) != set(first.text["id"]):
+    ways = (first, second), (first, without_corpora(second)), (without_corpora(first), second)
+    for one, other in ways:
+        order = {name: i for i, name in enumerate(other.text["id"])}
+        if len(order) == len(other) and set(order) == set(one.text["id"]):
+            break
+    else:
         raise ConfigError("the two reports are not of the same utterances, so no utterance can be paired")
-    ordered = second.part(np.array([order[name] for name in first.text["id"]], np.int64))
+    ordered = second.part(np.array([order[name] for name in one.text["id"]], np.int64))
     if any(first.text["emotion"] != ordered.text["emotion"]):
         raise ConfigError("the two reports have different labels for some utterances")
     return ordered

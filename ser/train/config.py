@@ -75,6 +75,11 @@ def names_of_heads(name: str, value: str) -> None:
         raise ConfigError(f"{name} names {', '.join(unknown)}; there are {', '.join(HEADS)} (or auto)")
 
 
+def learns_emotions(heads: str) -> bool:
+    """Tell whether these heads (`TrainConfig.heads`) are trained on emotions, if the data has them."""
+    return heads == "auto" or "emotion" in heads.split(",")
+
+
 def option(
     group: str,
     default: Any,
