@@ -227,7 +227,7 @@ def test_the_table_says_where_chance_is_another():
     assert across.chance_text(results) == "0.33 (0.50 with 2 classes)"
     lines = across.table_lines(results)
     assert lines[0].split() == ["train", "\\", "test", "x", "y"]
-    assert lines[2].split() == ["1.00-1.00", "1.00-1.00", "with", "2"] and "*" in lines[1]
+    assert lines[2].split() == ["1.00-1.00", "1.00-1.00", "of", "2"] and "*" in lines[1]
     assert across.chance_text([]) == "-" and across.notes([]) == ["chance: -"]
 
 

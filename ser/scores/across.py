@@ -400,7 +400,7 @@ def cell_texts(result: Result | None, most: int) -> tuple[str, str]:
     if result is None or result.ua is None:
         return "-", ""
     count = len(result.cell.classes)
-    fewer = "" if count == most else f" with {count}"
+    fewer = "" if count == most else f" of {count}"
     low_high = "" if result.interval is None else "{:.2f}-{:.2f}".format(*result.interval)
     return f"{result.ua:.3f}{result.marks}", f"{low_high}{fewer}"
 
