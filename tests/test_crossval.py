@@ -480,7 +480,8 @@ def test_of_folds_at_once_one_that_fails_is_told_at_once_and_a_signal_still_reac
         running.kill()
     assert list((out / "s0/run/checkpoints").iterdir()) and not (out / "s0/run/last").exists()
     assert not (out / "s2/train.log").exists(), "no other fold was begun"
-    assert errors.read_text().splitlines()[-1].startswith("  ") and "error: fold s1" in errors.read_text()
+    said = errors.read_text()
+    assert said.splitlines()[-1].startswith("  ") and "error: s1: the training failed" in said
 
 
 def test_folds_at_once_have_gpus_of_their_own_one_per_process():

@@ -116,9 +116,17 @@ def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
 def check_arguments(arguments: Namespace) -> None:
     """Raise ConfigError for arguments that are missing, contradict each other or are out of range."""
     check_training_options(arguments)
+    check_ranges(arguments)
     if arguments.train and (arguments.out is None or arguments.layers != "mean"):
         lacks = "needs --out" if arguments.out is None else "takes no --layers"
         raise ConfigError(f"--train {lacks}: whole models are trained, a folder for each")
+    if arguments.out is not None and arguments.out.is_file():
+        raise ConfigError(f"--out {arguments.out}: is a file; expected a folder")
+    check_out(arguments)
+
+
+def check_ranges(arguments: Namespace) -> None:
+    """Raise ConfigError for numbers that are out of range."""
     if min(arguments.processes, arguments.parallel, arguments.resamples) < 1:
         raise ConfigError("--processes, --parallel and --resamples must be 1 or more")
     for name in () if arguments.train else ("processes", "parallel"):
@@ -132,9 +140,6 @@ def check_arguments(arguments: Namespace) -> None:
         raise ConfigError(f"--max-bad-audio {arguments.max_bad_audio}: expected a share from 0 to 1")
     if arguments.folds < 0 or arguments.folds == 1:
         raise ConfigError(f"--folds {arguments.folds}: expected 2 or more, or 0 for none")
-    if arguments.out is not None and arguments.out.is_file():
-        raise ConfigError(f"--out {arguments.out}: is a file; expected a folder")
-    check_out(arguments)
 
 
 def check_training_options(arguments: Namespace) -> None:
@@ -162,6 +167,18 @@ def check_out(arguments: Namespace) -> None:
 # ----------------------------------------------------------------------------------------------------- corpora
 
 
+def compared_classes(arguments: Namespace, utterances: list[Utterance]) -> set[str]:
+    """Return the emotions to compare, all or those of --classes. Raises ConfigError for one that is not there."""
+    heard = {u.emotion for u in utterances if u.emotion is not None}
+    if unknown := [name for name in arguments.classes or () if name not in heard]:
+        near, there = did_you_mean(unknown[0], sorted(heard)), summary(sorted(heard))
+        raise ConfigError(f"--classes {unknown[0]}: no utterance has this emotion{near}; there are {there}")
+    classes = heard.intersection(arguments.classes or heard)
+    if arguments.classes and len(classes) < 2:
+        raise ConfigError("--classes names one emotion; give two or more")
+    return classes
+
+
 def read_corpora(arguments: Namespace) -> tuple[list[Utterance], Selection]:
     """Read all corpora, show their classes, and return the utterances that have one, and what names the data."""
     chosen = selected_data(arguments, arguments.corpora, corpora=True)
@@ -176,13 +193,7 @@ def read_corpora(arguments: Namespace) -> tuple[list[Utterance], Selection]:
         raise ConfigError(
             f"there is one corpus, {corpora[0]!r}; give two or more, each with a manifest of its own"
         )
-    heard = {u.emotion for u in utterances if u.emotion is not None}
-    if unknown := [name for name in arguments.classes or () if name not in heard]:
-        near, there = did_you_mean(unknown[0], sorted(heard)), summary(sorted(heard))
-        raise ConfigError(f"--classes {unknown[0]}: no utterance has this emotion{near}; there are {there}")
-    classes = heard.intersection(arguments.classes or heard)
-    if arguments.classes and len(classes) < 2:
-        raise ConfigError("--classes names one emotion; give two or more")
+    classes = compared_classes(arguments, utterances)
     labelled = [u for u in utterances if u.emotion in classes]
     left = {u.corpus for u in labelled}
     if lacking := [name for name in corpora if name not in left]:
@@ -214,6 +225,11 @@ def check_read(name: str, errors: dict[int, Any], total: int, arguments: Namespa
         print_now(f"{name}: {len(errors)} of {total} recordings cannot be read and are left out")
 
 
+def unread_of(utterances: list[Utterance], known: Tensor) -> dict[int, str]:
+    """Return the number of each utterance without a vector, and a line on it."""
+    return {i: f"{utterances[i].file}: {UNREAD}" for i in (~known).nonzero().flatten().tolist()}
+
+
 def vectors_of_corpora(
     recognizer: Recognizer, utterances: list[Utterance], arguments: Namespace
 ) -> tuple[Tensor, Tensor]:
@@ -241,8 +257,7 @@ def vectors_of_corpora(
                     probe.keep(path, *kept)
                 tqdm.write(printable(f"{name}: {len(own)} vectors of {vectors.shape[1]} numbers"), file=sys.stderr)
             else:
-                unread = {i: f"{own[i].file}: {UNREAD}" for i, known in enumerate(kept[1].tolist()) if not known}
-                check_read(name, unread, len(own), arguments)
+                check_read(name, unread_of(own, kept[1]), len(own), arguments)
                 bar.update(len(own))
             parts[name] = kept
     order = torch.tensor([i for numbers in rows.values() for i in numbers]).argsort()

@@ -156,7 +156,7 @@ def cell_of(
 
 
 def plan_cells(utterances: Sequence[Utterance], *, folds: int) -> list[Cell]:
-    """Make all cells, row by row: train on each corpus and test on each, and leave each one out of all others.
+    """Make all cells, row by row: test each training set on each corpus, and all others on the one left out.
 
     Args:
         utterances: of several corpora, all with an emotion.
