@@ -1,4 +1,4 @@
-"""Hold out a part of four corpora, once and for all: no training of any benchmark or model hears it.
+"""Hold out a part of four corpora, once and for all, to evaluate recipes on it.
 
     python benchmarks/heldout.py PREPARED            # checks that heldout.json is what is drawn from the corpora
     python benchmarks/heldout.py PREPARED --write    # draws it, with seed 0
@@ -6,7 +6,8 @@
 PREPARED has NAME/NAME.csv as `ser prepare` writes it, for resd, ravdess, ased and nemo. Whole groups are held out:
 speakers, and dialogues in RESD, which names no speakers (its parts may therefore share actors). A fifth of the
 groups is the test part, a tenth the validation part; of nEMO's nine speakers two and one. heldout.json lists both,
-and has the number of utterances and the sha256 of their sorted ids, so that another release is noticed.
+and has the number of utterances and the sha256 of their sorted ids, so that another release is noticed. So far
+only the linear heads of the matrix in docs/evaluation.md, on random weights, have used these parts.
 """
 
 from __future__ import annotations

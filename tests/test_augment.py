@@ -490,7 +490,7 @@ def test_lengths_are_as_planned_and_nothing_is_ever_not_finite(utterances, speci
         ("noise:snr=20..5", "snr is '20..5'; expected"),
         ("noise:snr=101", "snr is '101'; expected"),
         ("noise:snr=nan", "snr is 'nan'; expected"),
-        ("noise:snr=5,snr=6", "snr stands twice"),
+        ("noise:snr=5,snr=6", "snr is given twice"),
         ("noise:kind=blue", "kind is 'blue'; expected white or pink"),
         ("noise:p=1.5", "p is '1.5'; expected a number from 0 to 1"),
         ("babble:voices=1.5", "voices is '1.5'; expected a whole number from 1 to 20"),
@@ -501,14 +501,14 @@ def test_lengths_are_as_planned_and_nothing_is_ever_not_finite(utterances, speci
         ("noise:folder={tmp_path}/noise,p=0.5", "no such folder .*folder= reaches to the end"),
         ("noise:folder={tmp_path}/noise", r"no recordings \(.wav, .*it has 1 other files, such as a.txt"),
         ("noise:folder=", "folder is ''; expected the path of a folder"),
-        ("noise:kind=pink,folder={tmp_path}", "folder stands in place of kind"),
-        ("reverb:drr=3,folder={tmp_path}", "folder stands in place of drr"),
+        ("noise:kind=pink,folder={tmp_path}", "folder replaces kind"),
+        ("reverb:drr=3,folder={tmp_path}", "folder replaces drr"),
     ],
 )
 def test_a_specification_that_cannot_be_is_refused_with_what_there_is(specification, message, tmp_path):
     (tmp_path / "noise").mkdir()
     (tmp_path / "noise" / "a.txt").write_text("")
-    if message.startswith("folder stands"):
+    if message.startswith("folder replaces"):
         soundfile.write(tmp_path / "a.wav", np.zeros(10), 16_000)
     with pytest.raises(ConfigError, match=message):
         augmented([specification.format(tmp_path=tmp_path)], 0)
@@ -676,8 +676,8 @@ def test_the_command_makes_softer_what_would_not_fit(tmp_path, utterances, capsy
         (["{file}", "{file}x", "--augment", "gain"], "no such file"),
         (["{file}", "--augment", "gian"], "no augmentation is called 'gian'"),
         (["{file}", "--augment", "babble", "--seed", "1"], "'babble' is made of other utterances"),
-        (["{file}", "--augment", "gain", "--epochs", "0"], "expected 1 or more"),
-        (["{file}", "--augment", "gain", "--seed", "-1"], "expected 1 or more, and 0 or more"),
+        (["{file}", "--augment", "gain", "--epochs", "0"], "expected at least 1 epoch"),
+        (["{file}", "--augment", "gain", "--seed", "-1"], "expected at least 1 epoch and a seed of at least 0"),
     ],
 )
 def test_the_command_refuses_in_one_line_and_replaces_nothing(tmp_path, utterances, words, message):

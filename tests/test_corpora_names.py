@@ -181,8 +181,8 @@ def test_a_name_that_stands_twice_with_other_content_is_told_as_such(tmp_path):
     corpus = read_named(tmp_path, parse_tess)
     assert [u.file.parent.name for u in corpus.utterances] == ["a"]
     assert {d.what: d.why for d in corpus.dropped} == {
-        "b/OAF_back_sad.wav": "the same name stands in another folder already",
-        "c/OAF_back_sad.wav": "the same name stands in another folder already, and is another recording there",
+        "b/OAF_back_sad.wav": "another folder already has a file of this name",
+        "c/OAF_back_sad.wav": "another folder already has a file of this name, with another recording",
     }
 
 
@@ -204,7 +204,7 @@ def test_a_folder_is_read_by_names_whatever_else_lies_in_it(tmp_path):
     assert {d.what: d.why for d in corpus.dropped} == {
         "Actor_02/._03-01-03-01-01-01-02.wav": "hidden file",
         "Actor_02/03-02-03-01-01-01-02.wav": "not a name of this corpus's speech",
-        "copy/Actor_01/03-01-01-01-01-01-01.wav": "the same name stands in another folder already",
+        "copy/Actor_01/03-01-01-01-01-01-01.wav": "another folder already has a file of this name",
     }
 
 

@@ -136,7 +136,7 @@ def test_a_name_in_both_parts_of_resd_is_taken_once(tmp_path):
     write_wavs(tmp_path / "test", name)
     corpus = read_resd(tmp_path)
     assert len(corpus.utterances) == 12
-    assert reasons(corpus)[f"test/{name}"] == "the same name stands in another folder already"
+    assert reasons(corpus)[f"test/{name}"] == "another folder already has a file of this name"
     assert reasons(corpus)["test/01_fear_anger/01_fear_anger a_030.wav"] == "not in the table"
 
 
@@ -196,7 +196,22 @@ def test_msp_podcast_names_recordings_without_labels_and_transcripts_that_are_no
     corpus = read_msp_podcast(tmp_path)
     assert reasons(corpus) == {"Audios/MSP-PODCAST_test3_0001.wav": "not in the table"}
     assert corpus.utterances[1].text == "caf\ufffd"
-    assert corpus.warnings == ["MSP-PODCAST_0001_0009.txt: not UTF-8; what cannot be read is \ufffd"]
+    assert corpus.warnings == [
+        "MSP-PODCAST_0001_0009.txt: is not UTF-8; characters that cannot be read become U+FFFD"
+    ]
+
+
+def test_msp_podcast_warns_of_unknown_parts_and_of_dimensions_that_are_not_on_the_scale(tmp_path):
+    write_msp(tmp_path)
+    table = tmp_path / "Labels" / "labels_consensus.csv"
+    text = table.read_text().replace('"Development"', '"Tset1"').replace('"Test1"', '""').replace("5.5", "99")
+    table.write_text(text.replace('"Unknown","Unknown"', '"unknown","Unknown"'))
+    corpus = read_msp_podcast(tmp_path)
+    assert corpus.warnings == [
+        f"{table}: utterances in no split, since Split_Set has unknown values: '' (1), 'Tset1' (1)",
+        f"{table}: 1 utterances have EmoAct, EmoVal or EmoDom outside 1 to 7, such as MSP-PODCAST_0001_0009.wav",
+    ]
+    assert corpus.utterances[1].speaker is None, "unknown in small letters"
 
 
 def test_a_table_of_msp_podcast_without_parts_or_with_a_word_for_a_number_is_refused(tmp_path):
@@ -204,7 +219,12 @@ def test_a_table_of_msp_podcast_without_parts_or_with_a_word_for_a_number_is_ref
     table = tmp_path / "Labels" / "labels_consensus.csv"
     row = ["MSP-PODCAST_0001_0008.wav", "N", 4.2, 3.0, 4.6, "30", "Male"]
     write_rows(table, MSP_HEAD[:-1], row)
-    with pytest.raises(ManifestError, match=r"labels_consensus.csv: no column 'Split_Set'"):
+    with pytest.raises(
+        ManifestError, match=r"labels_consensus.csv: the column 'Split_Set', .* is missing or empty"
+    ):
+        read_msp_podcast(tmp_path)
+    write_rows(table, MSP_HEAD, [*row, ""])
+    with pytest.raises(ManifestError, match=r"the column 'Split_Set', .* is missing or empty"):
         read_msp_podcast(tmp_path)
     write_rows(table, MSP_HEAD, [*row[:2], "high", *row[3:], "Train"])
     with pytest.raises(ManifestError, match="line 2: arousal is 'high', expected a number"):
@@ -268,8 +288,8 @@ def test_without_the_counts_of_votes_their_summary_is_read_and_without_tables_na
     ("row", "why"),
     [
         (["100003", 1, 0, 0, 0, 0, "x", NAMES[2], 1, 1, "A"], "line 6: invalid literal"),
-        (["100003", 0, 0, 0, 0, 0, 0, NAMES[2], 0, 0, "A"], "line 6: 0 votes"),
-        (["100003", 1, 0, 0, 0, 0, 0, NAMES[0], 1, 1, "A"], "line 6: 1001_DFA_ANG_XX stands there twice"),
+        (["100003", 0, 0, 0, 0, 0, 0, NAMES[2], 0, 0, "A"], "line 6: found 0 votes, expected 1 or more"),
+        (["100003", 1, 0, 0, 0, 0, 0, NAMES[0], 1, 1, "A"], "line 6: 1001_DFA_ANG_XX occurs twice"),
         (["100003", 1, 0], "line 6: 3 fields, but the header has 11"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from argparse import Namespace
 from collections import Counter
@@ -12,17 +13,19 @@ import pytest
 import torch
 from toy import toy_recognizer, toy_rows, write_corpus
 
-from ser.cli import execute
-from ser.cli.crosscorpus import LinearHeads, Training, all_trainings, write_training
+from ser.cli import crosscorpus, execute, make_parser
+from ser.cli.crosscorpus import LinearHeads, Training, Trainings, all_trainings, write_training
 from ser.data.manifest import Utterance, read_manifest
 from ser.data.selection import Selection
 from ser.errors import AudioError, ConfigError, ManifestError, ModelFolderError
+from ser.files import write_json
 from ser.models.heads import mix_layers
 from ser.scores import across, probe
 from ser.scores.across import OTHERS, Heard, heard_by, plan_cells, score
 from ser.scores.card import training_record, write_card
 from ser.scores.pictures import draw_corpora
 from ser.scores.probe import deal, held_out_figures, learn, ridge
+from ser.scores.report import report, write_rows
 
 MEAN_STD = (("layers", "weighted"), ("pooling", "mean"))
 
@@ -212,7 +215,7 @@ def test_only_classes_in_common_are_compared_and_the_others_are_counted():
     assert xy.classes == ("a", "b") and xy.left_out == {"train": 3, "test": 2}
     assert {utterances[i].emotion for i in xy.pieces[0].train} == {"a", "b"}
     for pair in (("x", "z"), ("z", "x"), ("y", "z")):
-        assert cells[pair].pieces == () and cells[pair].why_empty == "has 1 class in common"
+        assert cells[pair].pieces == () and cells[pair].why_empty == "the corpora have 1 class in common"
     assert cells[OTHERS, "z"].classes == ("c", "e"), "of what any other corpus has"
     assert cells["y", "y"].classes == ("a", "b", "e")
 
@@ -221,7 +224,7 @@ def test_the_table_says_where_chance_is_another():
     utterances = rows("x", "abcabc", "112233") + rows("y", "abab", "1122")
     answers = {i: str(u.emotion) for i, u in enumerate(utterances)}
     results = [score(utterances, c, answers, Heard(), resamples=20) for c in plan_cells(utterances, folds=2)]
-    assert across.chance_text(results) == "0.33 (0.50 of 2 classes)"
+    assert across.chance_text(results) == "0.33 (0.50 with 2 classes)"
     lines = across.table_lines(results)
     assert lines[0].split() == ["train", "\\", "test", "x", "y"]
     assert lines[2].split() == ["1.00-1.00", "1.00-1.00", "of", "2"] and "*" in lines[1]
@@ -245,13 +248,48 @@ def test_the_test_part_of_a_corpus_is_tested_in_every_cell_and_trained_on_in_non
     }
 
 
+def test_a_test_part_is_found_in_part_and_in_split_and_in_any_case_of_its_letters():
+    utterances = rows("x", "ababab", "112233") + rows("y", "abab", "1122")
+    names = [("Train", "train"), ("Development", "valid"), ("Test1", "test")]
+    for i, u in enumerate(utterances[:6]):
+        u.extra.update(zip(("part", "split"), names[i // 2], strict=True))
+    assert [across.part_of(u) for u in utterances[:6]] == ["", "", "valid", "valid", "test", "test"]
+    assert across.part_of(rows("x", "a", "1")[0].relabelled()) == ""
+    for cell in plan_cells(utterances, folds=2):
+        assert all({4, 5}.isdisjoint(piece.train) for piece in cell.pieces)
+        assert cell.test != "x" or cell.pieces[0].test == (4, 5)
+    for u in utterances[4:6]:
+        u.extra["split"] = "TEST"
+    assert across.part_of(utterances[5]) == "test"
+
+
+def test_further_test_sets_which_a_split_does_not_have_are_left_out():
+    utterances = rows("x", "ababab", "112233", "rrttrr") + rows("y", "abab", "1122", "rrtt")
+    for u, split in zip(utterances, ["train", "train", "test", "test"], strict=False):
+        u.extra["split"] = split
+    for u, part in zip(utterances[4:], ("Test2", "Test3"), strict=False):
+        u.extra["part"] = part
+    kept, lines = across.with_own_parts(utterances)
+    assert [u.id for u in kept] == ["x/0", "x/1", "x/2", "x/3", "y/0", "y/1", "y/2", "y/3"]
+    assert lines == [
+        "x: 2 utterances have a part, but no split, and are left out: Test2, Test3",
+        "x, y: their own test parts are tested (column part or split)",
+    ]
+    assert across.with_own_parts(rows("x", "ab", "12")) == (rows("x", "ab", "12"), [])
+
+
+def test_a_corpus_may_not_have_the_name_of_the_row_of_all_others():
+    with pytest.raises(ConfigError, match="the corpus 'all others' has the name of a row of the table"):
+        plan_cells(rows(OTHERS, "abab", "1122") + rows("y", "abab", "1122"), folds=2)
+
+
 def test_a_corpus_without_speakers_is_not_tested_within_itself():
     utterances = rows("x", "abab", "    ") + rows("y", "abab", "1122") + rows("z", "ababab", "1111  ")
     cells = {(c.row, c.test): c for c in plan_cells(utterances, folds=2)}
-    assert cells["x", "x"].why_empty == "its speakers are not known"
-    assert cells["z", "z"].why_empty == "has one speaker"
+    assert cells["x", "x"].why_empty == "the speakers are not known"
+    assert cells["z", "z"].why_empty == "the corpus has only one speaker"
     assert cells["y", "x"].pieces and cells["x", "y"].pieces
-    assert {c.why_empty for c in plan_cells(utterances, folds=0) if c.within} == {"is not asked for"}
+    assert {c.why_empty for c in plan_cells(utterances, folds=0) if c.within} == {"--folds 0 leaves it out"}
     two = rows("x", "ababab", "1122  ") + rows("y", "abab", "1122")
     cell = plan_cells(two, folds=2)[0]
     assert cell.left_out == {"train": 2, "test": 2}, "those without a speaker might be anybody"
@@ -318,7 +356,10 @@ def test_what_could_not_be_read_is_counted_and_in_no_figure():
     result = score(utterances, cell, predicted, Heard(), resamples=50)
     assert (result.ua, result.utterances, result.unread) == (1.0, 5, 1)
     assert "1 utterances of a cell could not be read" in "\n".join(across.notes([result]))
-    assert score(utterances, cell, {}, Heard(), resamples=50).figures == {}
+    empty = score(utterances, cell, {}, Heard(), resamples=50)
+    assert empty.figures == {} and "could be read" in empty.to_dict()["why_empty"]
+    why = "no recording of the training or of the test could be read"
+    assert f"no figure for x > y: {why}" in across.notes([empty])
 
 
 # -------------------------------------------------------------------------------------------------------- marks
@@ -407,6 +448,30 @@ def test_a_speaker_is_known_by_recording_where_the_corpus_has_another_name(corpo
     stranger = Utterance("z/3", Path("/elsewhere/new.wav"), speaker="z/s1", extra={"corpus": "z"})
     assert heard.speakers([nameless, renamed, stranger]) == {"z/1", "z/s1"}
     assert heard.speakers([stranger]) == set()
+
+
+def test_a_speaker_is_known_through_another_path_to_the_same_recordings(corpora, tmp_path):
+    heard = heard_by(corpora / "knows-one")
+    (tmp_path / "link").symlink_to(corpora / "one")
+    own = [u for u in read_manifest(corpora / "one/metadata.csv") if u.speaker == "s1"]
+    linked = [
+        Utterance(f"z/{i}", tmp_path / "link" / u.file.name, speaker=f"z/{s}", extra={"corpus": "z"})
+        for i, (u, s) in enumerate(zip(own, ["s1", "other"], strict=False))
+    ]
+    assert heard.speakers(linked[:1]) == {"z/s1"} and heard.speakers(linked[1:]) == {"z/other"}
+    other = Utterance("z/9", tmp_path / "link/new.wav", speaker="z/s1", extra={"corpus": "z"})
+    assert heard.speakers([other]) == {"z/s1"}, "by the folder"
+
+
+def test_validation_data_count_as_heard_if_they_chose_the_weights(corpora, tmp_path):
+    read = read_manifest(corpora / "one/train.csv")
+    both = {name: Selection(str(corpora / name / "train.csv")).to_dict() for name in ("one", "two")}
+    folder = record_of(tmp_path / "model", read, train=both["one"], valid=both["two"], init="small")
+    assert heard_speakers(corpora, str(folder))[0] == {"one": ["one/s0", "one/s1"], "two": []}
+    record = json.loads((folder / "training.json").read_text())
+    write_card(folder, record | {"weights": "best"})
+    found = heard_speakers(corpora, str(folder))
+    assert found == ({"one": ["one/s0", "one/s1"], "two": ["two/s0", "two/s1"]}, False)
 
 
 # ------------------------------------------------------------------------------------------------------ picture
@@ -526,7 +591,7 @@ def test_a_list_of_manifests_a_map_and_classes_choose_what_is_compared(corpora, 
     content = json.loads((tmp_path / "crosscorpus.json").read_text())
     assert {tuple(cell["classes"]) for cell in content["cells"]} == {("angry", "sad")}
     assert content["unweighted_accuracy"]["p"]["p"] is None
-    assert "p > p: is not asked for" in capsys.readouterr().out
+    assert "p > p: --folds 0 leaves it out" in capsys.readouterr().out
     call(*options, "--map", json.dumps({"angry": None, "speaker": {"p/s0": "q/s0"}}))
     cells = json.loads((tmp_path / "crosscorpus.json").read_text())["cells"]
     assert cells[0]["classes"] == ["happy", "neutral", "sad"]
@@ -608,10 +673,25 @@ def test_corpora_that_cannot_be_compared_are_refused_in_a_line(corpora, tmp_path
         call("--model", corpora / "silent", "--corpora", *given, "--folds", 0 if "classes" in says else 2)
 
 
+def test_the_command_tests_the_part_that_the_column_split_names_and_says_so(corpora, tmp_path, capsys):
+    def change(header, lines):
+        for i, line in enumerate(lines):
+            line += [("Train", "train"), ("Test1", "test"), ("Test2", "")][0 if i < 16 else 1 if i < 24 else 2]
+        return [[*header, "part", "split"], *lines]
+
+    given = changed(corpora, tmp_path / "changed", change)
+    call("--model", corpora / "silent", "--corpora", *given, "--out", tmp_path, "--no-pictures", "--resamples", 9)
+    told = capsys.readouterr().out
+    assert "two: 8 utterances have a part, but no split, and are left out: Test2" in told
+    assert "two: its own test part is tested (column part or split)" in told
+    cells = json.loads((tmp_path / "crosscorpus.json").read_text())["cells"]
+    assert [(cell["utterances"], cell["trained_on"]) for cell in cells[1:]] == [(8, 32), (32, 16), (8, 16)]
+
+
 def test_a_corpus_without_speakers_has_figures_without_intervals(corpora, tmp_path, capsys):
     given = changed(corpora, tmp_path / "changed", without("speaker"))
     call("--model", corpora / "silent", "--corpora", *given, "--out", tmp_path / "out")
-    assert "no figure for two > two: its speakers are not known" in capsys.readouterr().out
+    assert "no figure for two > two: the speakers are not known" in capsys.readouterr().out
     first, across_, back, within = json.loads((tmp_path / "out/crosscorpus.json").read_text())["cells"]
     assert first["interval_speakers"] and across_["interval_speakers"] is None and back["interval_speakers"]
     assert back["penalties"] == [probe.USUAL_PENALTY] and "unweighted_accuracy" not in within
@@ -624,7 +704,24 @@ def test_a_corpus_without_speakers_has_figures_without_intervals(corpora, tmp_pa
         (["--corpora", "ONE", "ONE"], ConfigError, "is given twice"),
         (["--corpora", "ONE", "TWO", "--layers", "9"], ConfigError, "numbers from 0 to 2"),
         (["--corpora", "ONE", "TWO", "--classes", "angri"], ConfigError, "did you mean 'angry'"),
-        (["--corpora", "ONE", "TWO", "--classes", "angry"], ConfigError, "two classes in common"),
+        (["--corpora", "ONE", "TWO", "--classes", "angri"], ConfigError, "there are angry, happy, neutral, sad"),
+        (["--corpora", "ONE", "TWO", "--classes", "angry"], ConfigError, "--classes names one emotion; give two"),
+        (["--corpora", "ONE", "TWO", "--classes", "sad", "sad"], ConfigError, "names one emotion; give two"),
+        (["--corpora", "ONE", "TWO", "--workers", "-1"], ConfigError, "--workers -1: expected 0 or more"),
+        (["--corpora", "ONE", "TWO", "--timeout", "0"], ConfigError, "--timeout 0.0: expected seconds"),
+        (["--corpora", "ONE", "TWO", "--max-bad-audio", "7"], ConfigError, "7.0: expected a share from 0 to 1"),
+        (["--corpora", "ONE", "TWO", "--processes", "2"], ConfigError, "--processes .* --train"),
+        (["--corpora", "ONE", "TWO", "--parallel", "2"], ConfigError, "--parallel .* --train"),
+        (
+            ["--corpora", "ONE", "TWO", "--train", "--out", "X", "--heads", "speaker"],
+            ConfigError,
+            "--heads speaker: the table needs emotion among the heads",
+        ),
+        (
+            ["--corpora", "ONE", "TWO", "--train", "--out", "X", "--heads=ctc,speaker"],
+            ConfigError,
+            "--heads ctc,speaker: the table needs emotion",
+        ),
         (["--corpora", "ONE", "TWO", "--folds", "1"], ConfigError, "--folds 1: expected 2 or more, or 0"),
         (["--corpora", "ONE", "TWO", "--resamples", "0"], ConfigError, "1 or more"),
         (["--corpora", "ONE", "TWO", "--epochs", "3"], ConfigError, "--epochs: .* need --train"),
@@ -633,7 +730,7 @@ def test_a_corpus_without_speakers_has_figures_without_intervals(corpora, tmp_pa
         (
             ["--corpora", "ONE", "TWO", "--train", "--out", "X", "--init", "y"],
             ConfigError,
-            "--init: .* settles that",
+            "--init: this command sets it itself",
         ),
         (["--corpora", "ONE", "TWO", "--out", "ONE"], ConfigError, "is a file; expected a folder"),
         (["--corpora", "ONE", "TWO", "--model", "EMPTY"], ModelFolderError, "config.json"),
@@ -663,6 +760,34 @@ def test_a_recording_that_cannot_be_read_ends_the_run_or_is_left_out(corpora, tm
         cells = json.loads((tmp_path / "out/crosscorpus.json").read_text())["cells"]
         assert [cell["unread"] for cell in cells] == [0, 1, 0, 1]
         assert "up to 1 utterances of a cell could not be read" in capsys.readouterr().out
+    with pytest.raises(AudioError, match="1 of 32 recordings of two cannot be used") as refused:
+        call(*options)
+    assert "could not be read when the vectors were computed" in str(refused.value), "they are kept by now"
+
+
+def test_a_corpus_of_which_nothing_can_be_read_has_no_figures(corpora, tmp_path, capsys):
+    for name in ("one", "two"):
+        shutil.copytree(corpora / name, tmp_path / name)
+    for path in (tmp_path / "two").glob("*.wav"):
+        path.write_bytes(b"RIFF")
+    options = ["--model", corpora / "silent", "--corpora", *manifests(tmp_path), "--out", tmp_path / "out"]
+    call(*options, "--on-bad-audio", "skip", "--max-bad-audio", 1, "--no-pictures", "--resamples", 20)
+    cells = json.loads((tmp_path / "out/crosscorpus.json").read_text())["cells"]
+    assert ["unweighted_accuracy" in cell for cell in cells] == [True, False, False, False]
+    assert {cell.get("why_empty", "") for cell in cells[1:]} == {
+        "no recording of the training or of the test could be read"
+    }
+    assert "no figure for two > one: no recording" in capsys.readouterr().out
+
+
+def test_the_results_of_linear_heads_and_of_trainings_do_not_replace_each_other(corpora, tmp_path):
+    options = ["--model", corpora / "silent", "--corpora", *manifests(corpora), "--out", tmp_path]
+    for head, more in (("whole trainings", []), ("linear (ridge)", ["--train"])):
+        (tmp_path / "crosscorpus.json").write_text(json.dumps({"head": head}))
+        with pytest.raises(ConfigError, match=re.escape(f"has results of {head}; choose another --out")):
+            call(*options, *more)
+    (tmp_path / "crosscorpus.json").write_text("[")
+    call(*options, "--no-pictures", "--resamples", 20)
 
 
 # --------------------------------------------------------------------------------------------- whole trainings
@@ -748,3 +873,71 @@ def test_other_tests_are_evaluated_again_and_another_training_is_refused(tmp_pat
     ):
         with pytest.raises(ConfigError, match="was begun with other settings"):
             write(train, {4, 5}, **changes)
+
+
+def test_a_report_of_other_utterances_than_the_test_is_evaluated_again(tmp_path, monkeypatch):
+    utterances = rows("x", "ababab", "112233")
+    arguments = Namespace(model="small", training_options=[])
+    write = crosscorpus.write_manifest
+
+    def killed(path, members, **options):
+        write(path, members, **options)
+        if path.name.startswith("test"):
+            raise KeyboardInterrupt
+
+    write_training(tmp_path, Training((0, 1), {4}), utterances, arguments)
+    (tmp_path / "report.json").write_text("{}")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(crosscorpus, "write_manifest", killed)
+        write_training(tmp_path, Training((0, 1), {4, 5}), utterances, arguments)
+    write_training(tmp_path, Training((0, 1), {4, 5}), utterances, arguments)
+    assert not (tmp_path / "report.json").exists(), "after a kill between two files"
+
+    def evaluated(*numbers, unread=0) -> bool:
+        """Write a report on some utterances, and tell whether it stays for a test of utterances 4 and 5."""
+        records = [
+            {"id": f"x/{i}", "emotion": "a", "speaker": "x/1", "predicted": "a", "confidence": 1.0}
+            for i in numbers
+        ]
+        written = report(write_rows(tmp_path / "predictions.csv", [records], ["a"]), resamples=1)
+        write_json(tmp_path / "report.json", written.to_dict() | {"unread": unread})
+        write_training(tmp_path, Training((0, 1), {4, 5}), utterances, arguments)
+        return (tmp_path / "report.json").exists()
+
+    assert evaluated(4, 5) and evaluated(4, unread=1)
+    assert not evaluated(4) and not evaluated(3, 4) and not evaluated(3, 4, 5)
+
+
+def test_a_training_whose_utterances_are_all_for_validation_is_refused(tmp_path):
+    utterances = rows("x", "abab", "1122", "vvtt")
+    with pytest.raises(ConfigError, match="x: all 2 utterances of this training are for validation"):
+        write_training(
+            tmp_path / "x", Training((0, 1), {2, 3}), utterances, Namespace(model="small", training_options=[])
+        )
+
+
+def test_a_training_is_told_of_the_workers_and_may_share_speakers_with_its_validation(tmp_path):
+    parser = make_parser("", "x")
+    crosscorpus.add_arguments(parser)
+    given = ["--model", "small", "--corpora", "a", "--train", "--out", str(tmp_path), "--epochs", "2"]
+
+    def commands(*more) -> dict[str, str]:
+        arguments = crosscorpus.parse(parser, [*given, *more])
+        return {step: " ".join(c) for step, c in Trainings(arguments, Selection(""), "").commands("x").items()}
+
+    plain = commands()
+    assert not any(word in plain["train"] for word in ("--workers", "--timeout", "--allow-overlap"))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/valid.csv").write_text("")
+    for command in commands("--workers", "2", "--timeout", "9").values():
+        assert "--workers 2 --timeout 9.0" in command
+    assert "--allow-overlap speakers" in commands()["train"]
+
+
+def test_trainings_of_different_corpora_never_have_the_same_name():
+    names = ("a", "b", "a+b", "c", "a fold 1 of 2", "a a+b")
+    utterances = [u for name in names for u in rows(name, "ababab" if name == "c" else "ababcc", "112233")]
+    cells = plan_cells(utterances, folds=2)
+    trainings, places = all_trainings(utterances, cells)
+    for cell, names in zip(cells, places, strict=True):
+        assert [trainings[name].train for name in names] == [piece.train for piece in cell.pieces]

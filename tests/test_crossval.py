@@ -196,7 +196,7 @@ def test_a_fold_that_never_began_to_train_is_begun_with_other_settings_and_one_t
 ):
     options = ["--data", corpus / "train.csv", *FOLDS, "--out", tmp_path / "out"]
     options += ["--init", corpus / "init", *QUICK, "--resamples", 5]
-    with pytest.raises(ConfigError, match=r"fold s0: train failed(.|\n)*unrecognized arguments: --eppochs 2"):
+    with pytest.raises(ConfigError, match=r"s0: the training failed(.|\n)*unrecognized arguments: --eppochs 2"):
         call("crossval", *options, "--eppochs", 2)
     assert not (tmp_path / "out/s1/train.log").exists(), "nor did any other"
     call("crossval", *options, "--folds", "s0")
@@ -439,7 +439,7 @@ def test_asked_to_stop_it_lets_what_trains_save_and_the_same_command_continues(c
     finally:
         running.kill()
     assert running.returncode == 75, said
-    assert "SIGTERM: what trains saves and ends" in said and "the same command continues" in said
+    assert "SIGTERM: the training saves and ends" in said and "the same command continues" in said
     with pytest.raises(ProcessLookupError):
         os.kill(trains, 0)
     saved = list((out / "s0/run/checkpoints").iterdir())
@@ -526,14 +526,15 @@ def test_of_folds_at_once_one_that_fails_is_told_at_once_and_a_signal_still_reac
         while "finished first" not in errors.read_text() or not (out / "s0/run/metrics.jsonl").is_file():
             assert time.monotonic() < deadline and running.poll() is None, errors.read_text()
             time.sleep(0.05)
-        assert "fold s1: train failed" in errors.read_text()
+        assert "s1: the training failed" in errors.read_text()
         running.send_signal(signal.SIGTERM)
         assert running.wait(timeout=60) == 1
     finally:
         running.kill()
     assert list((out / "s0/run/checkpoints").iterdir()) and not (out / "s0/run/last").exists()
     assert not (out / "s2/train.log").exists(), "no other fold was begun"
-    assert errors.read_text().splitlines()[-1].startswith("  ") and "error: fold s1" in errors.read_text()
+    said = errors.read_text()
+    assert said.splitlines()[-1].startswith("  ") and "error: s1: the training failed" in said
 
 
 def test_folds_at_once_have_gpus_of_their_own_one_per_process():

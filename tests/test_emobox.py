@@ -79,7 +79,14 @@ def test_the_sound_of_a_video_is_taken_from_beside_it(tmp_path):
             (downloads / f"v{number}{sound}").touch()
     corpus = read_emobox(lists)
     assert [u.file.name for u in corpus.utterances if u.id[0] == "v"] == ["v1.wav", "v2.flac"]
-    assert reasons(corpus) == {"v3": "no recording: of .mp4 files the sound is needed as .wav"}
+    assert reasons(corpus) == {"v3": "no sound: convert the .mp4 file to .wav"}
+
+
+def test_a_file_whose_name_has_no_suffix_is_told(tmp_path):
+    lists = write_emobox(tmp_path, "mini", EMOTIONS, {})
+    (tmp_path / "downloads/mini/plain").touch()
+    append(lists / "mini.jsonl", key="p", wav="downloads/mini/plain", emo="w")
+    assert reasons(read_emobox(lists)) == {"p": "its name has no suffix such as .wav"}
 
 
 def test_excerpts_keep_their_times_and_repeated_ones_are_told(tmp_path):
@@ -107,6 +114,17 @@ def test_utterances_outside_all_parts_and_keys_outside_the_list_are_told(tmp_pat
         "a-2": "in none of train, valid and test",
         "d-1": "in a fold, but not in the list",
     }
+    what = "1 files of folds are not read, such as fold_1/mini_test3_fold_1.jsonl"
+    assert corpus.warnings == [f"{lists}: {what}; expected names such as fold_1/mini_test_fold_1.jsonl"]
+
+
+def test_folds_that_have_the_name_of_another_list_are_told(tmp_path):
+    lists = write_emobox(tmp_path, "mini", EMOTIONS, ONE_FOLD)
+    (lists / "mini.jsonl").rename(lists / "maxi.jsonl")
+    corpus = read_emobox(lists)
+    (warning,) = corpus.warnings
+    assert "3 files of folds are not read, such as fold_1/mini_test_fold_1.jsonl" in warning
+    assert all("split" not in u.extra for u in corpus.utterances)
 
 
 def test_a_list_of_another_length_than_emobox_s_is_read_with_a_warning(tmp_path):
@@ -121,14 +139,15 @@ def test_a_list_of_another_length_than_emobox_s_is_read_with_a_warning(tmp_path)
         ('{"key": "z", "wav": ', "line 7: Expecting value"),
         ("[1]", r"line 7: found \[1\], expected an object with a key"),
         ('{"wav": "a.wav", "emo": "w"}', "line 7: found .* expected an object with a key"),
-        ('{"key": "z", "emo": "w"}', "line 7: no wav"),
-        ('{"key": "z", "wav": "a.wav", "emo": 3}', "line 7: no emo"),
+        ('{"key": "z", "emo": "w"}', "line 7: the value of 'wav' is missing"),
+        ('{"key": "z", "wav": "a.wav", "emo": 3}', "line 7: the value of 'emo' is missing"),
         (
             '{"key": "z", "wav": "a.wav", "emo": "q"}',
             "line 7: the emotion 'q' is not in the label map, which has w, f",
         ),
         ('{"key": "z", "wav": "a.wav", "emo": "w", "start_time": "0"}', "line 7: found '0', expected seconds"),
-        ('{"key": "a-1", "wav": "a.wav", "emo": "w"}', "line 7: the key 'a-1' stands there twice"),
+        ('{"key": "z", "wav": "a.wav", "emo": "w", "start_time": NaN}', "line 7: found nan, expected seconds"),
+        ('{"key": "a-1", "wav": "a.wav", "emo": "w"}', "line 7: the key 'a-1' occurs twice"),
     ],
 )
 def test_a_damaged_list_is_refused_with_its_line(tmp_path, line, why):
@@ -141,7 +160,9 @@ def test_a_damaged_list_is_refused_with_its_line(tmp_path, line, why):
 
 def test_folds_that_contradict_each_other_are_refused(tmp_path):
     lists = write_emobox(tmp_path, "mini", EMOTIONS, folds(["a-1"], ["a-1", "b-1"]))
-    with pytest.raises(ManifestError, match=r"mini_test_fold_2.jsonl: line 1: 'a-1' is in fold 1 already"):
+    with pytest.raises(
+        ManifestError, match=r"mini_test_fold_2.jsonl: line 1: 'a-1' is also in another list \(fold 1\)"
+    ):
         read_emobox(lists)
 
 
@@ -150,6 +171,14 @@ def test_a_folder_that_is_none_of_emobox_is_refused(tmp_path):
     (lists / "label_map.json").write_text('{"w": 1}')
     with pytest.raises(ManifestError, match=r"label_map.json: expected an object of names"):
         read_emobox(lists)
+    for text, why in (
+        ('{"w": "Angry", "W": "Sad"}', "'w' is both 'angry' and 'sad'"),
+        ('{"w": "Angry", "w": "Sad"}', "'w'"),
+        ('{"w": " "}', "the class of 'w' is empty"),
+    ):
+        (lists / "label_map.json").write_text(text)
+        with pytest.raises(ManifestError, match=rf"label_map.json: .*{why}"):
+            read_emobox(lists)
     (lists / "label_map.json").unlink()
     with pytest.raises(ManifestError, match=r"mini: no label_map.json"):
         read_emobox(lists)

@@ -100,6 +100,9 @@ def corpora(tmp_path_factory) -> Path:
         ("x/trains.csv", "trains"),
         ("x/VALID.csv", "x"),
         ("x/y/../train.csv", "x"),
+        ("data/aesdd/emobox.csv", "aesdd"),
+        ("data/emobox/emobox.csv", "emobox"),
+        ("emobox/train.csv", "emobox"),
     ],
 )
 def test_a_corpus_is_called_after_its_manifest_or_its_folder(path, name):
@@ -660,7 +663,7 @@ def test_overlap_is_of_a_corpus(corpora, tmp_path, capsys):
         train(corpora, tmp_path / "b", valid=paths(corpora, "train", "emo"))
     other = renamed(write_corpus(tmp_path / "other", 8, speakers=2, seed=9, name="valid"), {})
     train(corpora, tmp_path / "c", *words, "--map", '{"calm": null}', valid=[str(other)])
-    assert "valid has corpora whose speakers count as others, as training has only" in capsys.readouterr().err
+    assert "valid has corpora that training does not have (it has " in capsys.readouterr().err
     shared = json.loads((tmp_path / "c/config.json").read_text())["shared_with_training"]["valid"]
     assert shared["speakers"] == 0.0, "s0 and s1 of another corpus are other people"
 
@@ -673,7 +676,7 @@ def test_one_manifest_is_evaluated_as_a_corpus_of_those_that_training_had(corpor
     other = write_corpus(tmp_path / "other", 8, speakers=2, name="test")
     execute("evaluate", [*words, str(other)])
     said = capsys.readouterr()
-    assert "speakers count as others, as training has only emo, tess: other\n" in said.err
+    assert "training does not have (it has emo, tess), so their speakers count as new: other\n" in said.err
     assert "known from training: speakers 0.0 %" in said.out
 
 

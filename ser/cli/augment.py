@@ -1,4 +1,4 @@
-"""Write what training would hear of recordings: one file for each epoch, and in words what was drawn for it.
+"""Write recordings as training would hear them, one file for each epoch, and print what was drawn.
 
     ser augment recording.wav --augment gain noise:snr=0..10 reverb speed --play-to heard --epochs 4
     ser augment a.wav b.wav c.wav --augment babble:snr=5 telephone:p=0.5 --play-to heard
@@ -29,18 +29,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="recordings")
     add("--augment", nargs="+", required=True, metavar="NAME[:OPTION=VALUE,...]",
-        help=f"augmentations, in their order; there are {', '.join(AUGMENTATIONS)}")  # fmt: skip
-    add("--play-to", type=Path, required=True, metavar="DIR", help="folder for what is heard; no file in it is "
-        "replaced")  # fmt: skip
-    add("--epochs", type=int, default=1, metavar="N", help="how many epochs (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the run (default: %(default)s)")
+        help=f"augmentations, applied in this order; there are {', '.join(AUGMENTATIONS)}")  # fmt: skip
+    add("--play-to", type=Path, required=True, metavar="DIR", help="folder for the augmented recordings; "
+        "existing files are not replaced")  # fmt: skip
+    add("--epochs", type=int, default=1, metavar="N", help="number of epochs (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
 
 def plan_files(arguments: Namespace) -> dict[Path, Item]:
     """Return what is to be written, and of which item; refuse what is there already."""
     if arguments.epochs < 1 or arguments.seed < 0:
         raise ConfigError(
-            f"--epochs {arguments.epochs} --seed {arguments.seed}: expected 1 or more, and 0 or more"
+            f"--epochs is {arguments.epochs} and --seed is {arguments.seed}; "
+            "expected at least 1 epoch and a seed of at least 0"
         )
     items = [Item(k, 1.0, epoch, k) for k in range(len(arguments.files)) for epoch in range(arguments.epochs)]
     stems = [file.stem for file in arguments.files]

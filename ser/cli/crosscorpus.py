@@ -1,33 +1,38 @@
-"""Tell how a model does on corpora that it was not trained on: train on each, test on each, leave each one out.
+"""Measure how a model performs on corpora that it was not trained on: train on each, test on each, leave each out.
 
-A linear head on the vectors of a model that stays as it is, in minutes:
+This trains a linear head on the vectors of a frozen model, which takes minutes:
 
     ser crosscorpus --model runs/demo/best --corpora emodb.csv ravdess.csv resd.csv --out runs/cross
 
-Random weights of a preset, on four classes, of corpora that a JSON file lists (path, root, columns, map, name):
+This uses random weights and four classes; a JSON file lists the corpora (path, root, columns, map, name):
 
     ser crosscorpus --model small --corpora corpora.json --classes angry happy neutral sad --out runs/cross
 
-Whole trainings in place of the linear head; options that are not listed below go to `ser train` as they are:
+This trains whole models instead; options that are not listed above are passed to `ser train`:
 
     ser crosscorpus --train --model small --corpora emodb.csv ravdess.csv --out runs/cross-train \\
         --epochs 9 --rate 1e-3 --effective-batch 16
 
 A figure is the unweighted accuracy (UA) over the classes that training and test have in common, with a 95 %
-interval by bootstrap over speakers. Within one corpus its speakers are dealt into folds, so that nobody is in
-training and test. A corpus whose column part (or split) says test is tested on these alone, in all cells.
+interval by bootstrap over speakers. Within one corpus the speakers are divided into folds, so that no speaker is
+in both training and test. If the column part or split of a corpus has the value test, only these utterances are
+tested, in all cells.
 
-Written to --out: crosscorpus.json, crosscorpus.csv (a line for each cell), crosscorpus.png, and vectors/, or
-trainings/ with a folder for each training. The same command continues where it stopped, and does not do again what
-is there. Asked to stop (SIGTERM, SIGUSR1, SIGHUP, Ctrl-C) in a training, it passes that on and ends with status
-75.
+The command writes to --out: crosscorpus.json, crosscorpus.csv (a line for each cell), crosscorpus.png, and
+vectors/, or trainings/ with a folder for each training. The same command continues where it stopped, and does not
+do again what is there. If it is asked to stop (SIGTERM, SIGUSR1, SIGHUP, Ctrl-C) during a training, it passes the
+signal on and ends with status 75.
 """
 
 import hashlib
+import json
+import re
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +57,14 @@ from ser.recognizer import Recognizer
 from ser.scores import across, probe
 from ser.scores.across import Cell, Heard, Piece, Result
 from ser.scores.pictures import draw_corpora, needs_matplotlib
-from ser.scores.report import Outcomes
+from ser.scores.report import Outcomes, Report
 from ser.train.content import contents, weights_sha256
 
 __all__ = ["add_arguments", "errors_told", "parse", "run"]
 
 OF_TRAININGS = SETTLED | {"--init", "--data", "--protocol", "--out"}  # settled here, and no option of a training
-VALIDATION = ("valid", "validation", "dev")  # parts of a corpus by which a whole training chooses its weights
+LINEAR, WHOLE = "linear (ridge)", "whole trainings"  # what crosscorpus.json calls the heads
+UNREAD = "could not be read when the vectors were computed"
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -72,27 +78,26 @@ def add_arguments(parser: ArgumentParser) -> None:
         "(random weights); with --train: the initial weights")  # fmt: skip
     add("--corpora", nargs="+", type=Path, required=True, metavar="MANIFEST", help="two or more, each a corpus "
         "that is called like its file or folder; or one JSON file that lists them")  # fmt: skip
-    add("--out", type=Path, help="folder to write; shows the table alone without it")
-    add(
-        "--classes", nargs="+", metavar="EMOTION", help="only these (default: all that two corpora have in common)"
-    )
-    add("--folds", type=int, default=5, help="into which the speakers of a corpus are dealt to test within it; 0: "
-        "only test on other corpora (default: %(default)s)")  # fmt: skip
+    add("--out", type=Path, help="folder for the results (default: only show the table)")
+    add("--classes", nargs="+", metavar="EMOTION", help="use only these emotions (default: all that the two "
+        "corpora of a cell share)")  # fmt: skip
+    add("--folds", type=int, default=5, help="number of folds of speakers for the test within a corpus; 0: test "
+        "on other corpora only (default: %(default)s)")  # fmt: skip
     add_reading_arguments(parser.add_argument_group("manifests").add_argument)
     add = parser.add_argument_group("linear head").add_argument
-    add("--layers", default="mean", help="whose frames make a vector: mean (of all layers), all (one after "
-        "another), weighted (the mean that the model has learnt), or numbers such as 0,4 "
+    add("--layers", default="mean", help="layers that make the vector: mean (over all layers), all "
+        "(concatenated), weighted (the mean that the model has learnt), or numbers such as 0,4 "
         "(default: %(default)s)")  # fmt: skip
-    add("--workers", type=int, default=0, help="processes that decode audio (default: %(default)s)")
-    add("--timeout", type=float, default=WORKER_SECONDS, metavar="SECONDS",
-        help="to wait for one of them before giving up (default: %(default)g)")  # fmt: skip
+    add("--workers", type=int, help="processes that decode audio (default: 0)")
+    add("--timeout", type=float, metavar="SECONDS",
+        help=f"seconds to wait for a worker process (default: {WORKER_SECONDS:g})")  # fmt: skip
     add = parser.add_argument_group("whole trainings").add_argument
     add("--train", action="store_true", help="train the whole model for each training set; needs --out")
-    add("--processes", type=int, default=1, help="of one training, under torchrun (default: %(default)s)")
+    add("--processes", type=int, default=1, help="processes of each training, under torchrun (default: 1)")
     add("--parallel", type=int, default=1, help="trainings at once, each with a GPU of its own where there are "
         "any (default: %(default)s)")  # fmt: skip
     add = parser.add_argument_group("figures and machine").add_argument
-    add("--resamples", type=int, default=1000, help="of the bootstrap (default: %(default)s)")
+    add("--resamples", type=int, default=1000, help="resamples of the bootstrap (default: %(default)s)")
     add("--no-pictures", action="store_true", help="do not draw (drawing needs matplotlib)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--on-bad-audio", choices=["fail", "skip"], default="fail", help="recordings that cannot be read end the "
@@ -110,23 +115,68 @@ def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
 
 def check_arguments(arguments: Namespace) -> None:
     """Raise ConfigError for arguments that are missing, contradict each other or are out of range."""
-    options = arguments.training_options
-    if options and not arguments.train:
-        raise ConfigError(f"{options[0]}: is no option of this command; options of ser train need --train")
-    if own := sorted({option.partition("=")[0] for option in options} & OF_TRAININGS):
-        raise ConfigError(f"{', '.join(own)}: this command settles that itself (--model are the initial weights)")
+    check_training_options(arguments)
+    check_ranges(arguments)
     if arguments.train and (arguments.out is None or arguments.layers != "mean"):
         lacks = "needs --out" if arguments.out is None else "takes no --layers"
         raise ConfigError(f"--train {lacks}: whole models are trained, a folder for each")
-    if min(arguments.processes, arguments.parallel, arguments.resamples) < 1:
-        raise ConfigError("--processes, --parallel and --resamples are 1 or more")
-    if arguments.folds < 0 or arguments.folds == 1:
-        raise ConfigError(f"--folds {arguments.folds}: expected 2 or more, or 0 for none")
     if arguments.out is not None and arguments.out.is_file():
         raise ConfigError(f"--out {arguments.out}: is a file; expected a folder")
+    check_out(arguments)
+
+
+def check_ranges(arguments: Namespace) -> None:
+    """Raise ConfigError for numbers that are out of range."""
+    if min(arguments.processes, arguments.parallel, arguments.resamples) < 1:
+        raise ConfigError("--processes, --parallel and --resamples must be 1 or more")
+    for name in () if arguments.train else ("processes", "parallel"):
+        if getattr(arguments, name) > 1:
+            raise ConfigError(f"--{name} {getattr(arguments, name)}: is of whole trainings, so it needs --train")
+    if (arguments.workers or 0) < 0:
+        raise ConfigError(f"--workers {arguments.workers}: expected 0 or more")
+    if arguments.timeout is not None and not 0 < arguments.timeout < float("inf"):
+        raise ConfigError(f"--timeout {arguments.timeout}: expected seconds, more than 0")
+    if not 0 <= arguments.max_bad_audio <= 1:
+        raise ConfigError(f"--max-bad-audio {arguments.max_bad_audio}: expected a share from 0 to 1")
+    if arguments.folds < 0 or arguments.folds == 1:
+        raise ConfigError(f"--folds {arguments.folds}: expected 2 or more, or 0 for none")
+
+
+def check_training_options(arguments: Namespace) -> None:
+    """Raise ConfigError for options of `ser train` that cannot be passed on."""
+    options = [part for option in arguments.training_options for part in option.split("=", 1)]
+    if options and not arguments.train:
+        raise ConfigError(f"{options[0]}: is not an option of this command; options of ser train need --train")
+    if own := sorted({*options} & OF_TRAININGS):
+        raise ConfigError(f"{', '.join(own)}: this command sets it itself (--model gives the initial weights)")
+    for name, value in pairwise(options):
+        if name == "--heads" and not {"auto", "emotion"}.intersection(value.split(",")):
+            raise ConfigError(f"--heads {value}: the table needs emotion among the heads")
+
+
+def check_out(arguments: Namespace) -> None:
+    """Raise ConfigError if --out has results of the other kind, which would be replaced."""
+    before, now = None, WHOLE if arguments.train else LINEAR
+    if arguments.out is not None:
+        with suppress(OSError, ValueError, AttributeError):  # damaged results may be replaced
+            before = json.loads((arguments.out / "crosscorpus.json").read_text()).get("head")
+    if before not in (None, now):
+        raise ConfigError(f"--out {arguments.out}: has results of {before}; choose another --out")
 
 
 # ----------------------------------------------------------------------------------------------------- corpora
+
+
+def compared_classes(arguments: Namespace, utterances: list[Utterance]) -> set[str]:
+    """Return the emotions to compare, all or those of --classes. Raises ConfigError for one that is not there."""
+    heard = {u.emotion for u in utterances if u.emotion is not None}
+    if unknown := [name for name in arguments.classes or () if name not in heard]:
+        near, there = did_you_mean(unknown[0], sorted(heard)), summary(sorted(heard))
+        raise ConfigError(f"--classes {unknown[0]}: no utterance has this emotion{near}; there are {there}")
+    classes = heard.intersection(arguments.classes or heard)
+    if arguments.classes and len(classes) < 2:
+        raise ConfigError("--classes names one emotion; give two or more")
+    return classes
 
 
 def read_corpora(arguments: Namespace) -> tuple[list[Utterance], Selection]:
@@ -135,19 +185,15 @@ def read_corpora(arguments: Namespace) -> tuple[list[Utterance], Selection]:
     utterances = chosen.read(check_files=arguments.on_bad_audio == "fail", tell=print_now)
     named, sets = with_usual_names({"corpora": chosen}, {"corpora": utterances}, print_now)
     named["corpora"].review(sets, print_now, emotions=None)
-    utterances = sets["corpora"]
+    utterances, lines = across.with_own_parts(sets["corpora"])
+    for line in lines:
+        print_now(line)
     corpora = list(dict.fromkeys(u.corpus for u in utterances))
     if len(corpora) < 2:
         raise ConfigError(
             f"there is one corpus, {corpora[0]!r}; give two or more, each with a manifest of its own"
         )
-    heard = {u.emotion for u in utterances if u.emotion is not None}
-    if unknown := [name for name in arguments.classes or () if name not in heard]:
-        near = did_you_mean(unknown[0], sorted(heard))
-        raise ConfigError(
-            f"--classes {unknown[0]}: no utterance has this emotion{near}; there are {summary(heard)}"
-        )
-    classes = heard.intersection(arguments.classes or heard)
+    classes = compared_classes(arguments, utterances)
     labelled = [u for u in utterances if u.emotion in classes]
     left = {u.corpus for u in labelled}
     if lacking := [name for name in corpora if name not in left]:
@@ -179,6 +225,11 @@ def check_read(name: str, errors: dict[int, Any], total: int, arguments: Namespa
         print_now(f"{name}: {len(errors)} of {total} recordings cannot be read and are left out")
 
 
+def unread_of(utterances: list[Utterance], known: Tensor) -> dict[int, str]:
+    """Return the number of each utterance without a vector, and a line on it."""
+    return {i: f"{utterances[i].file}: {UNREAD}" for i in (~known).nonzero().flatten().tolist()}
+
+
 def vectors_of_corpora(
     recognizer: Recognizer, utterances: list[Utterance], arguments: Namespace
 ) -> tuple[Tensor, Tensor]:
@@ -188,6 +239,8 @@ def vectors_of_corpora(
         rows.setdefault(u.corpus, []).append(i)
     folders, model = folder_names(rows), f"{probe.weights_digest(recognizer)} {arguments.layers}"
     parts: dict[str, tuple[Tensor, Tensor]] = {}
+    options: dict[str, Any] = {"layers": arguments.layers, "workers": arguments.workers or 0}
+    options["timeout"] = arguments.timeout or WORKER_SECONDS
     silent = not sys.stderr.isatty()
     with tqdm(total=len(utterances), unit="utterance", leave=False, disable=silent) as bar:
         for name, numbers in rows.items():
@@ -197,7 +250,6 @@ def vectors_of_corpora(
             path = arguments.out and arguments.out / "vectors" / f"{folders[name]}-{digest}.safetensors"
             kept = probe.read_kept(path, len(own)) if path else None
             if kept is None:
-                options = {"layers": arguments.layers, "workers": arguments.workers, "timeout": arguments.timeout}
                 vectors, errors = probe.vectors_of(recognizer, own, progress=bar.update, **options)
                 check_read(name, errors, len(own), arguments)
                 kept = vectors, torch.tensor([i not in errors for i in range(len(own))])
@@ -205,6 +257,7 @@ def vectors_of_corpora(
                     probe.keep(path, *kept)
                 tqdm.write(printable(f"{name}: {len(own)} vectors of {vectors.shape[1]} numbers"), file=sys.stderr)
             else:
+                check_read(name, unread_of(own, kept[1]), len(own), arguments)
                 bar.update(len(own))
             parts[name] = kept
     order = torch.tensor([i for numbers in rows.values() for i in numbers]).argsort()
@@ -213,14 +266,14 @@ def vectors_of_corpora(
 
 
 class LinearHeads:
-    """Learn the linear heads of cells, each training set once."""
+    """Train the linear heads of the cells, one for each training set and its classes."""
 
     def __init__(self, utterances: list[Utterance], vectors: Tensor, known: Tensor) -> None:
         self.utterances, self.vectors, self.known = utterances, vectors, known
         self.heads: dict[tuple[tuple[int, ...], tuple[str, ...]], probe.LinearHead] = {}
 
     def head(self, piece: Piece, classes: tuple[str, ...]) -> probe.LinearHead:
-        """Return the head of a training set and classes."""
+        """Return the head of a training set, of which some can be read, and classes."""
         key = piece.train, classes
         if key not in self.heads:
             rows = [i for i in piece.train if self.known[i]]
@@ -234,7 +287,10 @@ class LinearHeads:
         answers: dict[int, str] = {}
         penalties = []
         for piece in cell.pieces:
-            head, rows = self.head(piece, cell.classes), [i for i in piece.test if self.known[i]]
+            rows = [i for i in piece.test if self.known[i]]
+            if not rows or not any(self.known[i] for i in piece.train):
+                continue
+            head = self.head(piece, cell.classes)
             answers |= zip(
                 rows, (cell.classes[k] for k in head.classify(self.vectors[rows]).tolist()), strict=True
             )
@@ -277,9 +333,12 @@ class Trainings(CrossValidation):
         arguments, folder = self.arguments, self.arguments.out / fold
         same = ["--literal-labels", "--on-bad-audio", arguments.on_bad_audio]
         same += ["--max-bad-audio", str(arguments.max_bad_audio), "--device", arguments.device]
+        for name in ("workers", "timeout"):
+            value = getattr(arguments, name)
+            same += [] if value is None else [f"--{name}", str(value)]
         valid = folder / "valid.csv"
         train = [*self.launcher(), "-m", "ser", "train", *same, "--train", str(folder / "train.csv")]
-        train += ["--valid", str(valid)] if valid.exists() else []
+        train += ["--valid", str(valid), "--allow-overlap", "speakers"] if valid.exists() else []
         train += ["--init", arguments.model, "--out", str(folder / "run"), "--heads", "emotion"]
         weights = folder / "run" / ("best" if valid.exists() else "last")
         judge = [sys.executable, "-m", "ser", "evaluate", *same, "--manifest", str(folder / "test.csv")]
@@ -287,17 +346,22 @@ class Trainings(CrossValidation):
         return {"train": [*train, *arguments.training_options], "judge": judge}
 
 
+def joined(names: Sequence[str]) -> str:
+    """Join names so that no others give the same text: a plus, space or percent sign in a name becomes %2B."""
+    return "+".join(re.sub("[%+ ]", lambda sign: f"%{ord(sign[0]):02X}", name) for name in names)
+
+
 def training_name(utterances: list[Utterance], cell: Cell, number: int) -> str:
     """Name the training of a piece of a cell; the classes are named where they are not all of the training set."""
-    name = "+".join(cell.train)
+    name = joined(cell.train)
     if len(cell.pieces) > 1:
         name += f" fold {number} of {len(cell.pieces)}"
     every = {u.emotion for u in utterances if u.corpus in cell.train}
-    return name if every == {*cell.classes} else f"{name} {'+'.join(cell.classes)}"
+    return name if every == {*cell.classes} else f"{name} {joined(cell.classes)}"
 
 
 def all_trainings(utterances: list[Utterance], cells: list[Cell]) -> tuple[dict[str, Training], list[list[str]]]:
-    """Return folder -> training, and the folders of the pieces of each cell. Cells share trainings."""
+    """Return the training of each folder, and the folders of each cell; several cells may use one training."""
     called = [[training_name(utterances, c, k) for k in range(1, len(c.pieces) + 1)] for c in cells]
     folders = folder_names(dict.fromkeys(name for names in called for name in names))
     trainings: dict[str, Training] = {}
@@ -312,11 +376,13 @@ def all_trainings(utterances: list[Utterance], cells: list[Cell]) -> tuple[dict[
 def write_training(folder: Path, training: Training, utterances: list[Utterance], arguments: Namespace) -> None:
     """Write the manifests of a training; refuse a folder that was begun with other settings or data.
 
-    Where other utterances are to be tested than before, the evaluation is done again, and the training is not.
+    If other utterances are to be tested than before, the evaluation is done again, and the training is not.
     """
     rows = [utterances[i] for i in training.train]
-    valid = [u for u in rows if across.part_of(u) in VALIDATION]
-    train = [u for u in rows if across.part_of(u) not in VALIDATION]
+    valid = [u for u in rows if across.part_of(u) == "valid"]
+    train = [u for u in rows if across.part_of(u) != "valid"]
+    if not train:
+        raise ConfigError(f"{folder.name}: all {len(valid)} utterances of this training are for validation")
     init = None if is_preset(arguments.model) else weights_sha256(find_folder(arguments.model))
     settings: dict[str, Any] = {
         "data": {},
@@ -326,14 +392,26 @@ def write_training(folder: Path, training: Training, utterances: list[Utterance]
     }
     settings |= {"init_sha256": init, "training_options": lasting(arguments.training_options)}
     check_same(folder, settings, dict)
-    tested = folder / "test.csv"
-    before = tested.read_bytes() if tested.is_file() else b""
-    sets = {"train": train, "valid": valid, "test": [utterances[i] for i in sorted(training.test)]}
-    for part, members in sets.items():
+    for part, members in {"train": train, "valid": valid}.items():
         if members:
             write_manifest(folder / f"{part}.csv", members, literal_labels=True)
-    if tested.read_bytes() != before:
-        (folder / "report.json").unlink(missing_ok=True)
+    test = [utterances[i] for i in sorted(training.test)]
+    tested, new = folder / "test.csv", folder / "test-new.csv"
+    write_manifest(new, test, literal_labels=True)
+    same = tested.is_file() and tested.read_bytes() == new.read_bytes()
+    if not same or is_of_others(folder, {u.id for u in test}):
+        (folder / "report.json").unlink(missing_ok=True)  # first, in case that this process is killed
+    new.replace(tested)
+
+
+def is_of_others(folder: Path, tested: set[str]) -> bool:
+    """Tell whether a finished evaluation is of other utterances; those that it could not read are not in it."""
+    try:
+        unread = Report.read(folder / "report.json").unread or 0
+        ids = {*Outcomes.read(folder / "predictions.csv").text["id"]}
+    except ConfigError:
+        return False
+    return not ids <= tested or len(tested - ids) != unread
 
 
 def trained_results(
@@ -366,7 +444,7 @@ def title(arguments: Namespace) -> str:
         what = f"whole trainings from {arguments.model}"
     else:
         what = f"a linear head on {arguments.model} (layers: {arguments.layers})"
-    return f"unweighted accuracy (UA) of {what}; below each its 95 % interval over speakers"
+    return f"unweighted accuracy (UA) of {what}; the line below a figure has its 95 % interval over speakers"
 
 
 def write_results(arguments: Namespace, results: list[Result], data: Selection, heard: Heard) -> None:
@@ -374,7 +452,7 @@ def write_results(arguments: Namespace, results: list[Result], data: Selection, 
     head = {"training_options": arguments.training_options} if arguments.train else {"layers": arguments.layers}
     about: dict[str, Any] = {
         "model": str(arguments.model),
-        "head": "whole trainings" if arguments.train else "linear (ridge)",
+        "head": WHOLE if arguments.train else LINEAR,
     }
     about |= {**head, "command": arguments.command, "version": ser.__version__, "data": data.to_dict()}
     about |= {
@@ -388,7 +466,8 @@ def write_results(arguments: Namespace, results: list[Result], data: Selection, 
     if not arguments.no_pictures:
         numbered = draw_corpora(results, arguments.out / "crosscorpus.png")
         if numbered:
-            print_now(f"crosscorpus.png: numbers stand for {', '.join(f'{k} {v}' for k, v in numbered.items())}")
+            names = ", ".join(f"{number} is {name}" for number, name in numbered.items())
+            print_now(f"crosscorpus.png: no font has these names, so numbers stand for them: {names}")
     print_now(f"written to {arguments.out}")
 
 

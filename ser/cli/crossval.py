@@ -20,9 +20,9 @@ Checkpoints that are there already, one folder per fold (DIR/01F .. DIR/05M), wi
 
     ser crossval ... --protocol paper10 --evaluate-only DIR --out runs/reproduced
 
-Options that are not listed below go to `ser train` as they are. The same command continues where it stopped:
+Options that are not listed above are passed to `ser train`. The same command continues where it stopped:
 a fold that was evaluated is not trained again. Asked to stop (SIGTERM, SIGUSR1, SIGHUP, Ctrl-C), it passes that on
-to what trains, which saves, and ends with status 75.
+to the training, which saves, and ends with status 75.
 
 Pooled figures count every utterance of all folds once (right over all folds / all utterances). In --out: FOLD/run
 (the training run), FOLD/predictions.csv and report.json; report.json, report.md, curves.csv and pictures of all
@@ -255,7 +255,7 @@ class Commands:
     def stop(self, signal: str) -> None:
         """Ask all commands to stop: training saves and ends, and an evaluation will be done again."""
         self.stopped = signal
-        print_now(f"{signal}: what trains saves and ends", to=sys.stderr)
+        print_now(f"{signal}: the training saves and ends", to=sys.stderr)
         for process in list(self.running):
             process.terminate()
 
@@ -319,7 +319,8 @@ def train_and_evaluate(job: CrossValidation, fold: str, environment: dict[str, s
                 if commands.stopped:
                     raise Stopped
                 tail = "\n  ".join(path.read_text().splitlines()[-15:])
-                raise ConfigError(f"fold {fold}: {step} failed; {path} ends with\n  {tail}")
+                what = {"train": "training", "judge": "evaluation"}[step]
+                raise ConfigError(f"{fold}: the {what} failed; {path} ends with\n  {tail}")
     result = Report.read(folder / "report.json")
     names = {short: name for short, name in pooling.SHORT.items() if name in result.figures}
     shown = "  ".join(f"{short} {four_digits(result.value(name))}" for short, name in names.items())
@@ -454,7 +455,7 @@ def run_folds(job: CrossValidation, names: list[str]) -> None:
             if failed and failure is None:
                 failure = failed[0]
                 if commands.running and not commands.stopped:
-                    print_now(f"{failure}\n(the folds that run are finished first)", to=sys.stderr)
+                    print_now(f"{failure}\n(trainings that have begun are finished first)", to=sys.stderr)
     if failure is not None:
         raise failure
     if commands.stopped:  # the signal came after the last command of the last fold

@@ -113,7 +113,7 @@ class Drawn:
     """Describe a number that is drawn evenly from ``low`` to ``high``; its text is LOW..HIGH, or one number.
 
     Attributes:
-        low, high: without a text.
+        low, high: the range if the user gives none.
         said: the format of its words, such as "SNR {:.1f} dB".
         least, most: the bounds of what may be asked for.
         kind: float, or int for whole numbers.
@@ -206,7 +206,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Given:
-    """Describe an option that is the same for all utterances by its default: a text, a number, True or False."""
+    """Describe an option that has one value for all utterances; its default gives the type."""
 
     value: Any
     least: float = -math.inf
@@ -237,7 +237,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Recordings:
-    """Describe a folder of which one recording is drawn, in place of what other options ask for.
+    """Describe a folder from which a recording is drawn; it replaces other options, such as kind.
 
     Its text reaches to the end of the specification, so a path may hold commas and equals signs. A relative path
     counts from the working directory. The recordings are found at once, at any depth, in sorted order.
@@ -321,7 +321,10 @@ def fitted(sound: np.ndarray, num_samples: int, generator: np.random.Generator) 
 
 @contextmanager
 def needed() -> Iterator[None]:
-    """Raise ConfigError for a recording of an augmentation: an AudioError would be a fault of the utterance."""
+    """Raise ConfigError if a recording of noise or of a room cannot be read.
+
+    An AudioError would blame the utterance.
+    """
     try:
         yield
     except MissingLibraryError:
@@ -528,7 +531,10 @@ def reverb(
 
 @lru_cache(maxsize=1)
 def mu_law() -> np.ndarray:
-    """Return what mu-law with mu = 255 makes of each int16, over 32768: (65536,), of 0, 1, ... -2, -1."""
+    """Return a table of each int16 after mu-law coding (mu = 255), divided by 32768.
+
+    It is (65536,), in the order 0, 1, ..., -2, -1.
+    """
     samples = np.arange(1 << 16).astype(np.uint16).view(np.int16) / 32768
     code = np.rint(127 * np.log1p(255 * np.abs(samples)) / math.log(256)) / 127
     return (np.sign(samples) * np.expm1(code * math.log(256)) / 255).astype(np.float32)
@@ -559,7 +565,7 @@ def clipping(
     *,
     db: Annotated[float, Drawn(3, 12, "{:.1f} dB below the peak", 0, 60)],
 ) -> Tensor:
-    """Cut off what is less than ``db`` dB below the peak, as a microphone does that is driven too hard."""
+    """Clip the waveform at ``db`` dB below its peak, as an overdriven microphone does."""
     level = float(waveform.abs().max()) * 10 ** (-db / 20)
     return waveform.clamp(-level, level)
 
@@ -567,7 +573,7 @@ def clipping(
 def draw_speed(
     num_samples: int, generator: np.random.Generator, *, factors: Annotated[float, Among((0.9, 1.0, 1.1), 0.5, 2)]
 ) -> Resized:
-    """Say how long an utterance is that is played ``factors`` times as fast."""
+    """Return the length of an utterance that is played ``factors`` times as fast."""
     rate = round(SAMPLE_RATE * factors)
     return Resized(-(-num_samples * SAMPLE_RATE // rate), rate, f"factor {factors:g}")
 
@@ -592,7 +598,7 @@ def play_faster(waveform: Tensor, how: Resized) -> Tensor:
 def draw_crop(
     num_samples: int, generator: np.random.Generator, *, seconds: Annotated[float, Drawn(2, 4, "", 0.025, 3600)]
 ) -> Resized:
-    """Say which part of an utterance is kept; the whole of one that is not longer than ``seconds``."""
+    """Draw which part is kept; an utterance of at most ``seconds`` is kept whole."""
     kept = round(seconds * SAMPLE_RATE)
     if kept >= num_samples:
         return Resized(num_samples, 0, "nothing to cut")
@@ -631,7 +637,7 @@ def parameters_of(row: Augmentation | Resizing) -> dict[str, inspect.Parameter]:
 
 
 def options_of(name: str) -> dict[str, Option]:
-    """Return the options of a row, as they are where a specification does not name them."""
+    """Return the options of a row with their defaults."""
     options: dict[str, Option] = {"p": SHARE}
     for key, parameter in parameters_of(AUGMENTATIONS[name]).items():
         described = [m for m in getattr(parameter.annotation, "__metadata__", ()) if hasattr(m, "draw")]
@@ -664,7 +670,7 @@ def read_options(specification: str, name: str, text: str) -> dict[str, Option]:
             known, hint = ", ".join(options), did_you_mean(key, options)
             raise ConfigError(f"{where}: {name} has no option {key!r}{hint}; its options are: {known}")
         if key in chosen:
-            raise ConfigError(f"{where}: {key} stands twice")
+            raise ConfigError(f"{where}: {key} is given twice")
         option = options[key]
         value, _, text = (text, "", "") if isinstance(option, Recordings) else text.partition(",")
         try:
@@ -676,7 +682,7 @@ def read_options(specification: str, name: str, text: str) -> dict[str, Option]:
     folders = {key: option.instead_of for key, option in options.items() if isinstance(option, Recordings)}
     left_out = {other: key for key, others in folders.items() for other in (others if key in chosen else [key])}
     if both := [key for key in chosen if key in left_out]:
-        raise ConfigError(f"{where}: {left_out[both[0]]} stands in place of {both[0]}; leave one of them out")
+        raise ConfigError(f"{where}: {left_out[both[0]]} replaces {both[0]}; give only one of them")
     return {key: option for key, option in (options | chosen).items() if key not in left_out}
 
 

@@ -211,7 +211,7 @@ def read_named(folder: StrPath, parse: Callable[[str], Named | None]) -> Corpus:
         if named is None or known:
             why = TWICE if known else "not a name of this corpus's speech"
             if known and file.stat().st_size != utterances[file.stem].file.stat().st_size:
-                why = f"{TWICE}, and is another recording there"
+                why = f"{TWICE}, with another recording"
             dropped.append(Dropped(file.relative_to(folder).as_posix(), why))
         else:
             labels = {"emotion": named.emotion, "text": named.text or None, "speaker": named.speaker}

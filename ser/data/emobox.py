@@ -20,7 +20,7 @@ from typing import Any
 
 from ser.containers import SUFFIXES
 from ser.data.cells import Files
-from ser.data.manifest import DECODER, Utterance, check_regular
+from ser.data.manifest import Utterance, check_regular, unique_names
 from ser.data.release import Corpus, Dropped
 from ser.errors import ManifestError, brief_repr, indented, shorten
 from ser.files import StrPath
@@ -29,6 +29,9 @@ from ser.files import StrPath
 NAMES: dict[str, str | None] = {"fear": "fearful", "disgust": "disgusted", "surprise": "surprised"}
 NAMES |= {"boredom": "bored", "contempt": "contemptuous", "pleasure": "pleased", "pain, groan": "pained"}
 NAMES |= {"disappointment, disapproval": "disappointed", "no-agreement": None, "unknown": None}
+
+# Unlike that of manifests, it reads NaN as a number, which is no time.
+DECODER = json.JSONDecoder(object_pairs_hook=unique_names)
 
 # Utterances of each corpus, as EmoBox publishes them.
 COUNTS = {"aesdd": 604, "ased": 2474, "asvpesd": 13964, "cafe": 936, "casia": 1200, "cremad": 7442, "emns": 1181}
@@ -70,29 +73,39 @@ def _label_map(folder: Path) -> dict[str, str]:
     if path is None:
         raise ManifestError(f"{folder}: no label_map.json, which names the classes")
     try:
-        names = json.loads(_bytes(path))
+        names = DECODER.decode(_bytes(path).decode("utf-8-sig").strip())
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise ValueError("expected an object of names")
+        classes: dict[str, str] = {}
+        for emo, name in names.items():
+            key, value = emo.lower(), name.lower()
+            if not value.strip():
+                raise ValueError(f"the class of {emo!r} is empty")
+            if (other := classes.setdefault(key, value)) != value:
+                raise ValueError(f"{key!r} is both {other!r} and {value!r}")
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: {shorten(str(error), 200)}") from None
-    return {emo.lower(): name.lower() for emo, name in names.items()}
+    return classes
 
 
-def _folds(folder: Path, corpus: str) -> dict[str, dict[str, str]]:
-    """Read where each utterance is tested: key -> a column and its value; empty where there are no folds.
+def _folds(folder: Path, corpus: str) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Read the folds: key -> {"split": part}, or {"fold": the fold that tests it}; return nothing without folds.
 
-    Of one fold the column split has train, valid and test. Of several the column fold has the number of the fold
-    that tests the utterance.
+    One fold makes the column split, with train, valid and test; several make the column fold. The second result
+    warns of files with other names.
 
     Raises:
         ManifestError: a file cannot be read, or has an utterance that another one has too.
     """
     files: dict[str, dict[str, Path]] = defaultdict(dict)
+    others: list[str] = []
     for path in sorted(folder.glob("fold_*/*.jsonl")):
-        match = re.fullmatch(rf"fold_(\d+)/{re.escape(corpus)}_(train|valid|test)_fold_\1\.jsonl",
-                             path.relative_to(folder).as_posix())  # fmt: skip
+        name = path.relative_to(folder).as_posix()
+        match = re.fullmatch(rf"fold_(\d+)/{re.escape(corpus)}_(train|valid|test)_fold_\1\.jsonl", name)
         if match:
             files[match[1]][match[2]] = path
+        else:
+            others.append(name)
     columns: dict[str, dict[str, str]] = {}
     for fold, parts in files.items():
         for part, path in parts.items():
@@ -102,14 +115,17 @@ def _folds(folder: Path, corpus: str) -> dict[str, dict[str, str]]:
             for line, row in _objects(path):
                 if columns.setdefault(row["key"], column) is not column:
                     there = " ".join(next(iter(columns[row["key"]].items())))
-                    raise ManifestError(f"{path}: line {line}: {row['key']!r} is in {there} already")
-    return columns
+                    raise ManifestError(f"{path}: line {line}: {row['key']!r} is also in another list ({there})")
+    if not others:
+        return columns, []
+    what = f"{len(others)} files of folds are not read, such as {others[0]}"
+    return columns, [f"{folder}: {what}; expected names such as fold_1/{corpus}_test_fold_1.jsonl"]
 
 
 def _listed_utterance(row: Mapping[str, Any], root: Path, classes: Mapping[str, str]) -> Utterance:
     """Make an utterance of a line. Raises ValueError where something is missing or no number."""
     if missing := [name for name in ("wav", "emo") if not isinstance(row.get(name), str) or not row[name]]:
-        raise ValueError(f"no {missing[0]}")
+        raise ValueError(f"the value of {missing[0]!r} is missing")
     if row["emo"].lower() not in classes:
         raise ValueError(f"the emotion {row['emo']!r} is not in the label map, which has {', '.join(classes)}")
     times = [row.get("start_time"), row.get("end_time")]
@@ -124,13 +140,13 @@ def _listed_utterance(row: Mapping[str, Any], root: Path, classes: Mapping[str, 
 
 
 def _listed(path: Path, root: Path, classes: Mapping[str, str]) -> dict[str, Utterance]:
-    """Read the list: key -> utterance. Raises ManifestError, with the number of the line, for one that is none."""
+    """Read the list: key -> utterance. Raises ManifestError, which names a line that is not one."""
     rows: dict[str, Utterance] = {}
     for line, row in _objects(path):
         try:
             u = _listed_utterance(row, root, classes)
             if u.id in rows:
-                raise ValueError(f"the key {u.id!r} stands there twice")
+                raise ValueError(f"the key {u.id!r} occurs twice")
         except ValueError as error:
             raise ManifestError(f"{path}: line {line}: {error}") from None
         rows[u.id] = u
@@ -142,13 +158,15 @@ def _file_of(u: Utterance, files: Files) -> tuple[Path, str]:
     found = files.find(u.file)
     if found.suffix.lower() in SUFFIXES:
         return found, "" if found.is_file() else "no recording"
+    if not found.suffix:
+        return found, "its name has no suffix such as .wav"
     sounds = (files.find(u.file.with_suffix(suffix)) for suffix in (".wav", ".flac"))
     sound = next((file for file in sounds if file.is_file()), None)
-    return sound or found, "" if sound else f"no recording: of {found.suffix} files the sound is needed as .wav"
+    return sound or found, "" if sound else f"no sound: convert the {found.suffix} file to .wav"
 
 
 def _repeated(utterances: Iterable[Utterance]) -> Iterator[Dropped]:
-    """Find utterances whose recording stands in the list twice: as one emotion, or as several."""
+    """Find utterances whose recording occurs in the list twice: with one emotion, or with several."""
     alike = defaultdict(list)
     for u in utterances:
         alike[u.file, u.start, u.end].append(u)
@@ -179,7 +197,8 @@ def read_emobox(folder: StrPath, *, root: StrPath | None = None) -> Corpus:
     if len(lists) != 1:
         raise ManifestError(f"{folder}: {len(lists)} lists of utterances, expected one as in EmoBox/data/aesdd")
     (path,) = lists
-    rows, columns = _listed(path, root, _label_map(folder)), _folds(folder, path.stem)
+    rows = _listed(path, root, _label_map(folder))
+    columns, warnings = _folds(folder, path.stem)
     dropped = list(_repeated(rows.values()))
     files, utterances = Files(), []
     for key in sorted(rows.keys() - {d.what for d in dropped}):
@@ -198,5 +217,5 @@ def read_emobox(folder: StrPath, *, root: StrPath | None = None) -> Corpus:
         advice = "Give --root, the folder that has downloads"
         raise ManifestError(f"{folder}: none of its {len(rows)} recordings is below {root}{reasons}\n{advice}")
     expected = COUNTS.get(path.stem, len(rows))
-    warnings = [f"{path}: {len(rows)} utterances, EmoBox has {expected}"] if len(rows) != expected else []
+    warnings += [f"{path}: {len(rows)} utterances, EmoBox has {expected}"] if len(rows) != expected else []
     return Corpus(root, utterances, dropped, warnings)

@@ -13,9 +13,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ser.data.labels import DIMENSIONS
 from ser.data.manifest import Utterance, check_regular, read_manifest
 from ser.data.release import TWICE, Corpus, Dropped, recordings
-from ser.errors import ManifestError, brief_repr, indented
+from ser.errors import ManifestError, brief_repr, indented, summary
 from ser.files import StrPath
 
 
@@ -132,10 +133,11 @@ MSP_EMOTIONS |= {"D": "disgusted", "C": "contemptuous", "N": "neutral", "O": "ot
 MSP_COLUMNS = {"file": "FileName", "emotion": "EmoClass", "speaker": "SpkrID"}
 MSP_COLUMNS |= {"arousal": "EmoAct", "valence": "EmoVal", "dominance": "EmoDom"}
 MSP_SPLITS = {"Train": "train", "Development": "valid", "Validation": "valid", "Test1": "test"}
+MSP_FURTHER = ("Test2", "Test3")  # test sets that belong to no split
 
 
 def _first(folder: Path, *names: str) -> Path:
-    """Return the first of these that is in the folder, or the first name where none is."""
+    """Return the first of these names that the folder has, or the first name if it has none."""
     return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
 
@@ -148,8 +150,22 @@ def _msp_text(path: Path, warnings: list[str]) -> str | None:
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror or error}") from None
     if "\ufffd" in text:
-        warnings.append(f"{path.name}: not UTF-8; what cannot be read is \ufffd")
+        warnings.append(f"{path.name}: is not UTF-8; characters that cannot be read become U+FFFD")
     return text or None
+
+
+def _msp_warnings(table: Path, rows: Iterable[Utterance]) -> list[str]:
+    """Return lines on values of Split_Set that are not known, and on dimensions that are not on the scale."""
+    rows, lines = list(rows), []
+    parts = Counter(u.extra.get("Split_Set", "") for u in rows)
+    if unknown := sorted(parts.keys() - {*MSP_SPLITS, *MSP_FURTHER}):
+        shown = summary(f"{brief_repr(part)} ({parts[part]})" for part in unknown)
+        lines.append(f"{table}: utterances in no split, since Split_Set has unknown values: {shown}")
+    values = {u.file.name: [u.labels.get(name) for name in DIMENSIONS] for u in rows}
+    if odd := [name for name, of in values.items() if not all(v is None or 1 <= float(v) <= 7 for v in of)]:
+        what = f"{len(odd)} utterances have EmoAct, EmoVal or EmoDom outside 1 to 7"
+        lines.append(f"{table}: {what}, such as {odd[0]}")
+    return lines
 
 
 def read_msp_podcast(folder: StrPath) -> Corpus:
@@ -157,8 +173,8 @@ def read_msp_podcast(folder: StrPath) -> Corpus:
 
     Returns:
         Utterances with the column part, the release's own name (Train, Development, Test1, ...). The column split
-        (train, valid, test) has Test1 as test; the other test sets have none. The dialogue is the podcast. A
-        speaker "Unknown" is none. Arousal, valence and dominance are 1 to 7.
+        (train, valid, test) has Test1 as test; the other test sets have none. The dialogue is the podcast. The
+        speaker "Unknown" counts as no speaker. Arousal, valence and dominance are 1 to 7.
 
     Raises:
         ManifestError: the table cannot be read, lacks a column, or no row has a recording.
@@ -166,17 +182,19 @@ def read_msp_podcast(folder: StrPath) -> Corpus:
     folder = Path(folder).absolute()
     table = _first(folder, "Labels/labels_consensus.csv", "labels_consensus.csv", "Labels/labels_concensus.csv")
     audio = _first(folder, "Audios", "Audio")
-    warnings, utterances = list[str](), []
+    utterances = []
     rows = read_manifest(table, root=audio, columns=MSP_COLUMNS, check_files=False)
     if "Split_Set" not in {name for u in rows for name in u.extra}:
-        raise ManifestError(f"{table}: no column 'Split_Set', which names the part of each utterance")
+        what = "the column 'Split_Set', which names the part of each utterance"
+        raise ManifestError(f"{table}: {what}, is missing or empty")
+    warnings = _msp_warnings(table, rows)
     for u in _named(table, rows, MSP_EMOTIONS):
         part, gender = u.extra.get("Split_Set", ""), u.extra.get("Gender", "").lower()
         podcast = re.match(r"MSP-PODCAST_(\w+?)_", u.file.name)
         extra = {"code": u.extra.get("code", ""), "dialogue": podcast[1] if podcast else "", "part": part}
         extra |= {"split": MSP_SPLITS.get(part, ""), "gender": gender if gender in ("male", "female") else ""}
         text = _msp_text(folder / "Transcripts" / f"{u.file.stem}.txt", warnings)
-        u = u.relabelled(text=text, speaker=None if u.speaker == "Unknown" else u.speaker)
+        u = u.relabelled(text=text, speaker=None if (u.speaker or "").casefold() == "unknown" else u.speaker)
         known = {name: value for name, value in extra.items() if value}
         utterances.append(replace(u, id=u.file.stem, extra=known))
     return _corpus(folder, [audio], utterances, warnings)
@@ -226,7 +244,7 @@ def _tabulated_votes(cells: Mapping[str, str]) -> dict[str, str]:
     counts = {letter: int(cells[letter]) for letter in CREMA_D_LETTERS}
     raters = sum(counts.values())
     if min(counts.values()) < 0 or not raters:
-        raise ValueError(f"{raters} votes")
+        raise ValueError(f"found {raters} votes, expected 1 or more, and none below 0")
     shares = {CREMA_D_LETTERS[name][0]: round(n / raters, 4) for name, n in Counter(counts).most_common() if n}
     most = [letter for letter, n in counts.items() if n == max(counts.values())]
     return {"votes": json.dumps(shares), "raters": str(raters), **_voted(most)}
@@ -268,7 +286,7 @@ def read_votes(folder: Path) -> dict[str, dict[str, str]]:
             continue
         try:
             if cells[name] in votes:
-                raise ValueError(f"{cells[name]} stands there twice")
+                raise ValueError(f"{cells[name]} occurs twice")
             votes[cells[name]] = _tabulated_votes(cells) if counted else _summarised_votes(cells)
         except ValueError as error:
             raise ManifestError(f"{table}: line {line}: {error}") from None

@@ -10,7 +10,7 @@ from ser.data.manifest import Utterance
 from ser.errors import ManifestError
 from ser.files import files_below
 
-TWICE = "the same name stands in another folder already"  # why a file is dropped
+TWICE = "another folder already has a file of this name"  # why a file is dropped
 
 
 @dataclass(frozen=True)

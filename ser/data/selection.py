@@ -273,13 +273,14 @@ def add_reading_arguments(add: Callable[..., Any]) -> None:
     """Add the flags that say how manifests are read; ``add`` adds one."""
     add("--root", nargs="+", help="folder that the manifests' files are relative to, one for all or one for each "
         "(default: that of the manifest)")  # fmt: skip
-    add("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="such as text=transcript")
+    add("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="names of columns, such as "
+        "text=transcript")  # fmt: skip
     add("--map", metavar="JSON", help="file, or the object itself: emotion as written -> its name, or null for no "
-        'label, as {"hapy": "happy", "xxx": null}; "speaker": the same of speakers')  # fmt: skip
+        'label, as {"hapy": "happy", "xxx": null}; "speaker": the same for speakers')  # fmt: skip
     add("--literal-labels", action="store_true", help="take cells such as nan, NA, None and - as labels, and "
         "speakers such as 1.0 as they are written (default: they are no label, and 1.0 is 1)")  # fmt: skip
-    add("--no-usual-names", action="store_true", help="leave names of emotions such as joy (default: joy is happy "
-        "where several corpora are trained on, and in evaluation what the model calls it)")  # fmt: skip
+    add("--no-usual-names", action="store_true", help="do not rename emotions (default: with several corpora joy "
+        "becomes happy; in evaluation a label becomes the model's name for it)")  # fmt: skip
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ These rules hold then:
 - The map of a manifest renames labels as they are written. The common map (--map) renames the result. It has
   speakers as ``corpus/name``, so it can also say that a person is in two corpora.
 
-A single manifest that no list names is read as ever, even if it has a column `corpus`.
+A single manifest that no list names is read as before, even if it has a column `corpus`.
 """
 
 from __future__ import annotations
@@ -104,10 +104,12 @@ class NamedManifest:
 def default_name(path: StrPath) -> str:
     """Name a corpus after its manifest: the file's stem without train, metadata and the like, else its folder.
 
-    emodb/train.csv, emodb/valid.csv and emodb-test.csv are all of emodb.
+    emodb/train.csv, emodb/valid.csv and emodb-test.csv are all of emodb. aesdd/emobox.csv is of aesdd, since
+    `ser prepare` gives the manifests of all corpora that EmoBox lists one name.
     """
     there = Path(os.path.abspath(path))  # noqa: PTH100 (which takes .. out of the path)
-    names = (PARTS.sub("", name).strip("-_. ") for name in (there.stem, *(p.name for p in there.parents)))
+    stem = "" if there.stem == "emobox" else there.stem
+    names = (PARTS.sub("", name).strip("-_. ") for name in (stem, *(p.name for p in there.parents)))
     return nfc(next(filter(None, names), ""))
 
 
@@ -299,12 +301,13 @@ def read_sources(
 
 
 def unfamiliar_corpora(title: str, utterances: Iterable[Utterance], training: Iterable[Utterance]) -> list[str]:
-    """Return a line if a set has corpora that training does not name, since their speakers count as others."""
+    """Return a line if a set has corpora that training does not have, since their speakers count as new."""
     here, there = ({u.corpus for u in rows} for rows in (utterances, training))
     if not (new := sorted(here - there)):
         return []
     known = summary(sorted(there))
-    return [f"{title} has corpora whose speakers count as others, as training has only {known}: {summary(new)}"]
+    but = f"training does not have (it has {known}), so their speakers count as new"
+    return [f"{title} has corpora that {but}: {summary(new)}"]
 
 
 def combined_sha256(sources: Sequence[NamedManifest]) -> str:

@@ -1,4 +1,4 @@
-"""Compare corpora with each other: what is trained on, what is tested, and what comes out.
+"""Compare corpora: plan which is trained on and which is tested, and hold the results.
 
     cells = plan_cells(utterances, folds=5)            # of several corpora, see `ser.data.several`
     results = [score(utterances, cell, predicted_of(cell), heard, resamples=1000) for cell in cells]
@@ -6,21 +6,24 @@
 
 A cell has a training set (a corpus, or all others) and a corpus that is tested. Its figure is the unweighted
 accuracy over the classes that both have. All cells of a column test the same utterances, as far as their classes
-are in common. Whose training it is, that of a linear head or of a whole model, is not known here.
+are in common. This module does not know whether a linear head or a whole model is trained.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ser.data.manifest import Utterance
+from ser.data.selection import Selection
 from ser.data.several import default_name
-from ser.errors import SerError, printable, shorten, summary
+from ser.errors import ConfigError, SerError, printable, shorten, summary
 from ser.files import csv_line, finite, replace_file
 from ser.folder import is_preset
 from ser.scores.card import read_record, trained_on
@@ -29,6 +32,7 @@ from ser.scores.report import Figures, Outcomes, intervals
 
 OTHERS = "all others"  # the row of cells that leave the tested corpus out
 PART_COLUMNS = ("part", "split")  # of a manifest, whose value "test" says what is tested
+VALIDATION = ("valid", "validation", "dev")  # values by which a whole training chooses its weights
 FIGURES = ("unweighted_accuracy", "accuracy", "macro_f1")
 LONGEST_NAME = 16  # characters of a corpus in the table
 
@@ -38,7 +42,7 @@ LONGEST_NAME = 16  # characters of a corpus in the table
 
 @dataclass(frozen=True)
 class Piece:
-    """Hold numbers of utterances: those that are learnt from, and those that are tested after it."""
+    """Hold the numbers of the training utterances and of the test utterances."""
 
     train: tuple[int, ...]
     test: tuple[int, ...]
@@ -68,17 +72,41 @@ class Cell:
 
     @property
     def within(self) -> bool:
-        """Whether training and test are of one corpus."""
+        """Tell whether training and test are of one corpus."""
         return self.train == (self.test,)
 
 
 def part_of(utterance: Utterance) -> str:
-    """Return what the manifest says of an utterance's part, such as "test"; "" for nothing."""
-    return next((utterance.extra[name] for name in PART_COLUMNS if name in utterance.extra), "")
+    """Return "test" or "valid" if the manifest says so in one of `PART_COLUMNS`, else ""."""
+    values = {utterance.extra.get(name, "").casefold() for name in PART_COLUMNS}
+    return "test" if "test" in values else "valid" if values.intersection(VALIDATION) else ""
+
+
+def with_own_parts(utterances: Sequence[Utterance]) -> tuple[list[Utterance], list[str]]:
+    """Leave out further test sets of a corpus: those that have a part and no split, though others have a split.
+
+    Returns:
+        The other utterances, and lines that say what is left out, and which corpora have a test part.
+    """
+    divided = {u.corpus for u in utterances if "split" in u.extra}
+    parts: dict[str, list[str]] = {}
+    kept = []
+    for u in utterances:
+        if u.corpus in divided and "part" in u.extra and "split" not in u.extra:
+            parts.setdefault(u.corpus, []).append(u.extra["part"])
+        else:
+            kept.append(u)
+    lines = []
+    for name, values in parts.items():
+        why = "utterances have a part, but no split, and are left out"
+        lines.append(f"{name}: {len(values)} {why}: {summary(sorted({*values}))}")
+    tested = list(dict.fromkeys(u.corpus for u in kept if part_of(u) == "test"))
+    own = "its own test part is" if len(tested) == 1 else "their own test parts are"
+    return kept, lines + ([f"{summary(tested)}: {own} tested (column part or split)"] if tested else [])
 
 
 def sides(utterances: Sequence[Utterance], rows: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return the rows of a corpus to learn from, and those to test: all and all, if it names no test part."""
+    """Return the training rows and the test rows of a corpus; without a test part, both are all rows."""
     tested = [i for i in rows if part_of(utterances[i]) == "test"]
     others = [i for i in rows if part_of(utterances[i]) != "test"]
     return (others, tested) if tested and others else ([*rows], [*rows])
@@ -89,7 +117,7 @@ def divided(
 ) -> tuple[list[Piece], str]:
     """Divide one corpus so that it can be learnt and tested; or say why it cannot be.
 
-    Its own test part is tested, or its speakers are dealt into folds, each of which is tested once.
+    Its own test part is tested, or its speakers are divided into folds, each of which is tested once.
     """
     if set(train).isdisjoint(test):
         return [Piece(tuple(train), tuple(test))], ""
@@ -97,9 +125,9 @@ def divided(
     parts = deal([str(utterances[i].speaker) for i in known], folds) if folds > 1 else np.zeros(0, np.int64)
     count = len(np.unique(parts))
     if folds < 2:
-        return [], "is not asked for"
+        return [], "--folds 0 leaves it out"
     if count < 2:
-        return [], "has one speaker" if known else "its speakers are not known"
+        return [], "the corpus has only one speaker" if known else "the speakers are not known"
     rows = np.array(known)
     return [Piece(tuple(rows[parts != k].tolist()), tuple(rows[parts == k].tolist())) for k in range(count)], ""
 
@@ -119,7 +147,7 @@ def cell_of(
     kept = {part: [i for i in rows if utterances[i].emotion in both] for part, rows in sets.items()}
     pieces, why = [Piece(tuple(kept["train"]), tuple(kept["test"]))], ""
     if len(classes) < 2:
-        pieces, why = [], f"has {len(classes)} class{'' if len(classes) == 1 else 'es'} in common"
+        pieces, why = [], f"the corpora have {len(classes)} class{'' if len(classes) == 1 else 'es'} in common"
     elif (name,) == tuple(learnt):
         pieces, why = divided(utterances, kept["train"], kept["test"], folds)
     used = {"train": {i for p in pieces for i in p.train}, "test": {i for p in pieces for i in p.test}}
@@ -128,15 +156,20 @@ def cell_of(
 
 
 def plan_cells(utterances: Sequence[Utterance], *, folds: int) -> list[Cell]:
-    """Make all cells: each corpus on each, and all others on each; row by row.
+    """Make all cells, row by row: test each training set on each corpus, and all others on the one left out.
 
     Args:
         utterances: of several corpora, all with an emotion.
-        folds: into which the speakers of a corpus without a test part are dealt; 0: nothing is tested within it.
+        folds: the number of folds of speakers for a corpus without a test part; 0: nothing is tested within it.
+
+    Raises:
+        ConfigError: a corpus has the name `OTHERS`.
     """
     rows: dict[str, list[int]] = {}
     for i, u in enumerate(utterances):
         rows.setdefault(u.corpus, []).append(i)
+    if OTHERS in rows:
+        raise ConfigError(f"the corpus {OTHERS!r} has the name of a row of the table; name it in a JSON list")
     both = {name: sides(utterances, of_corpus) for name, of_corpus in rows.items()}
     sets = {name: {name: both[name][0]} for name in rows}
     cells = [cell_of(utterances, row, sets[row], (name, both[name][1]), folds) for row in rows for name in rows]
@@ -150,15 +183,21 @@ def plan_cells(utterances: Sequence[Utterance], *, folds: int) -> list[Cell]:
 # ------------------------------------------------------------------------------------ what the model has heard
 
 
+@cache
+def real_path(path: Path) -> str:
+    """Return the path without symbolic links; it is asked for in every cell."""
+    return os.path.realpath(path)
+
+
 def speaker_keys(utterance: Utterance, corpus: str) -> set[tuple[str, ...]]:
-    """Return what an utterance's speaker may be known by elsewhere, and its recording.
+    """Return keys by which the speaker and the recording of an utterance are found in other manifests.
 
     A speaker is the same where the name is the same in the same corpus, or in the same folder of recordings.
     """
-    keys: set[tuple[str, ...]] = {("file", str(utterance.file))}
+    keys: set[tuple[str, ...]] = {("file", real_path(utterance.file))}
     if utterance.speaker is not None:
         name = utterance.speaker.removeprefix(f"{corpus}/")
-        keys |= {("corpus", corpus, name), ("folder", str(utterance.file.parent), name)}
+        keys |= {("corpus", corpus, name), ("folder", real_path(utterance.file.parent), name)}
     return keys
 
 
@@ -183,7 +222,9 @@ class Heard:
 
 
 def heard_by(model: str | Path) -> Heard:
-    """Find what a model was trained on, and what its initial weights were: a preset, which is random, or a folder.
+    """Find the training data of a model, and of the models that it began from, back to random weights.
+
+    Validation data count too if they chose the weights, as those in best/.
 
     Args:
         model: a preset, or a model folder that is on this machine.
@@ -197,8 +238,10 @@ def heard_by(model: str | Path) -> Heard:
             named = None if record is None else trained_on(record)
             if record is None or named is None:
                 return Heard(frozenset(keys), f"{model} does not say what it was trained on")
-            corpus, rows = default_name(named.data), named.utterances(check_files=False)
-            keys |= {key for u in rows for key in speaker_keys(u, u.corpus or corpus)}
+            valid = record["settings"].get("valid") if record.get("weights") == "best" else None
+            for one in [named, *([Selection.from_dict(valid)] if valid else [])]:
+                corpus, rows = default_name(one.data), one.utterances(check_files=False)
+                keys |= {key for u in rows for key in speaker_keys(u, u.corpus or corpus)}
             seen.add(folder)
             model = str(record["settings"].get("init"))
     except SerError as error:
@@ -211,7 +254,7 @@ def heard_by(model: str | Path) -> Heard:
 
 @dataclass(frozen=True)
 class Result:
-    """Hold what came out of a cell.
+    """Hold the result of a cell.
 
     Attributes:
         cell: which.
@@ -221,7 +264,7 @@ class Result:
         unread: utterances of the test that could not be read.
         heard_by_head: speakers of the test who are in the training of this cell.
         heard_by_model: those whom the model itself heard before; None: not known.
-        lacking: pieces whose training lacks a class, since those who show it are tested.
+        lacking: folds whose training lacks a class, since all its speakers are tested.
         penalties: those of the linear heads.
     """
 
@@ -238,12 +281,12 @@ class Result:
 
     @property
     def ua(self) -> float | None:
-        """The unweighted accuracy; None without a figure."""
+        """Return the unweighted accuracy, or None without a figure."""
         return self.figures.get("unweighted_accuracy")
 
     @property
     def marks(self) -> str:
-        """What has to be known about the figure, as letters that `MARKS` explains."""
+        """Return the marks of the figure, letters that `MARKS` explains."""
         flags = {"*": self.cell.within, "t": self.heard_by_head, "m": self.heard_by_model}
         return "".join(mark for mark, holds in flags.items() if holds) if self.figures else ""
 
@@ -267,8 +310,9 @@ class Result:
 
 
 MARKS = {
-    "*": "within one corpus: no speaker of the test is in training, or the corpus names the test part itself",
-    "t": "some speakers of the test are in the training of the cell",
+    "*": "training and test are of one corpus: no test speaker is in training, unless the corpus itself defines "
+    "the test part",
+    "t": "some test speakers are in the training set of this cell",
     "m": "the model itself has heard some speakers of the test in its own training",
 }
 
@@ -295,7 +339,8 @@ def score(
     everything = [i for piece in cell.pieces for i in piece.test]
     tested = [utterances[i] for i in everything if i in predicted]
     if not tested:
-        return Result(cell)
+        why = "no recording of the training or of the test could be read"
+        return Result(replace(cell, why_empty=cell.why_empty or why))
     records = [
         {"id": u.id, "emotion": u.emotion, "speaker": u.speaker, "predicted": predicted[i]}
         for i, u in zip((i for i in everything if i in predicted), tested, strict=True)
@@ -344,9 +389,9 @@ def most_classes(results: Sequence[Result]) -> int:
 
 
 def chance_text(results: Sequence[Result]) -> str:
-    """Say what guessing has: 0.25, or (0.33 where of 3 classes) too."""
+    """Return the accuracy of guessing, such as "0.25 (0.33 with 3 classes)"."""
     counts = sorted({len(result.cell.classes) for result in results if result.figures}, reverse=True)
-    fewer = [f"{1 / count:.2f} of {count}" for count in counts[1:]]
+    fewer = [f"{1 / count:.2f} with {count}" for count in counts[1:]]
     return f"{1 / counts[0]:.2f}" + (f" ({', '.join(fewer)} classes)" if fewer else "") if counts else "-"
 
 
@@ -399,9 +444,8 @@ def notes(results: Sequence[Result], unknown: str = "") -> list[str]:
         where = f"{len(places)} cells" if len(places) > 4 else summary(places)
         lines.append(printable(f"{len(classes)} classes in common, {', '.join(classes)}: {where}"))
     if any(n for r in with_figures for n in r.cell.left_out.values()):
-        lines.append(
-            "utterances of other classes are left out, in training and test; the files count them by cell"
-        )
+        counted = "crosscorpus.csv counts them for each cell"
+        lines.append(f"utterances of other classes are left out of training and test; {counted}")
     marks = "".join(r.marks for r in with_figures)
     lines += [f"{mark}  {text}" for mark, text in MARKS.items() if mark in marks]
     lines += [f"what the model heard is unknown: {printable(unknown)}"] if unknown else []
@@ -418,7 +462,7 @@ def notes(results: Sequence[Result], unknown: str = "") -> list[str]:
 
 
 def to_dict(results: Sequence[Result], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all as crosscorpus.json has it: what was asked, the matrix of UA, and every cell."""
+    """Return the content of crosscorpus.json: what was asked, the matrix of UA, and every cell."""
     rows, columns, cells = grid(results)
     matrix = {row: {c: cells[row, c].ua for c in columns if (row, c) in cells} for row in rows}
     return {**about, "unweighted_accuracy": finite(matrix), "cells": [result.to_dict() for result in results]}

@@ -1,4 +1,4 @@
-"""Ask what a frozen model knows: a vector for each utterance, and a linear head that is learnt on the vectors.
+"""Test what a frozen model represents: compute a vector for each utterance, and train a linear head on them.
 
     recognizer = ser.load("runs/demo/best")
     vectors, errors = vectors_of(recognizer, utterances)      # (N, D), and why some could not be read
@@ -47,7 +47,7 @@ LEAST_SPREAD = 1e-8  # a number that varies less over the training utterances is
 
 
 def chosen_layers(recognizer: Recognizer, layers: str) -> Callable[[list[Tensor], Tensor], list[Tensor]]:
-    """Return what takes the layers that are asked for: (all layers, the last one before its norm) -> some.
+    """Return a function that selects layers: (outputs of all layers, the last output before its norm) -> selected.
 
     Args:
         recognizer: the model.
@@ -101,7 +101,7 @@ def vectors_of(
     timeout: float = WORKER_SECONDS,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> tuple[Tensor, dict[int, SerError]]:
-    """Compute the vector of each utterance, in batches of like length.
+    """Compute the vector of each utterance, in batches of similar length.
 
     Args:
         recognizer: the model, in eval mode.
@@ -152,7 +152,10 @@ def recordings_digest(utterances: Sequence[Utterance]) -> str:
 
 
 def read_kept(path: Path, size: int) -> tuple[Tensor, Tensor] | None:
-    """Read vectors and which of them are known; None where the file is not there, damaged, or of others."""
+    """Read vectors and which of them are known.
+
+    Returns None if the file is missing, damaged, or has another number of utterances.
+    """
     try:
         tensors = read_tensors(path)
         vectors, known = tensors["vectors"], tensors["known"]
@@ -162,7 +165,7 @@ def read_kept(path: Path, size: int) -> tuple[Tensor, Tensor] | None:
 
 
 def keep(path: Path, vectors: Tensor, known: Tensor) -> None:
-    """Write what `read_kept` reads, whole or not at all."""
+    """Write vectors for `read_kept`; a file is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_beside(path, "tmp", lambda new: new.touch()) as temporary:
         write_tensors(temporary, {"vectors": vectors, "known": known})
@@ -237,10 +240,10 @@ def unweighted_accuracy(labels: Tensor, predicted: Tensor) -> float:
 
 
 def deal(groups: Sequence[str], count: int) -> NDArray[np.int64]:
-    """Deal groups, such as speakers, into parts of like size: the number of each item's part, from 0.
+    """Divide groups, such as speakers, into folds of similar size; return the fold of each item, from 0.
 
-    The largest group comes first, and each goes to the part that is smallest by then. So it depends on names and
-    sizes alone. There are fewer parts than ``count`` where there are fewer groups.
+    The largest group comes first, and each goes to the fold that is smallest by then. So it depends on names and
+    sizes alone. There are fewer folds than ``count`` where there are fewer groups.
     """
     sizes = Counter(groups)
     filled, part = [0] * min(count, len(sizes)), dict[str, int]()

@@ -168,8 +168,8 @@ class TrainConfig:
         help="micro-batches per update and process; 0: follows from the effective batch")
     batching: str = option(BATCHES, "bucket", choices=("bucket", "random"),
         help="bucket: utterances of similar length together; random: as drawn")
-    balance: float = option(BATCHES, 0.0, check=share, help="how even corpora and emotions are made, 0 to 1: an "
-        "epoch has some utterances several times and others not; 0: each once, 1: all equally often")
+    balance: float = option(BATCHES, 0.0, check=share, help="balance of corpora and emotions, 0 to 1; 0: each "
+        "utterance once in an epoch; 1: all corpora, and all emotions of a corpus, equally often")
     augment: tuple[str, ...] = option(BATCHES, (), check=lambda _, names: augmented(names, seed=0), resume="asked",
         help="names of augmentations that change each training waveform, in their order (not with cache)")
     max_seconds: float = option(BATCHES, 0.0,
