@@ -58,7 +58,7 @@ from ser.folder import is_preset, labels_of
 from ser.models.pretrained import find_folder
 from ser.scores import folds as pooling
 from ser.scores.pictures import draw, draw_curves, needs_matplotlib
-from ser.scores.report import PARTS, Outcomes, Report, four_digits, shared_line, table
+from ser.scores.report import CORPUS, PARTS, Outcomes, Report, four_digits, shared_line, table
 from ser.train.config import learns_emotions
 from ser.train.content import NAMES, contents, weights_sha256
 from ser.train.processes import PREEMPTED, following, stop_on_signals
@@ -479,7 +479,7 @@ def cross_validate(arguments: Namespace, selection: Selection) -> pooling.Pooled
     job = CrossValidation(arguments, selection, weights)
     check_settings(job, names, utterances)
     run_folds(job, names)
-    parts = all_parts(arguments.parts)
+    parts = all_parts([*arguments.parts, *([CORPUS] if selection.sources else [])])
     result = pooling.pooled_report(out, names, protocol, resamples=arguments.resamples, parts=parts)
     result.weights, result.audit, result.repeat = weights, audits, provenance(arguments, selection)
     write_json(out / "report.json", result.to_dict())
