@@ -251,13 +251,15 @@ def test_a_fold_with_usual_names_is_not_done_already_without_them(tmp_path, caps
     call("crossval", *options, "--folds", "a")
     said = capsys.readouterr().out
     assert "anger (2) is angry" in said and "all folds: 16 utterances; emotions angry 4, happy 4" in said
-    assert "corpus: a " in said, "figures are given for each corpus too"
     with pytest.raises(ConfigError, match=r"out/a: was begun with other settings(.|\n)*'no_usual_names': True"):
         call("crossval", *options, "--folds", "a", "b", "--no-usual-names")
     settings = json.loads((tmp_path / "out/a/settings.json").read_text())
     run = json.loads((tmp_path / "out/a/run/config.json").read_text())
     rows = Selection.from_dict(run["train"]).read()
     assert settings["content"] == contents(rows), "what is compared has the names that training has"
+    call("crossval", *options, "--folds", "a", "b")
+    said = capsys.readouterr().out
+    assert "a: done already" in said and "corpus: a " in said and "corpus: b " in said
 
 
 def reviewed(options: list, *more) -> list[str]:
