@@ -6,8 +6,8 @@
 PREPARED has NAME/NAME.csv as `ser prepare` writes it, for resd, ravdess, ased and nemo. Whole groups are held out:
 speakers, and dialogues in RESD, which names no speakers (its parts may therefore share actors). A fifth of the
 groups is the test part, a tenth the validation part; of nEMO's nine speakers two and one. heldout.json lists both,
-and has the number of utterances and the sha256 of their sorted ids, so that another release is noticed. So far
-only the linear heads of the matrix in docs/evaluation.md, on random weights, have used these parts.
+and has the number of utterances and the sha256 of their sorted ids, so that another release is noticed. What has
+been evaluated on these parts stands in docs/results.md.
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ def refuse_changes(checkpoint: Path, differences: Mapping[str, str], allowed: se
     raise RunFolderError("\n  ".join(told))
 
 
-def refuse_other_lengths(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
-    """Refuse another ``augment`` if the number of updates follows from it; say if it plans an epoch anew."""
+def check_other_lengths(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Refuse another ``augment`` if the number of updates follows from it; return a note if it plans anew."""
     before = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
     chains = [augmented(one.get("augment", []), seed=0) for one in (before, settings)]
     if not any(chain.resizes for chain in chains):
@@ -146,7 +146,7 @@ def reopened(folder: Path, settings: dict[str, Any], resume_from: str | Path | N
     differences = differing_settings(checkpoint / SETTINGS, settings)
     refuse_changes(checkpoint, differences, allowed)
     notes += [f"changed on purpose: {text}" for text in differences.values()]
-    notes += refuse_other_lengths(checkpoint, settings) if "augment" in differences else []
+    notes += check_other_lengths(checkpoint, settings) if "augment" in differences else []
     if "init" in differences:  # keep the true origin of the checkpoint's weights in the record
         before = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
         settings |= {name: before[name] for name in ("init", "init_content") if name in before}
